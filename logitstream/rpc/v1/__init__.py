@@ -1,0 +1,1 @@
+"""Generated from proto/logitstream/rpc/v1 by `make proto`."""

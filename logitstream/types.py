@@ -1,0 +1,276 @@
+"""The values that both sides share. They are frozen and hold numpy arrays; torch is not needed to handle them.
+
+Row `t` of a sequence's targets belongs to the prediction of token `t + 1`: a sequence of T tokens has T rows, and the
+last row predicts the token after its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstream.errors import InvalidSequence, InvalidSpec
+
+SAMPLERS = ("systematic", "multinomial", "threshold", "top_k", "top_k_ghost", "full")
+CODEC_VERSIONS = (1, 2)
+MAX_VOCAB_SIZE = 1 << 24
+PROBABILITY_UNITS = 1 << 16
+"""Grid of stored probabilities (threshold's head, top_k, weights at a proposal temperature)."""
+FULL_UNITS = 1 << 30
+"""Grid of `full`: entries below 2^-30 round to nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSpec:
+    """How sparse targets are drawn from a teacher's next-token distribution.
+
+    sampler: one of SAMPLERS; num_samples: N of systematic and multinomial; threshold: θ, the probability above which
+    `threshold` keeps entries as they are; top_k: k of top_k and top_k_ghost; proposal_temperature: τ of multinomial's
+    proposal q ∝ t^τ; temperature: the teacher's logits are divided by it first; seed: of the whole run (a draw is
+    determined by seed, draw set, the sequence's content and the position); codec_version: of the encoded bytes.
+    """
+
+    sampler: str = "systematic"
+    num_samples: int = 50
+    threshold: float = 0.02
+    top_k: int = 12
+    proposal_temperature: float = 1.0
+    temperature: float = 1.0
+    seed: int = 0
+    codec_version: int = 2
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InvalidSpec(f"unknown sampler {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        _check_range("num_samples", self.num_samples, 1, PROBABILITY_UNITS)
+        _check_range("threshold", self.threshold, 1 / PROBABILITY_UNITS, 1.0)
+        _check_range("top_k", self.top_k, 1, MAX_VOCAB_SIZE)
+        _check_range("proposal_temperature", self.proposal_temperature, 0.1, 4.0)
+        _check_range("temperature", self.temperature, 0.01, 100.0)
+        _check_range("seed", self.seed, 0, (1 << 64) - 1)
+        if self.proposal_temperature != 1.0 and self.sampler != "multinomial":
+            raise InvalidSpec(f"proposal_temperature is multinomial's, not {self.sampler}'s")
+        if self.codec_version not in CODEC_VERSIONS:
+            raise InvalidSpec(f"unknown codec_version {self.codec_version}: expected one of {CODEC_VERSIONS}")
+
+    def canonical(self) -> dict[str, str | int | float]:
+        """The fields that affect this sampler's targets, for fingerprints: unused parameters are left out."""
+        used = {"sampler", "temperature", "seed", "codec_version"}
+        used |= {
+            "systematic": {"num_samples"},
+            "multinomial": {"num_samples", "proposal_temperature"},
+            "threshold": {"threshold"},
+            "top_k": {"top_k"},
+            "top_k_ghost": {"top_k"},
+            "full": set[str](),
+        }[self.sampler]
+        return {name: value for name, value in asdict(self).items() if name in used}
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidSpec(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequence:
+    """Token ids of one sequence, int32 [T], and which of its T rows are wanted, bool [T] (None: all)."""
+
+    token_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def validate(self, *, vocab_size: int, max_sequence_tokens: int) -> None:
+        """Raises InvalidSequence, saying what was expected and what came."""
+        num_tokens = len(self.token_ids)
+        if num_tokens == 0:
+            raise InvalidSequence("empty sequence: expected at least one token")
+        if num_tokens > max_sequence_tokens:
+            raise InvalidSequence(f"sequence of {num_tokens} tokens: the limit is {max_sequence_tokens}")
+        low, high = int(self.token_ids.min()), int(self.token_ids.max())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise InvalidSequence(f"token id {bad} is outside the teacher's vocabulary of {vocab_size}")
+        if self.loss_mask is not None and len(self.loss_mask) != num_tokens:
+            raise InvalidSequence(f"loss_mask of {len(self.loss_mask)} entries for a sequence of {num_tokens} tokens")
+
+    def digest(self) -> bytes:
+        """16 bytes that depend on the token ids and the mask alone."""
+        h = hashlib.blake2b(digest_size=16, person=b"ls-sequence")
+        h.update(np.ascontiguousarray(self.token_ids, dtype="<i4").tobytes())
+        if self.loss_mask is not None and not self.loss_mask.all():
+            h.update(b"mask" + np.packbits(self.loss_mask, bitorder="little").tobytes())
+        return h.digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseTargets:
+    """Sparse next-token targets of R rows in CSR form; weights are whole numbers of units, so sums are exact.
+
+    row_offsets: int64 [R + 1]; row r holds entries row_offsets[r] to row_offsets[r + 1].
+    token_ids: int32 [K], strictly increasing within a row, below vocab_size.
+    counts: int32 [K]; an entry's weight is counts / units. A count of 0 marks a tail entry (sampler `threshold`): a
+        row's m tail entries share what its other entries leave of 1, but no less than tail_units in all, so each
+        weighs max(units - sum(counts), tail_units) / (m * units).
+    units: N for systematic and for multinomial at τ = 1, a fine grid otherwise.
+    """
+
+    vocab_size: int
+    units: int
+    row_offsets: npt.NDArray[np.int64]
+    token_ids: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+    tail_units: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.token_ids)
+
+    def row_index(self) -> npt.NDArray[np.int64]:
+        """int64 [K]: the row of each entry."""
+        return np.repeat(np.arange(self.num_rows, dtype=np.int64), np.diff(self.row_offsets))
+
+    def weights(self) -> npt.NDArray[np.float32]:
+        """float32 [K]: t̂ of each entry."""
+        weights = self.counts.astype(np.float64) / self.units
+        tail = self.counts == 0
+        if tail.any():
+            rows = self.row_index()
+            head_units = np.bincount(rows, weights=self.counts, minlength=self.num_rows)
+            num_tail = np.bincount(rows, weights=tail, minlength=self.num_rows)
+            tail_mass = np.maximum(self.units - head_units, self.tail_units) / self.units
+            weights[tail] = (tail_mass / np.maximum(num_tail, 1))[rows[tail]]
+        return weights.astype(np.float32)
+
+    def slice_rows(self, start: int, stop: int) -> SparseTargets:
+        """Rows start to stop."""
+        offsets = self.row_offsets[start : stop + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
+        return replace(
+            self,
+            row_offsets=offsets - first,
+            token_ids=self.token_ids[first:last],
+            counts=self.counts[first:last],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
+        """All rows of several targets drawn alike; ValueError where vocabulary or units differ."""
+        if len({(part.vocab_size, part.units, part.tail_units) for part in parts}) != 1:
+            raise ValueError(
+                "expected targets of one vocabulary and one sampler, got (vocab_size, units, tail_units) = "
+                f"{sorted({(part.vocab_size, part.units, part.tail_units) for part in parts})}"
+            )
+        starts = np.cumsum([0] + [part.num_entries for part in parts])
+        offsets = [part.row_offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+        return replace(
+            parts[0],
+            row_offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            counts=np.concatenate([part.counts for part in parts]),
+        )
+
+    def validate(self) -> None:
+        """Raises ValueError where the arrays do not form a CSR in range."""
+        if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must lie in [1, {MAX_VOCAB_SIZE}], got {self.vocab_size}")
+        if not 1 <= self.units <= FULL_UNITS or not 0 <= self.tail_units <= self.units:
+            raise ValueError(f"units {self.units} or tail_units {self.tail_units} out of bounds")
+        if len(self.row_offsets) < 1 or self.row_offsets[0] != 0 or self.row_offsets[-1] != self.num_entries:
+            raise ValueError("row_offsets must start at 0 and end at the number of entries")
+        if np.any(np.diff(self.row_offsets) < 0) or len(self.counts) != self.num_entries:
+            raise ValueError("row_offsets must not fall, and each entry needs one count")
+        if self.num_entries == 0:
+            return
+        if self.token_ids.min() < 0 or self.token_ids.max() >= self.vocab_size or self.counts.min() < 0:
+            raise ValueError(f"token ids must lie in [0, {self.vocab_size}) and counts must not be negative")
+        rows = self.row_index()
+        if np.any((np.diff(self.token_ids) <= 0) & (np.diff(rows) == 0)):
+            raise ValueError("token ids must increase strictly within a row")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """What a teacher serves: the answer of `Describe`; digests are hex, limits in tokens and bytes."""
+
+    model: str
+    revision: str = ""
+    weights_digest: str
+    tokenizer_digest: str
+    vocab_size: int
+    dtype: str
+    max_sequence_tokens: int
+    max_in_flight_tokens: int = 65_536
+    max_message_bytes: int = 16 << 20
+    samplers: tuple[str, ...] = SAMPLERS
+    codec_versions: tuple[int, ...] = CODEC_VERSIONS
+    id_model: bytes = field(default=b"", repr=False)
+    teacher_version: int = 0
+    server_version: str = ""
+    backend: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """Everything that affects a target but the sequence and the draw set; `digest` is part of every cache key."""
+
+    weights_digest: str
+    tokenizer_digest: str
+    vocab_size: int
+    dtype: str
+    id_model_digest: str
+    spec: dict[str, str | int | float]
+
+    @classmethod
+    def of(cls, info: TeacherInfo, spec: TargetSpec) -> Fingerprint:
+        return cls(
+            weights_digest=info.weights_digest,
+            tokenizer_digest=info.tokenizer_digest,
+            vocab_size=info.vocab_size,
+            dtype=info.dtype,
+            id_model_digest=hashlib.sha256(info.id_model).hexdigest() if info.id_model else "",
+            spec=spec.canonical(),
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, hex."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Fingerprint) -> str:
+        """One phrase for each field that differs, this one's value first; empty where they agree."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return "; ".join(f"{name}: {mine!r} against {theirs!r}" for name, mine, theirs in pairs if mine != theirs)
+
+
+def request_key(fingerprint_digest: str, sequence: TokenSequence, draw_set: int) -> bytes:
+    """16 bytes that name one sequence's targets for caches and de-duplication: never a step or a position in a batch."""
+    h = hashlib.blake2b(digest_size=16, person=b"ls-key")
+    h.update(bytes.fromhex(fingerprint_digest) + sequence.digest() + draw_set.to_bytes(8, "little"))
+    return h.digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivedTargets:
+    """Encoded targets of one sequence as they came over the wire or from disk, and the weights that made them.
+
+    key: request_key of the fingerprint of those weights; weights_digest: its first 8 bytes.
+    """
+
+    payload: bytes
+    key: bytes
+    teacher_version: int = 0
+    weights_digest: bytes = b""
+    from_cache: bool = False
