@@ -1,0 +1,98 @@
+"""The student worker's settings; the training loop's own are transformers.TrainingArguments, in the same YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from logitstream.types import TargetSpec
+
+TARGETS = ("online", "cache", "cache_then_online")
+DRAWS = ("fresh", "reuse")
+
+
+def setting(help_text: str, default: Any = None, *, factory: Any = None, choices: tuple[str, ...] | None = None) -> Any:
+    metadata: dict[str, Any] = {"help": help_text}
+    if choices:
+        metadata["choices"] = list(choices)
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    """Where the student, its text and its targets come from."""
+
+    model: str = setting("Checkpoint to start from: a folder or a hub name.", "")
+    model_config: str = setting("config.json of a student that starts untrained, instead of `model`.", "")
+    tokenizer: str = setting("Tokenizer shared with the teacher: a folder or a hub name (default: the model's).", "")
+    text: list[str] = setting(
+        "Training text: .txt, .jsonl or .parquet files, or a datasets folder; rows with input_ids are used as they are.",
+        factory=list,
+    )
+    text_column: str = setting("Column that holds the text of .jsonl, .parquet and datasets input.", "text")
+    sequence_tokens: int = setting("Tokens of one packed training sequence.", 512)
+    max_sequences: int = setting("Use at most this many sequences of the text; 0: all.", 0)
+    heldout_sequences: int = setting("Sequences set apart by seed for evaluation, never trained on.", 32)
+
+    teacher: list[str] = setting(
+        "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
+    )
+    targets: str = setting("Where targets come from.", "online", choices=TARGETS)
+    draws: str = setting("Fresh draws each epoch, or the first epoch's again.", "fresh", choices=DRAWS)
+    prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
+    spill_batches: int = setting("Further batches asked for ahead and kept in the cache on disk; needs `cache`.", 0)
+    cache: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
+    cache_max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
+    deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
+    connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
+    max_teacher_lag: int = setting("Refuse targets from weights this many versions older than the newest seen; -1: any.", -1)
+
+    sampler: str = setting("systematic, multinomial, threshold, top_k, top_k_ghost or full.", "systematic")
+    num_samples: int = setting("N of systematic and multinomial.", 50)
+    threshold: float = setting("θ of threshold: entries of at least this probability are kept as they are.", 0.02)
+    top_k: int = setting("k of top_k and top_k_ghost.", 12)
+    proposal_temperature: float = setting("τ of multinomial's proposal q ∝ t^τ.", 1.0)
+    temperature: float = setting("Softmax temperature of teacher and student in the distillation loss.", 1.0)
+    target_seed: int = setting("Seed of the draws; with the same one every student gets the same draws.", 0)
+    codec_version: int = setting("Version of the encoded targets.", 2)
+    bytes_per_token: float = setting("Choose N or θ so that targets take about this many bytes a token; 0: no.", 0.0)
+    noise: float = setting("Choose N or θ so that the targets' MSE per position is about this; 0: no.", 0.0)
+
+    ce_weight: float = setting("Share of the loss that is cross-entropy against the text, 0 to 1.", 0.0)
+    overhead_every: int = setting("Time a cross-entropy step beside every n-th step; 0: never.", 10)
+
+    client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
+    tls_ca: str = setting("CA certificate (PEM) that signed the teacher's; empty: plaintext.", "")
+    tls_cert: str = setting("This client's certificate (PEM), where the teacher asks for one.", "")
+    tls_key: str = setting("Key (PEM) of `tls_cert`.", "")
+    token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used where it is empty.", "")
+    metrics_port: int = setting("Serve Prometheus metrics on this port plus the local rank; 0: do not.", 0)
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == bool(self.model_config):
+            raise ValueError("expected one of `model` (a checkpoint) and `model_config` (an untrained student)")
+        if not self.text and not (self.targets == "cache" and self.cache):
+            raise ValueError("expected `text`, or `targets: cache` with a `cache` to train from alone")
+        if self.targets != "online" and not self.cache:
+            raise ValueError(f"`targets: {self.targets}` needs `cache`")
+        if not 0.0 <= self.ce_weight <= 1.0:
+            raise ValueError(f"ce_weight must lie in [0, 1], got {self.ce_weight}")
+        for name in ("sequence_tokens", "prefetch_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.bytes_per_token and self.noise:
+            raise ValueError("expected one budget, bytes_per_token or noise, got both")
+        self.target_spec()
+
+    def target_spec(self) -> TargetSpec:
+        """How the targets are drawn, before a budget changes N or θ."""
+        return TargetSpec(
+            sampler=self.sampler,
+            num_samples=self.num_samples,
+            threshold=self.threshold,
+            top_k=self.top_k,
+            proposal_temperature=self.proposal_temperature,
+            temperature=self.temperature,
+            seed=self.target_seed,
+            codec_version=self.codec_version,
+        )
