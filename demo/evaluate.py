@@ -16,7 +16,7 @@ def evaluate(student: Path, teacher: Path, sequences: Iterable[list[int]]) -> di
 
     Also top-1 agreement and speculative acceptance Σ min(p, t), both shares of 1. One sequence's [T, V] at a time.
     """
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (student, teacher)]
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
     sums: dict[str, float] = {}
     num_tokens = 0
     for ids in sequences:
@@ -28,7 +28,9 @@ def evaluate(student: Path, teacher: Path, sequences: Iterable[list[int]]) -> di
     return {name: value / num_tokens for name, value in sums.items()} | {"heldout_tokens": num_tokens}
 
 
-def _compare(student_logprobs_TV: torch.Tensor, teacher_logprobs_TV: torch.Tensor, next_ids_T: torch.Tensor) -> dict[str, float]:
+def _compare(
+    student_logprobs_TV: torch.Tensor, teacher_logprobs_TV: torch.Tensor, next_ids_T: torch.Tensor
+) -> dict[str, float]:
     """Sums over the positions of one sequence."""
     vocab_size = teacher_logprobs_TV.shape[1]
     student_T = student_logprobs_TV[:, :vocab_size]

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
+
+
+def setting(
+    help_text: str, default: Any = None, *, factory: Callable[[], Any] | None = None, choices: Sequence[str] = ()
+) -> Any:
+    """A dataclass field with what `--help` says of it."""
+    metadata: dict[str, Any] = {"help": help_text} | ({"choices": list(choices)} if choices else {})
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in one line instead of after pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n(see {self.prog} --help)\n")
 
 
 def parse_settings(
@@ -18,45 +35,43 @@ def parse_settings(
 ) -> tuple[Any, ...]:
     """One instance of each dataclass: defaults, then `--config FILE.yaml`, then `--field value`.
 
-    An unknown key, in the file or on the command line, ends the process with an error that names the nearest known one.
+    An unknown key, in the file or on the command line, ends the process with an error that names the nearest known one;
+    so does a value of the wrong type or one that a dataclass refuses.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(tuple(classes), prog=command, description=description)  # type: ignore[arg-type]
+    parser = _Parser(tuple(classes), prog=command, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; the command line overrides them")
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     try:
-        path, arguments = _take_config(arguments)
+        path, arguments = _take_config(list(sys.argv[1:] if argv is None else argv))
         values = _read_yaml(path) if path else {}
         _refuse_unknown(values, known, f"in {path}")
-        parser.set_defaults(**values)
-        for action in parser._actions:  # a value from the file satisfies a required option
-            if action.dest in values:
-                action.required = False
         *instances, unknown = parser.parse_args_into_dataclasses(
-            args=arguments, return_remaining_strings=True, look_for_args_file=False
+            args=_as_arguments(values) + arguments, return_remaining_strings=True, look_for_args_file=False
         )
         options = [word.split("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("--")]
-        _refuse_unknown(dict.fromkeys(options or unknown), known, "on the command line")
+        _refuse_unknown(options or unknown, known, "on the command line")
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        parser.exit(2, f"{command}: {error}\n")
+        parser.error(str(error))
     return tuple(instances[: len(classes)])
+
+
+def _as_arguments(values: dict[str, Any]) -> list[str]:
+    """Settings of a file as command-line words, so that both are converted and checked alike."""
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of --config and the other arguments."""
-    path: str | None = None
-    rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--config":
-            path = next(words, None)
-            if path is None:
-                raise ValueError("--config needs the path of a YAML file")
-        elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return path, rest
+    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    taker.add_argument("--config")
+    known, rest = taker.parse_known_args(arguments)
+    return known.config, rest
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -68,8 +83,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
-def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
-    for name in values:
+def _refuse_unknown(names: Iterable[str], known: set[str], where: str) -> None:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
             raise ValueError(f"unknown setting {name!r} {where}; did you mean {near[0]!r}?")

@@ -256,7 +256,7 @@ class Fingerprint:
 
 
 def request_key(fingerprint_digest: str, sequence: TokenSequence, draw_set: int) -> bytes:
-    """16 bytes that name one sequence's targets for caches and de-duplication: never a step or a position in a batch."""
+    """16 bytes that name one sequence's targets for caches and de-duplication; no step or place in a batch is in it."""
     h = hashlib.blake2b(digest_size=16, person=b"ls-key")
     h.update(bytes.fromhex(fingerprint_digest) + sequence.digest() + draw_set.to_bytes(8, "little"))
     return h.digest()

@@ -1,4 +1,4 @@
-"""Generate logitstream/rpc/v1 from the .proto files beside this one; `--check` fails where the committed code differs."""
+"""Generate logitstream/rpc/v1 from the .proto files beside this one; `--check` compares only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def main() -> None:
         stale = [
             path.name
             for path in generate(Path(folder))
-            if not (committed := (ROOT / PROTO).parent / path.name).exists() or committed.read_bytes() != path.read_bytes()
+            if not (committed := (ROOT / PROTO).parent / path.name).exists()
+            or committed.read_bytes() != path.read_bytes()
         ]
     if stale:
         raise SystemExit(f"generated code is out of step with proto/: {', '.join(stale)}; run `make proto`")

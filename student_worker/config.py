@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from logitstream.settings import setting
 from logitstream.types import TargetSpec
 
 TARGETS = ("online", "cache", "cache_then_online")
 DRAWS = ("fresh", "reuse")
-
-
-def setting(help_text: str, default: Any = None, *, factory: Any = None, choices: tuple[str, ...] | None = None) -> Any:
-    metadata: dict[str, Any] = {"help": help_text}
-    if choices:
-        metadata["choices"] = list(choices)
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -26,7 +19,7 @@ class StudentConfig:
     model_config: str = setting("config.json of a student that starts untrained, instead of `model`.", "")
     tokenizer: str = setting("Tokenizer shared with the teacher: a folder or a hub name (default: the model's).", "")
     text: list[str] = setting(
-        "Training text: .txt, .jsonl or .parquet files, or a datasets folder; rows with input_ids are used as they are.",
+        "Training text: .txt, .jsonl, .parquet files or datasets folders; rows with input_ids are used as they are.",
         factory=list,
     )
     text_column: str = setting("Column that holds the text of .jsonl, .parquet and datasets input.", "text")
@@ -45,7 +38,9 @@ class StudentConfig:
     cache_max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
     deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
     connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
-    max_teacher_lag: int = setting("Refuse targets from weights this many versions older than the newest seen; -1: any.", -1)
+    max_teacher_lag: int = setting(
+        "Refuse targets from weights this many versions older than the newest seen; -1: any.", -1
+    )
 
     sampler: str = setting("systematic, multinomial, threshold, top_k, top_k_ghost or full.", "systematic")
     num_samples: int = setting("N of systematic and multinomial.", 50)

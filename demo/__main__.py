@@ -1,0 +1,254 @@
+"""The main job on one machine: a teacher server, two student workers, an epoch online, one from the cache, a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from demo.assets import MODEL_LICENCE, MODEL_NAME, TEXT_LICENCE, TEXT_NAME, teacher_folder, text_file
+from demo.processes import ChildFailed, child, stop, wait_for
+
+SEQUENCE_TOKENS = 128
+SEQUENCES_PER_STEP = 8
+NUM_WORKERS = 2
+STUDENT = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+console = Console()
+
+
+def main() -> None:
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        console.print("\nstopped; teacher and students have ended")
+        sys.exit(130)
+    except ChildFailed as error:
+        console.print(f"[red]the demo failed:[/red] {error}", highlight=False)
+        sys.exit(1)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--backend", default="transformers", choices=["transformers", "vllm"])
+    parser.add_argument("--seed", type=int, default=0, help="of the student's start, the data's order and the draws")
+    parser.add_argument("--sequences", type=int, default=480, help=f"to train on, of {SEQUENCE_TOKENS} tokens")
+    parser.add_argument("--heldout-sequences", type=int, default=32)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Assets, processes, evaluation, report; everything that was started has ended when this returns or raises."""
+    started = time.monotonic()
+    teacher, text = teacher_folder(), text_file()
+    size = text.stat().st_size / 1e6
+    console.print(f"teacher {MODEL_NAME} ({MODEL_LICENCE}); text: {TEXT_NAME} ({TEXT_LICENCE}, {size:.1f} MB)")
+    shutil.rmtree(options.output, ignore_errors=True)
+    options.output.mkdir(parents=True)
+    configs = write_configs(options, teacher, text)
+    teacher_figures = train(options, configs)
+    console.print("evaluating on held-out text …")
+    report = json.loads((options.output / "student" / "report.json").read_text())
+    report |= teacher_figures | evaluate_heldout(options, teacher, text)
+    report |= {"seed": options.seed, "backend": options.backend, "demo_seconds": round(time.monotonic() - started, 1)}
+    write_report(report, options.output)
+
+
+def write_configs(options: argparse.Namespace, teacher: Path, text: Path) -> dict[str, Path]:
+    """The two commands' YAML files, as a user would write them."""
+    from transformers import AutoConfig
+
+    output = options.output
+    vocab_size = AutoConfig.from_pretrained(teacher).vocab_size
+    student_config = output / "student-config"
+    student_config.mkdir()
+    (student_config / "config.json").write_text(json.dumps(STUDENT | {"vocab_size": vocab_size}, indent=2))
+    settings: dict[str, dict[str, Any]] = {
+        "teacher": {
+            "model": str(teacher),
+            "backend": options.backend,
+            "dtype": "bfloat16" if has_fast_bfloat16() else "float32",
+            "address": f"127.0.0.1:{free_port()}",
+            "metrics_port": free_port(),
+            "max_batch_tokens": 1024,
+            "calibration_text": str(text),
+        },
+        "student": {
+            "model_config": str(student_config / "config.json"),
+            "tokenizer": str(teacher),
+            "text": [str(text)],
+            "sequence_tokens": SEQUENCE_TOKENS,
+            "max_sequences": options.sequences,
+            "heldout_sequences": options.heldout_sequences,
+            "targets": "cache_then_online",
+            "draws": "reuse",
+            "target_seed": options.seed,
+            "cache": str(output / "cache"),
+            "overhead_every": 5,
+            "output_dir": str(output / "student"),
+            "per_device_train_batch_size": SEQUENCES_PER_STEP // NUM_WORKERS,
+            "num_train_epochs": 2,
+            "learning_rate": 3.0e-3,
+            "warmup_steps": 5,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": options.seed,
+        },
+    }
+    settings["student"]["teacher"] = [settings["teacher"]["address"]]
+    paths = {name: output / f"{name}.yaml" for name in settings}
+    for name, path in paths.items():
+        path.write_text(yaml.safe_dump(settings[name], sort_keys=False))
+    return paths
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively; elsewhere float32 is the faster one."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def train(options: argparse.Namespace, configs: dict[str, Path]) -> dict[str, Any]:
+    """Both epochs; the teacher is stopped when the first is over. Returns the teacher's own figures."""
+    output = options.output
+    teacher_log, student_log = output / "teacher.log", output / "student.log"
+    metrics_port = yaml.safe_load(configs["teacher"].read_text())["metrics_port"]
+    with child("teacher server", ["-m", "teacher_server", "--config", str(configs["teacher"])], teacher_log) as teacher:
+        teacher_running = {"teacher server": (teacher, teacher_log)}
+        console.print("loading the teacher …")
+        wait_for(
+            lambda: "serving on" in teacher_log.read_text(errors="replace"),
+            teacher_running,
+            seconds=300,
+            what="serving",
+        )
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_WORKERS}"]
+        command = [*launcher, "-m", "student_worker", "--config", str(configs["student"])]
+        with child("student workers", command, student_log, env={"OMP_NUM_THREADS": "1"}) as student:
+            figures: dict[str, Any] = {}
+            students = {"student workers": (student, student_log)}
+            with Progress(
+                BarColumn(20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                console=console,
+            ) as progress:
+                task = progress.add_task("training", total=2 * options.sequences // SEQUENCES_PER_STEP, figures="")
+
+                def show() -> dict[str, Any]:
+                    row = (read_progress(output / "student") or [{"step": 0}])[-1]
+                    progress.update(task, completed=row["step"], figures=describe(row))
+                    return row
+
+                def first_epoch_done() -> bool:
+                    return bool(show()["step"] >= options.sequences // SEQUENCES_PER_STEP)
+
+                wait_for(first_epoch_done, students | teacher_running, seconds=900, what="the end of the online epoch")
+                figures = teacher_figures(metrics_port)
+                stop(teacher)
+                progress.console.print("teacher stopped; the second epoch comes from the cache")
+
+                def finished() -> bool:
+                    show()
+                    return student.poll() == 0
+
+                wait_for(finished, students, seconds=900, what="the end of training")
+            return figures
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of the progress display."""
+    if "loss" not in row:
+        return "starting"
+    return (
+        f"loss {row['loss']:.3f} · {row['tokens_per_second']:,.0f} tokens/s · waited {row['waiting_seconds']:.1f} s"
+        f" · queue {row['queue_batches']:.0f} · {row['seconds_left']:.0f} s left"
+    )
+
+
+def read_progress(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "progress.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last piece may be half written
+    return [json.loads(line) for line in lines]
+
+
+def teacher_figures(metrics_port: int) -> dict[str, Any]:
+    """The teacher's throughput while it scored, from its own metrics."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+    samples = {(s.name, s.labels.get("stage")): s.value for family in families for s in family.samples}
+    seconds = sum(samples.get(("teacher_stage_seconds_sum", stage), 0.0) for stage in ("forward", "draw"))
+    tokens = samples[("teacher_tokens_total", None)]
+    return {"teacher_tokens_scored": tokens, "teacher_tokens_per_second": tokens / seconds if seconds else None}
+
+
+def evaluate_heldout(options: argparse.Namespace, teacher: Path, text: Path) -> dict[str, float]:
+    from transformers import AutoTokenizer
+
+    from demo.evaluate import evaluate
+    from student_worker.data import load_sequences, split_heldout
+
+    sequences = load_sequences([str(text)], AutoTokenizer.from_pretrained(teacher), sequence_tokens=SEQUENCE_TOKENS)
+    _, heldout = split_heldout(
+        sequences, heldout_sequences=options.heldout_sequences, max_sequences=options.sequences, seed=options.seed
+    )
+    return evaluate(options.output / "student", teacher, heldout["input_ids"])
+
+
+def write_report(report: dict[str, Any], output: Path) -> None:
+    from demo.report import plot_loss, table, write_html
+
+    (output / "report.json").write_text(json.dumps(report, indent=2))
+    plot_loss(read_progress(output / "student"), report, output / "loss.png")
+    write_html(report, output / "loss.png", output / "report.html")
+    console.print(table(report))
+    console.print(
+        f"report: {output}/report.html · student: {output}/student · logs: {output}/teacher.log, {output}/student.log"
+    )
+
+
+if __name__ == "__main__":
+    main()

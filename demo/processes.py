@@ -1,0 +1,69 @@
+"""The demo's child processes: started in groups of their own, logged to files, ended in every case."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+STOP_SECONDS = 20.0
+
+
+class ChildFailed(RuntimeError):
+    """A child process ended with an error, or too early."""
+
+
+@contextmanager
+def child(
+    name: str, arguments: Sequence[str], log: Path, *, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`python ARGUMENTS` with its output in `log`; on the way out it and its children are ended, whatever happened."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops the groups in order
+            env=os.environ | (env or {}),
+        )
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """SIGTERM, a bounded wait, then SIGKILL for the group; the exit status."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what a child of the child may have left
+    return process.wait()
+
+
+def wait_for(
+    ready: Callable[[], bool], processes: dict[str, tuple[subprocess.Popen[bytes], Path]], *, seconds: float, what: str
+) -> None:
+    """Poll until `ready()`; raises ChildFailed with the log's end where a child stops first or time runs out."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        for name, (process, log) in processes.items():
+            if process.poll() is not None:
+                raise ChildFailed(f"{name} ended with status {process.returncode} before {what}:\n{tail(log)}")
+        if time.monotonic() > deadline:
+            logs = ", ".join(str(log) for _, log in processes.values())
+            raise ChildFailed(f"no {what} within {seconds:.0f} s; see {logs}")
+        time.sleep(0.2)
+
+
+def tail(log: Path, num_lines: int = 15) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (whole log: {log})"])

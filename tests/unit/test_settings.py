@@ -1,0 +1,66 @@
+"""Settings come from defaults, then the YAML file, then the command line; mistakes are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from logitstream.settings import parse_settings, setting
+
+
+@dataclass(kw_only=True)
+class Example:
+    num_samples: int = setting("How many.", 50)
+    rate: float = setting("How fast.", 1.0)
+    names: list[str] = setting("Which ones.", factory=list)
+    fast: bool = setting("Whether.", False)
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+
+
+def parse(*argv: str) -> Example:
+    (example,) = parse_settings([Example], command="example", description="An example.", argv=argv)
+    assert isinstance(example, Example)
+    return example
+
+
+def config(folder: Path, text: str) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = config(tmp_path, "num_samples: 7\nrate: 3e-3\nnames: [a, b]\nfast: true\n")
+    assert parse() == Example()
+    assert parse(file) == Example(num_samples=7, rate=0.003, names=["a", "b"], fast=True)
+    assert parse(file, "--num_samples", "8", "--names", "c") == Example(
+        num_samples=8, rate=0.003, names=["c"], fast=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("num_sample: 3", [], "unknown setting 'num_sample' in .*did you mean 'num_samples'"),
+        ("", ["--num_sample", "3"], "unknown setting 'num_sample' on the command line; did you mean 'num_samples'"),
+        ("num_samples: 1.5", [], "invalid int value: '1.5'"),
+        ("num_samples: 0", [], "must be at least 1, got 0"),
+        ("- a\n- b", [], "must hold `name: value` pairs, got a list"),
+    ],
+)
+def test_a_mistake_ends_the_process_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse(config(tmp_path, text), *argv)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert pytest.approx(len(error.splitlines()), abs=1) == 2
+    import re
+
+    assert re.search(message, error)
