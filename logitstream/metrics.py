@@ -43,7 +43,7 @@ TEACHER_BATCH_FILL = Histogram(
 )
 TEACHER_STAGE_SECONDS = Histogram(
     "logitstream_teacher_stage_seconds",
-    "Seconds of one batch by stage: forward, draw, encode, send",
+    "Seconds of one batch, by stage",
     ["stage"],
     buckets=_SECONDS,
 )
@@ -71,7 +71,7 @@ STUDENT_TEACHER_LAG = Gauge(
 STUDENT_LOSS = Gauge("logitstream_student_loss_nats", "Training loss per supervised token")
 STUDENT_OVERHEAD = Gauge(
     "logitstream_student_overhead_vs_cross_entropy_ratio",
-    "Extra time of a distillation step over a cross-entropy step of the same run, by part: total, waiting, decoding, computing",
+    "Extra time of a distillation step over a cross-entropy step of the same run, by part",
     ["part"],
 )
 STUDENT_OVERHEAD_COST = Gauge(
