@@ -1,0 +1,173 @@
+"""Final projection and distillation loss together, chunk by chunk: [tokens, V] logits never exist.
+
+`loss.sparse_kl` on `hidden @ weight.T + bias` is the specification. The backward pass is made in the forward one, while
+a chunk's softmax is at hand: three matrix products as in the unfused loss, where recomputing would take a fourth. With
+ce_weight=1 and no targets this is a fused cross-entropy.
+
+Legend: N supervised rows, C rows of a chunk, V ids, H hidden size, K kept entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitstream.chunk_gradient import Diagnostics, Objective, Rows, logits_to_gradient_
+from logitstream.loss import check_vocabulary, supervised_rows
+from logitstream.types import SparseTargets
+
+CPU_CHUNK_BYTES = 64 << 20
+DEVICE_CHUNK_BYTES = 512 << 20
+"""Room for a chunk's logits: larger costs memory, smaller reads the head's weight more often."""
+
+
+class FusedLoss(NamedTuple):
+    """The scalar to call backward on, once, and what was seen on the way."""
+
+    loss: Tensor
+    diagnostics: Diagnostics
+
+
+def fused_linear_sparse_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: SparseTargets | None,
+    *,
+    bias: Tensor | None = None,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    loss_mask: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    ghost: bool = False,
+    chunk_bytes: int | None = None,
+) -> FusedLoss:
+    """`loss.sparse_kl` of the logits hidden @ weight.T + bias, in memory bounded by chunk_bytes beside the gradients.
+
+    hidden: [..., H], R rows in all; weight: [V, H]; bias: [V]; logit_softcap: logits become cap·tanh(logits / cap).
+    Everything else as in `loss.sparse_kl`. Under autocast the products run in autocast's dtype; sums, the softmax and
+    the weight's gradient are fp32 (fp64 for fp64 input). ValueError where shapes or settings do not fit.
+    """
+    hidden_RH = hidden.reshape(-1, hidden.shape[-1])
+    labels_R = None if labels is None else labels.reshape(-1).to(hidden.device)
+    mask_R = supervised_rows(hidden_RH, targets, labels_R, loss_mask, ce_weight)
+    if targets is not None:
+        check_vocabulary(targets, len(weight))
+    index_N = mask_R.nonzero().squeeze(1)
+    hidden_NH = hidden_RH if len(index_N) == len(hidden_RH) else hidden_RH.index_select(0, index_N)
+    rows = Rows.select(targets if ce_weight < 1 else None, labels_R, index_N, _accumulator(hidden.dtype))
+    step = _Step(
+        objective=Objective(ce_weight=ce_weight, temperature=temperature, logit_softcap=logit_softcap, ghost=ghost),
+        rows=rows,
+        num_items=max(len(index_N), 1) if num_items is None else num_items,
+        chunk_bytes=chunk_bytes or (CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES),
+        product_dtype=_product_dtype(hidden),
+        wants_gradients=torch.is_grad_enabled(),
+    )
+    loss, *sums = _FusedLinearSparseKL.apply(hidden_NH, weight, bias, step)  # type: ignore[no-untyped-call]
+    return FusedLoss(loss, Diagnostics(*sums))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What one call computes, tensors with gradients apart."""
+
+    objective: Objective
+    rows: Rows
+    num_items: Tensor | float
+    chunk_bytes: int
+    product_dtype: torch.dtype
+    wants_gradients: bool
+
+    def chunk_rows(self, vocab_size: int, dtype: torch.dtype) -> int:
+        id_bytes = self.objective.num_buffers * dtype.itemsize
+        if self.product_dtype != dtype:
+            id_bytes += self.product_dtype.itemsize
+        return max(1, self.chunk_bytes // (vocab_size * id_bytes))
+
+
+class _FusedLinearSparseKL(torch.autograd.Function):
+    """Loss and sums forward; the gradients wait in ctx for a single backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step) -> tuple[Tensor, ...]:
+        needs = [step.wants_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
+        with torch.autocast(hidden.device.type, enabled=False):
+            sums, ctx.gradients = _loss_and_gradients(hidden, weight, bias, step, needs)
+        ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*sums)
+        kl_share = (1 - step.objective.ce_weight) * step.objective.temperature**2
+        total = kl_share * sums.kl + step.objective.ce_weight * sums.cross_entropy
+        return (total / step.num_items).to(_accumulator(hidden.dtype)), *sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward was called twice: the fused loss keeps its gradients for one call")
+        gradients, ctx.gradients = ctx.gradients, None
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
+        return *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step, needs: list[bool]
+) -> tuple[Diagnostics, list[Tensor | None]]:
+    num_rows, vocab_size = len(hidden), len(weight)
+    dtype = _accumulator(hidden.dtype)
+    products_weight = weight.to(step.product_dtype)
+    grad_hidden = torch.empty_like(hidden) if needs[0] else None
+    grad_weight = torch.empty_like(weight, dtype=dtype) if needs[1] else None
+    grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs[2] else None
+    sums = Diagnostics(*hidden.new_zeros(len(Diagnostics._fields), dtype=torch.float64).unbind())
+    chunk_rows = step.chunk_rows(vocab_size, dtype)
+    buffer = torch.empty(min(chunk_rows, num_rows), vocab_size, dtype=dtype, device=hidden.device)
+    for start in range(0, num_rows, chunk_rows):
+        hidden_CH = hidden[start : start + chunk_rows].to(step.product_dtype)
+        logits_CV = _project(hidden_CH, products_weight, bias, buffer[: len(hidden_CH)])
+        factor_C = logits_to_gradient_(logits_CV, step.objective, step.rows.chunk(start, start + len(hidden_CH)), sums)
+        factor_C = factor_C / step.num_items
+        if grad_hidden is not None:
+            _write_grad_hidden(grad_hidden[start : start + chunk_rows], logits_CV, factor_C, products_weight)
+        if grad_weight is not None:
+            scaled_CH = hidden_CH.to(dtype) * factor_C[:, None]
+            grad_weight.addmm_(logits_CV.t(), scaled_CH, beta=float(start > 0))
+        if grad_bias is not None:
+            grad_bias.addmv_(logits_CV.t(), factor_C)
+    if num_rows == 0 and grad_weight is not None:
+        grad_weight.zero_()
+    return sums, [grad_hidden, grad_weight, grad_bias]
+
+
+def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
+    """Logits in the accumulator's dtype, written to out."""
+    if hidden_CH.dtype == out_CV.dtype:
+        torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
+    else:
+        out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
+    return out_CV if bias_V is None else out_CV.add_(bias_V)
+
+
+def _write_grad_hidden(out_CH: Tensor, gradient_CV: Tensor, factor_C: Tensor, weight_VH: Tensor) -> None:
+    if weight_VH.dtype == gradient_CV.dtype:
+        out_CH.copy_(torch.mm(gradient_CV, weight_VH).mul_(factor_C[:, None]))
+    else:
+        scaled_CV = (gradient_CV * factor_C[:, None]).to(weight_VH.dtype)
+        out_CH.copy_(torch.mm(scaled_CV, weight_VH))
