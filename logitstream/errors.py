@@ -5,10 +5,13 @@ LogitstreamError
 │   ├── InvalidSequence          empty, too long, a token id outside the vocabulary, a mask of another length
 │   ├── InvalidSpec              unknown sampler, a parameter out of bounds, an unknown codec version
 │   ├── TooManyInFlight          more than the stream's credit
+│   ├── ServerDraining           the replica is going away and takes no new requests
 │   ├── ScoringFailed            the backend failed on this sequence after bounded tries
 │   └── NonFiniteLogits          the teacher gave NaN, +inf or an empty row
 ├── CodecError                   bytes that are no valid encoded targets
 ├── FingerprintMismatch          teacher, tokenizer, sampler or codec differ from what was expected
+├── AccessDenied                 no token, or not one that the server knows
+├── ProtocolViolation            messages that no correct client sends: the stream ends
 ├── TeacherUnavailable           no replica answered within the deadline
 ├── StaleTeacher                 targets from weights older than the student allows
 └── CacheError
@@ -42,6 +45,12 @@ class TooManyInFlight(RequestError):
     retryable = True
 
 
+class ServerDraining(RequestError):
+    """The replica is going away: another one can score the sequence."""
+
+    retryable = True
+
+
 class ScoringFailed(RequestError):
     """The backend failed on this sequence after bounded tries."""
 
@@ -56,6 +65,14 @@ class CodecError(LogitstreamError):
 
 class FingerprintMismatch(LogitstreamError):
     """Teacher, tokenizer, sampler or codec differ from what was expected."""
+
+
+class AccessDenied(LogitstreamError):
+    """No token came, or none that the server knows."""
+
+
+class ProtocolViolation(LogitstreamError):
+    """Messages that no correct client sends: no `open` first, an id used twice, bytes that are no message."""
 
 
 class TeacherUnavailable(LogitstreamError):
@@ -83,7 +100,6 @@ class CacheFull(CacheError):
 
 
 REQUEST_ERRORS: dict[str, type[RequestError]] = {
-    cls.__name__: cls
-    for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ScoringFailed, NonFiniteLogits)
+    cls.__name__: cls for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ServerDraining, ScoringFailed, NonFiniteLogits)
 }
 """In-band error codes and the class each one is raised as on the student."""

@@ -1,11 +1,43 @@
-"""The seam between the target stream and teachers."""
+"""The seam between the target stream and teachers: the gRPC client of one or many replicas, and a local one."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 
-from logitstream.types import ReceivedTargets, TeacherInfo, TokenSequence
+from logitstream import codec
+from logitstream.errors import TeacherUnavailable
+from logitstream.id_model import IdModel
+from logitstream.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, TlsFiles, open_channel
+from logitstream.rpc.connection import TeacherConnection
+from logitstream.types import (
+    Fingerprint,
+    ReceivedTargets,
+    SparseTargets,
+    TargetSpec,
+    TeacherInfo,
+    TokenSequence,
+    request_key,
+)
+from student_worker.dispatcher import DeliverySettings, Dispatcher
+from student_worker.replica import Identity, Request
+from student_worker.resolver import resolve, split_address
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.5
+MAX_MESSAGE_BYTES = 64 << 20
+"""The largest message taken from a teacher."""
+TOKEN_VARIABLE = "LOGITSTREAM_TOKEN"
 
 
 class TeacherClient(Protocol):
@@ -27,3 +59,196 @@ class TeacherClient(Protocol):
     def close(self) -> None:
         """Cancel what is in flight and close connections; idempotent."""
         ...
+
+
+class LocalTeacherClient:
+    """A teacher in this process: `score(sequence, draw_set)` runs in one thread of the client's own."""
+
+    def __init__(
+        self, score: Callable[[TokenSequence, int], SparseTargets], *, info: TeacherInfo, spec: TargetSpec
+    ) -> None:
+        self._score = score
+        self._info = info
+        self._spec = spec
+        self._id_model = IdModel.from_bytes(info.id_model) if info.id_model else None
+        self._digest = Fingerprint.of(info, spec).digest
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-teacher")
+
+    @property
+    def info(self) -> TeacherInfo:
+        return self._info
+
+    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
+        """Requests are answered in the order they come in, whatever their priority."""
+        return self._executor.submit(self._answer, sequence, draw_set)
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def _answer(self, sequence: TokenSequence, draw_set: int) -> ReceivedTargets:
+        sequence.validate(vocab_size=self._info.vocab_size, max_sequence_tokens=self._info.max_sequence_tokens)
+        targets = self._score(sequence, draw_set)
+        return ReceivedTargets(
+            payload=codec.encode(targets, version=self._spec.codec_version, id_model=self._id_model),
+            key=request_key(self._digest, sequence, draw_set),
+            teacher_version=self._info.teacher_version,
+            weights_digest=bytes.fromhex(self._info.weights_digest)[:8],
+        )
+
+
+class GrpcTeacherClient:
+    """One or many teacher replicas behind addresses and DNS names, driven by an event loop in a thread of its own.
+
+    Delivery is at least once on the wire and exactly once to the caller: a request is sent again when its connection
+    breaks, and the first answer counts. `max_teacher_lag` and the times: see DeliverySettings. `token` wins over
+    `token_file`, which wins over $LOGITSTREAM_TOKEN; the file is read anew for every connection, so it can be rotated.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        spec: TargetSpec,
+        *,
+        vocab_size: int,
+        tokenizer_digest: str = "",
+        client_id: str = "student",
+        tls: TlsFiles | None = None,
+        token: str = "",
+        token_file: str = "",
+        deadline_seconds: float = 300.0,
+        connect_timeout_seconds: float = 300.0,
+        max_teacher_lag: int = 0,
+        fingerprint: Fingerprint | None = None,
+        stalled_seconds: float = 60.0,
+        handshake_seconds: float = 10.0,
+        keepalive_seconds: float = KEEPALIVE_SECONDS,
+        keepalive_timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS,
+        resolve_seconds: float = 15.0,
+        resolve: Callable[[str], Awaitable[list[str]]] = resolve,
+    ) -> None:
+        """fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses."""
+        if not addresses:
+            raise ValueError("expected at least one teacher address, host:port")
+        self._names = {
+            address: address if address.startswith("unix:") else split_address(address)[0] for address in addresses
+        }
+        self._resolved: dict[str, list[str]] = {}
+        self._token, self._token_file = token, token_file
+        self._tls = tls
+        self._keepalive = {
+            "keepalive_seconds": keepalive_seconds,
+            "keepalive_timeout_seconds": keepalive_timeout_seconds,
+        }
+        self._handshake_seconds = handshake_seconds
+        self._deadline_seconds = deadline_seconds
+        self._connect_timeout = connect_timeout_seconds
+        self._resolve, self._resolve_seconds = resolve, resolve_seconds
+        self._request_ids = itertools.count(1)
+        self._stopping = asyncio.Event()
+        self._closed = threading.Event()
+        self._dispatcher = Dispatcher(
+            identity=Identity(client_id=client_id, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest, spec=spec),
+            settings=DeliverySettings(
+                deadline_seconds=deadline_seconds, stalled_seconds=stalled_seconds, max_teacher_lag=max_teacher_lag
+            ),
+            connect=self._connect,
+            fingerprint=fingerprint,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="teacher-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Waits for the first replica, for connect_timeout_seconds at most; then raises TeacherUnavailable."""
+        if (info := self._dispatcher.info) is not None:
+            return info
+        if self._closed.is_set():
+            raise TeacherUnavailable("the client is closed")
+        waiting = self._dispatcher.wait_ready(self._connect_timeout)
+        return asyncio.run_coroutine_threadsafe(waiting, self._loop).result()
+
+    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
+        """As TeacherClient.submit; the smaller the priority, the sooner."""
+        request = Request(
+            request_id=next(self._request_ids),
+            sequence=sequence,
+            draw_set=draw_set,
+            priority=priority,
+            deadline=time.monotonic() + self._deadline_seconds,
+        )
+        if self._closed.is_set():
+            raise TeacherUnavailable("the client is closed")
+        request.future.add_done_callback(lambda future: self._cancelled(request) if future.cancelled() else None)
+        self._loop.call_soon_threadsafe(self._dispatcher.submit, request)
+        return request.future
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    def _cancelled(self, request: Request) -> None:
+        if not self._closed.is_set():
+            self._loop.call_soon_threadsafe(self._dispatcher.cancel, request.request_id)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        resolving = asyncio.ensure_future(self._keep_resolving())
+        try:
+            while not self._stopping.is_set():
+                self._dispatcher.tick()
+                await _wait(self._stopping, TICK_SECONDS)
+        finally:
+            resolving.cancel()
+            await asyncio.gather(resolving, return_exceptions=True)
+            await self._dispatcher.close()
+
+    async def _keep_resolving(self) -> None:
+        """Names are looked up again and again, so that new replicas are found; a failed look-up changes nothing."""
+        while True:
+            for address in self._names:
+                try:
+                    self._resolved[address] = await self._resolve(address)
+                except OSError as error:
+                    self._dispatcher.unresolved(address, error)
+            self._dispatcher.set_addresses([ip for ips in self._resolved.values() for ip in ips])
+            await asyncio.sleep(self._resolve_seconds)
+
+    def _server_name(self, address: str) -> str:
+        """The name that stands for this address, which is what a certificate holds; empty: the address itself."""
+        names = (self._names[name] for name, ips in self._resolved.items() if address in ips and address != name)
+        return next(names, "")
+
+    def _connect(self, address: str) -> TeacherConnection:
+        channel = open_channel(
+            address,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            tls=self._tls,
+            server_name=self._server_name(address),
+            **self._keepalive,
+        )
+        return TeacherConnection(
+            channel, address=address, timeout_seconds=self._handshake_seconds, token=self._read_token()
+        )
+
+    def _read_token(self) -> str:
+        if self._token:
+            return self._token
+        if self._token_file:
+            return Path(self._token_file).read_text(encoding="utf-8").strip()
+        return os.environ.get(TOKEN_VARIABLE, "")
+
+
+async def _wait(event: asyncio.Event, timeout_seconds: float) -> None:
+    """Until the event is set, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_seconds)

@@ -1,0 +1,121 @@
+"""Channel and server options, keepalive, TLS and bearer tokens: what both ends of a connection must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc import aio
+
+Options = list[tuple[str, int | str]]
+
+KEEPALIVE_SECONDS = 20
+"""A silent peer (half-open socket, stopped process) is noticed within this plus KEEPALIVE_TIMEOUT_SECONDS."""
+KEEPALIVE_TIMEOUT_SECONDS = 10
+ENVELOPE_BYTES = 64 << 10
+"""Room for ids and field headers around payloads that may be max_message_bytes long."""
+
+
+def _keepalive(seconds: float = KEEPALIVE_SECONDS, timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS) -> Options:
+    return [
+        ("grpc.keepalive_time_ms", round(seconds * 1000)),
+        ("grpc.keepalive_timeout_ms", round(timeout_seconds * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # otherwise a quiet stream stops being watched after two pings
+    ]
+
+
+def server_options(max_message_bytes: int, *, max_streams: int = 256) -> Options:
+    """A message between max_message_bytes and twice that is refused in-band, a longer one by gRPC itself."""
+    return [
+        *_keepalive(),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+        ("grpc.max_receive_message_length", 2 * max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes + ENVELOPE_BYTES),
+        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.so_reuseport", 0),  # two servers on one port would split a client's streams silently
+    ]
+
+
+def client_options(
+    max_message_bytes: int,
+    *,
+    server_name: str = "",
+    keepalive_seconds: float = KEEPALIVE_SECONDS,
+    keepalive_timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS,
+) -> Options:
+    """server_name: what the server's certificate must name where the address is one of several behind that name."""
+    named: Options = [("grpc.ssl_target_name_override", server_name), ("grpc.default_authority", server_name)]
+    return [
+        *_keepalive(keepalive_seconds, keepalive_timeout_seconds),
+        *(named if server_name else []),
+        ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection, not a broken one shared
+        ("grpc.enable_retries", 0),  # the client resends by itself, elsewhere
+        ("grpc.max_receive_message_length", max_message_bytes + 2 * ENVELOPE_BYTES),
+        ("grpc.max_send_message_length", 2 * max_message_bytes),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """PEM files of one end: own certificate chain and key, and the authority that the other end's must come from."""
+
+    certificate: str | None = None
+    key: str | None = None
+    authority: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("TLS needs the certificate and the key, or neither")
+
+
+def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
+    """TLS; with an authority, clients must show a certificate that it signed (mTLS)."""
+    if files.certificate is None or files.key is None:
+        raise ValueError("a server's TLS needs a certificate and a key")
+    authority = Path(files.authority).read_bytes() if files.authority else None
+    return grpc.ssl_server_credentials(
+        [(Path(files.key).read_bytes(), Path(files.certificate).read_bytes())],
+        root_certificates=authority,
+        require_client_auth=authority is not None,
+    )
+
+
+def client_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+    """TLS; the server's certificate is checked against `authority`, or the system's authorities where it is None."""
+    read = {
+        name: Path(path).read_bytes() if path else None
+        for name, path in (("ca", files.authority), ("key", files.key), ("cert", files.certificate))
+    }
+    return grpc.ssl_channel_credentials(
+        root_certificates=read["ca"], private_key=read["key"], certificate_chain=read["cert"]
+    )
+
+
+def open_channel(
+    address: str,
+    *,
+    max_message_bytes: int,
+    tls: TlsFiles | None = None,
+    server_name: str = "",
+    keepalive_seconds: float = KEEPALIVE_SECONDS,
+    keepalive_timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS,
+) -> aio.Channel:
+    """A channel that connects lazily; certificates are read anew for each one, so they can be rotated."""
+    options = client_options(
+        max_message_bytes,
+        server_name=server_name,
+        keepalive_seconds=keepalive_seconds,
+        keepalive_timeout_seconds=keepalive_timeout_seconds,
+    )
+    if tls is None:
+        return aio.insecure_channel(address, options=options)
+    return aio.secure_channel(address, client_credentials(tls), options=options)
+
+
+def bearer_metadata(token: str | None) -> Sequence[tuple[str, str]]:
+    """What a call carries to be let in; empty without a token."""
+    return (("authorization", f"Bearer {token}"),) if token else ()

@@ -1,0 +1,83 @@
+"""Protobuf messages to the library's types and back, each checked before anything large is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from logitstream.errors import REQUEST_ERRORS, InvalidSequence, RequestError
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
+
+WIRE_DIGEST_BYTES = 8
+"""Bytes of the weights' digest that travel with every result."""
+
+
+def spec_to_message(spec: TargetSpec) -> pb.TargetSpec:
+    return pb.TargetSpec(**asdict(spec))
+
+
+def spec_from_message(message: pb.TargetSpec) -> TargetSpec:
+    """Raises InvalidSpec; proto3 does not send zeros, so a field left out is a zero and refused where zero is."""
+    return TargetSpec(**{field.name: getattr(message, field.name) for field in fields(TargetSpec)})
+
+
+def info_to_message(info: TeacherInfo) -> pb.DescribeResponse:
+    return pb.DescribeResponse(**{field.name: getattr(info, field.name) for field in fields(TeacherInfo)})
+
+
+def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
+    values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(TeacherInfo)}
+    return TeacherInfo(**values | {name: tuple(values[name]) for name in ("samplers", "codec_versions")})
+
+
+def request_to_message(
+    request_id: int, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0
+) -> pb.TargetRequest:
+    mask = sequence.loss_mask
+    return pb.TargetRequest(
+        request_id=request_id,
+        token_ids=sequence.token_ids.tolist(),
+        loss_mask=b"" if mask is None or mask.all() else np.packbits(mask, bitorder="little").tobytes(),
+        draw_set=draw_set,
+        priority=priority,
+    )
+
+
+def sequence_from_message(message: pb.TargetRequest, *, vocab_size: int, max_sequence_tokens: int) -> TokenSequence:
+    """Raises InvalidSequence, saying what was expected and what came."""
+    num_tokens = len(message.token_ids)
+    if not 0 < num_tokens <= max_sequence_tokens:  # before anything is made of its length
+        raise InvalidSequence(f"sequence of {num_tokens} tokens: expected 1 to {max_sequence_tokens}")
+    token_ids = np.array(message.token_ids, dtype=np.int64)
+    largest = int(token_ids.max())
+    if largest >= vocab_size:
+        raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")
+    loss_mask = None
+    if message.loss_mask:
+        num_bytes = len(message.loss_mask)
+        if num_bytes != (num_tokens + 7) // 8:
+            raise InvalidSequence(f"loss_mask of {num_bytes} bytes for {num_tokens} tokens: expected a bit a token")
+        bits = np.unpackbits(np.frombuffer(message.loss_mask, np.uint8), bitorder="little")
+        if bits[num_tokens:].any():
+            raise InvalidSequence(f"loss_mask has bits set beyond the sequence's {num_tokens} tokens")
+        loss_mask = bits[:num_tokens].astype(bool)
+    return TokenSequence(token_ids=token_ids.astype(np.int32), loss_mask=loss_mask)
+
+
+def error_to_message(error: RequestError) -> pb.RequestError:
+    return pb.RequestError(code=type(error).__name__, message=str(error), retryable=error.retryable)
+
+
+def error_from_message(message: pb.RequestError) -> RequestError:
+    """The class that `code` names, or RequestError itself for a code of a newer server; `retryable` as it was sent."""
+    error = REQUEST_ERRORS.get(message.code, RequestError)(message.message)
+    error.retryable = message.retryable
+    return error
+
+
+def requests_to_message(requests: Sequence[pb.TargetRequest]) -> pb.StreamTargetsRequest:
+    return pb.StreamTargetsRequest(requests=pb.TargetRequests(requests=requests))

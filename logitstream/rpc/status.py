@@ -1,0 +1,62 @@
+"""The one table between this package's errors and gRPC's status codes."""
+
+from __future__ import annotations
+
+import grpc
+
+from logitstream.errors import (
+    AccessDenied,
+    FingerprintMismatch,
+    InvalidSequence,
+    InvalidSpec,
+    LogitstreamError,
+    ProtocolViolation,
+    ServerDraining,
+    TeacherUnavailable,
+    TooManyInFlight,
+)
+
+STATUS_OF_ERROR: dict[type[LogitstreamError], grpc.StatusCode] = {
+    AccessDenied: grpc.StatusCode.UNAUTHENTICATED,
+    FingerprintMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    InvalidSpec: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidSequence: grpc.StatusCode.INVALID_ARGUMENT,
+    ProtocolViolation: grpc.StatusCode.INVALID_ARGUMENT,
+    TooManyInFlight: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ServerDraining: grpc.StatusCode.UNAVAILABLE,
+    TeacherUnavailable: grpc.StatusCode.UNAVAILABLE,
+}
+
+RETRYABLE = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,  # HTTP/2 errors of a broken connection arrive as INTERNAL or UNKNOWN
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+"""Statuses after which the same request may succeed, at another replica or later."""
+
+
+def status_of(error: LogitstreamError) -> grpc.StatusCode:
+    """The status that ends a stream or a call for `error`."""
+    for cls in type(error).__mro__:
+        if cls in STATUS_OF_ERROR:
+            return STATUS_OF_ERROR[cls]
+    return grpc.StatusCode.INTERNAL
+
+
+def error_of(code: grpc.StatusCode, details: str) -> LogitstreamError:
+    """What a call that ended with `code` raises on the student."""
+    if code is grpc.StatusCode.UNAUTHENTICATED or code is grpc.StatusCode.PERMISSION_DENIED:
+        return AccessDenied(details)
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return FingerprintMismatch(details)
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return ProtocolViolation(details)
+    if code in RETRYABLE:
+        return TeacherUnavailable(f"{code.name}: {details}")
+    return LogitstreamError(f"{code.name}: {details}")

@@ -1,0 +1,354 @@
+"""Which request goes to which replica, when it is sent again, and which answer counts."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import heapq
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from logitstream import metrics
+from logitstream.errors import (
+    FingerprintMismatch,
+    LogitstreamError,
+    RequestError,
+    ScoringFailed,
+    ServerDraining,
+    StaleTeacher,
+    TeacherUnavailable,
+    TooManyInFlight,
+)
+from logitstream.rpc.connection import Answer, TeacherConnection, request_bytes
+from logitstream.types import Fingerprint, ReceivedTargets, TeacherInfo, request_key
+from student_worker.replica import Identity, Replica, Request
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.1, 5.0)
+"""First and largest bound of the random wait before a refused request is sent again."""
+MAX_TRIES = 5
+"""Retryable refusals of one sequence before its error is raised."""
+MAX_LOSSES = 8
+"""Connections that may break with a sequence in flight before the sequence is held to be the cause."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliverySettings:
+    """Bounds of delivery; times in seconds.
+
+    max_teacher_lag: 0: every target comes from the same weights; n: weights may be replaced while training, and targets
+    more than n versions older than the newest seen are asked for again; -1: any version is taken.
+    """
+
+    deadline_seconds: float = 300.0
+    stalled_seconds: float = 60.0
+    resolve_seconds: float = 15.0
+    max_teacher_lag: int = 0
+
+
+class Dispatcher:
+    """Owns every request until it is answered; runs in the client's event loop."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        settings: DeliverySettings,
+        connect: Callable[[str], TeacherConnection],
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
+        self.info: TeacherInfo | None = None
+        self._identity = identity
+        self._settings = settings
+        self._connect = connect
+        self._expected = fingerprint
+        self._fingerprints: dict[bytes, str] = {}
+        self._requests: dict[int, Request] = {}
+        self._waiting: list[tuple[int, int, int]] = []
+        self._order = itertools.count()
+        self._replicas: dict[str, tuple[Replica, asyncio.Task[None]]] = {}
+        self._changed = asyncio.Event()
+        self._last_progress = 0.0
+        self._resolve_error: TeacherUnavailable | None = None
+
+    # What the client asks for
+
+    def submit(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._enqueue(request)
+        self._pump()
+
+    def cancel(self, request_id: int) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None and request.replica is not None:
+            request.replica.cancel(request)
+            self._pump()
+
+    async def wait_ready(self, timeout_seconds: float) -> TeacherInfo:
+        """The teacher's description once a replica is ready; TeacherUnavailable or FingerprintMismatch otherwise."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while self.info is None:
+                    if error := self._all_refused():
+                        raise error
+                    self._changed.clear()
+                    await self._changed.wait()
+                return self.info
+        except TimeoutError:
+            raise TeacherUnavailable(
+                f"no teacher came up within {timeout_seconds:g} s at {self._where()}; {self._last_error()}"
+            ) from None
+
+    # Replicas
+
+    def set_addresses(self, addresses: Sequence[str]) -> None:
+        """Connect to new addresses; send nothing more to those that have vanished."""
+        for address in addresses:
+            if address not in self._replicas:
+                replica = Replica(
+                    address,
+                    self,
+                    identity=self._identity,
+                    connect=self._connect,
+                    stalled_seconds=self._settings.stalled_seconds,
+                )
+                task = asyncio.ensure_future(replica.run())
+                task.add_done_callback(functools.partial(self._replica_ended, address))
+                self._replicas[address] = (replica, task)
+        for address, (replica, task) in list(self._replicas.items()):
+            replica.gone = address not in addresses
+            if replica.gone and not replica.in_flight:
+                task.cancel()
+        self._changed.set()
+
+    def _replica_ended(self, address: str, _: asyncio.Task[None]) -> None:
+        self._replicas.pop(address, None)
+
+    def unresolved(self, address: str, error: OSError) -> None:
+        """A look-up failed; the replicas known so far are kept."""
+        if self._resolve_error is None:
+            logger.warning("cannot resolve %s: %s", address, error)
+        self._resolve_error = TeacherUnavailable(f"cannot resolve {address}: {error}")
+
+    async def close(self) -> None:
+        tasks = [task for _, task in self._replicas.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for request in self._requests.values():
+            request.future.cancel()
+        self._requests.clear()
+
+    def tick(self) -> None:
+        """Enforce deadlines; call it about once a second."""
+        now = time.monotonic()
+        for replica, _ in self._replicas.values():
+            if replica.stalled(now) and any(other.state == "ready" for other, _ in self._replicas.values()):
+                replica.break_off()
+        for request in list(self._requests.values()):
+            if now > self._expiry(request):
+                self._fail(request, self._timeout_error(request))
+        if error := self._all_refused():
+            for request in list(self._requests.values()):
+                self._fail(request, error)
+        self._pump()
+
+    # What replicas report
+
+    def accept(self, info: TeacherInfo) -> None:
+        self._check_student(info)
+        try:
+            weights = bytes.fromhex(info.weights_digest)[:8]
+        except ValueError:
+            raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
+        fingerprint = Fingerprint.of(info, self._identity.spec)
+        self._expected = self._expected or fingerprint
+        seen = fingerprint
+        if self._settings.max_teacher_lag != 0:
+            seen = replace(fingerprint, weights_digest=self._expected.weights_digest)
+        if differences := self._expected.differences(seen):
+            raise FingerprintMismatch(f"not the teacher that this run trains from: {differences}")
+        self._fingerprints[weights] = fingerprint.digest
+        if self.info is None or info.teacher_version >= self.info.teacher_version:
+            self.info = info
+
+    def _check_student(self, info: TeacherInfo) -> None:
+        mine = self._identity
+        if mine.vocab_size < info.vocab_size:
+            raise FingerprintMismatch(f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}")
+        if mine.tokenizer_digest and mine.tokenizer_digest != info.tokenizer_digest:
+            raise FingerprintMismatch(
+                f"tokenizers differ: {mine.tokenizer_digest} against the teacher's {info.tokenizer_digest}"
+            )
+        if mine.spec.sampler not in info.samplers or mine.spec.codec_version not in info.codec_versions:
+            raise FingerprintMismatch(
+                f"expected sampler {mine.spec.sampler} and codec version {mine.spec.codec_version}, the teacher offers "
+                f"{', '.join(info.samplers)} and versions {info.codec_versions}"
+            )
+
+    def knows(self, weights_digest: bytes) -> bool:
+        return weights_digest in self._fingerprints
+
+    def expected_weights(self, info: TeacherInfo) -> str:
+        return info.weights_digest if self._settings.max_teacher_lag == 0 else ""
+
+    def ready(self, replica: Replica) -> None:
+        self._changed.set()
+        self._pump()
+
+    def answered(self, replica: Replica, answer: Answer) -> None:
+        """The first answer counts; a later one for the same request finds nothing and is dropped."""
+        self._last_progress = time.monotonic()
+        request = self._requests.get(answer.request_id)
+        if request is not None:
+            if answer.error is not None:
+                if request.replica is replica or not answer.error.retryable:  # another replica may still succeed
+                    self._refused(replica, request, answer.error)
+            else:
+                self._received(replica, request, answer)
+        self._pump()
+
+    def lost(self, replica: Replica, requests: list[Request], error: LogitstreamError) -> None:
+        self._changed.set()
+        for request in requests:
+            if request.request_id not in self._requests or request.replica is not replica:
+                continue
+            request.losses += 1
+            if request.losses >= MAX_LOSSES:
+                message = f"{request.losses} connections broke while this sequence was being scored; the last: {error}"
+                self._fail(request, ScoringFailed(message))
+            else:
+                self._retry(request, replica, "lost", delay_seconds=0.0)
+        self._pump()
+
+    # Decisions
+
+    def _received(self, replica: Replica, request: Request, answer: Answer) -> None:
+        fingerprint = self._fingerprints.get(answer.weights_digest or replica.described)
+        if fingerprint is None:  # replaced twice between two answers: what made these targets cannot be told any more
+            self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
+            return
+        newest = self.info.teacher_version if self.info else 0
+        lag = self._settings.max_teacher_lag
+        if lag > 0 and newest - answer.teacher_version > lag:
+            error = StaleTeacher(f"teacher version {answer.teacher_version}, newest {newest}: at most {lag} behind")
+            self._refused(replica, request, error)
+            return
+        received = ReceivedTargets(
+            payload=answer.payload,
+            key=request_key(fingerprint, request.sequence, request.draw_set),
+            teacher_version=answer.teacher_version,
+            weights_digest=answer.weights_digest or replica.described,
+        )
+        metrics.STUDENT_RECEIVED_BYTES.inc(len(answer.payload))
+        self._forget(request, replica)
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_result(received)
+
+    def _refused(self, replica: Replica, request: Request, error: RequestError | StaleTeacher) -> None:
+        if isinstance(error, TooManyInFlight | ServerDraining):  # its state changed with the request on its way
+            self._retry(request, replica, type(error).__name__)
+            return
+        request.tries += 1
+        if request.tries < MAX_TRIES and (isinstance(error, StaleTeacher) or error.retryable):
+            self._retry(request, replica, type(error).__name__)
+        else:
+            self._fail(request, error)
+
+    def _retry(self, request: Request, replica: Replica, reason: str, *, delay_seconds: float | None = None) -> None:
+        metrics.STUDENT_RETRIES.labels(reason=reason).inc()
+        request.replica, request.avoid = None, replica
+        if delay_seconds is None:
+            low, high = RETRY_SECONDS
+            delay_seconds = random.uniform(0.0, min(high, low * 2**request.tries))
+        asyncio.get_running_loop().call_later(delay_seconds, self._requeue, request.request_id)
+
+    def _requeue(self, request_id: int) -> None:
+        if request := self._requests.get(request_id):
+            self._enqueue(request)
+            self._pump()
+
+    def _enqueue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.priority, next(self._order), request.request_id))
+
+    def _pump(self) -> None:
+        """Send waiting requests, the soonest needed first, as long as a replica has room."""
+        while self._waiting:
+            request = self._requests.get(self._waiting[0][2])
+            if request is None or request.replica is not None:
+                heapq.heappop(self._waiting)
+                continue
+            replica = self._choose(request)
+            if replica is None:
+                break
+            heapq.heappop(self._waiting)
+            self._send(request, replica)
+        replicas = [replica for replica, _ in self._replicas.values()]
+        metrics.STUDENT_IN_FLIGHT_TOKENS.set(sum(replica.in_flight_tokens for replica in replicas))
+        metrics.STUDENT_CREDIT_TOKENS.set(sum(replica.credit for replica in replicas if replica.state == "ready"))
+
+    def _choose(self, request: Request) -> Replica | None:
+        """The replica that would answer first; not the one that just failed it, if another has room."""
+        able = [replica for replica, _ in self._replicas.values() if replica.has_room(request.num_tokens)]
+        others = [replica for replica in able if replica is not request.avoid]
+        return min(others or able, key=lambda replica: replica.expected_seconds(request.num_tokens), default=None)
+
+    def _send(self, request: Request, replica: Replica) -> None:
+        assert self.info is not None
+        try:
+            request.sequence.validate(
+                vocab_size=self.info.vocab_size, max_sequence_tokens=self.info.max_sequence_tokens
+            )
+            if request_bytes(request.sequence) > self.info.max_message_bytes:
+                raise RequestError(
+                    f"a request of {request_bytes(request.sequence)} bytes: the limit is {self.info.max_message_bytes}"
+                )
+        except RequestError as error:
+            self._fail(request, error)
+            return
+        if request.sent_at == 0.0:
+            request.deadline = max(request.deadline, time.monotonic() + self._settings.deadline_seconds)
+        replica.send(request)
+
+    def _expiry(self, request: Request) -> float:
+        """While teachers answer others, a request that waits for credit is not late."""
+        if request.replica is None and request.sent_at == 0.0:
+            return max(request.deadline, self._last_progress + self._settings.deadline_seconds)
+        return request.deadline
+
+    def _timeout_error(self, request: Request) -> LogitstreamError:
+        where = f"sent to {request.replica.address}" if request.replica else "not sent"
+        return TeacherUnavailable(
+            f"no targets within {self._settings.deadline_seconds:g} s ({where}, {request.losses} connections lost, "
+            f"{request.tries} refusals) at {self._where()}; {self._last_error()}"
+        )
+
+    def _all_refused(self) -> LogitstreamError | None:
+        """Why no replica will ever answer, where all of them serve something else."""
+        replicas = [replica for replica, _ in self._replicas.values()]
+        if replicas and all(replica.state == "refused" for replica in replicas):
+            return replicas[0].last_error
+        return None
+
+    def _fail(self, request: Request, error: LogitstreamError) -> None:
+        self._forget(request, None)
+        if request.future.set_running_or_notify_cancel():
+            request.future.set_exception(error)
+
+    def _forget(self, request: Request, answered_by: Replica | None) -> None:
+        self._requests.pop(request.request_id, None)
+        if request.replica is not None and request.replica is not answered_by:
+            request.replica.cancel(request)
+
+    def _where(self) -> str:
+        return ", ".join(self._replicas) or "no address"
+
+    def _last_error(self) -> str:
+        errors = [replica.last_error for replica, _ in self._replicas.values() if replica.last_error]
+        error = errors[-1] if errors else self._resolve_error
+        return f"last error: {error}" if error else "no error seen"

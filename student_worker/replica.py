@@ -1,0 +1,260 @@
+"""One teacher replica: keeps a stream to it open, and knows what is in flight there and how fast it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from logitstream.errors import AccessDenied, LogitstreamError, TeacherUnavailable
+from logitstream.rpc.connection import Answer, Credit, Draining, Outgoing, TeacherConnection
+from logitstream.types import ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = (0.2, 10.0)
+"""First and largest bound of the random wait before another connection."""
+REFUSED_SECONDS = 30.0
+"""A replica that serves something else is asked again this often: it may have been replaced."""
+
+State = Literal["connecting", "ready", "draining", "refused"]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One submitted sequence until its answer is accepted."""
+
+    request_id: int
+    sequence: TokenSequence
+    draw_set: int
+    priority: int
+    deadline: float
+    future: Future[ReceivedTargets] = field(default_factory=Future)
+    replica: Replica | None = None
+    sent_at: float = 0.0
+    tokens_ahead: int = 0
+    losses: int = 0
+    tries: int = 0
+    avoid: Replica | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.sequence)
+
+
+class Dispatcher(Protocol):
+    """What a replica tells the dispatcher."""
+
+    def accept(self, info: TeacherInfo) -> None:
+        """Raises FingerprintMismatch where targets of this teacher must not be used."""
+
+    def knows(self, weights_digest: bytes) -> bool: ...
+
+    def expected_weights(self, info: TeacherInfo) -> str:
+        """The weights to ask for in the handshake; empty: whatever is served."""
+        ...
+
+    def ready(self, replica: Replica) -> None: ...
+
+    def answered(self, replica: Replica, answer: Answer) -> None: ...
+
+    def lost(self, replica: Replica, requests: list[Request], error: LogitstreamError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What the student says of itself in the handshake."""
+
+    client_id: str
+    vocab_size: int
+    tokenizer_digest: str
+    spec: TargetSpec
+
+
+class Replica:
+    """Runs in the client's event loop; every method is called there."""
+
+    def __init__(
+        self,
+        address: str,
+        dispatcher: Dispatcher,
+        *,
+        identity: Identity,
+        connect: Callable[[str], TeacherConnection],
+        stalled_seconds: float,
+    ) -> None:
+        self.address = address
+        self.state: State = "connecting"
+        self.credit = 0
+        self.in_flight: dict[int, Request] = {}
+        self.in_flight_tokens = 0
+        self.seconds_per_token = 0.0
+        self.last_error: LogitstreamError | None = None
+        self._dispatcher = dispatcher
+        self._identity = identity
+        self._connect = connect
+        self._stalled_seconds = stalled_seconds
+        self._last_progress = time.monotonic()
+        self._outbox: list[Request] = []
+        self._cancelled: list[int] = []
+        self._wake = asyncio.Event()
+        self.gone = False  # its address has vanished: what is in flight is finished, nothing new is sent
+        self._was_ready = False
+        self._reading: asyncio.Task[None] | None = None
+        self.described = b""
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether the credit allows that many more; a sequence beyond all credit is sent alone, and refused there."""
+        fits = self.in_flight_tokens == 0 or self.in_flight_tokens + num_tokens <= self.credit
+        return self.state == "ready" and not self.gone and fits
+
+    def expected_seconds(self, num_tokens: int) -> float:
+        """When one more sequence would be answered, by what the last ones took; ties go to the emptier replica."""
+        return (self.in_flight_tokens + num_tokens) * max(self.seconds_per_token, 1e-9)
+
+    def stalled(self, now: float) -> bool:
+        """Whether something is in flight and nothing was answered for too long."""
+        return bool(self.in_flight) and now - self._last_progress > self._stalled_seconds
+
+    def send(self, request: Request) -> None:
+        now = time.monotonic()
+        if not self.in_flight:
+            self._last_progress = now
+        request.replica, request.sent_at, request.tokens_ahead = self, now, self.in_flight_tokens
+        self.in_flight[request.request_id] = request
+        self.in_flight_tokens += request.num_tokens
+        self._outbox.append(request)
+        self._wake.set()
+
+    def cancel(self, request: Request) -> None:
+        """Forget the request and tell the teacher."""
+        self._forget(request)
+        self._cancelled.append(request.request_id)
+        self._wake.set()
+
+    def break_off(self) -> None:
+        """Give the connection up; what is in flight goes elsewhere."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def run(self) -> None:
+        """Connect again and again until cancelled, or until retired and idle."""
+        failures = 0
+        while not self.gone:
+            answered_before = self._last_progress
+            error = await self._one_connection()
+            failures = 0 if self._last_progress != answered_before else failures + 1
+            self._give_up(error)
+            low, high = RECONNECT_SECONDS
+            bound = REFUSED_SECONDS if self.state == "refused" else min(high, low * 2 ** min(failures, 10))
+            if not self.gone:
+                await asyncio.sleep(random.uniform(0.05, 1.0) * bound)
+
+    async def _one_connection(self) -> LogitstreamError:
+        """Serve requests over one connection; why it ended."""
+        connection = self._connect(self.address)
+        self._reading = asyncio.ensure_future(self._serve(connection))
+        try:
+            await self._reading
+        except LogitstreamError as error:
+            return error
+        except asyncio.CancelledError:
+            if not self._reading.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
+                self._reading.cancel()
+                raise
+            return TeacherUnavailable(f"{self.address}: no answer for {self._stalled_seconds:g} s")
+        finally:
+            self._reading = None
+            await connection.close()
+        return TeacherUnavailable(f"{self.address}: the server ended the stream")
+
+    async def _serve(self, connection: TeacherConnection) -> None:
+        await self._handshake(connection)
+        writing = asyncio.ensure_future(self._write(connection))
+        try:
+            async for event in connection.events():
+                match event:
+                    case Answer():
+                        await self._take(connection, event)
+                    case Credit(tokens):
+                        self.credit = tokens
+                        self._dispatcher.ready(self)
+                    case Draining(grace_seconds):
+                        logger.info("teacher %s drains for %g s", self.address, grace_seconds)
+                        self.state = "draining"
+                if not self.in_flight and (self.state == "draining" or self.gone):
+                    return
+        finally:
+            writing.cancel()
+
+    async def _handshake(self, connection: TeacherConnection) -> None:
+        info = await connection.describe()
+        self._dispatcher.accept(info)
+        self.described = bytes.fromhex(info.weights_digest)[:8]
+        self.credit = await connection.open(
+            self._identity.spec,
+            client_id=self._identity.client_id,
+            vocab_size=self._identity.vocab_size,
+            tokenizer_digest=self._identity.tokenizer_digest,
+            weights_digest=self._dispatcher.expected_weights(info),
+        )
+        self.state, self.last_error, self._was_ready = "ready", None, True
+        logger.info("teacher %s ready: %s, %d tokens in flight allowed", self.address, info.model, self.credit)
+        self._dispatcher.ready(self)
+
+    async def _take(self, connection: TeacherConnection, answer: Answer) -> None:
+        """Weights that changed while serving are described again before their first targets are used."""
+        if answer.error is None and not self._dispatcher.knows(answer.weights_digest or self.described):
+            info = await connection.describe()
+            self._dispatcher.accept(info)
+            self.described = bytes.fromhex(info.weights_digest)[:8]
+        now = time.monotonic()
+        self._last_progress = now
+        if request := self.in_flight.get(answer.request_id):
+            self._forget(request)
+            taken = (now - request.sent_at) / (request.tokens_ahead + request.num_tokens)
+            self.seconds_per_token += (0.2 if self.seconds_per_token else 1.0) * (taken - self.seconds_per_token)
+        self._dispatcher.answered(self, answer)
+
+    async def _write(self, connection: TeacherConnection) -> None:
+        """Send what has gathered since the last write; flow control makes the writes wait."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            cancelled, outbox = self._cancelled, [r for r in self._outbox if r.request_id in self.in_flight]
+            self._cancelled, self._outbox = [], []
+            if cancelled:
+                await connection.cancel(cancelled)
+            await connection.send(
+                [
+                    Outgoing(
+                        request_id=request.request_id,
+                        sequence=request.sequence,
+                        draw_set=request.draw_set,
+                        priority=request.priority,
+                    )
+                    for request in outbox
+                ]
+            )
+
+    def _forget(self, request: Request) -> None:
+        if self.in_flight.pop(request.request_id, None) is not None:
+            self.in_flight_tokens -= request.num_tokens
+
+    def _give_up(self, error: LogitstreamError) -> None:
+        """The connection has ended: everything in flight is the dispatcher's again."""
+        if self.state != "draining" or self.in_flight:
+            logger.warning("teacher %s lost: %s", self.address, error)
+        rotating = isinstance(error, AccessDenied) and self._was_ready  # the token file may follow the server's soon
+        self.state = "connecting" if isinstance(error, TeacherUnavailable) or rotating else "refused"
+        self.last_error = error
+        requests = list(self.in_flight.values())
+        self.in_flight.clear()
+        self._outbox, self._cancelled = [], []
+        self.credit = self.in_flight_tokens = 0
+        self._dispatcher.lost(self, requests, error)

@@ -1,0 +1,232 @@
+"""A teacher server without a model, in a process of its own: answers at once, and misbehaves where it is told to.
+
+Row t of its targets is a pure function of the sequence, the draw set and the weights: `expected_targets`.
+SIGTERM drains, SIGUSR1 replaces the weights by the next version's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from grpc import aio
+
+from logitstream import codec
+from logitstream.rpc.convert import info_to_message
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceServicer, add_TeacherServiceServicer_to_server
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+
+VOCAB_SIZE = 1000
+TOKENIZER_DIGEST = hashlib.sha256(b"fake tokenizer").hexdigest()
+POISON_ID = 999
+"""A sequence with this id gets a ScoringFailed that is not retryable."""
+FLAKY_ID = 998
+"""A sequence with this id gets a retryable ScoringFailed on its first `--flaky` tries at this server."""
+FATAL_ID = 997
+"""A sequence with this id kills the server."""
+SPEC = TargetSpec(num_samples=8, codec_version=1)
+
+
+def weights_digest(weights: str, version: int) -> str:
+    return hashlib.sha256(f"{weights} {version}".encode()).hexdigest()
+
+
+def fake_info(*, weights: str = "a", version: int = 0, credit: int = 65536) -> TeacherInfo:
+    return TeacherInfo(
+        model="fake",
+        weights_digest=weights_digest(weights, version),
+        tokenizer_digest=TOKENIZER_DIGEST,
+        vocab_size=VOCAB_SIZE,
+        dtype="float32",
+        max_sequence_tokens=4096,
+        max_in_flight_tokens=credit,
+        teacher_version=version,
+    )
+
+
+def expected_targets(sequence: TokenSequence, draw_set: int, *, version: int = 0) -> SparseTargets:
+    """One entry a wanted row: the id after this row's, further by the draw set and the teacher's version."""
+    wanted = np.ones(len(sequence), bool) if sequence.loss_mask is None else sequence.loss_mask
+    ids = ((sequence.token_ids + 1 + draw_set + 7 * version) % VOCAB_SIZE).astype(np.int32)[wanted]
+    return SparseTargets(
+        vocab_size=VOCAB_SIZE,
+        units=SPEC.num_samples,
+        row_offsets=np.concatenate([[0], np.cumsum(wanted)]).astype(np.int64),
+        token_ids=ids,
+        counts=np.full(len(ids), SPEC.num_samples, np.int32),
+    )
+
+
+class FakeTeacher(TeacherServiceServicer):
+    """Keeps the credit it gives and answers in random order."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.info = fake_info(weights=options.weights, version=options.version, credit=options.credit)
+        self.streams: set[asyncio.Queue[pb.StreamTargetsResponse | None]] = set()
+        self.flaky_left = options.flaky
+        self.answered = 0
+        self.random = np.random.default_rng(options.seed)
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:  # noqa: N802
+        return info_to_message(self.info)
+
+    async def StreamTargets(  # noqa: N802
+        self, requests: AsyncIterator[pb.StreamTargetsRequest], context: Any
+    ) -> AsyncIterator[pb.StreamTargetsResponse]:
+        answers: asyncio.Queue[pb.StreamTargetsResponse | None] = asyncio.Queue()
+        self.streams.add(answers)
+        reading = asyncio.ensure_future(self._read(requests, answers))
+        try:
+            yield pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=self.options.credit))
+            while (answer := await answers.get()) is not None:
+                yield answer
+        finally:
+            reading.cancel()
+            self.streams.discard(answers)
+
+    async def _read(self, requests: Any, answers: asyncio.Queue[pb.StreamTargetsResponse | None]) -> None:
+        scoring: set[asyncio.Task[None]] = set()
+        try:
+            async for message in requests:
+                if message.WhichOneof("kind") == "requests":
+                    batch = list(message.requests.requests)
+                    self.random.shuffle(batch)  # type: ignore[arg-type]
+                    scoring.add(task := asyncio.ensure_future(self._score(batch, answers)))
+                    task.add_done_callback(scoring.discard)
+        finally:
+            for task in scoring:
+                task.cancel()
+
+    async def _score(
+        self, batch: list[pb.TargetRequest], answers: asyncio.Queue[pb.StreamTargetsResponse | None]
+    ) -> None:
+        for request in batch:
+            if self.options.seconds:
+                await asyncio.sleep(self.options.seconds)
+            await answers.put(pb.StreamTargetsResponse(results=pb.Results(results=[self._result(request)])))
+            self.answered += 1
+
+    def _result(self, request: pb.TargetRequest) -> pb.Result:
+        token_ids = np.array(request.token_ids, np.int32)
+        if FATAL_ID in token_ids:
+            os._exit(13)
+        if POISON_ID in token_ids:
+            return _refusal(request, retryable=False)
+        if FLAKY_ID in token_ids and self.flaky_left > 0:
+            self.flaky_left -= 1
+            return _refusal(request, retryable=True)
+        mask = None
+        if request.loss_mask:
+            bits = np.unpackbits(np.frombuffer(request.loss_mask, np.uint8), bitorder="little")
+            mask = bits[: len(token_ids)].astype(bool)
+        sequence = TokenSequence(token_ids=token_ids, loss_mask=mask)
+        targets = expected_targets(sequence, request.draw_set, version=self.info.teacher_version)
+        return pb.Result(
+            request_id=request.request_id,
+            targets=codec.encode(targets, version=SPEC.codec_version),
+            teacher_version=self.info.teacher_version,
+            weights_digest=bytes.fromhex(self.info.weights_digest)[:8],
+        )
+
+    def replace_weights(self) -> None:
+        version = self.info.teacher_version + 1
+        digest = weights_digest(self.options.weights, version)
+        self.info = replace(self.info, teacher_version=version, weights_digest=digest)
+
+    def drain(self) -> None:
+        for answers in self.streams:
+            answers.put_nowait(pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=5.0)))
+
+
+def _refusal(request: pb.TargetRequest, *, retryable: bool) -> pb.Result:
+    error = pb.RequestError(code="ScoringFailed", message="told to fail", retryable=retryable)
+    return pb.Result(request_id=request.request_id, error=error)
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    teacher = FakeTeacher(options)
+    server = aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 100),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+    )
+    add_TeacherServiceServicer_to_server(teacher, server)
+    port = server.add_insecure_port(f"127.0.0.1:{options.port}")
+    await server.start()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(signal.SIGUSR1, teacher.replace_weights)
+    print(f"serving on 127.0.0.1:{port}", flush=True)
+    await stopping.wait()
+    teacher.drain()
+    await server.stop(options.grace)
+
+
+@contextlib.contextmanager
+def fake_teacher(*options: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running fake teacher and its address; killed at the end, stopped or not."""
+    process = start_fake_teacher(*options, port=port)
+    try:
+        yield process, read_address(process)
+    finally:
+        stop(process)
+
+
+def start_fake_teacher(*options: str, port: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.fake_teacher", "--port", str(port), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def read_address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("serving on "), f"the fake teacher ended with {process.poll()}"
+    return line.removeprefix("serving on ").strip()
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def _exit_with_parent(parent: int) -> None:
+    """A test run that is killed leaves no teacher behind."""
+    threading.Timer(1.0, _exit_with_parent, [parent]).start() if os.getppid() == parent else os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--weights", default="a")
+    parser.add_argument("--version", type=int, default=0)
+    parser.add_argument("--credit", type=int, default=65536)
+    parser.add_argument("--seconds", type=float, default=0.0, help="to score one sequence")
+    parser.add_argument("--flaky", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grace", type=float, default=5.0)
+    options = parser.parse_args()
+    _exit_with_parent(os.getppid())
+    asyncio.run(_serve(options))
+
+
+if __name__ == "__main__":
+    main()
