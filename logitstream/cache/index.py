@@ -1,0 +1,54 @@
+"""Where each key's records are: sorted arrays, 20 bytes a record, exact for any keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class KeyIndex:
+    """Keys as two big-endian 64-bit halves in rising order, and the place of each one's record; keys may repeat."""
+
+    high: npt.NDArray[np.uint64]
+    low: npt.NDArray[np.uint64]
+    place: npt.NDArray[np.uint32]
+
+    @classmethod
+    def empty(cls) -> KeyIndex:
+        return cls(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint32))
+
+    def extended(self, keys: list[npt.NDArray[np.void]], first_place: int) -> KeyIndex:
+        """With more keys (arrays of dtype V16), whose places count up from `first_place`."""
+        halves = [np.ascontiguousarray(part).view(">u8").reshape(-1, 2) for part in keys]
+        high = np.concatenate([self.high, *(part[:, 0].astype(np.uint64) for part in halves)])
+        low = np.concatenate([self.low, *(part[:, 1].astype(np.uint64) for part in halves)])
+        place = np.concatenate(
+            [self.place, np.arange(first_place, first_place + len(high) - len(self.high), dtype="u4")]
+        )
+        order = np.argsort(high, kind="stable")
+        sorted_high = high[order]
+        if np.any(sorted_high[1:] == sorted_high[:-1]):
+            order = np.lexsort((low, high))
+        return KeyIndex(high[order], low[order], place[order])
+
+    def find(self, key: bytes) -> list[int]:
+        """The places of a key's records."""
+        high, low = np.uint64(int.from_bytes(key[:8], "big")), np.uint64(int.from_bytes(key[8:], "big"))
+        position = int(np.searchsorted(self.high, high))
+        found = []
+        while position < len(self.high) and self.high[position] == high:
+            if self.low[position] == low:
+                found.append(int(self.place[position]))
+            position += 1
+        return found
+
+    def first_of_each(self) -> npt.NDArray[np.uint32] | None:
+        """Positions where a key differs from the one before it; None where no key repeats."""
+        repeats = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
+        return np.flatnonzero(np.concatenate([[True], ~repeats])).astype(np.uint32) if repeats.any() else None
+
+    def key(self, position: int) -> bytes:
+        return int(self.high[position]).to_bytes(8, "big") + int(self.low[position]).to_bytes(8, "big")

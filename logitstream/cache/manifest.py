@@ -1,0 +1,190 @@
+"""What a cache directory holds: one fingerprint, where its targets come from, and one entry for each sealed shard.
+
+Nothing that several writers share is ever rewritten: the manifest is made once, and a shard's entry lies beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from logitstream.cache.shard import SPAN_DTYPE, Spans
+from logitstream.errors import CacheError, FingerprintMismatch
+from logitstream.types import Fingerprint
+
+FORMAT = "logitstream-cache/1"
+MANIFEST = "manifest.json"
+ID_MODEL = "id_model.bin"
+INDEX_HEADER = struct.Struct("<8s3Q32x")
+"""Magic, number of records, size of the shard in bytes, XXH3 of the spans; padded to 64 bytes."""
+INDEX_MAGIC = b"LSINDEX1"
+
+
+def create_manifest(
+    directory: Path, fingerprint: Fingerprint, *, provenance: dict[str, Any], id_model: bytes = b""
+) -> dict[str, Any]:
+    """Make the directory a cache of this fingerprint, or check that it is one; safe from several processes at once.
+
+    Raises FingerprintMismatch where it holds another one, ValueError where the id model does not belong to it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(id_model).hexdigest() if id_model else ""
+    if id_model and digest != fingerprint.id_model_digest:
+        raise ValueError(f"id model of SHA-256 {digest}, the fingerprint names {fingerprint.id_model_digest or 'none'}")
+    if not (directory / MANIFEST).exists():
+        if fingerprint.id_model_digest and not id_model:
+            raise ValueError(
+                "a new cache of this fingerprint needs the teacher's id model: pass id_model=info.id_model"
+            )
+        if id_model:
+            write_whole(directory / ID_MODEL, id_model)
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": asdict(fingerprint),
+            "fingerprint_digest": fingerprint.digest,
+            "provenance": provenance,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        write_whole(directory / MANIFEST, render(manifest), replace=False)
+    return read_manifest(directory, fingerprint)
+
+
+def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> dict[str, Any]:
+    """The manifest, checked; FingerprintMismatch spells out every field that differs from `fingerprint`."""
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CacheError(f"{directory} is no cache: expected {MANIFEST} in it") from error
+    manifest = parse(content, path)
+    if manifest.get("format") != FORMAT:
+        raise CacheError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
+    found = manifest_fingerprint(manifest, path)
+    if fingerprint is not None and found != fingerprint:
+        raise FingerprintMismatch(
+            f"{directory} holds targets of another fingerprint (wanted against found): {fingerprint.differences(found)}"
+        )
+    return manifest
+
+
+def read_id_model(directory: Path, fingerprint: Fingerprint) -> bytes:
+    """The id model that decodes this cache's payloads, checked; empty where the fingerprint names none."""
+    if not fingerprint.id_model_digest:
+        return b""
+    path = directory / ID_MODEL
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CacheError(f"{path} is missing: its SHA-256 should be {fingerprint.id_model_digest}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != fingerprint.id_model_digest:
+        raise CacheError(f"{path} is damaged: expected SHA-256 {fingerprint.id_model_digest}, got {found}")
+    return content
+
+
+def manifest_fingerprint(manifest: dict[str, Any], path: Path) -> Fingerprint:
+    """The fingerprint of a manifest or shard, whose own digest must agree."""
+    try:
+        fingerprint = Fingerprint(**manifest["fingerprint"])
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{path} is damaged: no whole fingerprint ({error})") from error
+    if fingerprint.digest != manifest.get("fingerprint_digest"):
+        raise CacheError(
+            f"{path} is damaged: its fingerprint {asdict(fingerprint)} has digest {fingerprint.digest}, "
+            f"it names {manifest.get('fingerprint_digest')!r}"
+        )
+    return fingerprint
+
+
+def render(content: dict[str, Any]) -> bytes:
+    """JSON with its own SHA-256, in the one form that `parse` accepts, so that any flipped byte is found."""
+    body = json.dumps(content, indent=1, sort_keys=True)
+    return json.dumps(
+        content | {"sha256_of_the_rest": hashlib.sha256(body.encode()).hexdigest()}, indent=1, sort_keys=True
+    ).encode()
+
+
+def parse(content: bytes, path: Path) -> dict[str, Any]:
+    """The inverse of `render`; CacheError where a byte was changed."""
+    try:
+        parsed = json.loads(content)
+        rest = {name: value for name, value in parsed.items() if name != "sha256_of_the_rest"}
+    except (ValueError, AttributeError) as error:
+        raise CacheError(f"{path} is damaged: no JSON object ({error})") from error
+    if render(rest) != content:
+        raise CacheError(f"{path} is damaged: its content does not match its own SHA-256")
+    return rest
+
+
+def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """Make a file appear with all of its content or not at all; without `replace` an existing one is kept."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            _link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links: two first writers at the same moment may race here
+        if not path.exists():
+            partial.rename(path)
+
+
+def write_entry(shard: Path, *, sha256: str, size: int, spans: Spans) -> None:
+    """The sidecars of a shard that is about to be sealed: the index, and its entry in the manifest."""
+    draw_sets, counts = np.unique(spans["draw_set"], return_counts=True)
+    write_index(shard.with_suffix(".index"), spans, size)
+    entry = {
+        "shard": shard.name,
+        "bytes": size,
+        "sha256": sha256,
+        "records": len(spans),
+        "tokens": int(spans["tokens_count"].sum(dtype=np.int64)),
+        "payload_bytes": int(spans["payload_count"].sum(dtype=np.int64)),
+        "draw_sets": {str(draw_set): int(count) for draw_set, count in zip(draw_sets, counts, strict=True)},
+    }
+    write_whole(shard.with_suffix(".json"), render(entry))
+
+
+def write_index(path: Path, spans: Spans, shard_bytes: int) -> None:
+    """The sidecar with the span of every record of a shard."""
+    body = spans.tobytes()
+    write_whole(path, _index_header(body, shard_bytes) + body)
+
+
+def read_index(path: Path, shard_bytes: int) -> Spans:
+    """The spans of a shard of this size; CacheError where the sidecar is missing, damaged or another shard's."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CacheError(f"{path} is missing") from error
+    body = memoryview(content)[INDEX_HEADER.size :]
+    if content[: INDEX_HEADER.size] != _index_header(body, shard_bytes) or len(body) % SPAN_DTYPE.itemsize:
+        raise CacheError(f"{path} is damaged, or does not belong to a shard of {shard_bytes} bytes")
+    return np.frombuffer(body, SPAN_DTYPE)
+
+
+def _index_header(body: bytes | memoryview, shard_bytes: int) -> bytes:
+    return INDEX_HEADER.pack(INDEX_MAGIC, len(body) // SPAN_DTYPE.itemsize, shard_bytes, xxhash.xxh3_64_intdigest(body))

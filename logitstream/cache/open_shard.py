@@ -1,0 +1,155 @@
+"""The shard that a writer is appending to, and what becomes of it when the writer dies."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logitstream.cache.manifest import write_entry
+from logitstream.cache.shard import END_OF_STREAM, Message, Spans, read_schema, scan, shard_schema, spans_of
+
+OPEN_SUFFIX = ".open"
+
+
+class OpenShard:
+    """A shard that grows by whole messages; its file is locked, so that nobody else takes it for a dead writer's."""
+
+    def __init__(self, path: Path, fd: int, *, size: int, spans: list[Spans], manifest: dict[str, Any]) -> None:
+        self.path, self.size, self.rows = path, size, sum(map(len, spans))
+        self.schema = shard_schema(manifest)
+        self._fd, self._spans = fd, spans
+
+    @classmethod
+    def create(cls, directory: Path, writer_id: str, manifest: dict[str, Any]) -> OpenShard:
+        """A new shard with nothing but its schema, visible to others once it is locked."""
+        name = f"{writer_id}-{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex[:8]}.arrow{OPEN_SUFFIX}"
+        partial = directory / f".{name}"
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        shard = cls(directory / name, fd, size=0, spans=[], manifest=manifest)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            shard._write(memoryview(shard.schema.serialize()))
+            partial.rename(shard.path)
+        except OSError:
+            shard.abandon()
+            partial.unlink(missing_ok=True)
+            raise
+        return shard
+
+    def append(self, message: pa.Buffer, *, fsync: bool = False) -> None:
+        """All of a record-batch message or, on an error, none of it."""
+        spans = spans_of(message, self.size)
+        self._write(memoryview(message))
+        if fsync:
+            os.fsync(self._fd)
+        self._spans.append(spans)
+        self.rows += len(spans)
+
+    def _write(self, content: memoryview) -> None:
+        written = 0
+        try:
+            while written < len(content):
+                written += os.pwrite(self._fd, content[written:], self.size + written)
+        except OSError:
+            os.ftruncate(self._fd, self.size)
+            raise
+        self.size += len(content)
+
+    def seal(self) -> Path | None:
+        """End the stream, write the sidecars and give the shard its final name; an empty one disappears."""
+        if not self.rows:
+            self.path.unlink()
+            self.abandon()
+            return None
+        self._write(memoryview(END_OF_STREAM))
+        os.fsync(self._fd)
+        final = self.path.with_suffix("")
+        write_entry(final, sha256=self._sha256(), size=self.size, spans=np.concatenate(self._spans))
+        self.path.rename(final)
+        self.abandon()
+        return final
+
+    def _sha256(self) -> str:
+        digest, position = hashlib.sha256(), 0
+        while chunk := os.pread(self._fd, 1 << 20, position):
+            digest.update(chunk)
+            position += len(chunk)
+        return digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Let go of the file: what is in it is for the next writer to recover."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def recover(directory: Path, manifest: dict[str, Any]) -> list[Path]:
+    """Seal the shards that dead writers left open, without their torn tails; live writers' shards are left alone."""
+    sealed = [_recover_one(path, manifest) for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))]
+    return [path for path in sealed if path is not None]
+
+
+def _recover_one(path: Path, manifest: dict[str, Any]) -> Path | None:
+    fd = _lock_dead(path)
+    if fd is None:
+        return None
+    size = os.fstat(fd).st_size
+    first, messages = read_schema(path, manifest), list(scan(path))
+    whole = messages[-1].start + messages[-1].size if messages else first
+    if sum(message.size for message in messages) + first == whole and first:
+        if os.pread(fd, size - whole, whole) not in (b"", END_OF_STREAM):
+            warnings.warn(f"{path}: cut off a torn tail of {size - whole} bytes", RuntimeWarning, stacklevel=4)
+        os.ftruncate(fd, whole)
+        spans = [message.spans for message in messages]
+        return OpenShard(path, fd, size=whole, spans=spans, manifest=manifest).seal()
+    try:
+        return _rewrite(path, fd, messages, manifest)
+    finally:
+        os.close(fd)
+
+
+def _lock_dead(path: Path) -> int | None:
+    """The locked file of a shard that no living process writes, or None."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.stat().st_ino == os.fstat(fd).st_ino:
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
+
+
+def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, Any]) -> Path | None:
+    """The readable batches of a shard that is damaged elsewhere than at its end, as a new shard."""
+    warnings.warn(f"{path}: damaged; its {len(messages)} readable batches were kept", RuntimeWarning, stacklevel=5)
+    shard = OpenShard.create(path.parent, path.name.split("-")[0], manifest)
+    for message in messages:
+        shard.append(pa.py_buffer(os.pread(fd, message.size, message.start)))
+    sealed = shard.seal()
+    path.unlink()
+    return sealed
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files of a cache directory."""
+    total = 0
+    for entry in os.scandir(directory):
+        try:
+            total += entry.stat().st_size if entry.is_file() else 0
+        except FileNotFoundError:  # renamed or removed meanwhile
+            continue
+    return total

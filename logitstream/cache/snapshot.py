@@ -1,0 +1,137 @@
+"""What of a cache directory is readable at one moment."""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitstream.cache.index import KeyIndex
+from logitstream.cache.manifest import INDEX_HEADER, read_index
+from logitstream.cache.open_shard import OPEN_SUFFIX
+from logitstream.cache.shard import SPAN, SPAN_DTYPE, Message, Spans, read_schema, scan
+from logitstream.errors import CacheError
+
+OPEN_PLACE = 1 << 31
+"""Places from here on are records of open shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Sealed shards by their order of discovery, open ones by what was flushed; never changed, only replaced.
+
+    rebuilt: spans of sealed shards whose index is missing or damaged; of the others only the index on disk is read.
+    """
+
+    sealed: KeyIndex = field(default_factory=KeyIndex.empty)
+    shards: tuple[Path, ...] = ()
+    starts: tuple[int, ...] = (0,)
+    rebuilt: dict[Path, Spans] = field(default_factory=dict)
+    growing: dict[Path, tuple[Message, ...]] = field(default_factory=dict)
+    open_rows: tuple[tuple[Path, tuple[Any, ...]], ...] = ()
+    open_keys: dict[bytes, list[int]] = field(default_factory=dict)
+
+    @property
+    def num_sealed(self) -> int:
+        return self.starts[-1]
+
+    def places(self, key: bytes) -> list[int]:
+        """Where a key's records are."""
+        return [*self.sealed.find(key), *self.open_keys.get(key, ())]
+
+    def shard_of(self, place: int) -> tuple[Path, int]:
+        """The sealed shard that holds a place, and the row there."""
+        number = bisect_right(self.starts, place) - 1
+        return self.shards[number], place - self.starts[number]
+
+    def all_keys(self) -> KeyIndex:
+        """Sealed and open records' keys in rising order."""
+        if not self.open_rows:
+            return self.sealed
+        keys = np.frombuffer(b"".join(span[0] for _, span in self.open_rows), "V16")
+        return self.sealed.extended([keys], OPEN_PLACE)
+
+
+def survey(directory: Path, manifest: dict[str, Any], before: Snapshot) -> Snapshot:
+    """What is readable now, reading only what is new since `before`."""
+    for _ in range(5):  # a shard that is sealed between listing and reading it is found at the next listing
+        try:
+            sealed = sorted(directory.glob("*.arrow"))
+            growing = {
+                path: _grown(path, manifest, before.growing.get(path, ()))
+                for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))
+            }
+            break
+        except FileNotFoundError:
+            continue
+    else:
+        raise CacheError(f"{directory}: shards kept disappearing while they were listed")
+    known = set(before.shards)
+    new = [path for path in sealed if path not in known]
+    if not new and growing == before.growing:
+        return before
+    return _extended(before, new, growing, manifest)
+
+
+def _extended(
+    before: Snapshot, new: list[Path], growing: dict[Path, tuple[Message, ...]], manifest: dict[str, Any]
+) -> Snapshot:
+    starts, rebuilt, keys, shards = list(before.starts), dict(before.rebuilt), [], list(before.shards)
+    for path in new:
+        spans, is_rebuilt = _sealed_spans(path, manifest)
+        if is_rebuilt:
+            rebuilt[path] = spans
+        shards.append(path)
+        starts.append(starts[-1] + len(spans))
+        keys.append(np.ascontiguousarray(spans["key"]))
+    rows = tuple((path, span) for path, parts in growing.items() for part in parts for span in _unpack(part.spans))
+    open_keys: dict[bytes, list[int]] = {}
+    for row, (_, span) in enumerate(rows):
+        open_keys.setdefault(span[0], []).append(OPEN_PLACE + row)
+    return Snapshot(
+        sealed=before.sealed.extended(keys, before.num_sealed) if keys else before.sealed,
+        shards=tuple(shards),
+        starts=tuple(starts),
+        rebuilt=rebuilt,
+        growing=growing,
+        open_rows=rows,
+        open_keys=open_keys,
+    )
+
+
+def _unpack(spans: Spans) -> list[tuple[Any, ...]]:
+    return list(SPAN.iter_unpack(spans.tobytes()))
+
+
+def _grown(path: Path, manifest: dict[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The whole batches of an open shard; a torn tail is ignored, it may be a write under way."""
+    end = before[-1].start + before[-1].size if before else 0
+    if path.stat().st_size == end or not read_schema(path, manifest):
+        return before
+    more = tuple(scan(path, end))
+    return (*before, *more) if more else before
+
+
+def _sealed_spans(path: Path, manifest: dict[str, Any]) -> tuple[Spans, bool]:
+    """A sealed shard's spans, and whether they had to be found again in the shard itself."""
+    nothing = np.zeros(0, SPAN_DTYPE)
+    try:
+        return read_index(path.with_suffix(".index"), path.stat().st_size), False
+    except CacheError as error:
+        problem = error
+    if not read_schema(path, manifest):
+        warnings.warn(
+            f"{path} is skipped: it is no shard of this cache, or its head is damaged", RuntimeWarning, stacklevel=6
+        )
+        return nothing, True
+    warnings.warn(f"{problem}; {path.name} is scanned instead", RuntimeWarning, stacklevel=6)
+    return np.concatenate([nothing, *(message.spans for message in scan(path))]), True
+
+
+def index_position(row: int) -> int:
+    """Where a row's span lies in an index file."""
+    return INDEX_HEADER.size + SPAN.size * row

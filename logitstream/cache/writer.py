@@ -1,0 +1,183 @@
+"""Appending records to a cache directory: each writer has its own shards, so any number of them write at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstream import metrics
+from logitstream.cache.manifest import create_manifest
+from logitstream.cache.open_shard import OpenShard, directory_bytes, recover
+from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, Record, encode_batch
+from logitstream.types import Fingerprint
+
+MAX_PENDING_SECONDS = 1.0
+"""A record waits no longer than this for its batch to fill once another one comes."""
+BUDGET_CHECK_BYTES = 16 << 20
+"""How much this writer writes between looks at what others wrote."""
+
+
+class CacheWriter:
+    """Write-through of one process; safe from several threads.
+
+    put() collects records into record batches of `batch_bytes`; flush() writes what is pending and acknowledges it;
+    close() seals the shard. What flush() acknowledged survives a kill of the process at any moment, and with
+    `fsync=True` a loss of power (otherwise only sealed shards do). A shard is sealed at `shard_bytes`.
+
+    A failed write (a full disk, an I/O error) or a directory that reached `max_bytes` (0: no bound) never raises: the
+    writer warns once, counts `cache_write_errors_total` and takes nothing more; `disabled` says why. Raises
+    FingerprintMismatch or CacheError where the directory holds other targets.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        fingerprint: Fingerprint,
+        *,
+        id_model: bytes = b"",
+        provenance: dict[str, Any] | None = None,
+        max_bytes: int = 0,
+        writer_id: str = "writer",
+        shard_bytes: int = 256 << 20,
+        batch_bytes: int = 256 << 10,
+        fsync: bool = False,
+        on_seal: Callable[[Path], None] | None = None,
+    ) -> None:
+        if not 0 < batch_bytes <= shard_bytes <= MAX_SHARD_BYTES // 2:
+            raise ValueError(
+                f"expected batch_bytes <= shard_bytes <= {MAX_SHARD_BYTES // 2}, got {batch_bytes=} {shard_bytes=}"
+            )
+        self.directory = Path(directory)
+        self.disabled = ""
+        self._limits = (max_bytes, shard_bytes, batch_bytes)
+        self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
+        self._fsync = fsync
+        self._on_seal = on_seal
+        self._lock = threading.RLock()
+        self._pending: list[Record] = []
+        self._pending_bytes = 0
+        self._pending_since = 0.0
+        self._shard: OpenShard | None = None
+        self._others_bytes = 0
+        self._unchecked_bytes = 0
+        try:
+            self._manifest = create_manifest(
+                self.directory, fingerprint, provenance=provenance or {}, id_model=id_model
+            )
+            for sealed in recover(self.directory, self._manifest):
+                self._sealed(sealed)
+            self._others_bytes = directory_bytes(self.directory)
+        except OSError as error:
+            self._disable(f"{error}")
+
+    def put(
+        self,
+        key: bytes,
+        token_ids: npt.NDArray[np.int32],
+        loss_mask: npt.NDArray[np.bool_] | None,
+        payload: bytes,
+        draw_set: int,
+        *,
+        teacher_version: int = 0,
+    ) -> bool:
+        """Take one sequence's encoded targets, verbatim; whether they were taken. They are safe after flush()."""
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
+        with self._lock:
+            if self.disabled:
+                return False
+            if not self._pending:
+                self._pending_since = time.monotonic()
+            self._pending.append(Record(key, token_ids, loss_mask, payload, draw_set, teacher_version))
+            self._pending_bytes += len(payload) + 4 * len(token_ids)
+            old = time.monotonic() - self._pending_since > MAX_PENDING_SECONDS
+            if self._pending_bytes >= self._limits[2] or old:
+                return self.flush()
+            return True
+
+    def flush(self) -> bool:
+        """Write what is pending: True where everything that was put is on disk."""
+        with self._lock:
+            records, self._pending, self._pending_bytes = self._pending, [], 0
+            if records and not self.disabled:
+                try:
+                    self._append(records)
+                except OSError as error:
+                    self._disable(f"{error}")
+            return not self.disabled
+
+    def close(self) -> None:
+        """Flush and seal; idempotent."""
+        with self._lock:
+            self.flush()
+            self._seal()
+            self.disabled = self.disabled or "closed"
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, records: list[Record]) -> None:
+        max_bytes, shard_bytes, _ = self._limits
+        if self._shard is None:
+            self._shard = OpenShard.create(self.directory, self._writer_id, self._manifest)
+        message = encode_batch(records, self._shard.schema)
+        if self._shard.size + message.size > shard_bytes and self._shard.rows:
+            self._seal()
+            self._shard = OpenShard.create(self.directory, self._writer_id, self._manifest)
+        if max_bytes and self._total_bytes(message.size) > max_bytes:
+            self._disable(f"cache_max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
+            return
+        self._shard.append(message, fsync=self._fsync)
+        metrics.CACHE_BYTES.set(self._others_bytes + self._shard.size)
+
+    def _total_bytes(self, more: int) -> int:
+        """What the directory will hold; other writers' shares are looked up now and then."""
+        assert self._shard is not None
+        self._unchecked_bytes += more
+        if self._unchecked_bytes > BUDGET_CHECK_BYTES:
+            self._unchecked_bytes = 0
+            self._others_bytes = directory_bytes(self.directory) - self._shard.size
+        return self._others_bytes + self._shard.size + more
+
+    def _seal(self) -> None:
+        shard, self._shard = self._shard, None
+        if shard is None:
+            return
+        try:
+            sealed = shard.seal()
+        except OSError as error:
+            shard.abandon()
+            self._disable(f"sealing {shard.path}: {error}")
+            return
+        self._others_bytes += shard.size
+        if sealed is not None:
+            self._sealed(sealed)
+
+    def _sealed(self, path: Path) -> None:
+        if self._on_seal is not None:
+            self._on_seal(path)
+
+    def _disable(self, reason: str) -> None:
+        if self.disabled:
+            return
+        self.disabled = reason
+        metrics.CACHE_WRITE_ERRORS.inc()
+        warnings.warn(
+            f"cache {self.directory}: nothing more is written, the run goes on without it: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        self._seal()
