@@ -7,16 +7,22 @@ not by who draws it, so that replicas, retries and chunks of any size agree.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.errors import NonFiniteLogits
+from logitstream.inverse_cdf import Distribution, at_least, chunk_rows, locate, relative_probs, scratch, without
 from logitstream.types import FULL_UNITS, PROBABILITY_UNITS, SparseTargets, TargetSpec, TokenSequence
 
+Int64s = npt.NDArray[np.int64]
+Float64s = npt.NDArray[np.float64]
+
 MAX_COUNT = (1 << 31) - 1
+STEPS_PER_SAMPLE = 4
+"""Units of what one sample stands for (1/N or θ), where weights are rounded."""
 
 
 def sample(
@@ -38,12 +44,10 @@ def sample(
     drawn = draw(logits, spec, uniforms[wanted], row_names=wanted + first_row)
     lengths = np.zeros(num_rows, np.int64)
     lengths[wanted] = np.diff(drawn.row_offsets)
-    return _targets(spec, drawn.vocab_size, lengths, drawn.token_ids, drawn.counts)
+    return replace(drawn, row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
 
 
-def row_uniforms(
-    spec: TargetSpec, sequence: TokenSequence, draw_set: int, first_row: int, num_rows: int
-) -> npt.NDArray[np.float64]:
+def row_uniforms(spec: TargetSpec, sequence: TokenSequence, draw_set: int, first_row: int, num_rows: int) -> Float64s:
     """Uniforms in [0, 1) of rows first_row.., float64 [num_rows, uniforms_per_row(spec)].
 
     Philox4x64 keyed by (seed, draw set, sequence content), its counter by the row.
@@ -68,9 +72,9 @@ def uniforms_per_row(spec: TargetSpec) -> int:
 def draw(
     logits: Tensor,
     spec: TargetSpec,
-    uniforms: npt.NDArray[np.float64],
+    uniforms: Float64s,
     *,
-    row_names: npt.NDArray[np.int64] | None = None,
+    row_names: Int64s | None = None,
 ) -> SparseTargets:
     """Targets of logits [R, V] from their uniforms [R, uniforms_per_row(spec)]; rows may be of many sequences
     (row_names only name them in NonFiniteLogits).
@@ -79,134 +83,125 @@ def draw(
     if uniforms.shape != (num_rows, uniforms_per_row(spec)):
         raise ValueError(f"expected uniforms of shape {(num_rows, uniforms_per_row(spec))}, got {uniforms.shape}")
     names = np.arange(num_rows) if row_names is None else row_names
-    step = max(1, (1 << 21) // vocab_size)
-    parts = [
-        _DRAW[spec.sampler](
-            _relative_probs(logits[i : i + step], spec, names[i : i + step]), spec, uniforms[i : i + step]
-        )
-        for i in range(0, num_rows, step)
-    ] or [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))]
-    rows = np.concatenate([part[0] + i * step for i, part in enumerate(parts)])
-    token_ids, counts = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-    return _targets(spec, vocab_size, np.bincount(rows, minlength=num_rows), token_ids, counts)
+    buffer, step = scratch(logits), chunk_rows(logits)
+    parts: list[Entries] = []
+    for i in range(0, num_rows, step):
+        distribution = relative_probs(logits[i : i + step], spec.temperature, names[i : i + step], buffer)
+        rows, token_ids, counts = _DRAW[spec.sampler](distribution, spec, uniforms[i : i + step])
+        parts.append((rows + i, token_ids, counts))
+    return _targets(spec, vocab_size, num_rows, _concatenate(parts))
 
 
-Entries = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+Entries = tuple[Int64s, Int64s, Int64s]
 """Row, id and count of each entry, by row and id."""
 
 
-def _targets(
-    spec: TargetSpec,
-    vocab_size: int,
-    lengths: npt.NDArray[np.int64],
-    token_ids: npt.NDArray[np.integer],
-    counts: npt.NDArray[np.integer],
-) -> SparseTargets:
+def _targets(spec: TargetSpec, vocab_size: int, num_rows: int, entries: Entries) -> SparseTargets:
+    rows, token_ids, counts = entries
     return SparseTargets(
         vocab_size=vocab_size,
         units=units_of(spec),
         tail_units=tail_units_of(spec),
-        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        row_offsets=np.searchsorted(rows, np.arange(num_rows + 1)),
         token_ids=token_ids.astype(np.int32),
         counts=counts.astype(np.int32),
     )
 
 
 def units_of(spec: TargetSpec) -> int:
-    """SparseTargets.units of what this spec draws."""
+    """SparseTargets.units of what this spec draws.
+
+    Weights that are no multiples of 1/N by nature lie on a grid so much finer than what is drawn that its rounding
+    adds about 1 % to the noise, and no finer: every halving costs a bit an entry.
+    """
     if spec.sampler == "systematic" or (spec.sampler == "multinomial" and spec.proposal_temperature == 1.0):
         return spec.num_samples
-    return PROBABILITY_UNITS if spec.sampler in ("multinomial", "threshold") else FULL_UNITS
+    if spec.sampler == "multinomial":
+        return spec.num_samples * STEPS_PER_SAMPLE
+    if spec.sampler == "threshold":
+        return max(STEPS_PER_SAMPLE, round(STEPS_PER_SAMPLE / spec.threshold))
+    return FULL_UNITS if spec.sampler == "full" else PROBABILITY_UNITS
 
 
 def tail_units_of(spec: TargetSpec) -> int:
-    """θ on the grid of PROBABILITY_UNITS for `threshold`, else 0."""
-    return max(1, round(spec.threshold * PROBABILITY_UNITS)) if spec.sampler == "threshold" else 0
+    """θ in units, for `threshold` (which so moves θ to the nearest STEPS_PER_SAMPLE / units), else 0."""
+    return STEPS_PER_SAMPLE if spec.sampler == "threshold" else 0
 
 
-def _relative_probs(logits: Tensor, spec: TargetSpec, row_names: npt.NDArray[np.int64]) -> Tensor:
-    """exp(logit - the row's largest), float32 [R, V]."""
-    scaled = logits.float() if spec.temperature == 1.0 else logits.float() / spec.temperature
-    peak = scaled.amax(dim=-1, keepdim=True)
-    bad = (~torch.isfinite(peak[:, 0])).nonzero()[:, 0].tolist()
-    if bad:
-        raise NonFiniteLogits(
-            f"logits of row {row_names[bad[0]]} hold NaN, +inf or nothing finite ({len(bad)} such rows in this chunk)"
-        )
-    return torch.exp(scaled - peak)
-
-
-def _locate(relative: Tensor, points: Tensor) -> Tensor:
-    """The first id whose cumulative share reaches each point: int64 [R, P] of points [R, P] in (0, 1]."""
-    cumulative = relative.cumsum(dim=-1, dtype=torch.float64)
-    found = torch.searchsorted(cumulative, points * cumulative[:, -1:])
-    return found.clamp_max(relative.shape[1] - 1)
-
-
-def _systematic(relative: Tensor, spec: TargetSpec, uniforms: npt.NDArray[np.float64]) -> Entries:
+def _systematic(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
     """counts = ⌊N·C_i + u⌋ - ⌊N·C_(i-1) + u⌋: how many of the points (j - u)/N, j = 1..N, id i's share holds."""
     points = (np.arange(1, spec.num_samples + 1) - uniforms) / spec.num_samples
-    return _count(_locate(relative, _to(points, relative)).cpu().numpy())
+    return _count(_locate(distribution, points))
 
 
-def _multinomial(relative: Tensor, spec: TargetSpec, uniforms: npt.NDArray[np.float64]) -> Entries:
-    """N independent draws (RS-KD); at τ ≠ 1 from q ∝ t^τ, with weights t_i·count_i/(N·q_i)."""
+def _multinomial(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
+    """N independent draws (RS-KD, section 3); at τ ≠ 1 from q ∝ t^τ, with weights t_i·count_i/(N·q_i)."""
     num_samples, tau = spec.num_samples, spec.proposal_temperature
     points = np.sort(1.0 - uniforms[:, :num_samples], axis=1)
     if tau == 1.0:
-        return _count(_locate(relative, _to(points, relative)).cpu().numpy())
-    proposal = relative**tau
-    rows, ids, counts = _count(_locate(proposal, _to(points, relative)).cpu().numpy())
-    t = _at(relative, rows, ids) / _sums(relative)[rows]
-    q = _at(proposal, rows, ids) / _sums(proposal)[rows]
-    return _drop_zeros(rows, ids, _round_rows(rows, t * counts / (num_samples * q), uniforms[:, num_samples]))
+        return _count(_locate(distribution, points))
+    proposal = Distribution.of(distribution.values**tau)
+    rows, ids, counts = _count(_locate(proposal, points))
+    weights = _shares(distribution, rows, ids) / _shares(proposal, rows, ids) * counts / num_samples
+    return _drop_zeros(rows, ids, _round_rows(rows, weights, uniforms[:, num_samples], units_of(spec)))
 
 
-def _threshold(relative: Tensor, spec: TargetSpec, uniforms: npt.NDArray[np.float64]) -> Entries:
-    """t_i ≥ θ rounded to the grid, the rest as m equal points over the tail (constant-threshold Horvitz-Thompson).
-
-    With T units left of 1, m = T/θ rounded stochastically (down where an id could be hit twice), or, for T < θ, one
-    point with probability T/θ.
-    """
-    theta_units = tail_units_of(spec)
-    total = _sums(relative)
-    is_head = (
-        relative.double() >= torch.from_numpy(total * (theta_units / PROBABILITY_UNITS)).to(relative.device)[:, None]
-    )
-    rows, ids = (x.cpu().numpy() for x in is_head.nonzero(as_tuple=True))
-    units = _round_rows(rows, _at(relative, rows, ids) / total[rows], uniforms[:, 0])
-    tail = relative.masked_fill(is_head, 0.0)
-    left = PROBABILITY_UNITS - np.bincount(rows, weights=units, minlength=len(total)).astype(np.int64)
-    tail_sum = _sums(tail)
-    num_points = np.floor(left / theta_units + uniforms[:, 1]).astype(np.int64)
-    could_repeat = num_points * tail.amax(dim=-1).double().cpu().numpy() > tail_sum
-    num_points = np.where(could_repeat & (left >= theta_units), left // theta_units, num_points)
-    num_points[tail_sum <= 0] = 0
+def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
+    """t_i ≥ θ rounded to whole units, the rest as equal points over the tail (constant-threshold Horvitz-Thompson)."""
+    theta = tail_units_of(spec) / units_of(spec)
+    num_rows, device = len(uniforms), distribution.values.device
+    # Entries of θ/2 on are the only ones that two tail points can hit.
+    rows, ids, shares = (x.cpu().numpy() for x in at_least(distribution, theta / 2))
+    largest_tail = np.zeros(num_rows)
+    np.maximum.at(largest_tail, rows, np.where(shares < theta, shares, 0.0))
+    head = shares >= theta
+    rows, ids, shares = rows[head], ids[head], shares[head]
+    units = _round_rows(rows, shares, uniforms[:, 0], units_of(spec))
+    left = units_of(spec) - np.bincount(rows, weights=units, minlength=num_rows).astype(np.int64)
+    tail = without(distribution, torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device))
+    tail_share = (1.0 - np.bincount(rows, weights=shares, minlength=num_rows)).astype(np.float64)
+    has_tail = (tail.total() > 0).cpu().numpy()
+    num_points = _tail_points(left, tail_units_of(spec), largest_tail, tail_share, uniforms[:, 1]) * has_tail
     j = np.arange(1, num_points.max(initial=0) + 1)
-    points = (j - uniforms[:, 2:]) / np.maximum(num_points, 1)[:, None]
-    found = _locate(tail, _to(np.minimum(points, 1.0), relative)).cpu().numpy()
-    used = j <= num_points[:, None]
-    tail_rows, tail_ids, _ = _count(found, used)
-    return _merge((rows, ids, units), (tail_rows, tail_ids, np.zeros_like(tail_ids)))
+    points = np.minimum((j - uniforms[:, 2:]) / np.maximum(num_points, 1)[:, None], 1.0)
+    tail_rows, tail_ids, _ = _count(_locate(tail, points), used=j <= num_points[:, None])
+    return _by_row_and_id(_concatenate([_drop_zeros(rows, ids, units), (tail_rows, tail_ids, 0 * tail_ids)]))
 
 
-def _top_k(relative: Tensor, spec: TargetSpec, uniforms: npt.NDArray[np.float64]) -> Entries:
+def _tail_points(
+    left: Int64s,
+    theta_units: int,
+    largest_tail: Float64s,
+    tail_share: Float64s,
+    uniforms: Float64s,
+) -> Int64s:
+    """How many points share the `left` units of each row's tail: left/θ, rounded stochastically.
+
+    Below θ that is one point (which then weighs θ) with probability left/θ. Any number is unbiased from θ on, so that
+    it is rounded down where one more point could hit an id twice, whose weight one tail entry could not tell.
+    """
+    num_points = np.floor(left / theta_units + uniforms).astype(np.int64)
+    could_repeat = (left >= theta_units) & (num_points * largest_tail >= tail_share)
+    return np.where(could_repeat, left // theta_units, num_points)
+
+
+def _top_k(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
     """The k largest, scaled to sum to 1 unless the rest is the ghost bucket's."""
-    values, indices = relative.topk(min(spec.top_k, relative.shape[1]), dim=-1)
+    values, indices = distribution.values.topk(min(spec.top_k, distribution.values.shape[1]), dim=-1)
     order = indices.argsort(dim=-1)
     ids, kept = indices.gather(1, order).cpu().numpy(), values.gather(1, order).double().cpu().numpy()
-    total = kept.sum(axis=1) if spec.sampler == "top_k" else _sums(relative)
+    total = kept.sum(axis=1) if spec.sampler == "top_k" else distribution.total().cpu().numpy()
     rows = np.repeat(np.arange(len(ids)), ids.shape[1])
-    units = _round_rows(rows, (kept / total[:, None]).ravel(), np.full(len(ids), 0.5), FULL_UNITS)
+    units = _round_rows(rows, (kept / total[:, None]).ravel(), np.full(len(ids), 0.5), units_of(spec))
     return _drop_zeros(rows, ids.ravel(), units)
 
 
-def _full(relative: Tensor, spec: TargetSpec, uniforms: npt.NDArray[np.float64]) -> Entries:
-    num_rows, vocab_size = relative.shape
-    probs = relative.double().cpu().numpy() / _sums(relative)[:, None]
-    rows = np.repeat(np.arange(num_rows), vocab_size)
-    units = _round_rows(rows, probs.ravel(), np.full(num_rows, 0.5), FULL_UNITS)
-    return _drop_zeros(rows, np.tile(np.arange(vocab_size), num_rows), units)
+def _full(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
+    num_rows, num_ids = distribution.values.shape
+    probs = distribution.values.double().cpu().numpy() / distribution.total().cpu().numpy()[:, None]
+    rows = np.repeat(np.arange(num_rows), num_ids)
+    units = _round_rows(rows, probs.ravel(), np.full(num_rows, 0.5), units_of(spec))
+    return _drop_zeros(rows, np.tile(np.arange(num_ids), num_rows), units)
 
 
 _DRAW = {
@@ -219,21 +214,20 @@ _DRAW = {
 }
 
 
-def _to(points: npt.NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(points)).to(like.device)
+def _locate(distribution: Distribution, points: Float64s) -> Int64s:
+    on_device = torch.from_numpy(np.ascontiguousarray(points)).to(distribution.values.device)
+    found: Int64s = locate(distribution, on_device).cpu().numpy()
+    return found
 
 
-def _sums(values: Tensor) -> npt.NDArray[np.float64]:
-    """Row sums, float64 [R]."""
-    return values.sum(dim=-1, dtype=torch.float64).cpu().numpy()
+def _shares(distribution: Distribution, rows: Int64s, ids: Int64s) -> Float64s:
+    device = distribution.values.device
+    values = distribution.values[torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device)].double()
+    shares: Float64s = values.cpu().numpy() / distribution.total().cpu().numpy()[rows]
+    return shares
 
 
-def _at(values: Tensor, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    index = (torch.from_numpy(rows).to(values.device), torch.from_numpy(ids).to(values.device))
-    return values[index].double().cpu().numpy()
-
-
-def _count(found: npt.NDArray[np.int64], used: npt.NDArray[np.bool_] | None = None) -> Entries:
+def _count(found: Int64s, used: npt.NDArray[np.bool_] | None = None) -> Entries:
     """Equal neighbours of found [R, P] (sorted in each row) as one entry each with their number."""
     is_first = np.ones(found.shape, np.bool_)
     is_first[:, 1:] = found[:, 1:] != found[:, :-1]
@@ -248,28 +242,34 @@ def _count(found: npt.NDArray[np.int64], used: npt.NDArray[np.bool_] | None = No
 
 
 def _round_rows(
-    rows: npt.NDArray[np.int64],
-    weights: npt.NDArray[np.float64],
-    v: npt.NDArray[np.float64],
-    grid: int = PROBABILITY_UNITS,
-) -> npt.NDArray[np.int64]:
-    """Weights in whole units, ⌊G·W_i + v⌋ - ⌊G·W_(i-1) + v⌋ over each row's running sums W: each unbiased for uniform v."""
+    rows: Int64s,
+    weights: Float64s,
+    v: Float64s,
+    grid: int,
+) -> Int64s:
+    """Weights in whole units, ⌊G·W_i + v⌋ - ⌊G·W_(i-1) + v⌋ over a row's running sums W: unbiased for uniform v."""
     lengths = np.bincount(rows, minlength=len(v))
     start = np.repeat(np.cumsum(lengths) - lengths, lengths)
     running = np.cumsum(weights)
     before = np.concatenate([[0.0], running])[start]
     upper = np.floor((running - before) * grid + v[rows])
     lower = np.where(np.arange(len(rows)) == start, np.floor(v[rows]), np.concatenate([[0.0], upper[:-1]]))
-    return np.minimum(upper - lower, MAX_COUNT).astype(np.int64)
+    units: Int64s = np.minimum(upper - lower, MAX_COUNT).astype(np.int64)
+    return units
 
 
-def _drop_zeros(rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Entries:
+def _drop_zeros(rows: Int64s, ids: Int64s, counts: Int64s) -> Entries:
     kept = counts > 0
     return rows[kept], ids[kept], counts[kept]
 
 
-def _merge(head: Entries, tail: Entries) -> Entries:
-    head = _drop_zeros(*head)
-    rows, ids, counts = (np.concatenate(pair) for pair in zip(head, tail, strict=True))
+def _concatenate(parts: list[Entries]) -> Entries:
+    empty = np.zeros(0, np.int64)
+    rows, ids, counts = (np.concatenate(arrays) for arrays in zip(*parts, (empty,) * 3, strict=True))
+    return rows, ids, counts
+
+
+def _by_row_and_id(entries: Entries) -> Entries:
+    rows, ids, counts = entries
     order = np.lexsort((ids, rows))
     return rows[order], ids[order], counts[order]
