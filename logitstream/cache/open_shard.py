@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import time
 import uuid
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from logitstream.cache.manifest import write_entry
 from logitstream.cache.shard import END_OF_STREAM, Message, Spans, read_schema, scan, shard_schema, spans_of
+
+logger = logging.getLogger(__name__)
 
 OPEN_SUFFIX = ".open"
 
@@ -32,7 +34,7 @@ class OpenShard:
     def create(cls, directory: Path, writer_id: str, manifest: dict[str, Any]) -> OpenShard:
         """A new shard with nothing but its schema, visible to others once it is locked."""
         name = f"{writer_id}-{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex[:8]}.arrow{OPEN_SUFFIX}"
-        partial = directory / f".{name}"
+        partial = directory / f".{name.removesuffix(OPEN_SUFFIX)}.new"
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         shard = cls(directory / name, fd, size=0, spans=[], manifest=manifest)
         try:
@@ -107,7 +109,7 @@ def _recover_one(path: Path, manifest: dict[str, Any]) -> Path | None:
     whole = messages[-1].start + messages[-1].size if messages else first
     if sum(message.size for message in messages) + first == whole and first:
         if os.pread(fd, size - whole, whole) not in (b"", END_OF_STREAM):
-            warnings.warn(f"{path}: cut off a torn tail of {size - whole} bytes", RuntimeWarning, stacklevel=4)
+            logger.warning("%s: cut off a torn tail of %d bytes", path, size - whole)
         os.ftruncate(fd, whole)
         spans = [message.spans for message in messages]
         return OpenShard(path, fd, size=whole, spans=spans, manifest=manifest).seal()
@@ -135,7 +137,7 @@ def _lock_dead(path: Path) -> int | None:
 
 def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, Any]) -> Path | None:
     """The readable batches of a shard that is damaged elsewhere than at its end, as a new shard."""
-    warnings.warn(f"{path}: damaged; its {len(messages)} readable batches were kept", RuntimeWarning, stacklevel=5)
+    logger.warning("%s: damaged; its %d readable batches were kept", path, len(messages))
     shard = OpenShard.create(path.parent, path.name.split("-")[0], manifest)
     for message in messages:
         shard.append(pa.py_buffer(os.pread(fd, message.size, message.start)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +21,8 @@ from logitstream.cache.shard import SPAN, Record, read_record, unpack_record
 from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_position, survey
 from logitstream.errors import CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
+
+logger = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 128
 Parts = tuple[tuple[Any, ...], bytes, bytes, bytes]
@@ -90,7 +92,7 @@ class CacheReader:
     def records(self) -> Iterator[Record]:
         """Every copy of every undamaged record, shard by shard in the order of writing."""
         now = self._now
-        for place in (*range(now.num_sealed), *range(OPEN_PLACE, OPEN_PLACE + len(now.open_rows))):
+        for place in (*range(now.num_sealed), *range(OPEN_PLACE, OPEN_PLACE + now.num_open)):
             found = self._load(now, place)
             if found is not None:
                 yield unpack_record(*found)
@@ -134,9 +136,7 @@ class CacheReader:
             return None
         except (CorruptRecord, OSError) as error:
             if not self.damaged:
-                warnings.warn(
-                    f"{path or self.directory}: {error}; damaged records pass for missing", RuntimeWarning, stacklevel=4
-                )
+                logger.warning("%s: %s; damaged records pass for missing", path or self.directory, error)
             metrics.CACHE_CORRUPT.inc()
             return None
 

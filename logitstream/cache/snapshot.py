@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,12 @@ from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.shard import SPAN, SPAN_DTYPE, Message, Spans, read_schema, scan
 from logitstream.errors import CacheError
 
+logger = logging.getLogger(__name__)
+
 OPEN_PLACE = 1 << 31
 """Places from here on are records of open shards."""
+OpenRows = list[tuple[Path, tuple[Any, ...]]]
+"""Shard and span of each open record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ class Snapshot:
     starts: tuple[int, ...] = (0,)
     rebuilt: dict[Path, Spans] = field(default_factory=dict)
     growing: dict[Path, tuple[Message, ...]] = field(default_factory=dict)
-    open_rows: tuple[tuple[Path, tuple[Any, ...]], ...] = ()
+    open_rows: OpenRows = field(default_factory=list)
+    num_open: int = 0
     open_keys: dict[bytes, list[int]] = field(default_factory=dict)
 
     @property
@@ -50,9 +55,9 @@ class Snapshot:
 
     def all_keys(self) -> KeyIndex:
         """Sealed and open records' keys in rising order."""
-        if not self.open_rows:
+        if not self.num_open:
             return self.sealed
-        keys = np.frombuffer(b"".join(span[0] for _, span in self.open_rows), "V16")
+        keys = np.frombuffer(b"".join(span[0] for _, span in self.open_rows[: self.num_open]), "V16")
         return self.sealed.extended([keys], OPEN_PLACE)
 
 
@@ -80,37 +85,44 @@ def survey(directory: Path, manifest: dict[str, Any], before: Snapshot) -> Snaps
 def _extended(
     before: Snapshot, new: list[Path], growing: dict[Path, tuple[Message, ...]], manifest: dict[str, Any]
 ) -> Snapshot:
-    starts, rebuilt, keys, shards = list(before.starts), dict(before.rebuilt), [], list(before.shards)
+    starts, rebuilt, keys = list(before.starts), dict(before.rebuilt), []
     for path in new:
         spans, is_rebuilt = _sealed_spans(path, manifest)
         if is_rebuilt:
             rebuilt[path] = spans
-        shards.append(path)
         starts.append(starts[-1] + len(spans))
         keys.append(np.ascontiguousarray(spans["key"]))
-    rows = tuple((path, span) for path, parts in growing.items() for part in parts for span in _unpack(part.spans))
-    open_keys: dict[bytes, list[int]] = {}
-    for row, (_, span) in enumerate(rows):
-        open_keys.setdefault(span[0], []).append(OPEN_PLACE + row)
+    rows, open_keys = _open_rows(before, growing)
     return Snapshot(
         sealed=before.sealed.extended(keys, before.num_sealed) if keys else before.sealed,
-        shards=tuple(shards),
+        shards=(*before.shards, *new),
         starts=tuple(starts),
         rebuilt=rebuilt,
         growing=growing,
         open_rows=rows,
+        num_open=len(rows),
         open_keys=open_keys,
     )
 
 
-def _unpack(spans: Spans) -> list[tuple[Any, ...]]:
-    return list(SPAN.iter_unpack(spans.tobytes()))
+def _open_rows(before: Snapshot, growing: dict[Path, tuple[Message, ...]]) -> tuple[OpenRows, dict[bytes, list[int]]]:
+    """Open shards' rows and the places of their keys; while no shard leaves, they only grow, so they grow in place."""
+    rows, open_keys = before.open_rows, before.open_keys
+    known = {path: len(messages) for path, messages in before.growing.items()}
+    if not known.keys() <= growing.keys():
+        rows, open_keys, known = [], {}, {}
+    for path, messages in growing.items():
+        for message in messages[known.get(path, 0) :]:
+            for span in SPAN.iter_unpack(message.spans.tobytes()):
+                rows.append((path, span))
+                open_keys.setdefault(span[0], []).append(OPEN_PLACE + len(rows) - 1)
+    return rows, open_keys
 
 
 def _grown(path: Path, manifest: dict[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
     """The whole batches of an open shard; a torn tail is ignored, it may be a write under way."""
     end = before[-1].start + before[-1].size if before else 0
-    if path.stat().st_size == end or not read_schema(path, manifest):
+    if path.stat().st_size == end or not (before or read_schema(path, manifest)):
         return before
     more = tuple(scan(path, end))
     return (*before, *more) if more else before
@@ -124,11 +136,9 @@ def _sealed_spans(path: Path, manifest: dict[str, Any]) -> tuple[Spans, bool]:
     except CacheError as error:
         problem = error
     if not read_schema(path, manifest):
-        warnings.warn(
-            f"{path} is skipped: it is no shard of this cache, or its head is damaged", RuntimeWarning, stacklevel=6
-        )
+        logger.warning("%s is skipped: it is no shard of this cache, or its head is damaged", path)
         return nothing, True
-    warnings.warn(f"{problem}; {path.name} is scanned instead", RuntimeWarning, stacklevel=6)
+    logger.warning("%s; %s is scanned instead", problem, path.name)
     return np.concatenate([nothing, *(message.spans for message in scan(path))]), True
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -16,12 +18,14 @@ import numpy.typing as npt
 from logitstream import metrics
 from logitstream.cache.manifest import create_manifest
 from logitstream.cache.open_shard import OpenShard, directory_bytes, recover
-from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, Record, encode_batch
+from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, Record, encode_batch
 from logitstream.types import Fingerprint
+
+logger = logging.getLogger(__name__)
 
 MAX_PENDING_SECONDS = 1.0
 """A record waits no longer than this for its batch to fill once another one comes."""
-BUDGET_CHECK_BYTES = 16 << 20
+CHECK_BYTES = 16 << 20
 """How much this writer writes between looks at what others wrote."""
 
 
@@ -68,13 +72,14 @@ class CacheWriter:
         self._shard: OpenShard | None = None
         self._others_bytes = 0
         self._unchecked_bytes = 0
+        self._pid = os.getpid()
         try:
             self._manifest = create_manifest(
                 self.directory, fingerprint, provenance=provenance or {}, id_model=id_model
             )
             for sealed in recover(self.directory, self._manifest):
                 self._sealed(sealed)
-            self._others_bytes = directory_bytes(self.directory)
+            self._look_around()
         except OSError as error:
             self._disable(f"{error}")
 
@@ -92,11 +97,14 @@ class CacheWriter:
         if len(key) != KEY_BYTES:
             raise ValueError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
         with self._lock:
+            self._leave_parents_shard()
             if self.disabled:
                 return False
             if not self._pending:
                 self._pending_since = time.monotonic()
-            self._pending.append(Record(key, token_ids, loss_mask, payload, draw_set, teacher_version))
+            mask = None if loss_mask is None else np.array(loss_mask, bool)  # copies: the caller may reuse its arrays
+            record = Record(key, np.array(token_ids, np.int32), mask, bytes(payload), draw_set, teacher_version)
+            self._pending.append(record)
             self._pending_bytes += len(payload) + 4 * len(token_ids)
             old = time.monotonic() - self._pending_since > MAX_PENDING_SECONDS
             if self._pending_bytes >= self._limits[2] or old:
@@ -106,6 +114,7 @@ class CacheWriter:
     def flush(self) -> bool:
         """Write what is pending: True where everything that was put is on disk."""
         with self._lock:
+            self._leave_parents_shard()
             records, self._pending, self._pending_bytes = self._pending, [], 0
             if records and not self.disabled:
                 try:
@@ -141,16 +150,30 @@ class CacheWriter:
             self._disable(f"cache_max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
             return
         self._shard.append(message, fsync=self._fsync)
-        metrics.CACHE_BYTES.set(self._others_bytes + self._shard.size)
+        self._unchecked_bytes += message.size
+        if self._unchecked_bytes > CHECK_BYTES:
+            self._look_around()
+        metrics.CACHE_BYTES.set(self._total_bytes())
 
-    def _total_bytes(self, more: int) -> int:
-        """What the directory will hold; other writers' shares are looked up now and then."""
-        assert self._shard is not None
-        self._unchecked_bytes += more
-        if self._unchecked_bytes > BUDGET_CHECK_BYTES:
-            self._unchecked_bytes = 0
-            self._others_bytes = directory_bytes(self.directory) - self._shard.size
-        return self._others_bytes + self._shard.size + more
+    def _total_bytes(self, more: int = 0) -> int:
+        """Bytes of the directory as far as this writer knows, with the index that its shard will get."""
+        mine = self._shard.size + SPAN.size * self._shard.rows if self._shard is not None else 0
+        return self._others_bytes + mine + more
+
+    def _look_around(self) -> None:
+        """Look up what other writers wrote, and how full the disk is."""
+        self._unchecked_bytes = 0
+        self._others_bytes = directory_bytes(self.directory) - (self._shard.size if self._shard is not None else 0)
+        usage = shutil.disk_usage(self.directory)
+        metrics.CACHE_DISK_FREE.labels(str(self.directory)).set(usage.free / usage.total)
+
+    def _leave_parents_shard(self) -> None:
+        """A forked child writes shards of its own."""
+        if self._pid != os.getpid():
+            self._pid, self._pending, self._pending_bytes = os.getpid(), [], 0
+            if self._shard is not None:
+                self._shard.abandon()
+                self._shard = None
 
     def _seal(self) -> None:
         shard, self._shard = self._shard, None
@@ -162,7 +185,7 @@ class CacheWriter:
             shard.abandon()
             self._disable(f"sealing {shard.path}: {error}")
             return
-        self._others_bytes += shard.size
+        self._others_bytes += shard.size + SPAN.size * shard.rows
         if sealed is not None:
             self._sealed(sealed)
 
@@ -175,9 +198,5 @@ class CacheWriter:
             return
         self.disabled = reason
         metrics.CACHE_WRITE_ERRORS.inc()
-        warnings.warn(
-            f"cache {self.directory}: nothing more is written, the run goes on without it: {reason}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        logger.warning("cache %s: nothing more is written, the run goes on without it: %s", self.directory, reason)
         self._seal()
