@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PENDING_SECONDS = 1.0
 """A record waits no longer than this for its batch to fill once another one comes."""
+ENTRY_BYTES = 1024
+"""More than a shard's entry, end marker and index header take."""
 CHECK_BYTES = 16 << 20
 """How much this writer writes between looks at what others wrote."""
 
@@ -156,8 +158,8 @@ class CacheWriter:
         metrics.CACHE_BYTES.set(self._total_bytes())
 
     def _total_bytes(self, more: int = 0) -> int:
-        """Bytes of the directory as far as this writer knows, with the index that its shard will get."""
-        mine = self._shard.size + SPAN.size * self._shard.rows if self._shard is not None else 0
+        """Bytes of the directory as far as this writer knows, with the sidecars that its shard will get."""
+        mine = _sealed_bytes(self._shard) if self._shard is not None else 0
         return self._others_bytes + mine + more
 
     def _look_around(self) -> None:
@@ -185,7 +187,7 @@ class CacheWriter:
             shard.abandon()
             self._disable(f"sealing {shard.path}: {error}")
             return
-        self._others_bytes += shard.size + SPAN.size * shard.rows
+        self._others_bytes += _sealed_bytes(shard)
         if sealed is not None:
             self._sealed(sealed)
 
@@ -200,3 +202,7 @@ class CacheWriter:
         metrics.CACHE_WRITE_ERRORS.inc()
         logger.warning("cache %s: nothing more is written, the run goes on without it: %s", self.directory, reason)
         self._seal()
+
+
+def _sealed_bytes(shard: OpenShard) -> int:
+    return shard.size + SPAN.size * shard.rows + ENTRY_BYTES

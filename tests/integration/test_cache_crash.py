@@ -1,4 +1,4 @@
-"""Writers killed at random moments, torn writes, flipped bytes: nothing acknowledged is lost, nothing damaged is read."""
+"""Killed writers, torn writes, flipped bytes: nothing acknowledged is lost, nothing damaged is read."""
 
 from __future__ import annotations
 
