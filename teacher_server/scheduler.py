@@ -1,0 +1,288 @@
+"""Token-budget batches across all clients, scored by one thread while other threads encode what came before.
+
+Everything but scoring and encoding happens on the event loop, so there are no locks. Waiting work is bounded by
+`max_queue_tokens`; a request that does not fit is refused at once (TooManyInFlight, retryable).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+from logitstream import metrics
+from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
+from teacher_server.backend import ScoreRequest, TeacherBackend
+from teacher_server.fair_queue import FairQueue, Ticket
+from teacher_server.isolation import Trouble, score_isolating
+
+MAX_ENCODING_BATCHES = 2
+"""Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
+MAX_REMEMBERED_FAILURES = 1024
+
+Encode = Callable[[SparseTargets, TargetSpec], bytes]
+Key = tuple[TargetSpec, bytes, int]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Encoded targets of one request and the weights that made them; weights_digest is hex."""
+
+    payload: bytes
+    teacher_version: int
+    weights_digest: str
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """One (spec, sequence, draw set) that is waiting or being scored, for everybody who asked for it."""
+
+    key: Key
+    request: ScoreRequest
+    arrived: float
+    waiters: dict[asyncio.Future[Scored], Ticket[_Work] | None] = field(default_factory=dict)
+    running: bool = False
+
+
+class Scheduler:
+    """Takes requests, forms batches, runs the backend; `run` must be a task as long as requests are to be served."""
+
+    def __init__(
+        self,
+        backend: TeacherBackend,
+        encode: Encode,
+        *,
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        client_weights: Mapping[str, float] | None = None,
+        num_encoders: int = 1,
+    ) -> None:
+        self._backend = backend
+        self._encode = encode
+        self._budget_tokens = max_batch_tokens
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queue_tokens = max_queue_tokens
+        self._queue: FairQueue[_Work] = FairQueue(client_weights)
+        self._works: OrderedDict[Key, _Work] = OrderedDict()
+        self._failures: OrderedDict[Key, ScoringFailed] = OrderedDict()
+        self._wake = asyncio.Event()
+        self._backend_thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
+        self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
+        self._encoding = asyncio.Semaphore(MAX_ENCODING_BATCHES)
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._next_backend: TeacherBackend | None = None
+        self._draining = False
+        self.info = backend.describe()
+
+    # What the streams call ----------------------------------------------------------------------------------------
+
+    def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
+        """The request's future; cancelling it takes the request back. Raises RequestError where it is refused."""
+        key = (request.spec, request.sequence.digest(), request.draw_set)
+        if self._draining:
+            raise ServerDraining("the server is draining: ask another replica")
+        if key in self._failures:
+            raise ScoringFailed(str(self._failures[key]))
+        work = self._works.get(key)
+        if work is None:
+            self._check_room(client_id, len(request.sequence))
+            work = self._works[key] = _Work(key, request, time.monotonic())
+        else:
+            metrics.TEACHER_SHARED.inc()
+        future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+        work.waiters[future] = None
+        if not work.running:  # each asker queues it, so that it comes at the turn of whoever is first
+            cost = len(request.sequence)
+            work.waiters[future] = self._queue.push(work, client_id=client_id, cost=cost, priority=priority)
+        future.add_done_callback(lambda done: self._leave(work, done))
+        self._wake.set()
+        self._gauge()
+        return future
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._works)
+
+    def start_draining(self) -> None:
+        """Refuse new requests from now on; what was taken is still scored."""
+        self._draining = True
+
+    def replace_backend(self, backend: TeacherBackend) -> None:
+        """Serve other weights from the next batch on; the running one finishes on the old."""
+        self._next_backend = backend
+        self._wake.set()
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Score until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if self._next_backend is not None:
+                await self._swap_backend(self._next_backend)
+            if not self._queue.cost:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self._encoding.acquire()
+            batch = self._next_batch()  # as late as possible, so that what is urgent now goes first
+            if not batch:
+                self._encoding.release()
+                continue
+            trouble = Trouble()
+            requests = [work.request for work in batch]
+            results = await loop.run_in_executor(
+                self._backend_thread, score_isolating, self._backend, requests, trouble
+            )
+            self._adapt(trouble, batch)
+            task = loop.create_task(self._finish(batch, results, self.info))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
+
+    async def close(self) -> None:
+        """Wait for the running batch and free the backend; what still waits fails."""
+        self._draining = True
+        if self._finishing:
+            await asyncio.wait(self._finishing)
+        for work in list(self._works.values()):
+            for future in list(work.waiters):
+                future.cancel()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._backend_thread, self._backend.close)
+        self._backend_thread.shutdown(wait=True)
+        self._encoders.shutdown(wait=True)
+
+    def _next_batch(self) -> list[_Work]:
+        """Work in fair order up to the token budget; at least one where anything waits."""
+        batch: list[_Work] = []
+        num_tokens = 0
+        while (ticket := self._queue.peek()) is not None and (
+            not batch or num_tokens + ticket.cost <= self._budget_tokens
+        ):
+            work = self._queue.pop().item
+            work.running = True
+            for other in work.waiters.values():
+                if other is not None:
+                    self._queue.cancel(other)
+            num_tokens += ticket.cost
+            batch.append(work)
+        if batch:
+            metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._max_batch_tokens)
+            self._gauge()
+        return batch
+
+    async def _finish(self, batch: list[_Work], results: list[SparseTargets | RequestError], info: TeacherInfo) -> None:
+        """Encode a scored batch and answer everybody who waits for it."""
+        loop = asyncio.get_running_loop()
+        try:
+            specs = [work.request.spec for work in batch]
+            answers = await loop.run_in_executor(self._encoders, _encode_all, self._encode, results, specs)
+        finally:
+            self._encoding.release()
+        for work, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, bytes):
+                self._answer(work, answer, info)
+            else:
+                self._refuse(work, answer)
+
+    def _answer(self, work: _Work, payload: bytes, info: TeacherInfo) -> None:
+        scored = Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)
+        self._works.pop(work.key, None)
+        for future in list(work.waiters):
+            if not future.done():
+                future.set_result(scored)
+
+    def _refuse(self, work: _Work, error: RequestError) -> None:
+        if isinstance(error, ScoringFailed):
+            self._failures[work.key] = error
+            if len(self._failures) > MAX_REMEMBERED_FAILURES:
+                self._failures.popitem(last=False)
+        self._works.pop(work.key, None)
+        for future in list(work.waiters):
+            if not future.done():
+                future.set_exception(error)
+
+    # Book-keeping -------------------------------------------------------------------------------------------------
+
+    def _check_room(self, client_id: str, num_tokens: int) -> None:
+        """A client may hold an equal share of the queue, so that one who fills it does not keep others out.
+
+        With n clients that came one after another the queue holds at most (1 + 1/2 + … + 1/n) times its bound.
+        """
+        own = self._queue.cost_of(client_id)
+        num_clients = self._queue.num_waiting_clients + (own == 0)
+        share = self._max_queue_tokens // num_clients
+        if own and own + num_tokens > share:
+            raise TooManyInFlight(
+                f"{own} tokens of client {client_id!r} wait already: its share of the queue is {share}"
+            )
+
+    def _leave(self, work: _Work, future: asyncio.Future[Scored]) -> None:
+        """A waiter is answered or has gone; work that nobody waits for any more is dropped unless it runs."""
+        ticket = work.waiters.pop(future, None)
+        if ticket is not None:
+            self._queue.cancel(ticket)
+        if not work.waiters and not work.running and self._works.get(work.key) is work:
+            del self._works[work.key]
+        self._gauge()
+
+    def _adapt(self, trouble: Trouble, batch: list[_Work]) -> None:
+        """After a batch that did not fit, form smaller ones."""
+        if trouble.num_out_of_memory and len(batch) > 1:
+            num_tokens = sum(len(work.request.sequence) for work in batch)
+            self._budget_tokens = max(1, min(self._budget_tokens, num_tokens // 2))
+            log.warning("batches hold at most %d tokens from now on", self._budget_tokens)
+
+    async def _swap_backend(self, backend: TeacherBackend) -> None:
+        loop = asyncio.get_running_loop()
+        old, self._backend, self._next_backend = self._backend, backend, None
+        version = self.info.teacher_version + 1
+        self.info = replace(backend.describe(), teacher_version=version)
+        self._failures.clear()
+        self._budget_tokens = self._max_batch_tokens
+        metrics.TEACHER_VERSION.set(version)
+        log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
+        await loop.run_in_executor(self._backend_thread, old.close)
+
+    def _gauge(self) -> None:
+        metrics.TEACHER_QUEUE_TOKENS.set(self._queue.cost)
+
+    def measure_age(self) -> None:
+        """Set the gauge of the oldest waiting request's age; called now and then."""
+        oldest = next((work.arrived for work in self._works.values() if not work.running), None)
+        metrics.TEACHER_QUEUE_AGE.set(0.0 if oldest is None else time.monotonic() - oldest)
+
+
+def _encode_all(
+    encode: Encode, results: list[SparseTargets | RequestError], specs: list[TargetSpec]
+) -> list[bytes | RequestError]:
+    """Runs in an encoder thread; targets that cannot be encoded fail alone."""
+    start = time.perf_counter()
+    answers: list[bytes | RequestError] = []
+    for result, spec in zip(results, specs, strict=True):
+        if isinstance(result, RequestError):
+            answers.append(result)
+            continue
+        try:
+            answers.append(encode(result, spec))
+        except RequestError as error:
+            answers.append(error)
+        except Exception:
+            log.exception("targets of %d rows could not be encoded", result.num_rows)
+            answers.append(ScoringFailed("the teacher's targets could not be encoded"))
+    metrics.TEACHER_STAGE_SECONDS.labels("encode").observe(time.perf_counter() - start)
+    _count(results)
+    return answers
+
+
+def _count(results: list[SparseTargets | RequestError]) -> None:
+    targets = [result for result in results if not isinstance(result, RequestError)]
+    metrics.TEACHER_TOKENS.inc(sum(target.num_rows for target in targets))
+    metrics.TEACHER_ENTRIES.inc(sum(target.num_entries for target in targets))

@@ -1,0 +1,254 @@
+"""A running server: gRPC with health and reflection around one scheduler, from loading to the end of draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
+from grpc_reflection.v1alpha import reflection
+
+from logitstream import codec, metrics
+from logitstream.errors import InvalidSpec
+from logitstream.id_model import IdModel
+from logitstream.rpc.channel import TlsFiles, server_credentials, server_options
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.types import SparseTargets, TargetSpec
+from teacher_server.access import BearerTokens
+from teacher_server.backend import TeacherBackend
+from teacher_server.config import TeacherConfig
+from teacher_server.scheduler import Encode, Scheduler
+from teacher_server.servicer import StreamLimits, TeacherServicer
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+HOUSEKEEPING_SECONDS = 1.0
+STOP_SECONDS = 1.0
+"""After draining, what gRPC itself may still take."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class TokenGate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
+    """Lets calls with a known token through, and health checks without one: probes hold no secrets."""
+
+    def __init__(self, tokens: BearerTokens) -> None:
+        self._tokens = tokens
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        metadata = dict(details.invocation_metadata or ())
+        if details.method.startswith(f"/{HEALTH_SERVICE}/") or self._tokens.admits(metadata.get("authorization")):
+            return await continuation(details)
+        return _aborting(grpc.StatusCode.UNAUTHENTICATED, "expected a known bearer token as `authorization` metadata")
+
+
+class _WhenLoaded(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    """The teacher's calls once there is a teacher, UNAVAILABLE before."""
+
+    def __init__(self) -> None:
+        self.servicer: TeacherServicer | None = None
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        if self.servicer is not None:
+            return self.servicer.handler().service(details)
+        if details.method.startswith(f"/{SERVICE}/"):
+            return _aborting(grpc.StatusCode.UNAVAILABLE, "the teacher is loading")
+        return None
+
+
+def _aborting(code: grpc.StatusCode, details: str) -> Any:
+    """A handler that ends any kind of call before it reads a message."""
+
+    async def abort(_requests: object, context: aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(code, details)
+
+    return grpc.stream_stream_rpc_method_handler(abort)
+
+
+class TeacherServer:
+    """One process's server: `run` takes it from loading to the end."""
+
+    def __init__(self, config: TeacherConfig, make_backend: Callable[[], TeacherBackend]) -> None:
+        self._config = config
+        self._make_backend = make_backend
+        self._stopping = asyncio.Event()
+        self._health = health_aio.HealthServicer()
+        self._gate = _WhenLoaded()
+        self._server = aio.server(
+            interceptors=_interceptors(config),
+            options=server_options(config.max_message_bytes, max_streams=config.max_streams),
+        )
+        self.scheduler: Scheduler | None = None
+        self.address = ""
+
+    def stop(self) -> None:
+        """Begin to drain; safe to call as a signal handler on the loop."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Bind, load, serve until `stop`, drain. Raises what the backend's loading raises."""
+        await self._listen()
+        try:
+            stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
+            loading: asyncio.Future[Any] = _in_thread(self._make_backend)
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                await self._serve(loading.result(), stopping)
+        finally:
+            await self._server.stop(STOP_SECONDS)
+
+    async def _listen(self) -> None:
+        config = self._config
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
+        self._server.add_generic_rpc_handlers((self._gate,))
+        await self._set_health(serving=False)
+        if config.tls_cert:
+            files = TlsFiles(certificate=config.tls_cert, key=config.tls_key, authority=config.tls_client_ca or None)
+            port = self._server.add_secure_port(config.address, server_credentials(files))
+        else:
+            port = self._server.add_insecure_port(config.address)
+        host = config.address.rpartition(":")[0]
+        self.address = f"{host}:{port}" if host and port else config.address
+        await self._server.start()
+
+    async def _serve(self, backend: TeacherBackend, stopping: asyncio.Future[Any]) -> None:
+        config = self._config
+        id_model = backend.describe().id_model
+        scheduler = self.scheduler = Scheduler(
+            backend,
+            encoder(id_model, config.max_message_bytes),
+            max_batch_tokens=config.max_batch_tokens,
+            max_queue_tokens=config.max_queue_tokens,
+            client_weights=config.weights_by_client(),
+        )
+        servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend))
+        running = asyncio.ensure_future(scheduler.run())
+        housekeeping = asyncio.ensure_future(_keep_house(scheduler))
+        try:
+            await self._set_health(serving=True)
+            self._announce()
+            await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                await self._drain(scheduler, servicer)
+        finally:
+            housekeeping.cancel()
+            running.cancel()
+            await scheduler.close()
+        if running.done() and not running.cancelled():
+            running.result()
+
+    async def _drain(self, scheduler: Scheduler, servicer: TeacherServicer) -> None:
+        """Answer what is in flight, within drain_seconds; what comes new is refused."""
+        log.info("draining: %d sequences in flight", scheduler.num_unfinished)
+        await self._set_health(serving=False)
+        scheduler.start_draining()
+        deadline = time.monotonic() + self._config.drain_seconds
+        servicer.announce_drain(self._config.drain_seconds)
+        while servicer.num_unsent and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        log.info("drained: %d requests left unanswered", servicer.num_unsent)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+    def _announce(self) -> None:
+        if self._config.address_file:
+            path = Path(self._config.address_file)
+            partial = path.with_name(f"{path.name}.{os.getpid()}")
+            partial.write_text(self.address + "\n")
+            partial.rename(path)
+        print(f"serving on {self.address}", flush=True)
+
+
+def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend]) -> None:
+    """Serve until SIGTERM or SIGINT; returns when everything is drained."""
+
+    async def main() -> None:
+        server = TeacherServer(config, make_backend)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        if config.metrics_port >= 0:
+            port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
+            log.info("metrics on %s:%d", config.metrics_address, port)
+        await server.run()
+
+    asyncio.run(main())
+
+
+def encoder(id_model: bytes, max_bytes: int) -> Encode:
+    """Targets to bytes in the version that the spec names; targets larger than a message are refused."""
+    model = IdModel.from_bytes(id_model) if id_model else None
+
+    def encode(targets: SparseTargets, spec: TargetSpec) -> bytes:
+        payload = codec.encode(targets, version=spec.codec_version, id_model=model)
+        if len(payload) > max_bytes:
+            raise InvalidSpec(
+                f"targets of {len(payload)} bytes for {targets.num_rows} tokens: a message holds {max_bytes}; "
+                f"ask for shorter sequences or fewer entries"
+            )
+        return payload
+
+    return encode
+
+
+def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
+    longest = backend.describe().max_sequence_tokens
+    return StreamLimits(
+        max_sequence_tokens=min(config.max_sequence_tokens or longest, longest),
+        max_in_flight_tokens=config.max_in_flight_tokens,
+        max_queue_tokens=config.max_queue_tokens,
+        max_message_bytes=config.max_message_bytes,
+        max_streams=config.max_streams,
+    )
+
+
+def _interceptors(config: TeacherConfig) -> list[aio.ServerInterceptor[Any, Any]]:
+    if not (config.token_file or config.token_env):
+        return []
+    path = Path(config.token_file) if config.token_file else None
+    return [TokenGate(BearerTokens(path=path, variable=config.token_env or None))]
+
+
+async def _keep_house(scheduler: Scheduler) -> None:
+    while True:
+        scheduler.measure_age()
+        await asyncio.sleep(HOUSEKEEPING_SECONDS)
+
+
+def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Run in a daemon thread, which a process that is told to stop while it loads does not wait for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            loop.call_soon_threadsafe(deliver, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(deliver, future.set_result, result)
+
+    threading.Thread(target=work, daemon=True, name="loader").start()
+    return future

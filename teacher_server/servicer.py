@@ -1,0 +1,306 @@
+"""gRPC and protobuf at the edge: decode, hand on, encode. Nothing deeper sees a message."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from logitstream import metrics
+from logitstream.errors import (
+    FingerprintMismatch,
+    InvalidSequence,
+    LogitstreamError,
+    ProtocolViolation,
+    RequestError,
+    TooManyInFlight,
+)
+from logitstream.rpc import convert
+from logitstream.rpc.status import status_of
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.types import TargetSpec, TeacherInfo
+from teacher_server.backend import ScoreRequest
+from teacher_server.scheduler import Scheduler, Scored
+from teacher_server.stream import ClientStream, CreditChanged, DrainStarted, Event, Outcome
+
+OPEN_TIMEOUT_SECONDS = 30.0
+MAX_CLIENT_ID_CHARS = 128
+MAX_MESSAGE_REQUESTS = 8192
+RESULTS_BYTES = 1 << 20
+"""A message of results is sent when it holds this much, so that it never comes near the message limit by number."""
+
+Context = aio.ServicerContext[Any, Any]
+
+EOF = aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLimits:
+    max_sequence_tokens: int
+    max_in_flight_tokens: int
+    max_queue_tokens: int
+    max_message_bytes: int
+    max_streams: int
+
+
+class TeacherServicer:
+    """Takes raw bytes, so that what is no message is refused as such and sizes are known before decoding."""
+
+    def __init__(
+        self, scheduler: Scheduler, limits: StreamLimits, *, id_model: bytes = b"", server_version: str = ""
+    ) -> None:
+        self._scheduler = scheduler
+        self._limits = limits
+        self._id_model = id_model
+        self._server_version = server_version
+        self._streams: set[ClientStream] = set()
+        self._stream_ids = itertools.count(1)
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What the gRPC server serves."""
+        service = pb.DESCRIPTOR.services_by_name["TeacherService"]
+        return grpc.method_handlers_generic_handler(
+            service.full_name,
+            {
+                "Describe": grpc.unary_unary_rpc_method_handler(
+                    self.describe, response_serializer=pb.DescribeResponse.SerializeToString
+                ),
+                "StreamTargets": grpc.stream_stream_rpc_method_handler(
+                    self.stream_targets, response_serializer=pb.StreamTargetsResponse.SerializeToString
+                ),
+            },
+        )
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What is served now, with this server's limits."""
+        return replace(
+            self._scheduler.info,
+            max_sequence_tokens=self._limits.max_sequence_tokens,
+            max_in_flight_tokens=self._limits.max_in_flight_tokens,
+            max_message_bytes=self._limits.max_message_bytes,
+            server_version=version("logitstream"),
+        )
+
+    @property
+    def num_unsent(self) -> int:
+        """Requests whose answers have not been written yet."""
+        return sum(stream.num_unsent for stream in self._streams)
+
+    def announce_drain(self, grace_seconds: float) -> None:
+        for stream in self._streams:
+            stream.announce_drain(grace_seconds)
+
+    async def describe(self, request: bytes, context: Context) -> pb.DescribeResponse:
+        try:
+            _parse(pb.DescribeRequest, request)
+        except LogitstreamError as error:
+            await _abort(context, error)
+        return convert.info_to_message(self.info)
+
+    async def stream_targets(self, _requests: object, context: Context) -> None:
+        """One stream from `open` to the last answer; a client that goes away cancels this coroutine."""
+        try:
+            message = await self._read_open(context)
+            spec = self._check_open(message)
+            with self._stream(message.client_id, spec) as stream:
+                await self._serve(stream, message, context)
+        except LogitstreamError as error:
+            await _abort(context, error)
+        except BaseExceptionGroup as group:
+            await _abort(context, _expected(group))
+
+    async def _serve(self, stream: ClientStream, opened: pb.Open, context: Context) -> None:
+        opening = pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=self._credit()))
+        await context.write(opening)
+        async with asyncio.TaskGroup() as group:
+            receiving = group.create_task(self._receive(stream, context))
+            await self._send(stream, opened.weights_digest, context)
+            receiving.cancel()
+
+    async def _read_open(self, context: Context) -> pb.Open:
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
+                data = await context.read()
+        except TimeoutError:
+            raise ProtocolViolation(f"no `open` message within {OPEN_TIMEOUT_SECONDS:g} seconds") from None
+        if data is EOF:
+            raise ProtocolViolation("the stream ended before its `open` message")
+        message = _parse(pb.StreamTargetsRequest, data)
+        if message.WhichOneof("kind") != "open":
+            raise ProtocolViolation(f"expected `open` as the first message, got {message.WhichOneof('kind')}")
+        opened: pb.Open = message.open
+        return opened
+
+    def _check_open(self, message: pb.Open) -> TargetSpec:
+        """The handshake; raises FingerprintMismatch, InvalidSpec, ProtocolViolation or TooManyInFlight."""
+        info = self._scheduler.info
+        client_id = message.client_id
+        if len(client_id) > MAX_CLIENT_ID_CHARS or not client_id.isprintable():
+            raise ProtocolViolation(f"client_id must be at most {MAX_CLIENT_ID_CHARS} printable characters")
+        if len(self._streams) >= self._limits.max_streams:
+            raise TooManyInFlight(
+                f"{len(self._streams)} streams are open: the server's limit is {self._limits.max_streams}"
+            )
+        if message.vocab_size < info.vocab_size:
+            raise FingerprintMismatch(
+                f"the student's vocabulary of {message.vocab_size} is smaller than the teacher's {info.vocab_size}"
+            )
+        if message.tokenizer_digest and message.tokenizer_digest != info.tokenizer_digest:
+            raise FingerprintMismatch(
+                f"the student's tokenizer {message.tokenizer_digest[:64]} is not the teacher's {info.tokenizer_digest}"
+            )
+        _check_weights(message.weights_digest, info.weights_digest)
+        return convert.spec_from_message(message.spec)
+
+    @contextmanager
+    def _stream(self, client_id: str, spec: TargetSpec) -> Iterator[ClientStream]:
+        stream = ClientStream(
+            self._scheduler,
+            spec,
+            client_id=client_id,
+            stream_id=next(self._stream_ids),
+            max_in_flight_tokens=self._limits.max_in_flight_tokens,
+        )
+        before = self._credit()
+        self._streams.add(stream)
+        self._streams_changed(before)
+        log.info("stream opened", extra={"stream": stream.stream_id, "client": client_id})
+        try:
+            yield stream
+        finally:
+            stream.close()
+            before = self._credit()
+            self._streams.discard(stream)
+            self._streams_changed(before)
+            log.info("stream closed", extra={"stream": stream.stream_id, "client": client_id})
+
+    def _credit(self) -> int:
+        """Tokens that each stream may have in flight, so that all of them fit into the queue."""
+        share = self._limits.max_queue_tokens // max(1, len(self._streams))
+        return min(self._limits.max_in_flight_tokens, max(share, self._limits.max_sequence_tokens))
+
+    def _streams_changed(self, credit_before: int) -> None:
+        metrics.TEACHER_CLIENTS.set(len(self._streams))
+        credit = self._credit()
+        if credit != credit_before:
+            for stream in self._streams:
+                stream.offer_credit(credit)
+
+    async def _receive(self, stream: ClientStream, context: Context) -> None:
+        while (data := await context.read()) is not EOF:
+            message = _parse(pb.StreamTargetsRequest, data)
+            kind = message.WhichOneof("kind")
+            if kind == "requests":
+                self._take(stream, message.requests.requests, len(data))
+            elif kind == "cancel":
+                for request_id in message.cancel.request_ids:
+                    stream.cancel(request_id)
+            else:
+                raise ProtocolViolation(f"expected `requests` or `cancel`, got {kind}")
+        stream.half_close()
+
+    def _take(self, stream: ClientStream, requests: Any, num_bytes: int) -> None:
+        if len(requests) > MAX_MESSAGE_REQUESTS:
+            raise ProtocolViolation(f"{len(requests)} requests in one message: the limit is {MAX_MESSAGE_REQUESTS}")
+        limits = self._limits
+        for request in requests:
+            stream.check_new(request.request_id)
+            try:
+                if num_bytes > limits.max_message_bytes:
+                    raise InvalidSequence(f"message of {num_bytes} bytes: the limit is {limits.max_message_bytes}")
+                sequence = convert.sequence_from_message(
+                    request,
+                    vocab_size=self._scheduler.info.vocab_size,
+                    max_sequence_tokens=limits.max_sequence_tokens,
+                )
+            except RequestError as error:
+                stream.refuse(request.request_id, error)
+                continue
+            score_request = ScoreRequest(sequence=sequence, spec=stream.spec, draw_set=request.draw_set)
+            stream.submit(request.request_id, score_request, priority=request.priority)
+
+    async def _send(self, stream: ClientStream, wanted_weights: str, context: Context) -> None:
+        while events := await stream.next_events():
+            for message, outcomes in _messages(events):
+                start = time.perf_counter()
+                await context.write(message)
+                stream.written(outcomes)
+                metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
+            _check_weights(wanted_weights, self._scheduler.info.weights_digest)
+
+
+def _messages(events: list[Event]) -> Iterator[tuple[pb.StreamTargetsResponse, list[Outcome]]]:
+    """Events as messages of bounded size, each with the outcomes it carries."""
+    results: list[pb.Result] = []
+    outcomes: list[Outcome] = []
+    num_bytes = 0
+    for event in events:
+        if isinstance(event, CreditChanged):
+            yield pb.StreamTargetsResponse(credit=pb.Credit(max_in_flight_tokens=event.max_in_flight_tokens)), []
+        elif isinstance(event, DrainStarted):
+            yield pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=event.grace_seconds)), []
+        else:
+            size = len(event.answer.payload) if isinstance(event.answer, Scored) else 0
+            if results and num_bytes + size > RESULTS_BYTES:
+                yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
+                results, outcomes, num_bytes = [], [], 0
+            results.append(_result(event))
+            outcomes.append(event)
+            num_bytes += size
+    if results:
+        yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
+
+
+def _result(outcome: Outcome) -> pb.Result:
+    if isinstance(outcome.answer, RequestError):
+        return pb.Result(request_id=outcome.request_id, error=convert.error_to_message(outcome.answer))
+    metrics.TEACHER_SEQUENCES.inc()
+    metrics.TEACHER_PAYLOAD_BYTES.inc(len(outcome.answer.payload))
+    return pb.Result(
+        request_id=outcome.request_id,
+        targets=outcome.answer.payload,
+        teacher_version=outcome.answer.teacher_version,
+        weights_digest=bytes.fromhex(outcome.answer.weights_digest)[: convert.WIRE_DIGEST_BYTES],
+    )
+
+
+def _check_weights(wanted: str, served: str) -> None:
+    if wanted and wanted != served:
+        raise FingerprintMismatch(f"the student wants weights {wanted[:64]}, this server serves {served}")
+
+
+def _parse(kind: Any, data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise ProtocolViolation(f"{len(data)} bytes that are no {kind.DESCRIPTOR.name}") from None
+
+
+def _expected(group: BaseExceptionGroup[BaseException]) -> LogitstreamError:
+    """The error that ends the stream; raises the group where it holds something else, a bug of ours."""
+    expected, unexpected = group.split(LogitstreamError)
+    if unexpected is not None or expected is None:
+        raise group
+    error: BaseException = expected
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, LogitstreamError)
+    return error
+
+
+async def _abort(context: Context, error: LogitstreamError) -> NoReturn:
+    await context.abort(status_of(error), str(error))
+    raise AssertionError("abort always raises")

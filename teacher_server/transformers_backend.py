@@ -1,0 +1,235 @@
+"""Any Hugging Face causal language model as a teacher, on a CPU or a GPU; the reference for other backends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitstream import metrics
+from logitstream.errors import NonFiniteLogits, RequestError
+from logitstream.sampling import draw, row_uniforms
+from logitstream.tokenizer import tokenizer_digest
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
+from teacher_server.backend import ScoreRequest
+from teacher_server.batching import split_by_length
+from teacher_server.causal_lm import SplitCausalLM
+from teacher_server.weights import weights_digest, weights_folder
+
+PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 1024}
+"""What a forward pass costs beside its tokens, in tokens of computing; measured on two CPU cores, assumed on GPUs."""
+LONGEST_SEQUENCE = 1 << 20
+"""Where a model's configuration gives no limit."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Unique:
+    """One distinct sequence of token ids, everybody who asked for it, and the rows that any of them wants."""
+
+    token_ids: npt.NDArray[np.int32]
+    askers: list[int] = field(default_factory=list)
+    wanted: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+
+
+@dataclass(slots=True, eq=False)
+class _Drawing:
+    """One request while its rows are drawn: wanted rows, their uniforms, what was drawn so far."""
+
+    request: ScoreRequest
+    rows: npt.NDArray[np.int64]
+    uniforms: npt.NDArray[np.float64]
+    parts: list[SparseTargets] = field(default_factory=list)
+    error: RequestError | None = None
+
+
+class TransformersBackend:
+    """Scores batches with a loaded model; see TeacherBackend."""
+
+    def __init__(
+        self, model: Any, info: TeacherInfo, *, max_padded_tokens: int = 8192, logits_chunk_bytes: int = 64 << 20
+    ) -> None:
+        self._lm: SplitCausalLM | None = SplitCausalLM(model.eval().requires_grad_(False))
+        self._info = replace(info, vocab_size=model.get_output_embeddings().weight.shape[0])
+        self._max_padded_tokens = max_padded_tokens
+        self._chunk_rows = max(1, logits_chunk_bytes // (4 * self._info.vocab_size))
+        self._pass_overhead_tokens = PASS_OVERHEAD_TOKENS.get(model.device.type, 1024)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str = "main",
+        tokenizer: str = "",
+        dtype: str = "auto",
+        device: str = "auto",
+        max_padded_tokens: int = 8192,
+        logits_chunk_bytes: int = 64 << 20,
+    ) -> TransformersBackend:
+        """Load safetensors weights from a folder or the hub; code that comes with a model is never run."""
+        folder = weights_folder(model, revision)
+        device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        started = time.monotonic()
+        lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        lm = lm.to(device)
+        info = TeacherInfo(
+            model=model,
+            revision="" if Path(model).is_dir() else revision,
+            weights_digest=weights_digest(folder),
+            tokenizer_digest=tokenizer_digest(AutoTokenizer.from_pretrained(tokenizer or folder)),
+            vocab_size=lm.config.get_text_config().vocab_size,
+            dtype=str(lm.dtype).removeprefix("torch."),
+            max_sequence_tokens=getattr(lm.config.get_text_config(), "max_position_embeddings", LONGEST_SEQUENCE),
+            backend="transformers",
+        )
+        log.info("loaded %s in %s on %s, %.1f s", model, info.dtype, device, time.monotonic() - started)
+        return cls(lm, info, max_padded_tokens=max_padded_tokens, logits_chunk_bytes=logits_chunk_bytes)
+
+    def describe(self) -> TeacherInfo:
+        return self._info
+
+    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        """Each distinct sequence goes through the model once, whoever asked for it and with whatever spec."""
+        try:
+            return self._score(batch)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from error
+
+    def close(self) -> None:
+        self._lm = None
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+    def _score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        uniques = _distinct(batch)
+        drawings = [_drawing(request) for request in batch]
+        for members in self._passes([len(unique.token_ids) for unique in uniques]):
+            self._score_pass([uniques[index] for index in members], drawings)
+        return [drawing.error or _all_rows(drawing, self._info.vocab_size) for drawing in drawings]
+
+    def _passes(self, lengths: list[int]) -> list[list[int]]:
+        assert self._lm is not None, "score after close"
+        overhead = self._pass_overhead_tokens if self._lm.pads_safely else 0
+        passes = split_by_length(lengths, pass_overhead_tokens=overhead, max_padded_tokens=self._max_padded_tokens)
+        padded = sum(len(members) * max(lengths[index] for index in members) for members in passes)
+        metrics.TEACHER_PADDING_TOKENS.inc(padded - sum(lengths))
+        return passes
+
+    def _score_pass(self, uniques: list[_Unique], drawings: list[_Drawing]) -> None:
+        assert self._lm is not None
+        start = time.perf_counter()
+        hidden = self._lm.hidden([torch.from_numpy(unique.token_ids).long() for unique in uniques])
+        rows = [np.flatnonzero(unique.wanted) for unique in uniques]
+        hidden_NH = torch.cat([hidden[i, torch.from_numpy(r).to(hidden.device)] for i, r in enumerate(rows)])
+        del hidden
+        if hidden_NH.is_cuda:
+            torch.cuda.synchronize()  # so that the stages' times mean what they say; the draw would wait anyway
+        forward_seconds = time.perf_counter() - start
+        draw_seconds = 0.0
+        owner = np.repeat(np.arange(len(uniques)), [len(r) for r in rows])
+        row_of = np.concatenate(rows)
+        for first in range(0, len(row_of), self._chunk_rows):
+            start = time.perf_counter()
+            logits = self._lm.logits(hidden_NH[first : first + self._chunk_rows])
+            middle = time.perf_counter()
+            chunk = slice(first, first + self._chunk_rows)
+            _draw_chunk(logits, _jobs(uniques, owner[chunk], row_of[chunk], drawings), self._chunk_rows)
+            forward_seconds += middle - start
+            draw_seconds += time.perf_counter() - middle
+        metrics.TEACHER_STAGE_SECONDS.labels("forward").observe(forward_seconds)
+        metrics.TEACHER_STAGE_SECONDS.labels("draw").observe(draw_seconds)
+
+
+def _distinct(batch: Sequence[ScoreRequest]) -> list[_Unique]:
+    found: dict[bytes, _Unique] = {}
+    for index, request in enumerate(batch):
+        sequence = request.sequence
+        unique = found.setdefault(sequence.token_ids.tobytes(), _Unique(sequence.token_ids))
+        if not unique.askers:
+            unique.wanted = np.zeros(len(sequence), bool)
+        unique.askers.append(index)
+        unique.wanted = unique.wanted | (True if sequence.loss_mask is None else sequence.loss_mask)
+    return list(found.values())
+
+
+def _drawing(request: ScoreRequest) -> _Drawing:
+    sequence = request.sequence
+    rows = np.arange(len(sequence)) if sequence.loss_mask is None else np.flatnonzero(sequence.loss_mask)
+    uniforms = row_uniforms(request.spec, sequence, request.draw_set, 0, len(sequence))
+    return _Drawing(request, rows, uniforms[rows])
+
+
+Job = tuple[_Drawing, npt.NDArray[np.int64], slice]
+"""A request, the chunk's rows that it wants, and which of its wanted rows they are."""
+
+
+def _jobs(
+    uniques: list[_Unique], owner: npt.NDArray[np.int64], row_of: npt.NDArray[np.int64], drawings: list[_Drawing]
+) -> Iterator[Job]:
+    for index in np.unique(owner):
+        at = np.flatnonzero(owner == index)
+        first_row, last_row = int(row_of[at[0]]), int(row_of[at[-1]])
+        for asker in uniques[int(index)].askers:
+            drawing = drawings[asker]
+            start, stop = np.searchsorted(drawing.rows, [first_row, last_row + 1])
+            wanted = slice(int(start), int(stop))
+            if stop > start:
+                yield drawing, at[np.searchsorted(row_of[at], drawing.rows[wanted])], wanted
+
+
+def _draw_chunk(logits: Tensor, jobs: Iterator[Job], max_rows: int) -> None:
+    """Draw requests of one spec together, at most max_rows rows at a time."""
+    by_spec: dict[TargetSpec, list[Job]] = {}
+    for job in jobs:
+        waiting = by_spec.setdefault(job[0].request.spec, [])
+        if waiting and sum(len(at) for _, at, _ in waiting) + len(job[1]) > max_rows:
+            _draw_jobs(logits, waiting)
+            waiting.clear()
+        waiting.append(job)
+    for waiting in by_spec.values():
+        _draw_jobs(logits, waiting)
+
+
+def _draw_jobs(logits: Tensor, jobs: list[Job]) -> None:
+    """One draw for all; where it fails, one each, so that bad logits fail their own sequence alone."""
+    at = np.concatenate([job[1] for job in jobs])
+    uniforms = np.concatenate([drawing.uniforms[wanted] for drawing, _, wanted in jobs])
+    names = np.concatenate([drawing.rows[wanted] for drawing, _, wanted in jobs])
+    whole = len(at) == len(logits) and bool((at == np.arange(len(at))).all())
+    rows = logits if whole else logits[torch.from_numpy(at).to(logits.device)]
+    try:
+        drawn = draw(rows, jobs[0][0].request.spec, uniforms, row_names=names)
+    except NonFiniteLogits as error:
+        if len(jobs) == 1:
+            jobs[0][0].error = error
+            return
+        for job in jobs:
+            _draw_jobs(logits, [job])
+        return
+    start = 0
+    for drawing, job_rows, _ in jobs:
+        drawing.parts.append(drawn.slice_rows(start, start + len(job_rows)))
+        start += len(job_rows)
+
+
+def _all_rows(drawing: _Drawing, vocab_size: int) -> SparseTargets:
+    """The drawn rows among all rows of the sequence, the others empty."""
+    num_rows = len(drawing.request.sequence)
+    if drawing.parts:
+        drawn = SparseTargets.concatenate(drawing.parts)
+    else:
+        drawn = draw(torch.empty(0, vocab_size), drawing.request.spec, drawing.uniforms)
+    lengths = np.zeros(num_rows, np.int64)
+    lengths[drawing.rows] = np.diff(drawn.row_offsets)
+    return replace(drawn, row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))

@@ -1,0 +1,51 @@
+"""A real server process around the fake backend: `python -m tests.fake_backend_server --address 127.0.0.1:0`."""
+
+from __future__ import annotations
+
+import argparse
+
+from teacher_server import logs
+from teacher_server.config import TeacherConfig
+from teacher_server.server import serve
+from tests.fakes import FAKE_DIGEST, FakeBackend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", default="127.0.0.1:0")
+    parser.add_argument("--address-file", default="")
+    parser.add_argument("--vocab-size", type=int, default=1000)
+    parser.add_argument("--entries-per-row", type=int, default=4)
+    parser.add_argument("--delay-seconds", type=float, default=0.0, help="of every batch")
+    parser.add_argument("--seconds-per-token", type=float, default=0.0)
+    parser.add_argument("--weights-digest", default=FAKE_DIGEST)
+    parser.add_argument("--max-in-flight-tokens", type=int, default=65_536)
+    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--drain-seconds", type=float, default=10.0)
+    parser.add_argument("--metrics-port", type=int, default=-1)
+    parser.add_argument("--log-level", default="WARNING")
+    args = parser.parse_args()
+    logs.configure(level=args.log_level, as_json=False)
+    config = TeacherConfig(
+        model="fake",
+        address=args.address,
+        address_file=args.address_file,
+        max_in_flight_tokens=args.max_in_flight_tokens,
+        max_batch_tokens=args.max_batch_tokens,
+        drain_seconds=args.drain_seconds,
+        metrics_port=args.metrics_port,
+    )
+    serve(
+        config,
+        lambda: FakeBackend(
+            vocab_size=args.vocab_size,
+            entries_per_row=args.entries_per_row,
+            delay_seconds=args.delay_seconds,
+            seconds_per_token=args.seconds_per_token,
+            weights_digest=args.weights_digest,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
