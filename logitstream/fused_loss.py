@@ -20,6 +20,8 @@ from logitstream.chunk_gradient import Diagnostics, Objective, Rows, logits_to_g
 from logitstream.loss import check_vocabulary, supervised_rows
 from logitstream.types import SparseTargets
 
+__all__ = ["Diagnostics", "FusedLoss", "fused_linear_sparse_kl"]
+
 CPU_CHUNK_BYTES = 64 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
 """Room for a chunk's logits: larger costs memory, smaller reads the head's weight more often."""
