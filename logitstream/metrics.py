@@ -96,6 +96,11 @@ for _stage in STAGES:
     TEACHER_STAGE_SECONDS.labels(_stage)
 
 
+def value(name: str, **labels: str) -> float | None:
+    """One metric's value in this process; None where it was never set."""
+    return REGISTRY.get_sample_value(name, labels)
+
+
 class _OneSide(Collector):
     """What one side exports: its own metrics, the cache's and the process's."""
 

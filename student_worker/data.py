@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 BUILDERS = {".txt": "text", ".md": "text", ".rst": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 TOKENIZER_BATCH = 256
+IGNORED_LABEL = -100
 
 
 def load_sequences(
@@ -38,7 +40,9 @@ def load_sequences(
     return packed
 
 
-def split_heldout(sequences: Dataset, *, heldout_sequences: int, max_sequences: int, seed: int) -> tuple[Dataset, Dataset]:
+def split_heldout(
+    sequences: Dataset, *, heldout_sequences: int, max_sequences: int, seed: int
+) -> tuple[Dataset, Dataset]:
     """Training and held-out sequences, chosen by seed; ValueError where too few are left to train on."""
     if heldout_sequences >= len(sequences):
         raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(sequences)} to train on")
@@ -82,3 +86,19 @@ def _pack(
             for start in range(0, len(pending) - sequence_tokens + 1, sequence_tokens):
                 yield {"input_ids": np.asarray(pending[start : start + sequence_tokens], dtype=np.int32)}
             pending = pending[len(pending) // sequence_tokens * sequence_tokens :]
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of input_ids (and labels) -> int64 [B, T]; shorter rows are padded, with an attention_mask where any is."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch = {"input_ids": _stack(rows, "input_ids", 0)}
+    if "labels" in rows[0]:
+        batch["labels"] = _stack(rows, "labels", IGNORED_LABEL)
+    if min(lengths) < max(lengths):
+        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return batch
+
+
+def _stack(rows: Sequence[dict[str, Any]], name: str, padding: int) -> torch.Tensor:
+    tensors = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)

@@ -1,0 +1,169 @@
+"""`student-worker`: one process of a student, or under torchrun one of several, trained on a teacher's targets."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+from logitstream import metrics
+from logitstream.rpc.channel import TlsFiles
+from logitstream.settings import parse_settings
+from logitstream.tokenizer import tokenizer_digest
+from logitstream.types import TargetSpec
+from student_worker.config import StudentConfig
+from student_worker.data import collate, load_sequences, split_heldout
+from student_worker.progress import ProgressDisplay
+from student_worker.report import RunReport
+from student_worker.target_stream import TargetStream
+from student_worker.teacher_client import GrpcTeacherClient
+from student_worker.trainer import DistillationTrainer
+
+logger = logging.getLogger("student_worker")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config, arguments = parse_settings(
+        (StudentConfig, TrainingArguments),
+        command="student-worker",
+        description="Train a student on sparse targets from teacher servers. Settings of the training loop are "
+        "transformers.TrainingArguments. Several processes: torchrun --nproc_per_node=N -m student_worker …",
+        argv=argv,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if arguments.process_index == 0:
+        write_resolved(config, arguments)
+    run(config, arguments)
+
+
+def run(config: StudentConfig, arguments: TrainingArguments) -> None:
+    """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
+    if config.metrics_port:
+        metrics.serve(config.metrics_port + arguments.local_process_index, side="student")
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+    with arguments.main_process_first(desc="packing the text"):
+        sequences = load_sequences(
+            config.text, tokenizer, sequence_tokens=config.sequence_tokens, text_column=config.text_column
+        )
+    train_set, heldout_set = split_heldout(
+        sequences,
+        heldout_sequences=config.heldout_sequences,
+        max_sequences=config.max_sequences,
+        seed=arguments.seed,
+    )
+    model = load_model(config, arguments)
+    client = connect(config, config.target_spec(), model.config.vocab_size, tokenizer_digest(tokenizer))
+    try:
+        trainer = build_trainer(config, arguments, model, client, train_set, heldout_set)
+        report = train(trainer, arguments)
+    finally:
+        client.close()
+    trainer.save_model()
+    if arguments.process_index == 0:
+        tokenizer.save_pretrained(output_folder(arguments))
+        (output_folder(arguments) / "report.json").write_text(json.dumps(report, indent=2))
+
+
+def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:
+    """Every setting as it was used; the file is a valid --config."""
+    folder = output_folder(arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer_settings: dict[str, Any] = arguments.to_dict()  # type: ignore[no-untyped-call]
+    settings = asdict(config) | {name: value for name, value in trainer_settings.items() if value is not None}
+    del settings["hub_token"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
+
+
+def output_folder(arguments: TrainingArguments) -> Path:
+    """TrainingArguments' output_dir, whose default is trainer_output."""
+    return Path(arguments.output_dir or "trainer_output")
+
+
+def load_model(config: StudentConfig, arguments: TrainingArguments) -> PreTrainedModel:
+    """The student from its checkpoint, or untrained from its config at the run's seed."""
+    set_seed(arguments.seed)
+    auto: Any = AutoModelForCausalLM
+    if config.model:
+        model: PreTrainedModel = auto.from_pretrained(config.model, dtype=torch.float32)
+    else:
+        model = auto.from_config(AutoConfig.from_pretrained(config.model_config), dtype=torch.float32)
+    return model
+
+
+def connect(config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str) -> GrpcTeacherClient:
+    tls = None
+    if config.tls_ca:
+        tls = TlsFiles(certificate=config.tls_cert or None, key=config.tls_key or None, authority=config.tls_ca)
+    return GrpcTeacherClient(
+        config.teacher,
+        spec,
+        vocab_size=vocab_size,
+        tokenizer_digest=digest,
+        client_id=config.client_id,
+        tls=tls,
+        token_file=config.token_file,
+        deadline_seconds=config.deadline_seconds,
+        connect_timeout_seconds=config.connect_timeout_seconds,
+        max_teacher_lag=config.max_teacher_lag,
+    )
+
+
+def build_trainer(
+    config: StudentConfig,
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
+    client: GrpcTeacherClient,
+    train_set: Dataset,
+    heldout_set: Dataset,
+) -> DistillationTrainer:
+    def stream(dataloader: DataLoader[Any]) -> TargetStream:
+        return TargetStream(
+            dataloader,
+            client,
+            spec=config.target_spec(),
+            prefetch_batches=config.prefetch_batches,
+            draw_set=None if config.draws == "fresh" else 0,
+        )
+
+    return DistillationTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=heldout_set,
+        data_collator=collate,
+        wrap_dataloader=stream,
+        ce_weight=config.ce_weight,
+        temperature=config.temperature,
+        ghost=config.sampler == "top_k_ghost",
+        callbacks=[ProgressDisplay(output_folder(arguments))],
+    )
+
+
+def train(trainer: DistillationTrainer, arguments: TrainingArguments) -> dict[str, Any]:
+    """The run's figures, the same on every process."""
+    run_report = RunReport()
+    trainer.add_callback(run_report)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    after = trainer.evaluate()["eval_loss"]
+    return {"heldout_loss_before": before, "heldout_loss_after": after} | run_report.figures()
+
+
+if __name__ == "__main__":
+    main()
