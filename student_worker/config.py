@@ -39,7 +39,9 @@ class StudentConfig:
     deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
     connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
     max_teacher_lag: int = setting(
-        "Refuse targets from weights this many versions older than the newest seen; -1: any.", -1
+        "0: all targets come from the same weights; n: the teacher may learn meanwhile, and targets from weights more "
+        "than n versions older than the newest seen are asked for again; -1: any version.",
+        0,
     )
 
     sampler: str = setting("systematic, multinomial, threshold, top_k, top_k_ghost or full.", "systematic")

@@ -33,8 +33,8 @@ RETRY_SECONDS = (0.1, 5.0)
 """First and largest bound of the random wait before a refused request is sent again."""
 MAX_TRIES = 5
 """Retryable refusals of one sequence before its error is raised."""
-MAX_LOSSES = 8
-"""Connections that may break with a sequence in flight before the sequence is held to be the cause."""
+MAX_LONE_LOSSES = 4
+"""Connections that may break with a sequence alone in flight before the sequence is held to be the cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +147,9 @@ class Dispatcher:
     def tick(self) -> None:
         """Enforce deadlines; call it about once a second."""
         now = time.monotonic()
-        for replica, _ in self._replicas.values():
-            if replica.stalled(now) and any(other.state == "ready" for other, _ in self._replicas.values()):
+        ready = {replica for replica, _ in self._replicas.values() if replica.state == "ready"}
+        for replica in ready:
+            if replica.stalled(now) and len(ready) > 1:
                 replica.break_off()
         for request in list(self._requests.values()):
             if now > self._expiry(request):
@@ -191,6 +192,11 @@ class Dispatcher:
                 f"{', '.join(info.samplers)} and versions {info.codec_versions}"
             )
 
+    def is_stale(self, teacher_version: int) -> bool:
+        """Whether the version is further behind the newest one seen than max_teacher_lag; any thread may ask."""
+        lag = self._settings.max_teacher_lag
+        return lag > 0 and self.info is not None and self.info.teacher_version - teacher_version > lag
+
     def knows(self, weights_digest: bytes) -> bool:
         return weights_digest in self._fingerprints
 
@@ -218,12 +224,13 @@ class Dispatcher:
         for request in requests:
             if request.request_id not in self._requests or request.replica is not replica:
                 continue
+            request.lone_losses += request.suspect
             request.losses += 1
-            if request.losses >= MAX_LOSSES:
+            if request.lone_losses >= MAX_LONE_LOSSES:
                 message = f"{request.losses} connections broke while this sequence was being scored; the last: {error}"
                 self._fail(request, ScoringFailed(message))
             else:
-                self._retry(request, replica, "lost", delay_seconds=0.0)
+                self._retry(request, replica, "lost", delay_seconds=None if request.suspect else 0.0)
         self._pump()
 
     # Decisions
@@ -233,9 +240,8 @@ class Dispatcher:
         if fingerprint is None:  # replaced twice between two answers: what made these targets cannot be told any more
             self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
             return
-        newest = self.info.teacher_version if self.info else 0
-        lag = self._settings.max_teacher_lag
-        if lag > 0 and newest - answer.teacher_version > lag:
+        if self.is_stale(answer.teacher_version):
+            newest, lag = self.info.teacher_version if self.info else 0, self._settings.max_teacher_lag
             error = StaleTeacher(f"teacher version {answer.teacher_version}, newest {newest}: at most {lag} behind")
             self._refused(replica, request, error)
             return
@@ -251,10 +257,9 @@ class Dispatcher:
             request.future.set_result(received)
 
     def _refused(self, replica: Replica, request: Request, error: RequestError | StaleTeacher) -> None:
-        if isinstance(error, TooManyInFlight | ServerDraining):  # its state changed with the request on its way
-            self._retry(request, replica, type(error).__name__)
-            return
-        request.tries += 1
+        outrun = isinstance(error, TooManyInFlight) and request.num_tokens <= replica.credit
+        if not outrun and not isinstance(error, ServerDraining):  # else its state changed with the request on its way
+            request.tries += 1
         if request.tries < MAX_TRIES and (isinstance(error, StaleTeacher) or error.retryable):
             self._retry(request, replica, type(error).__name__)
         else:
@@ -265,7 +270,8 @@ class Dispatcher:
         request.replica, request.avoid = None, replica
         if delay_seconds is None:
             low, high = RETRY_SECONDS
-            delay_seconds = random.uniform(0.0, min(high, low * 2**request.tries))
+            delay_seconds = random.uniform(0.0, min(high, low * 2 ** min(request.delays, 10)))
+            request.delays += 1
         asyncio.get_running_loop().call_later(delay_seconds, self._requeue, request.request_id)
 
     def _requeue(self, request_id: int) -> None:
@@ -294,7 +300,7 @@ class Dispatcher:
 
     def _choose(self, request: Request) -> Replica | None:
         """The replica that would answer first; not the one that just failed it, if another has room."""
-        able = [replica for replica, _ in self._replicas.values() if replica.has_room(request.num_tokens)]
+        able = [replica for replica, _ in self._replicas.values() if replica.has_room(request)]
         others = [replica for replica in able if replica is not request.avoid]
         return min(others or able, key=lambda replica: replica.expected_seconds(request.num_tokens), default=None)
 

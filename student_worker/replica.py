@@ -22,6 +22,8 @@ RECONNECT_SECONDS = (0.2, 10.0)
 REFUSED_SECONDS = 30.0
 """A replica that serves something else is asked again this often: it may have been replaced."""
 
+SUSPECT_LOSSES = 2
+
 State = Literal["connecting", "ready", "draining", "refused"]
 
 
@@ -39,8 +41,15 @@ class Request:
     sent_at: float = 0.0
     tokens_ahead: int = 0
     losses: int = 0
+    lone_losses: int = 0
     tries: int = 0
+    delays: int = 0
     avoid: Replica | None = None
+
+    @property
+    def suspect(self) -> bool:
+        """It may be what kills replicas: it is sent alone, so that no other sequence is taken for the cause."""
+        return self.losses >= SUSPECT_LOSSES
 
     @property
     def num_tokens(self) -> int:
@@ -108,10 +117,14 @@ class Replica:
         self._reading: asyncio.Task[None] | None = None
         self.described = b""
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether the credit allows that many more; a sequence beyond all credit is sent alone, and refused there."""
-        fits = self.in_flight_tokens == 0 or self.in_flight_tokens + num_tokens <= self.credit
-        return self.state == "ready" and not self.gone and fits
+    def has_room(self, request: Request) -> bool:
+        """Whether the credit allows one more; a sequence beyond all credit is sent alone, and refused there."""
+        if self.state != "ready" or self.gone:
+            return False
+        if not self.in_flight:
+            return True
+        alone = request.suspect or any(other.suspect for other in self.in_flight.values())
+        return not alone and self.in_flight_tokens + request.num_tokens <= self.credit
 
     def expected_seconds(self, num_tokens: int) -> float:
         """When one more sequence would be answered, by what the last ones took; ties go to the emptier replica."""
@@ -164,8 +177,7 @@ class Replica:
         except LogitstreamError as error:
             return error
         except asyncio.CancelledError:
-            if not self._reading.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
-                self._reading.cancel()
+            if (task := asyncio.current_task()) is None or task.cancelling():
                 raise
             return TeacherUnavailable(f"{self.address}: no answer for {self._stalled_seconds:g} s")
         finally:

@@ -56,6 +56,10 @@ class TeacherClient(Protocol):
         """
         ...
 
+    def is_stale(self, received: ReceivedTargets) -> bool:
+        """Whether these targets come from weights older than the client's `max_teacher_lag` allows by now."""
+        ...
+
     def close(self) -> None:
         """Cancel what is in flight and close connections; idempotent."""
         ...
@@ -81,6 +85,9 @@ class LocalTeacherClient:
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
         """Requests are answered in the order they come in, whatever their priority."""
         return self._executor.submit(self._answer, sequence, draw_set)
+
+    def is_stale(self, received: ReceivedTargets) -> bool:
+        return False
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
@@ -182,6 +189,9 @@ class GrpcTeacherClient:
         request.future.add_done_callback(lambda future: self._cancelled(request) if future.cancelled() else None)
         self._loop.call_soon_threadsafe(self._dispatcher.submit, request)
         return request.future
+
+    def is_stale(self, received: ReceivedTargets) -> bool:
+        return self._dispatcher.is_stale(received.teacher_version)
 
     def close(self) -> None:
         if self._closed.is_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -100,8 +101,12 @@ class TeacherConnection:
             weights_digest=weights_digest,
             spec=spec_to_message(spec),
         )
-        await self._write(pb.StreamTargetsRequest(open=hello))
-        response = await self._read()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._write(pb.StreamTargetsRequest(open=hello))
+                response = await self._read()
+        except TimeoutError:
+            raise TeacherUnavailable(f"{self._address}: no answer to the handshake in {self._timeout:g} s") from None
         if response is None or response.WhichOneof("kind") != "opened":
             raise ProtocolViolation(f"{self._address}: expected `opened` as the first message")
         return int(response.opened.max_in_flight_tokens)
