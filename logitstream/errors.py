@@ -100,6 +100,7 @@ class CacheFull(CacheError):
 
 
 REQUEST_ERRORS: dict[str, type[RequestError]] = {
-    cls.__name__: cls for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ServerDraining, ScoringFailed, NonFiniteLogits)
+    cls.__name__: cls
+    for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ServerDraining, ScoringFailed, NonFiniteLogits)
 }
 """In-band error codes and the class each one is raised as on the student."""
