@@ -99,7 +99,7 @@ def write_configs(options: argparse.Namespace, teacher: Path, text: Path) -> dic
             "dtype": "bfloat16" if has_fast_bfloat16() else "float32",
             "address": f"127.0.0.1:{free_port()}",
             "metrics_port": free_port(),
-            "max_batch_tokens": 1024,
+            "max_batch_tokens": 2048,
             "calibration_text": str(text),
         },
         "student": {
@@ -220,8 +220,8 @@ def teacher_figures(metrics_port: int) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
     samples = {(s.name, s.labels.get("stage")): s.value for family in families for s in family.samples}
-    seconds = sum(samples.get(("teacher_stage_seconds_sum", stage), 0.0) for stage in ("forward", "draw"))
-    tokens = samples[("teacher_tokens_total", None)]
+    seconds = sum(samples.get(("logitstream_teacher_stage_seconds_sum", stage), 0.0) for stage in ("forward", "draw"))
+    tokens = samples[("logitstream_teacher_tokens_total", None)]
     return {"teacher_tokens_scored": tokens, "teacher_tokens_per_second": tokens / seconds if seconds else None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from student_worker.config import StudentConfig
 from student_worker.data import collate, load_sequences, split_heldout
 from student_worker.progress import ProgressDisplay
 from student_worker.report import RunReport
+from student_worker.target_cache import TargetCache, open_target_cache
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
 from student_worker.trainer import DistillationTrainer
@@ -68,12 +70,11 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
         seed=arguments.seed,
     )
     model = load_model(config, arguments)
-    client = connect(config, config.target_spec(), model.config.vocab_size, tokenizer_digest(tokenizer))
-    try:
-        trainer = build_trainer(config, arguments, model, client, train_set, heldout_set)
+    with contextlib.ExitStack() as resources:
+        client = connect(config, config.target_spec(), model.config.vocab_size, tokenizer_digest(tokenizer), resources)
+        cache = open_cache(config, client, arguments.process_index, resources)
+        trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set)
         report = train(trainer, arguments)
-    finally:
-        client.close()
     trainer.save_model()
     if arguments.process_index == 0:
         tokenizer.save_pretrained(output_folder(arguments))
@@ -106,11 +107,16 @@ def load_model(config: StudentConfig, arguments: TrainingArguments) -> PreTraine
     return model
 
 
-def connect(config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str) -> GrpcTeacherClient:
+def connect(
+    config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str, resources: contextlib.ExitStack
+) -> GrpcTeacherClient | None:
+    """A client of the teacher's replicas; None where targets come from the cache alone."""
+    if config.targets == "cache":
+        return None
     tls = None
     if config.tls_ca:
         tls = TlsFiles(certificate=config.tls_cert or None, key=config.tls_key or None, authority=config.tls_ca)
-    return GrpcTeacherClient(
+    client = GrpcTeacherClient(
         config.teacher,
         spec,
         vocab_size=vocab_size,
@@ -122,13 +128,32 @@ def connect(config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: st
         connect_timeout_seconds=config.connect_timeout_seconds,
         max_teacher_lag=config.max_teacher_lag,
     )
+    return resources.enter_context(contextlib.closing(client))
+
+
+def open_cache(
+    config: StudentConfig, client: GrpcTeacherClient | None, process_index: int, resources: contextlib.ExitStack
+) -> TargetCache | None:
+    """This process's view of the cache; None where nothing is kept."""
+    if not config.cache:
+        return None
+    cache = open_target_cache(
+        config.cache,
+        client,
+        config.target_spec(),
+        max_bytes=config.cache_max_bytes,
+        writer_id=f"{config.client_id}-{process_index}",
+        provenance={"text": config.text, "tokenizer": config.tokenizer or config.model},
+    )
+    return resources.enter_context(contextlib.closing(cache))
 
 
 def build_trainer(
     config: StudentConfig,
     arguments: TrainingArguments,
     model: PreTrainedModel,
-    client: GrpcTeacherClient,
+    client: GrpcTeacherClient | None,
+    cache: TargetCache | None,
     train_set: Dataset,
     heldout_set: Dataset,
 ) -> DistillationTrainer:
@@ -137,7 +162,10 @@ def build_trainer(
             dataloader,
             client,
             spec=config.target_spec(),
+            cache=cache,
+            mode=config.targets,
             prefetch_batches=config.prefetch_batches,
+            spill_batches=config.spill_batches,
             draw_set=None if config.draws == "fresh" else 0,
         )
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from logitstream.settings import setting
 from logitstream.types import TargetSpec
-
-TARGETS = ("online", "cache", "cache_then_online")
-DRAWS = ("fresh", "reuse")
 
 
 @dataclass(kw_only=True)
@@ -30,8 +28,8 @@ class StudentConfig:
     teacher: list[str] = setting(
         "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
     )
-    targets: str = setting("Where targets come from.", "online", choices=TARGETS)
-    draws: str = setting("Fresh draws each epoch, or the first epoch's again.", "fresh", choices=DRAWS)
+    targets: Literal["online", "cache", "cache_then_online"] = setting("Where targets come from.", "online")
+    draws: Literal["fresh", "reuse"] = setting("Fresh draws each epoch, or the first epoch's again.", "fresh")
     prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
     spill_batches: int = setting("Further batches asked for ahead and kept in the cache on disk; needs `cache`.", 0)
     cache: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
