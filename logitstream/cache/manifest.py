@@ -154,18 +154,20 @@ def _link(partial: Path, path: Path) -> None:
 
 def write_entry(shard: Path, *, sha256: str, size: int, spans: Spans) -> None:
     """The sidecars of a shard that is about to be sealed: the index, and its entry in the manifest."""
-    draw_sets, counts = np.unique(spans["draw_set"], return_counts=True)
     write_index(shard.with_suffix(".index"), spans, size)
-    entry = {
-        "shard": shard.name,
-        "bytes": size,
-        "sha256": sha256,
+    entry = {"shard": shard.name, "bytes": size, "sha256": sha256} | summary(spans)
+    write_whole(shard.with_suffix(".json"), render(entry))
+
+
+def summary(spans: Spans) -> dict[str, Any]:
+    """What a shard's entry says of its records."""
+    draw_sets, counts = np.unique(spans["draw_set"], return_counts=True)
+    return {
         "records": len(spans),
         "tokens": int(spans["tokens_count"].sum(dtype=np.int64)),
         "payload_bytes": int(spans["payload_count"].sum(dtype=np.int64)),
         "draw_sets": {str(draw_set): int(count) for draw_set, count in zip(draw_sets, counts, strict=True)},
     }
-    write_whole(shard.with_suffix(".json"), render(entry))
 
 
 def write_index(path: Path, spans: Spans, shard_bytes: int) -> None:

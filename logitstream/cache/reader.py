@@ -43,6 +43,7 @@ class CacheReader:
         self.fingerprint = manifest_fingerprint(self.manifest, self.directory)
         self.id_model = read_id_model(self.directory, self.fingerprint)
         self.damaged: set[bytes] = set()
+        self._warned = False
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._lock = threading.Lock()
         self._now = Snapshot()
@@ -79,6 +80,11 @@ class CacheReader:
         """Distinct keys as of the last refresh."""
         index, firsts = self._ordered()
         return len(index.high) if firsts is None else len(firsts)
+
+    @property
+    def num_records(self) -> int:
+        """Records as of the last refresh, repeated keys and damaged ones included."""
+        return self._now.num_sealed + self._now.num_open
 
     def key(self, i: int) -> bytes:
         """The i-th key in rising order: it depends on the content alone, not on who wrote it when."""
@@ -120,24 +126,28 @@ class CacheReader:
     def _first_whole(self, key: bytes) -> Parts | None:
         now = self._now
         for place in now.places(key):
-            found = self._load(now, place)
-            if found is not None and found[0][0] == key:
+            found = self._load(now, place, key)
+            if found is not None:
                 return found
-            self.damaged.add(key)
         return None
 
-    def _load(self, now: Snapshot, place: int) -> Parts | None:
-        """A place's record, or None where it is damaged or its shard was pruned."""
+    def _load(self, now: Snapshot, place: int, key: bytes | None = None) -> Parts | None:
+        """A place's record, or None where it is damaged, another key's or in a shard that was pruned."""
         path: Path | None = None
         try:
             path, span = self._span(now, place)
+            if key is not None and span[0] != key:
+                raise CorruptRecord(f"the index names {span[0].hex()} where it named {key.hex()} before")
             return (span, *read_record(self._file(path).fd, span))
         except FileNotFoundError:
             return None
         except (CorruptRecord, OSError) as error:
-            if not self.damaged:
+            if not self._warned:
+                self._warned = True
                 logger.warning("%s: %s; damaged records pass for missing", path or self.directory, error)
             metrics.CACHE_CORRUPT.inc()
+            if key is not None:
+                self.damaged.add(key)
             return None
 
     def _span(self, now: Snapshot, place: int) -> tuple[Path, tuple[Any, ...]]:

@@ -76,6 +76,8 @@ def survey(directory: Path, manifest: dict[str, Any], before: Snapshot) -> Snaps
     else:
         raise CacheError(f"{directory}: shards kept disappearing while they were listed")
     known = set(before.shards)
+    if not known <= set(sealed):  # pruned
+        before, known = Snapshot(), set()
     new = [path for path in sealed if path not in known]
     if not new and growing == before.growing:
         return before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_a_full_disk_ends_the_writing_and_nothing_else(small_disk: Path, caplog:
 
 
 def test_a_cache_on_a_disk_that_is_full_from_the_start_does_not_stop_the_run(small_disk: Path) -> None:
-    with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("wb", buffering=0) as filler:
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
         while True:
             filler.write(bytes(4096))
     with CacheWriter(small_disk / "cache", FINGERPRINT) as writer:

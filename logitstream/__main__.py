@@ -1,0 +1,184 @@
+"""`logitstream cache {info,verify,merge,export,prune}`: looking after caches of targets (docs/cache.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from logitstream.cache.describe import Description, describe
+from logitstream.cache.export import export
+from logitstream.cache.open_shard import directory_bytes
+from logitstream.cache.reader import CacheReader
+from logitstream.cache.rewrite import merge, prune
+from logitstream.cache.verify import verify
+from logitstream.errors import LogitstreamError
+
+SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 where `verify` found damage, 2 for an error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (LogitstreamError, OSError, ValueError) as error:
+        print(f"logitstream cache {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="logitstream")
+    groups = parser.add_subparsers(dest="group", required=True)
+    commands = groups.add_parser("cache", help="look after caches of targets").add_subparsers(
+        dest="command", required=True
+    )
+    info = _command(commands, "info", _info, "size, bytes a token, entries a row, fingerprint, provenance")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    check = _command(commands, "verify", _verify, "read every byte; exit status 1 where something is damaged")
+    check.add_argument("--keys", type=Path, metavar="FILE", help="write the keys to fetch again here, one a line (hex)")
+    join = commands.add_parser("merge", help="several caches of one fingerprint into one, each key once")
+    join.add_argument("directories", type=Path, nargs="+")
+    join.set_defaults(run=_merge)
+    out = _command(commands, "export", _export, "Parquet files with decoded columns")
+    for command, what in ((join, "cache to write or to add to"), (out, "folder for the Parquet files")):
+        command.add_argument("--output", type=Path, required=True, help=what)
+    cut = _command(commands, "prune", _prune, "drop records to make room")
+    cut.add_argument("--max_bytes", type=_size, help="drop the oldest shards until this many bytes hold (10G, 2T, …)")
+    cut.add_argument("--before_draw_set", type=int, help="drop records of earlier draw sets")
+    cut.add_argument("--damaged", action="store_true", help="drop damaged records")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("directory", type=Path)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _size(text: str) -> int:
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if unit not in SIZE_UNITS:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes with K, M, G or T, got {text!r}")
+    return int(float(number) * SIZE_UNITS[unit])
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; what it gives advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    found = describe(arguments.directory)
+    if arguments.json:
+        print(json.dumps(_as_json(found), indent=1))
+        return 0
+    for name, value in _as_json(found).items():
+        if name == "entries_histogram":
+            continue
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, inner in value.items():
+                print(f"  {key}: {inner}")
+        else:
+            print(f"{name}: {value}")
+    _print_histogram(found.entries)
+    return 0
+
+
+def _as_json(found: Description) -> dict[str, object]:
+    rows = max(int(found.entries.sum()), 1)
+    return {
+        "records": found.records,
+        "distinct_keys": found.distinct_keys,
+        "tokens": found.tokens,
+        "directory_bytes": found.directory_bytes,
+        "payload_bytes_per_token": round(found.payload_bytes_per_token, 3),
+        "bytes_per_token": round(found.bytes_per_token, 3),
+        "shards": {"sealed": found.sealed_shards, "open": found.open_shards},
+        "records_by_draw_set": {str(draw_set): count for draw_set, count in found.draw_sets.items()},
+        "entries_per_row": round(float(found.entries @ np.arange(len(found.entries))) / rows, 3),
+        "entries_histogram": {str(k): int(n) for k, n in enumerate(found.entries) if n},
+        "fingerprint_digest": found.manifest["fingerprint_digest"],
+        "fingerprint": found.manifest["fingerprint"],
+        "provenance": found.manifest["provenance"],
+        "created": found.manifest["created"],
+    }
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    with _bar("verifying", directory_bytes(arguments.directory)) as advance:
+        damage = verify(arguments.directory, advance)
+    for note in damage.notes:
+        print(f"note: {note}")
+    for problem in damage.problems:
+        print(f"damaged: {problem}")
+    keys = [key.hex() for key in damage.lost_keys]
+    if arguments.keys is not None:
+        arguments.keys.write_text("".join(f"{key}\n" for key in keys))
+    else:
+        for key in keys:
+            print(f"fetch again: {key}")
+    print(f"{damage.whole_records} whole records, {len(damage.damaged_keys)} damaged, {len(keys)} to fetch again")
+    return 1 if damage.problems else 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    total = sum(len(CacheReader(directory)) for directory in arguments.directories)
+    with _bar("merging", total) as advance:
+        written, duplicates, damaged = merge(arguments.directories, arguments.output, advance)
+    print(f"{arguments.output}: {written} records written, {duplicates} duplicates and {damaged} damaged left out")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    reader = CacheReader(arguments.directory)
+    with _bar("exporting", len(reader)) as advance:
+        files, skipped = export(reader, arguments.output, progress=advance)
+    print(f"{arguments.output}: {len(reader) - skipped} records in {len(files)} files, {skipped} damaged left out")
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    if arguments.max_bytes is None and arguments.before_draw_set is None and not arguments.damaged:
+        raise ValueError("expected --max_bytes, --before_draw_set or --damaged")
+    with _bar("pruning", CacheReader(arguments.directory).num_records) as advance:
+        records, freed = prune(
+            arguments.directory,
+            max_bytes=arguments.max_bytes,
+            before_draw_set=arguments.before_draw_set,
+            damaged=arguments.damaged,
+            progress=advance,
+        )
+    print(f"{arguments.directory}: {records} records dropped, {freed} bytes freed")
+    return 0
+
+
+def _print_histogram(entries: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
+    """Bars of the share of rows by their number of entries."""
+    largest = max(int(entries.max(initial=0)), 1)
+    for count, rows in enumerate(entries):
+        if rows:
+            print(f"  {count:5d} entries {'#' * max(1, round(40 * int(rows) / largest))} {int(rows)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

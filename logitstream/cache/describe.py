@@ -1,0 +1,97 @@
+"""What a cache directory holds, in figures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstream import codec
+from logitstream.cache.manifest import parse, summary
+from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes
+from logitstream.cache.reader import CacheReader
+from logitstream.cache.shard import SPAN_DTYPE, scan
+from logitstream.cache.verify import shard_spans
+from logitstream.errors import CacheError, CorruptRecord
+from logitstream.id_model import IdModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """Sizes in bytes; entries: how many of the sampled wanted rows hold 0, 1, 2, … entries."""
+
+    manifest: dict[str, Any]
+    directory_bytes: int
+    payload_bytes: int
+    sealed_shards: int
+    open_shards: int
+    records: int
+    distinct_keys: int
+    tokens: int
+    draw_sets: dict[int, int]
+    entries: npt.NDArray[np.int64]
+
+    @property
+    def payload_bytes_per_token(self) -> float:
+        return self.payload_bytes / max(self.tokens, 1)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """With token ids, masks, keys, checksums and indexes."""
+        return self.directory_bytes / max(self.tokens, 1)
+
+
+def describe(directory: Path, *, sampled_records: int = 256) -> Description:
+    """Read the shards' entries, scan open shards, decode a sample spread over the keys."""
+    reader = CacheReader(directory)
+    totals, draw_sets = Counter[str](), Counter[int]()
+    sealed, growing = sorted(directory.glob("*.arrow")), sorted(directory.glob(f"*{OPEN_SUFFIX}"))
+    for path in [*sealed, *growing]:
+        entry = _entry(path)
+        totals.update({name: entry[name] for name in ("records", "tokens", "payload_bytes")})
+        draw_sets.update({int(draw_set): count for draw_set, count in entry["draw_sets"].items()})
+    return Description(
+        manifest=reader.manifest,
+        directory_bytes=directory_bytes(directory),
+        payload_bytes=totals["payload_bytes"],
+        sealed_shards=len(sealed),
+        open_shards=len(growing),
+        records=totals["records"],
+        distinct_keys=len(reader),
+        tokens=totals["tokens"],
+        draw_sets=dict(sorted(draw_sets.items())),
+        entries=_entries(reader, sampled_records),
+    )
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """A sealed shard's entry; made anew for an open one, or where it is damaged."""
+    sidecar = path.with_suffix(".json")
+    if path.suffix == ".arrow" and sidecar.exists():
+        with contextlib.suppress(CacheError):
+            return parse(sidecar.read_bytes(), sidecar)
+    if path.suffix == ".arrow":
+        return summary(shard_spans(path)[0])
+    return summary(np.concatenate([np.zeros(0, SPAN_DTYPE), *(message.spans for message in scan(path))]))
+
+
+def _entries(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]:
+    """Histogram of entries a wanted row."""
+    id_model = IdModel.from_bytes(reader.id_model) if reader.id_model else None
+    histogram = np.zeros(1, np.int64)
+    for i in np.unique(np.linspace(0, len(reader) - 1, min(sampled_records, len(reader))).astype(int)):
+        try:
+            record = reader.record(int(i))
+        except CorruptRecord:
+            continue
+        per_row = np.diff(codec.decode(record.payload, id_model=id_model).row_offsets)
+        if record.loss_mask is not None:
+            per_row = per_row[record.loss_mask]
+        counts = np.bincount(per_row, minlength=len(histogram))
+        histogram = counts + np.pad(histogram, (0, len(counts) - len(histogram)))
+    return histogram

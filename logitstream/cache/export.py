@@ -1,0 +1,84 @@
+"""A cache as Parquet files with decoded columns, which anybody reads without this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitstream import codec
+from logitstream.cache.reader import CacheReader
+from logitstream.cache.shard import KEY_BYTES, Record, shard_schema
+from logitstream.errors import CorruptRecord
+from logitstream.id_model import IdModel
+
+Progress = Callable[[int], object]
+ROWS_PER_GROUP = 256
+
+COLUMNS = [
+    pa.field("key", pa.binary(KEY_BYTES)),
+    pa.field("token_ids", pa.list_(pa.int32())),
+    pa.field("loss_mask", pa.list_(pa.bool_())),
+    pa.field("draw_set", pa.uint64()),
+    pa.field("teacher_version", pa.uint64()),
+    pa.field("row_offsets", pa.list_(pa.int64())),
+    pa.field("entry_token_ids", pa.list_(pa.int32())),
+    pa.field("entry_weights", pa.list_(pa.float32())),
+    pa.field("payload", pa.binary()),
+]
+
+
+def export(
+    reader: CacheReader, output: Path, *, records_per_file: int = 100_000, progress: Progress = lambda _: None
+) -> tuple[list[Path], int]:
+    """Write `output`/part-00000.parquet and so on, in the order of the keys.
+
+    Returns the files and how many damaged records were skipped. Row t of a sequence holds the entries row_offsets[t] to
+    row_offsets[t + 1] and belongs to the prediction of token t + 1. The files' metadata holds the fingerprint and the
+    provenance.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema(COLUMNS, metadata=shard_schema(reader.manifest).metadata)
+    id_model = IdModel.from_bytes(reader.id_model) if reader.id_model else None
+    files: list[Path] = []
+    skipped = 0
+    for start in range(0, len(reader), records_per_file):
+        path = output / f"part-{len(files):05d}.parquet"
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for first in range(start, min(start + records_per_file, len(reader)), ROWS_PER_GROUP):
+                last = min(first + ROWS_PER_GROUP, start + records_per_file, len(reader))
+                records = list(_whole(reader, first, last))
+                skipped += last - first - len(records)
+                rows = [_decoded(record, id_model) for record in records]
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+                progress(last - first)
+        files.append(path)
+    return files, skipped
+
+
+def _whole(reader: CacheReader, first: int, last: int) -> Iterator[Record]:
+    for i in range(first, last):
+        try:
+            yield reader.record(i)
+        except CorruptRecord:
+            continue
+
+
+def _decoded(record: Record, id_model: IdModel | None) -> dict[str, Any]:
+    targets = codec.decode(record.payload, id_model=id_model)
+    mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
+    return {
+        "key": record.key,
+        "token_ids": record.token_ids,
+        "loss_mask": mask,
+        "draw_set": record.draw_set,
+        "teacher_version": record.teacher_version,
+        "row_offsets": targets.row_offsets,
+        "entry_token_ids": targets.token_ids,
+        "entry_weights": targets.weights(),
+        "payload": record.payload,
+    }

@@ -1,0 +1,215 @@
+"""`logitstream cache`: info, verify, merge, export and prune, on whole and on damaged directories."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from logitstream import codec
+from logitstream.__main__ import main
+from logitstream.cache import CacheReader, CacheWriter, Record
+from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TokenSequence, request_key
+
+VOCAB_SIZE = 500
+FINGERPRINT = Fingerprint(
+    weights_digest="ab" * 32,
+    tokenizer_digest="cd" * 32,
+    vocab_size=VOCAB_SIZE,
+    dtype="float32",
+    id_model_digest="",
+    spec=TargetSpec(num_samples=10, codec_version=1).canonical(),
+)
+PROVENANCE = {"teacher": "a test", "licence": "none"}
+
+
+def targets(rng: np.random.Generator, num_rows: int) -> SparseTargets:
+    """Rows of one to three entries whose weights sum to 1."""
+    entries = rng.integers(1, 4, num_rows)
+    ids = [np.sort(rng.choice(VOCAB_SIZE, count, replace=False)) for count in entries]
+    counts = [np.array([10 - (count - 1), *[1] * (count - 1)]) for count in entries]
+    return SparseTargets(
+        vocab_size=VOCAB_SIZE,
+        units=10,
+        row_offsets=np.concatenate([[0], np.cumsum(entries)]).astype(np.int64),
+        token_ids=np.concatenate(ids).astype(np.int32),
+        counts=np.concatenate(counts).astype(np.int32),
+    )
+
+
+def make_records(count: int, *, seed: int = 0) -> list[tuple[Record, SparseTargets]]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        token_ids = rng.integers(0, VOCAB_SIZE, 16, dtype=np.int32)
+        key = request_key(FINGERPRINT.digest, TokenSequence(token_ids=token_ids), number % 3)
+        drawn = targets(rng, 16)
+        made.append((Record(key, token_ids, None, codec.encode(drawn, version=1), number % 3), drawn))
+    return made
+
+
+def write(directory: Path, records: list[Record], *, close: bool = True, writer_id: str = "w") -> CacheWriter:
+    writer = CacheWriter(
+        directory, FINGERPRINT, provenance=PROVENANCE, shard_bytes=8_000, batch_bytes=2_000, writer_id=writer_id
+    )
+    for record in records:
+        assert writer.put(*record[:5])
+    assert writer.flush()
+    if close:
+        writer.close()
+    return writer
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    return [record for record, _ in make_records(60)]
+
+
+def test_info_counts_what_was_written(
+    tmp_path: Path, records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, records[:50])
+    write(tmp_path, records[40:], writer_id="other", close=False)
+    assert main(["cache", "info", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["distinct_keys"], found["tokens"]) == (70, 60, 70 * 16)
+    assert found["records_by_draw_set"] == {
+        str(draw): sum(r.draw_set == draw for r in records[:50] + records[40:]) for draw in range(3)
+    }
+    payload = sum(len(r.payload) for r in records[:50] + records[40:])
+    assert found["payload_bytes_per_token"] == pytest.approx(payload / (70 * 16), abs=1e-3)
+    assert found["directory_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir())
+    per_row = np.concatenate([np.diff(drawn.row_offsets) for _, drawn in make_records(60)])
+    assert found["entries_histogram"] == {str(k): int((per_row == k).sum()) for k in (1, 2, 3)}
+    assert found["fingerprint_digest"] == FINGERPRINT.digest
+    assert found["provenance"] == PROVENANCE
+    assert main(["cache", "info", str(tmp_path)]) == 0
+    assert "3 entries ####" in capsys.readouterr().out
+
+
+def test_verify_finds_every_flipped_byte(
+    tmp_path: Path, records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = tmp_path / "original"
+    write(original, records)
+    assert main(["cache", "verify", str(original)]) == 0
+    chance = random.Random(0)
+    files = sorted(path.name for path in original.iterdir())
+    for attempt in range(100):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(original, damaged)
+        path = damaged / chance.choice(files)
+        content = bytearray(path.read_bytes())
+        position = chance.randrange(len(content))
+        content[position] ^= chance.randrange(1, 256)
+        path.write_bytes(content)
+        capsys.readouterr()
+        assert main(["cache", "verify", str(damaged), "--keys", str(tmp_path / "keys")]) == 1, (path.name, position)
+        named = set((tmp_path / "keys").read_text().split())
+        output = capsys.readouterr().out
+        assert path.stem in output
+        if path.name != "manifest.json":  # what verify names is just what a run misses
+            reader = CacheReader(damaged, FINGERPRINT)
+            missing = {record.key.hex() for record in records if reader.get(record.key) is None}
+            assert missing == named, attempt
+            assert len(named) <= 1
+        shutil.rmtree(damaged)
+
+
+def test_verify_names_no_key_of_which_a_whole_copy_is_left(tmp_path: Path, records: list[Record]) -> None:
+    write(tmp_path, records)
+    before = set(tmp_path.glob("*.arrow"))
+    write(tmp_path, records[:30], writer_id="again")
+    for path in before:
+        content = bytearray(path.read_bytes())
+        for record in records:
+            start = content.find(record.payload)
+            if start >= 0:
+                content[start] ^= 1
+        path.write_bytes(content)
+    assert main(["cache", "verify", str(tmp_path), "--keys", str(tmp_path / "keys")]) == 1
+    assert set((tmp_path / "keys").read_text().split()) == {record.key.hex() for record in records[30:]}
+    reader = CacheReader(tmp_path, FINGERPRINT)
+    assert [reader.get(record.key) for record in records] == [record.payload for record in records[:30]] + [None] * 30
+
+
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, [record for record, _ in make_records(5)])
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("abab", "acab", 1))
+    for command in (["info"], ["export", "--output", str(tmp_path / "out")], ["prune", "--damaged"]):
+        assert main(["cache", command[0], str(tmp_path), *command[1:]]) == 2
+        error = capsys.readouterr().err
+        assert "manifest.json is damaged" in error
+    assert main(["cache", "verify", str(tmp_path)]) == 1
+    assert main(["cache", "info", str(tmp_path / "nothing")]) == 2
+
+
+def test_merge_takes_each_key_once_and_whole_copies_before_damaged_ones(tmp_path: Path, records: list[Record]) -> None:
+    write(tmp_path / "a", records[:40])
+    write(tmp_path / "b", records[30:])
+    (shard, *_) = sorted((tmp_path / "a").glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    damaged = [record for record in records[:40] if content.find(record.payload) >= 0]
+    for record in damaged:
+        content[content.find(record.payload)] ^= 1
+    shard.write_bytes(content)
+    assert main(["cache", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "out")]) == 0
+    reader = CacheReader(tmp_path / "out", FINGERPRINT)
+    lost = {record.key for record in damaged} - {record.key for record in records[30:]}
+    expected = {record.key: record.payload for record in records if record.key not in lost}
+    assert {record.key: record.payload for record in reader.records()} == expected
+    assert reader.num_records == len(reader) == len(expected)
+    assert main(["cache", "verify", str(tmp_path / "out")]) == 0
+
+
+def test_merge_refuses_another_fingerprint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a", [record for record, _ in make_records(5)])
+    spec = TargetSpec(num_samples=11, codec_version=1).canonical()
+    other = replace(FINGERPRINT, spec=spec)
+    CacheWriter(tmp_path / "b", other).close()
+    assert main(["cache", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "out")]) == 2
+    assert "spec: " in capsys.readouterr().err
+
+
+def test_prune_drops_old_draw_sets(tmp_path: Path, records: list[Record]) -> None:
+    write(tmp_path, records)
+    reader = CacheReader(tmp_path)
+    assert main(["cache", "prune", str(tmp_path), "--before_draw_set", "2"]) == 0
+    reader.refresh()
+    assert {record.key for record in reader.records()} == {record.key for record in records if record.draw_set >= 2}
+    assert all(reader.get(record.key) == record.payload for record in records if record.draw_set >= 2)
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+
+
+def test_prune_to_a_size_drops_the_oldest_shards_and_leaves_a_live_writers_alone(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    write(tmp_path, records)
+    live = write(tmp_path, [record for record, _ in make_records(3, seed=9)], writer_id="live", close=False)
+    before = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert main(["cache", "prune", str(tmp_path), "--max_bytes", "12K"]) == 0
+    after = sum(path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".open")
+    assert after <= 12_000 < before
+    live.close()
+    reader = CacheReader(tmp_path)
+    assert all(record.key in reader for record, _ in make_records(3, seed=9))
+    assert 3 < len(reader) < 63
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+
+
+def test_prune_drops_damaged_records(tmp_path: Path, records: list[Record]) -> None:
+    write(tmp_path, records)
+    (shard, *_) = sorted(tmp_path.glob("*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[content.find(records[0].payload)] ^= 1
+    shard.write_bytes(content)
+    assert main(["cache", "verify", str(tmp_path)]) == 1
+    assert main(["cache", "prune", str(tmp_path), "--damaged"]) == 0
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+    assert len(CacheReader(tmp_path)) == 59
