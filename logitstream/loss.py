@@ -6,9 +6,9 @@ With teacher weights t̂ (sparse, S = Σ t̂) and student logits z, one row's fo
 
 both times τ², as Hinton et al. (2015, section 2) have it, so that the gradient's size does not depend on τ. S may
 differ from 1 (a threshold draw, a proposal temperature, an unrenormalised top-k); a row without entries has S = 0 and
-gives nothing. For sampled targets Σ t̂ log t̂ is the sample's entropy, so the value exceeds KL(teacher‖student) in expectation
-by what sampling takes from the entropy; the gradient does not see it and stays unbiased. Compare methods on held-out
-figures, never by this value.
+gives nothing. For sampled targets Σ t̂ log t̂ is the sample's entropy, so the value exceeds KL(teacher‖student) in
+expectation by what sampling takes from the entropy; the gradient does not see it and stays unbiased. Compare methods on
+held-out figures, never by this value.
 """
 
 from __future__ import annotations

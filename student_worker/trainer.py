@@ -1,39 +1,38 @@
-"""DistillationTrainer: transformers.Trainer with the distillation loss and the target stream, and nothing else.
-
-Row t of a batch predicts token t + 1. Labels follow transformers' convention (labels[t] is token t, -100 is no label);
-they are shifted here, once: `loss` and `fused_loss` see the label of row t at row t. A row is supervised where
-loss_mask says so, without one where labels[t + 1] is a label, without either everywhere, and never on padding; so the
-last row of a sequence counts for distillation when neither is given. Without targets only rows with a label count.
-"""
+"""DistillationTrainer: transformers.Trainer with the distillation loss, the target stream and their figures."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from logitstream.loss import IGNORED_LABEL, sparse_kl
-from logitstream.types import SparseTargets
+from logitstream import metrics
+from logitstream.loss import sparse_kl
+from student_worker.batches import Batch
+from student_worker.figures import StepFigures
 from student_worker.split_model import install_fused_loss
+from student_worker.supervision import next_token_labels, supervised_mask
 
 if TYPE_CHECKING:
     from student_worker.target_stream import TargetStream
 
-Batch = dict[str, Any]
-NOT_FOR_THE_MODEL = ("labels", "loss_mask", "targets", "num_items_in_batch")
+NOT_FOR_THE_MODEL = ("labels", "loss_mask", "targets")
 
 
 class DistillationTrainer(Trainer):
-    """Trains on batches with `targets`; a batch without them (evaluation) gets plain cross-entropy.
+    """Trains on batches with `targets`; one without them (evaluation) gets plain cross-entropy. See `supervision`.
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
-        targets, or ce_weight is 1.
+        targets, or have none.
     ce_weight, temperature, ghost, chunk_bytes: as in `fused_linear_sparse_kl`.
+    overhead_every: measure the overhead over cross-entropy at every n-th optimizer step; 0: never. See `overhead`.
     """
 
     loss_is_scaled_for_ga = True
@@ -46,6 +45,7 @@ class DistillationTrainer(Trainer):
         temperature: float = 1.0,
         ghost: bool = False,
         chunk_bytes: int | None = None,
+        overhead_every: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -59,6 +59,8 @@ class DistillationTrainer(Trainer):
         assert isinstance(self.model, nn.Module)
         self.is_fused = install_fused_loss(self.model)
         self.target_stream: TargetStream | None = None
+        self.figures = StepFigures(overhead_every=overhead_every if self._can_discard_gradients() else 0)
+        self.add_callback(self.figures)
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
 
@@ -76,6 +78,7 @@ class DistillationTrainer(Trainer):
         dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
             self.target_stream = self.wrap_dataloader(dataloader)
+            self.figures.follow(self.target_stream)
         self._source = None
         return dataloader
 
@@ -83,15 +86,22 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         """The next batches with their targets, and how many supervised rows they hold in all processes."""
+        self.figures.begin_step()
         if epoch_iterator is not self._source:
-            if self.target_stream is not None and self._source is None:
-                self.target_stream.set_epoch(int(self.state.epoch or 0))
-            self._source = epoch_iterator
-            first_step = self.state.global_step * self.args.gradient_accumulation_steps
-            stream = self.target_stream
-            self._batches = epoch_iterator if stream is None else stream.over(epoch_iterator, first_step=first_step)
+            self._begin_epoch(epoch_iterator)
         samples: tuple[list[Batch], Tensor | int | None] = super().get_batch_samples(self._batches, num_batches, device)
         return samples
+
+    def _begin_epoch(self, epoch_iterator: Iterator[Batch]) -> None:
+        stream = self.target_stream
+        if stream is not None:
+            if self._source is None:  # later epochs follow by themselves
+                stream.set_epoch(int(self.state.epoch or 0))
+            first_step = self.state.global_step * self.args.gradient_accumulation_steps
+            self._batches = stream.over(epoch_iterator, first_step=first_step)
+        else:
+            self._batches = epoch_iterator
+        self._source = epoch_iterator
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Supervised rows, over all processes where average_tokens_across_devices asks for it."""
@@ -102,6 +112,56 @@ class DistillationTrainer(Trainer):
             num_items = self.accelerator.gather(num_items).sum()
         return num_items.clamp(min=1)
 
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """One micro-batch; at steps that are due, timed beside its cross-entropy twin."""
+        if not self.figures.begin_micro_batch(inputs):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            self.figures.end_micro_batch(inputs)
+            return loss
+        views = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
+        plain_first = views or self.figures.meter.num_measured % 2 == 0
+        if plain_first:
+            cross_entropy = self._time_cross_entropy(model, inputs, num_items_in_batch)
+        loss, distillation = self._time_step(model, inputs, num_items_in_batch)
+        if not plain_first:
+            cross_entropy = self._time_cross_entropy(model, inputs, num_items_in_batch)
+        self.figures.add_pair(distillation=distillation, cross_entropy=cross_entropy)
+        self.figures.end_micro_batch(inputs)
+        return loss
+
+    def _time_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, float]:
+        """Loss and seconds of one forward and backward pass that all processes begin together."""
+        self.accelerator.wait_for_everyone()
+        self._finish_device()
+        started = time.perf_counter()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._finish_device()
+        return loss, time.perf_counter() - started
+
+    def _time_cross_entropy(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None) -> float:
+        """Seconds of the same pass without targets, which leaves gradients and random numbers as they were."""
+        plain = {name: value for name, value in inputs.items() if name != "targets"}
+        gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
+            _, seconds = self._time_step(model, plain, num_items_in_batch)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return seconds
+
+    def _finish_device(self) -> None:
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def _can_discard_gradients(self) -> bool:
+        """DeepSpeed and FSDP1 keep gradients where they cannot be put aside."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return not self.is_deepspeed_enabled and (plugin is None or plugin.fsdp_version == 2)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -110,30 +170,29 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch, such that DDP's mean over processes is the mean over supervised rows."""
-        targets = inputs.get("targets")
-        arguments = self.loss_arguments(inputs, targets, 1.0 if targets is None else self.ce_weight)
+        arguments = self._loss_arguments(inputs)
         if num_items_in_batch is not None:
             averaged = self.args.average_tokens_across_devices
             arguments["num_items"] = num_items_in_batch / (self.accelerator.num_processes if averaged else 1)
         model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         if not self.is_fused:
             outputs = model(**model_inputs)
-            del arguments["chunk_bytes"]
             loss = sparse_kl(outputs.logits, **arguments)
             return (loss, outputs) if return_outputs else loss
-        fused = model(**model_inputs, loss_arguments=arguments)
+        fused = model(**model_inputs, loss_arguments=arguments | {"chunk_bytes": self.chunk_bytes})
+        if model.training and arguments["targets"] is not None:
+            self.figures.add_diagnostics(fused.diagnostics)
         return (fused.loss, {"loss": fused.loss}) if return_outputs else fused.loss
 
-    def loss_arguments(self, inputs: Batch, targets: SparseTargets | None, ce_weight: float) -> dict[str, Any]:
-        """What `fused_linear_sparse_kl` takes beside the model's own tensors."""
+    def _loss_arguments(self, inputs: Batch) -> dict[str, Any]:
+        targets = inputs.get("targets")
         return {
             "targets": targets,
             "labels": next_token_labels(inputs),
             "loss_mask": supervised_mask(inputs),
-            "ce_weight": ce_weight,
+            "ce_weight": 1.0 if targets is None else self.ce_weight,
             "temperature": self.temperature,
             "ghost": self.ghost,
-            "chunk_bytes": self.chunk_bytes,
         }
 
     def prediction_step(
@@ -150,31 +209,14 @@ class DistillationTrainer(Trainer):
         labels = inputs.get("labels")
         return loss, logits.detach(), inputs["input_ids"] if labels is None else labels
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with `figures` over all processes beside each training loss."""
+        if "loss" in logs:
+            metrics.STUDENT_LOSS.set(logs["loss"])
+            logs |= self.figures.logs(self.accelerator)
+        super().log(logs, start_time)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
         self._signature_columns = list(dict.fromkeys([*known, *NOT_FOR_THE_MODEL]))  # type: ignore[assignment]
-
-
-def supervised_mask(batch: Batch) -> Tensor:
-    """bool [B, T]: the rows that count, by the rule at the top of this file."""
-    mask = torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    if batch.get("attention_mask") is not None:
-        mask &= batch["attention_mask"].bool()
-    if batch.get("loss_mask") is not None:
-        mask &= batch["loss_mask"].bool()
-    elif batch.get("labels") is not None:
-        mask &= next_token_labels(batch) != IGNORED_LABEL
-    if batch.get("targets") is None:
-        mask &= next_token_labels(batch) != IGNORED_LABEL
-    return mask
-
-
-def next_token_labels(batch: Batch) -> Tensor:
-    """int64 [B, T]: the label of row t, which is token t + 1; -100 where there is none."""
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        if batch.get("attention_mask") is not None:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-    return nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED_LABEL)

@@ -1,0 +1,177 @@
+"""What training steps are made of: tokens, waiting, decoding, computing, diagnostics, overhead; logged and exported."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from logitstream import metrics
+from logitstream.fused_loss import Diagnostics
+from student_worker.batches import Batch
+from student_worker.overhead import Overhead, OverheadMeter, StepTimes, overhead_of
+from student_worker.supervision import supervised_mask
+
+if TYPE_CHECKING:
+    from student_worker.target_stream import TargetStream
+
+SUMS = ("tokens", "entries", "training_seconds", "waiting_seconds", "decoding_seconds", "payload_bytes", "rows")
+OF_THE_STREAM = SUMS[3:]
+
+
+class StepFigures(TrainerCallback):
+    """Follows the trainer through each optimizer step.
+
+    A step's time runs from the request for its first batch to the end of its optimizer step, less what measuring the
+    overhead took; evaluation, checkpoints and logging are no part of it.
+    """
+
+    def __init__(self, *, overhead_every: int) -> None:
+        self.meter = OverheadMeter(every=overhead_every)
+        self.stream: TargetStream | None = None
+        self._seen = dict.fromkeys(OF_THE_STREAM, 0.0)
+        self.sums = dict.fromkeys(SUMS, 0.0)
+        self.diagnostics = torch.zeros(len(Diagnostics._fields), dtype=torch.float64)
+        self._logged = torch.zeros(len(SUMS) + len(Diagnostics._fields), dtype=torch.float64)
+        self._epoch = -1
+        self._micro_batches = 0
+        self._tokens: Tensor | int = 0
+        self._began = self._micro_began = self._computed = 0.0
+        self._pair: tuple[float, float] | None = None
+        self._measuring = 0.0
+
+    def follow(self, stream: TargetStream) -> None:
+        """The stream that the steps to come wait for."""
+        self.stream, self._seen = stream, dict.fromkeys(OF_THE_STREAM, 0.0)
+
+    def begin_step(self) -> None:
+        """Before the step's batches are asked for."""
+        self._began = time.perf_counter()
+        self._micro_batches, self._tokens = 0, 0
+        self._pair, self._measuring = None, 0.0
+
+    def begin_micro_batch(self, inputs: Batch) -> bool:
+        """Whether the micro-batch is to be timed beside its cross-entropy twin."""
+        self._micro_began = time.perf_counter()
+        self._micro_batches += 1
+        return self._micro_batches == 1 and inputs.get("targets") is not None and self.meter.is_due()
+
+    def add_pair(self, *, distillation: float, cross_entropy: float) -> None:
+        """Seconds of one micro-batch both ways."""
+        self._pair = (distillation, cross_entropy)
+        self._measuring = time.perf_counter() - self._micro_began - distillation
+
+    def end_micro_batch(self, inputs: Batch) -> None:
+        self._tokens = self._tokens + supervised_mask(inputs).sum()
+        if inputs.get("targets") is not None:
+            self.sums["entries"] += inputs["targets"].num_entries
+        self._computed = time.perf_counter()
+
+    def add_diagnostics(self, diagnostics: Diagnostics) -> None:
+        self.diagnostics = self.diagnostics.to(diagnostics.rows.device) + torch.stack(diagnostics)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch += 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        whole = now - self._began
+        waiting, decoding = self._stream_seconds()
+        distillation, cross_entropy = self._pair or (None, None)
+        self.meter.add(
+            StepTimes(
+                epoch=self._epoch,
+                micro_batches=self._micro_batches,
+                waiting=waiting,
+                decoding=decoding,
+                optimizer=now - self._computed,
+                whole=whole,
+                measuring=self._measuring,
+                distillation=distillation,
+                cross_entropy=cross_entropy,
+            )
+        )
+        self._count(int(self._tokens), whole - self._measuring, waiting)
+        if self._pair is not None:
+            _export(overhead_of(self.meter.of_epoch(self._epoch)))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = self.meter.of_epoch(self._epoch)
+        waiting = torch.tensor([step.waiting for step in steps], device=args.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(waiting, dist.ReduceOp.MAX)
+        _export(overhead_of(steps, waiting=waiting.tolist()))
+
+    def logs(self, accelerator: Accelerator) -> dict[str, float]:
+        """Rates and diagnostics since the last call, over all processes; every process calls it.
+
+        tokens are the run's so far; waiting_seconds and decoding_seconds too, as means over the processes.
+        """
+        own = torch.tensor([*self.sums.values(), *self.diagnostics.tolist()], dtype=torch.float64)
+        total = accelerator.reduce(own.to(accelerator.device), "sum").cpu()
+        since, self._logged = total - self._logged, total
+        names = (*SUMS, *Diagnostics._fields)
+        run, last = dict(zip(names, total.tolist(), strict=True)), dict(zip(names, since.tolist(), strict=True))
+        num_processes = accelerator.num_processes
+        logs = {
+            "tokens": run["tokens"],
+            "tokens_per_second": _ratio(last["tokens"], last["training_seconds"] / num_processes),
+            "waiting_seconds": run["waiting_seconds"] / num_processes,
+            "decoding_seconds": run["decoding_seconds"] / num_processes,
+            "queue_batches": float(self.stream.queue_depth) if self.stream is not None else 0.0,
+            "entries_per_token": _ratio(last["entries"], last["tokens"]),
+            "bytes_per_token": _ratio(last["payload_bytes"], last["rows"]),
+            "kl": _ratio(last["kl"], last["kept_rows"]),
+            "student_kept_mass": _ratio(last["kept_mass"], last["kept_rows"]),
+            "teacher_top1_agreement": _ratio(last["agreements"], last["kept_rows"]),
+        }
+        return logs | _overhead_logs(overhead_of(self.meter.of_epoch(self._epoch)))
+
+    def _stream_seconds(self) -> tuple[float, float]:
+        """Seconds of waiting and of decoding since the last step's end; adds all that the stream counts to the sums."""
+        if self.stream is None:
+            return 0.0, 0.0
+        now = {name: float(getattr(self.stream.stats, name)) for name in OF_THE_STREAM}
+        since = {name: value - self._seen[name] for name, value in now.items()}
+        self._seen = now
+        for name, value in since.items():
+            self.sums[name] += value
+        return since["waiting_seconds"], since["decoding_seconds"]
+
+    def _count(self, tokens: int, seconds: float, waiting: float) -> None:
+        self.sums["tokens"] += tokens
+        self.sums["training_seconds"] += seconds
+        metrics.STUDENT_TOKENS.inc(tokens)
+        metrics.STUDENT_STEPS.inc()
+        metrics.STUDENT_COMPUTING_SECONDS.inc(max(seconds - waiting, 0.0))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
+
+
+def _export(overhead: Overhead | None) -> None:
+    if overhead is None:
+        return
+    for part in metrics.OVERHEAD_PARTS:
+        metrics.STUDENT_OVERHEAD.labels(part).set(getattr(overhead, part))
+    metrics.STUDENT_OVERHEAD_COST.set(overhead.measurement)
+
+
+def _overhead_logs(overhead: Overhead | None) -> dict[str, float]:
+    if overhead is None:
+        return {}
+    return {
+        "overhead_vs_cross_entropy": overhead.total,
+        "overhead_vs_cross_entropy_without_waiting": overhead.without_waiting,
+        "overhead_measurement": overhead.measurement,
+    }
