@@ -179,6 +179,7 @@ def build_trainer(
         ce_weight=config.ce_weight,
         temperature=config.temperature,
         ghost=config.sampler == "top_k_ghost",
+        overhead_every=config.overhead_every,
         callbacks=[ProgressDisplay(output_folder(arguments))],
     )
 
