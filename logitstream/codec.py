@@ -4,53 +4,110 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from logitstream.errors import CodecError
-from logitstream.id_model import IdModel
-from logitstream.types import FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets
+from logitstream.id_model import IdModel, IdTables, model_tables, uniform_tables
+from logitstream.range_coder import MAX_ENTRY_BYTES, decode_block, encode_block
+from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets
 
 __all__ = ["IdModel", "decode", "decode_rows", "encode", "warm_up"]
 
+BLOCK_ROWS = 256
+"""Rows of a version 2 block, which decodes alone."""
+MAX_ENTRIES_PER_BYTE = 64
+"""Bounds what a payload of a given length can make its reader allocate; the writer pads with zeros to keep to it."""
+
 _PLAIN_HEADER = struct.Struct("<BxxxIIIII")  # version, vocab_size, units, tail_units, rows, entries
 _CHECKSUM = struct.Struct("<I")
+_HAS_MODEL, _SUMS_TO_UNITS = 1, 2
+_MODEL_DIGEST_BYTES = 4
 
 
 def encode(targets: SparseTargets, *, version: int = 2, id_model: IdModel | None = None) -> bytes:
-    """The targets as bytes; ValueError where they are no valid CSR."""
+    """The targets as bytes; ValueError where they are no valid CSR or the id model is of another vocabulary."""
     targets.validate()
-    header = _PLAIN_HEADER.pack(
-        1, targets.vocab_size, targets.units, targets.tail_units, targets.num_rows, targets.num_entries
-    )
-    lengths = np.diff(targets.row_offsets).astype("<u4")
-    body = (
-        header + lengths.tobytes() + targets.token_ids.astype("<u4").tobytes() + targets.counts.astype("<u4").tobytes()
-    )
+    if version not in CODEC_VERSIONS:
+        raise ValueError(f"unknown codec version {version}: expected one of {CODEC_VERSIONS}")
+    body = _encode_plain(targets) if version == 1 else _encode_coded(targets, id_model)
     return body + _CHECKSUM.pack(zlib.crc32(body))
 
 
 def decode(payload: bytes, *, id_model: IdModel | None = None) -> SparseTargets:
     """What was encoded; CodecError where the bytes are damaged, of an unknown version or need another id model."""
-    if len(payload) < _PLAIN_HEADER.size + _CHECKSUM.size:
+    body = _checked(payload)
+    if body[0] == 1:
+        return _decode_plain(body)
+    header = _parse_header(body, id_model)
+    return _decode_blocks(body, header, 0, len(header.block_entries), id_model)
+
+
+def decode_rows(payload: bytes, start: int, stop: int, *, id_model: IdModel | None = None) -> SparseTargets:
+    """Rows start to stop of what was encoded; version 2 decodes no more than the blocks that hold them."""
+    body = _checked(payload)
+    if body[0] == 1:
+        return _rows(_decode_plain(body), start, stop)
+    header = _parse_header(body, id_model)
+    first, last = start // BLOCK_ROWS, min(-(-stop // BLOCK_ROWS), len(header.block_entries))
+    targets = _decode_blocks(body, header, first, last, id_model)
+    return _rows(targets, start - first * BLOCK_ROWS, stop - first * BLOCK_ROWS)
+
+
+def _rows(targets: SparseTargets, start: int, stop: int) -> SparseTargets:
+    if not 0 <= start <= stop <= targets.num_rows:
+        raise ValueError(f"expected rows within the {targets.num_rows} at hand, got {start} to {stop}")
+    return targets.slice_rows(start, stop)
+
+
+def warm_up() -> None:
+    """Compile what encode and decode need, so that it happens at start and not in the first step."""
+    one = SparseTargets(
+        vocab_size=2,
+        units=1,
+        row_offsets=np.array([0, 1], np.int64),
+        token_ids=np.zeros(1, np.int32),
+        counts=np.ones(1, np.int32),
+    )
+    decode(encode(one))
+
+
+def _checked(payload: bytes) -> bytes:
+    if len(payload) < 1 + _CHECKSUM.size:
         raise CodecError(f"{len(payload)} bytes are too few for encoded targets")
     body = payload[: -_CHECKSUM.size]
+    if body[0] not in CODEC_VERSIONS:
+        raise CodecError(f"unknown codec version {body[0]}: expected one of {CODEC_VERSIONS}")
     if _CHECKSUM.unpack(payload[-_CHECKSUM.size :])[0] != zlib.crc32(body):
         raise CodecError("the checksum does not match: damaged bytes")
-    version, vocab_size, units, tail_units, num_rows, num_entries = _PLAIN_HEADER.unpack_from(body)
-    if version != 1:
-        raise CodecError(f"unknown codec version {version}")
+    return body
+
+
+def _encode_plain(targets: SparseTargets) -> bytes:
+    header = _PLAIN_HEADER.pack(
+        1, targets.vocab_size, targets.units, targets.tail_units, targets.num_rows, targets.num_entries
+    )
+    lengths = np.diff(targets.row_offsets)
+    return header + b"".join(a.astype("<u4").tobytes() for a in (lengths, targets.token_ids, targets.counts))
+
+
+def _decode_plain(body: bytes) -> SparseTargets:
+    if len(body) < _PLAIN_HEADER.size:
+        raise CodecError(f"{len(body)} bytes are too few for the header of version 1")
+    _, vocab_size, units, tail_units, num_rows, num_entries = _PLAIN_HEADER.unpack_from(body)
     if len(body) != _PLAIN_HEADER.size + 4 * num_rows + 8 * num_entries:
-        raise CodecError(f"{num_rows} rows and {num_entries} entries do not fit {len(payload)} bytes")
-    if vocab_size > MAX_VOCAB_SIZE or units > FULL_UNITS:
-        raise CodecError(f"vocabulary of {vocab_size} or {units} units out of bounds")
-    values = np.frombuffer(body, "<u4", offset=_PLAIN_HEADER.size).astype(np.int64)
+        raise CodecError(f"{num_rows} rows and {num_entries} entries do not fit {len(body)} bytes")
+    values = np.frombuffer(body, "<u4", offset=_PLAIN_HEADER.size)
     lengths, token_ids, counts = np.split(values, [num_rows, num_rows + num_entries])
+    if num_entries and max(token_ids.max(), counts.max()) > np.iinfo(np.int32).max:
+        raise CodecError("a token id or count exceeds 31 bits")
     targets = SparseTargets(
         vocab_size=vocab_size,
         units=units,
         tail_units=tail_units,
-        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
         token_ids=token_ids.astype(np.int32),
         counts=counts.astype(np.int32),
     )
@@ -61,10 +118,157 @@ def decode(payload: bytes, *, id_model: IdModel | None = None) -> SparseTargets:
     return targets
 
 
-def decode_rows(payload: bytes, start: int, stop: int, *, id_model: IdModel | None = None) -> SparseTargets:
-    """Rows start to stop of the encoded targets, without decoding the others where the version allows it."""
-    return decode(payload, id_model=id_model).slice_rows(start, stop)
+def _tables(vocab_size: int, id_model: IdModel | None) -> IdTables:
+    return uniform_tables(vocab_size) if id_model is None else model_tables(id_model.levels.tobytes())
 
 
-def warm_up() -> None:
-    """Compile what encode and decode need, so that it happens at start and not in the first step."""
+def _encode_coded(targets: SparseTargets, id_model: IdModel | None) -> bytes:
+    if id_model is not None and id_model.vocab_size != targets.vocab_size:
+        raise ValueError(f"id model of {id_model.vocab_size} ids for targets over {targets.vocab_size}")
+    tables = _tables(targets.vocab_size, id_model)
+    sums_to_units = _sums_to_units(targets)
+    blocks = [
+        _encode_rows(targets, start, min(start + BLOCK_ROWS, targets.num_rows), sums_to_units, tables)
+        for start in range(0, targets.num_rows, BLOCK_ROWS)
+    ]
+    shape = [targets.vocab_size, targets.units, targets.tail_units, targets.num_rows]
+    header = bytes([2, _HAS_MODEL * (id_model is not None) | _SUMS_TO_UNITS * sums_to_units])
+    if id_model is not None:
+        header += bytes.fromhex(id_model.digest)[:_MODEL_DIGEST_BYTES]
+    header += b"".join(map(_varint, shape))
+    header += b"".join(_varint(num_entries) + _varint(len(block)) for num_entries, block in blocks)
+    body = header + b"".join(block for _, block in blocks)
+    return body.ljust(-(-targets.num_entries // MAX_ENTRIES_PER_BYTE), b"\0")
+
+
+def _sums_to_units(targets: SparseTargets) -> bool:
+    """Whether each row's counts are positive and sum to `units`, so that the last need not be told."""
+    if targets.num_entries == 0 or targets.counts.min() == 0:
+        return False
+    running = np.concatenate([np.zeros(1, np.int64), np.cumsum(targets.counts, dtype=np.int64)])
+    sums = np.diff(running[targets.row_offsets])
+    return bool(np.all((sums == targets.units) | (np.diff(targets.row_offsets) == 0)))
+
+
+def _encode_rows(
+    targets: SparseTargets, start: int, stop: int, sums_to_units: bool, tables: IdTables
+) -> tuple[int, bytes]:
+    first, last = int(targets.row_offsets[start]), int(targets.row_offsets[stop])
+    out = np.empty((last - first + stop - start + 1) * MAX_ENTRY_BYTES, np.uint8)
+    num_bytes = encode_block(
+        out,
+        np.diff(targets.row_offsets[start : stop + 1]),
+        targets.token_ids[first:last],
+        targets.counts[first:last],
+        targets.units if sums_to_units else 0,
+        tables.bucket_of,
+        tables.inner_start,
+        tables.inner_total,
+        tables.next_start,
+    )
+    return last - first, out[:num_bytes].tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Of version 2. Block i codes block_entries[i] entries in bytes block_ends[i] to block_ends[i + 1] of the body."""
+
+    vocab_size: int
+    units: int
+    tail_units: int
+    num_rows: int
+    sums_to_units: bool
+    block_entries: list[int]
+    block_ends: list[int]
+
+
+def _parse_header(body: bytes, id_model: IdModel | None) -> _Header:
+    flags = body[1] if len(body) > 1 else -1
+    if not 0 <= flags <= (_HAS_MODEL | _SUMS_TO_UNITS):
+        raise CodecError(f"unknown flags {flags} in the header of version 2")
+    position = 2
+    if flags & _HAS_MODEL:
+        position += _MODEL_DIGEST_BYTES
+        _check_model(body[2:position], id_model)
+    (vocab_size, units, tail_units, num_rows), position = _read_varints(body, position, 4)
+    if not (1 <= vocab_size <= MAX_VOCAB_SIZE and 1 <= units <= FULL_UNITS and tail_units <= units):
+        raise CodecError(f"vocabulary of {vocab_size}, {units} units or {tail_units} tail units out of bounds")
+    if flags & _HAS_MODEL and id_model is not None and vocab_size != id_model.vocab_size:
+        raise CodecError(f"targets over {vocab_size} ids coded with a model of {id_model.vocab_size}")
+    index, position = _read_varints(body, position, 2 * -(-num_rows // BLOCK_ROWS))
+    ends = list(accumulate(index[1::2], initial=position))
+    num_entries = sum(index[::2])
+    if len(body) != max(ends[-1], -(-num_entries // MAX_ENTRIES_PER_BYTE)):
+        raise CodecError(f"{num_rows} rows and {num_entries} entries in {ends[-1]} bytes do not fit {len(body)} bytes")
+    sums_to_units = bool(flags & _SUMS_TO_UNITS)
+    return _Header(vocab_size, units, tail_units, num_rows, sums_to_units, index[::2], ends)
+
+
+def _check_model(digest: bytes, id_model: IdModel | None) -> None:
+    if id_model is None:
+        raise CodecError(f"the targets need the id model {digest.hex()}: none is at hand")
+    if bytes.fromhex(id_model.digest)[:_MODEL_DIGEST_BYTES] != digest:
+        raise CodecError(f"the targets need the id model {digest.hex()}, at hand is {id_model.digest}")
+
+
+def _decode_blocks(body: bytes, header: _Header, first: int, last: int, id_model: IdModel | None) -> SparseTargets:
+    """Blocks first to last."""
+    tables = _tables(header.vocab_size, id_model if body[1] & _HAS_MODEL else None)
+    num_rows = max(0, min(last * BLOCK_ROWS, header.num_rows) - first * BLOCK_ROWS)
+    num_entries = sum(header.block_entries[first:last])
+    lengths = np.zeros(num_rows, np.int64)
+    token_ids, counts = np.empty(num_entries, np.int32), np.empty(num_entries, np.int32)
+    data, entry = np.frombuffer(body, np.uint8), 0
+    for i in range(first, last):
+        row, stop = (i - first) * BLOCK_ROWS, entry + header.block_entries[i]
+        failure = decode_block(
+            data[header.block_ends[i] : header.block_ends[i + 1]],
+            lengths[row : row + BLOCK_ROWS],
+            token_ids[entry:stop],
+            counts[entry:stop],
+            header.units if header.sums_to_units else 0,
+            tables.bucket_start,
+            tables.inner_start,
+            tables.inner_total,
+            tables.inner_slot,
+            tables.next_start,
+            tables.next_slot,
+        )
+        if failure:
+            raise CodecError(f"block {i} of {len(header.block_entries)} holds no rows of {stop - entry} entries in all")
+        entry = stop
+    return SparseTargets(
+        vocab_size=header.vocab_size,
+        units=header.units,
+        tail_units=header.tail_units,
+        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        token_ids=token_ids,
+        counts=counts,
+    )
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the high bit says that more follow."""
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def _read_varints(body: bytes, position: int, number: int) -> tuple[list[int], int]:
+    if number > len(body) - position:
+        raise CodecError(f"{number} numbers expected at byte {position} of {len(body)}")
+    values = []
+    for _ in range(number):
+        value, shift = 0, 0
+        while True:
+            if position >= len(body) or shift > 28:
+                raise CodecError(f"no number at byte {position} of {len(body)}")
+            value |= (body[position] & 127) << shift
+            shift += 7
+            position += 1
+            if body[position - 1] < 128:
+                break
+        values.append(value)
+    return values, position

@@ -1,30 +1,58 @@
-"""A static model of which token ids appear in targets: a quantised log-probability per id, shared by both sides."""
+"""A static model of which token ids occur in a teacher's targets: it brings their codes near their entropy.
+
+Both sides hold the same model: the teacher makes it from its own average distribution, TeacherInfo carries it, its
+digest is part of every fingerprint, and the payload names it. All arithmetic is on integers, so that both sides derive
+the same tables from it on any machine.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from logitstream.errors import CodecError
+from logitstream.types import MAX_VOCAB_SIZE
+
+STEPS_PER_BIT = 8
+MAX_LEVEL = 255
+PSEUDO_COUNT = 1 / 32
+"""Added to every id's expected count: no id is impossible, and the teacher's average is smooth already."""
+
+NUM_BUCKETS = 128
+MAX_BUCKET_SIZE = 1 << 16
+INNER_BITS = 16
+NEXT_BITS = 15
+SLOT_BITS = 6
+MASS_BITS = 31
+DRAW_CLASSES = np.array(
+    [*range(1, 17), 18, 20, 23, 26, 29, 32, 40, 50, 64, 80, 100, 128, 192, 256, 512, 1024], dtype=np.int64
+)
+"""Numbers of ids still to come that have a table of their own; others take the next smaller one's."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True)
 class IdModel:
     """levels: uint8 [V], each id's -log2(probability) in steps of 1/8 bit."""
 
     levels: npt.NDArray[np.uint8]
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", hashlib.sha256(self.to_bytes()).hexdigest())
 
     @property
     def vocab_size(self) -> int:
         return len(self.levels)
+
+    @classmethod
+    def from_expected_counts(cls, expected_counts: npt.NDArray[np.float64]) -> IdModel:
+        """The model of ids that were drawn (or are expected) this often, float64 [V]; none need be seen."""
+        if not (np.isfinite(expected_counts).all() and (expected_counts >= 0).all()):
+            raise ValueError("expected counts must be finite and not negative")
+        smoothed = expected_counts + PSEUDO_COUNT
+        bits = -np.log2(smoothed / smoothed.sum())
+        return cls(np.clip(np.rint(bits * STEPS_PER_BIT), 0, MAX_LEVEL).astype(np.uint8))
 
     def to_bytes(self) -> bytes:
         return b"\x01" + zlib.compress(self.levels.tobytes(), 9)
@@ -32,9 +60,140 @@ class IdModel:
     @classmethod
     def from_bytes(cls, data: bytes) -> IdModel:
         """Raises CodecError where the bytes are none."""
-        if data[:1] != b"\x01":
-            raise CodecError("not an id model: expected version byte 1")
+        decompressor = zlib.decompressobj()
         try:
-            return cls(np.frombuffer(zlib.decompress(data[1:]), np.uint8))
+            levels = decompressor.decompress(data[1:], MAX_VOCAB_SIZE)
         except zlib.error as error:
             raise CodecError(f"damaged id model: {error}") from error
+        if data[:1] != b"\x01" or not levels or not decompressor.eof or decompressor.unused_data:
+            raise CodecError("not an id model: expected version byte 1 and one whole zlib stream")
+        return cls(np.frombuffer(levels, np.uint8))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of to_bytes(), hex; equal to Fingerprint.id_model_digest of a teacher that carries these bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class IdTables:
+    """What encoding and decoding ids looks up. Consecutive ids form B buckets of about equal mass.
+
+    bucket_of: int32 [V]; bucket_start: int32 [B + 1], first ids;
+    inner_start: int32 [V], running sum of frequencies within the id's bucket; inner_total: int32 [B], their sum;
+    next_start: int32 [B, classes, B + 1], for the bucket of the next id, when ids from the first index's bucket on are
+    free and a class of DRAW_CLASSES says how many are still to come: running sums of frequencies with 2^NEXT_BITS in
+    all;
+    inner_slot: int32 [B, slots + 1] and next_slot: int16 [B, classes, slots + 1], where a search for the id or bucket
+    that holds a number starts and ends, by the number's highest SLOT_BITS.
+    """
+
+    bucket_of: npt.NDArray[np.int32]
+    bucket_start: npt.NDArray[np.int32]
+    inner_start: npt.NDArray[np.int32]
+    inner_total: npt.NDArray[np.int32]
+    inner_slot: npt.NDArray[np.int32]
+    next_start: npt.NDArray[np.int32]
+    next_slot: npt.NDArray[np.int16]
+
+
+@functools.lru_cache(maxsize=8)
+def uniform_tables(vocab_size: int) -> IdTables:
+    """Tables for ids of which nothing is known."""
+    return _tables(np.ones(vocab_size, np.int64))
+
+
+@functools.lru_cache(maxsize=8)
+def model_tables(levels: bytes) -> IdTables:
+    """Tables of a model's levels."""
+    # round(2^30 * 2^(-f/8)), written out: no machine's floating point may change them.
+    fractions = np.array(
+        [1073741824, 984625594, 902905651, 827968132, 759250125, 696235434, 638450708, 585461881], dtype=np.int64
+    )
+    level = np.frombuffer(levels, np.uint8).astype(np.int64)
+    return _tables(np.maximum(fractions[level % STEPS_PER_BIT] >> (level // STEPS_PER_BIT), 1))
+
+
+def _tables(weights: npt.NDArray[np.int64]) -> IdTables:
+    bucket_of = _buckets(weights)
+    bucket_start = np.searchsorted(bucket_of, np.arange(bucket_of[-1] + 2))
+    size = np.diff(bucket_start)
+    mass = np.add.reduceat(weights, bucket_start[:-1])
+    spare = (1 << INNER_BITS) - size
+    frequency = 1 + _mul_div(weights, spare[bucket_of], mass[bucket_of])
+    inner_end = np.cumsum(frequency)
+    before = np.concatenate([[0], inner_end])[bucket_start[:-1]]
+    inner_start = inner_end - frequency - before[bucket_of]
+    next_start = _next_bucket(mass)
+    return IdTables(
+        bucket_of=bucket_of.astype(np.int32),
+        bucket_start=bucket_start.astype(np.int32),
+        inner_start=inner_start.astype(np.int32),
+        inner_total=np.add.reduceat(frequency, bucket_start[:-1]).astype(np.int32),
+        inner_slot=_inner_slots(bucket_of, bucket_start, inner_start),
+        next_start=next_start,
+        next_slot=_next_slots(next_start),
+    )
+
+
+def _inner_slots(
+    bucket_of: npt.NDArray[np.int64], bucket_start: npt.NDArray[np.int64], inner_start: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int32]:
+    """The last id of each bucket whose inner_start is at most each slot's first number."""
+    keys = (bucket_of << (INNER_BITS + 1)) + inner_start
+    slots = np.arange((1 << SLOT_BITS) + 1) << (INNER_BITS - SLOT_BITS)
+    wanted = (np.arange(bucket_of[-1] + 1) << (INNER_BITS + 1))[:, None] + slots
+    return np.minimum(np.searchsorted(keys, wanted, side="right") - 1, bucket_start[1:, None] - 1).astype(np.int32)
+
+
+def _next_slots(next_start: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
+    """The last bucket of each table whose next_start is at most each slot's first number."""
+    num_buckets, num_classes, _ = next_start.shape
+    tables = np.arange(num_buckets * num_classes).reshape(num_buckets, num_classes, 1) << (NEXT_BITS + 1)
+    slots = np.arange((1 << SLOT_BITS) + 1) << (NEXT_BITS - SLOT_BITS)
+    found = np.searchsorted((next_start[..., :-1] + tables).ravel(), tables + slots, side="right") - 1
+    return (found % num_buckets).astype(np.int16)
+
+
+def _mul_div(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], c: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """a * b // c for a ≤ c < 2^55 and b ≤ 2^16, with c cut to 46 bits where the product would not fit."""
+    shift = 10 * (c >> 46 > 0)
+    return ((a >> shift) * b) // np.maximum(c >> shift, 1)
+
+
+def _buckets(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The bucket of each id: closed once it holds 1/NUM_BUCKETS of the mass, or MAX_BUCKET_SIZE ids."""
+    running = np.cumsum(weights)
+    target = max(1, int(running[-1]) // NUM_BUCKETS)
+    starts = [0]
+    while starts[-1] < len(weights):
+        before = int(running[starts[-1] - 1]) if starts[-1] else 0
+        full = int(np.searchsorted(running, before + target)) + 1
+        starts.append(min(full, starts[-1] + MAX_BUCKET_SIZE, len(weights)))
+    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+
+
+def _next_bucket(mass: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """P(first of m ids in bucket < c | all in buckets ≥ s) = 1 - (mass of c.. / mass of s..)^m, no bucket below 1."""
+    num_buckets = len(mass)
+    shift = max(0, int(mass.sum()).bit_length() - MASS_BITS)
+    mass = np.maximum(mass >> shift, 1)
+    remaining = np.concatenate([np.cumsum(mass[::-1])[::-1], [0]])
+    table = np.zeros((num_buckets, len(DRAW_CLASSES), num_buckets + 1), np.int32)
+    for s in range(num_buckets):
+        ratio = (remaining[s:] << 30) // remaining[s]
+        least = np.arange(num_buckets - s + 1)
+        for i, m in enumerate(DRAW_CLASSES):
+            reached = (1 << 30) - _power(ratio, int(m))
+            table[s, i, s:] = least + ((reached * ((1 << NEXT_BITS) - (num_buckets - s))) >> 30)
+    return table
+
+
+def _power(base: npt.NDArray[np.int64], exponent: int) -> npt.NDArray[np.int64]:
+    """base^exponent of fixed-point numbers with 30 binary digits after the point, rounded down at each step."""
+    result = np.full_like(base, 1 << 30)
+    for digit in f"{exponent:b}":
+        result = (result * result) >> 30
+        if digit == "1":
+            result = (result * base) >> 30
+    return result
