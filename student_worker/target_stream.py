@@ -10,8 +10,9 @@ from accelerate.data_loader import DataLoaderDispatcher
 
 from logitstream.types import TargetSpec
 from student_worker.batches import Batch
-from student_worker.prefetch import Prefetch, Source, StreamStats
+from student_worker.prefetch import Prefetch
 from student_worker.target_cache import TargetCache
+from student_worker.target_source import StreamStats, TargetSource
 from student_worker.teacher_client import TeacherClient
 
 Mode = Literal["online", "cache", "cache_then_online"]
@@ -110,17 +111,23 @@ class TargetStream:
     def over(self, batches: Iterator[Batch], *, first_step: int = 0) -> Iterator[Batch]:
         """The rest of this epoch's batches, with targets, from another iterator over them."""
         self.close()
-        source = Source(
-            client=None if self.mode == "cache" else self.client,
-            cache=self.cache,
+        source = TargetSource(
+            None if self.mode == "cache" else self.client,
+            self.cache,
             look_up=self.mode != "online",
             draw_set=self.epoch if self.draw_set is None else self.draw_set,
+            stats=self.stats,
+        )
+        self.epoch += 1
+        current = self._current = Prefetch(
+            source,
+            batches,
+            self.stats,
             prefetch_batches=self.prefetch_batches,
             spill_batches=self.spill_batches,
             raise_refused=self.on_refused == "raise",
+            first_step=first_step,
         )
-        self.epoch += 1
-        current = self._current = Prefetch(source, batches, self.stats, first_step=first_step)
         try:
             yield from current.consume()
         finally:

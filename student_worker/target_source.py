@@ -1,0 +1,174 @@
+"""Where one sequence's targets come from: the cache on disk, the teacher, or one after the other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from logitstream import codec, metrics
+from logitstream.errors import CacheMiss, CodecError, FingerprintMismatch, StaleTeacher
+from logitstream.id_model import IdModel
+from logitstream.types import ReceivedTargets, SparseTargets, TokenSequence
+from student_worker.batches import Rows
+from student_worker.target_cache import TargetCache
+from student_worker.teacher_client import TeacherClient
+
+logger = logging.getLogger(__name__)
+
+MAX_FETCHES = 4
+"""How often targets that are damaged, or grew stale while they waited, are asked for before the stream ends."""
+
+
+@dataclass(slots=True)
+class StreamStats:
+    """Totals over all epochs of a stream; times in seconds, bytes as encoded."""
+
+    waiting_seconds: float = 0.0
+    decoding_seconds: float = 0.0
+    batches: int = 0
+    sequences: int = 0
+    cached_sequences: int = 0
+    spilled_sequences: int = 0
+    refused_sequences: int = 0
+    rows: int = 0
+    entries: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One sequence of the stream's batch_number-th batch; `future` is None where its targets lie on disk."""
+
+    rows: Rows
+    sequence: TokenSequence
+    batch_number: int
+    priority: int
+    future: Future[ReceivedTargets] | None = None
+    kept: bool = False
+
+
+class TargetSource:
+    """Of one epoch: client None asks no teacher, look_up asks the cache before the teacher."""
+
+    def __init__(
+        self,
+        client: TeacherClient | None,
+        cache: TargetCache | None,
+        *,
+        look_up: bool,
+        draw_set: int,
+        stats: StreamStats,
+    ) -> None:
+        self._client = client
+        self._cache = cache
+        self._look_up = look_up
+        self._draw_set = draw_set
+        self._stats = stats
+        self._keeping = threading.Lock()
+        self._id_model: IdModel | None = None
+        self.vocab_size = 0
+
+    @property
+    def writable(self) -> bool:
+        """Whether what the teacher sends is kept on disk; false also once the disk or the budget was full."""
+        return self._client is not None and self._cache is not None and self._cache.writable
+
+    def prepare(self) -> None:
+        """Learn how to decode: from the cache where it may do without the teacher, else from the teacher."""
+        cache = self._cache
+        if cache is not None:
+            cache.refresh()
+        if cache is not None and self._look_up:
+            id_model, self.vocab_size = cache.id_model, cache.fingerprint.vocab_size
+        else:
+            assert self._client is not None
+            info = self._client.info
+            id_model, self.vocab_size = info.id_model, info.vocab_size
+        self._id_model = IdModel.from_bytes(id_model) if id_model else None
+
+    def locate(self, slot: Slot, received: Callable[[Slot], None]) -> None:
+        """Leave the slot to the disk where the cache holds it, else ask the teacher, whose answer calls `received`."""
+        if self._look_up and self._cache is not None:
+            if self._cache.holds(slot.sequence, self._draw_set):
+                return
+            metrics.CACHE_MISSES.inc()
+        self._submit(slot).add_done_callback(lambda _: received(slot))
+
+    def keep(self, slot: Slot) -> bool:
+        """Write what came from the teacher to the cache, once; whether it lies there now."""
+        with self._keeping:
+            future = slot.future
+            if self._cache is None or future is None or future.cancelled() or future.exception() is not None:
+                return slot.kept
+            slot.kept = slot.kept or self._cache.put(slot.sequence, self._draw_set, future.result())
+            return slot.kept
+
+    def fetch(self, slot: Slot) -> SparseTargets:
+        """A slot's targets, decoded: from disk, from the teacher where the disk fails, anew where they are of no use.
+
+        Raises what the client's future does, CacheMiss, CodecError or FingerprintMismatch.
+        """
+        for last in (False,) * (MAX_FETCHES - 1) + (True,):
+            received = self._receive(slot)
+            stale = self._client is not None and not received.from_cache and self._client.is_stale(received)
+            try:
+                if not stale or last:
+                    targets = self._decode(received)
+                    self.keep(slot)
+                    return targets
+            except CodecError as error:
+                if last:
+                    raise
+                logger.warning("damaged targets are asked for again: %s", error)
+            metrics.STUDENT_RETRIES.labels(reason=StaleTeacher.__name__ if stale else CodecError.__name__).inc()
+            self._submit(slot)
+        raise AssertionError("the last fetch returns or raises")
+
+    def flush(self) -> None:
+        """Acknowledge what was written."""
+        if self._cache is not None:
+            self._cache.refresh()
+
+    def _receive(self, slot: Slot) -> ReceivedTargets:
+        """As they were encoded; a record on disk that is damaged or gone is asked for again."""
+        cache, future = self._cache, slot.future
+        if future is None and cache is not None:
+            if (stored := cache.get(slot.sequence, self._draw_set)) is not None:
+                slot.kept = True
+                return stored
+            logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
+        received = (future or self._submit(slot)).result()
+        if self._look_up and cache is not None and received.key != cache.key(slot.sequence, self._draw_set):
+            raise FingerprintMismatch(self._other_teacher(cache, received))
+        return received
+
+    def _submit(self, slot: Slot) -> Future[ReceivedTargets]:
+        if self._client is None:
+            raise CacheMiss(
+                f"the cache holds no undamaged targets of a sequence of {len(slot.sequence)} tokens for draw set "
+                f"{self._draw_set}, and no teacher is asked in mode 'cache'"
+            )
+        slot.kept = False
+        slot.future = self._client.submit(slot.sequence, draw_set=self._draw_set, priority=slot.priority)
+        return slot.future
+
+    def _other_teacher(self, cache: TargetCache, received: ReceivedTargets) -> str:
+        """An epoch that is read from the cache in part must not come from another teacher in the other part."""
+        return (
+            f"the cache holds targets of weights {cache.fingerprint.weights_digest[:16]}…, the teacher's are "
+            f"{received.weights_digest.hex()}…, or its tokenizer, dtype or spec differ"
+        )
+
+    def _decode(self, received: ReceivedTargets) -> SparseTargets:
+        started = time.perf_counter()
+        targets = codec.decode(received.payload, id_model=self._id_model)
+        seconds = time.perf_counter() - started
+        self._stats.decoding_seconds += seconds
+        metrics.STUDENT_DECODING_SECONDS.inc(seconds)
+        self._stats.payload_bytes += len(received.payload)
+        self._stats.cached_sequences += received.from_cache
+        return targets
