@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from teacher_server import logs
 from teacher_server.backend import TeacherBackend
@@ -22,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from teacher_server.server import serve
 
-    serve(config, backend_factory(config))
+    def load_checkpoint(folder: Path) -> TeacherBackend:
+        return backend_factory(replace(config, model=str(folder), tokenizer=config.tokenizer or config.model))()
+
+    can_replace = config.backend == "transformers"
+    serve(config, backend_factory(config), load_checkpoint=load_checkpoint if can_replace else None)
 
 
 def check(config: TeacherConfig) -> None:

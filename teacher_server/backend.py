@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,8 +20,30 @@ class ScoreRequest:
     draw_set: int = 0
 
 
+ENTRIES_PER_TOKEN = 1024
+"""Entries that weigh as much as one token of forward in budgets: few samplers get near, `full` goes far beyond."""
+
+
+def entries_bound(request: ScoreRequest, vocab_size: int) -> int:
+    """The most entries that this request's targets can have."""
+    spec, mask = request.spec, request.sequence.loss_mask
+    num_rows = len(request.sequence) if mask is None else int(mask.sum())
+    per_row = {
+        "full": vocab_size,
+        "top_k": spec.top_k,
+        "top_k_ghost": spec.top_k + 1,
+        "threshold": 2 * math.ceil(1 / spec.threshold) + 1,
+    }.get(spec.sampler, spec.num_samples)
+    return num_rows * min(per_row, vocab_size)
+
+
+def cost_in_tokens(request: ScoreRequest, vocab_size: int) -> int:
+    """What a request counts in queues and batches: its tokens, or its entries where they are the larger burden."""
+    return max(len(request.sequence), entries_bound(request, vocab_size) // ENTRIES_PER_TOKEN)
+
+
 class TeacherBackend(Protocol):
-    """Called from one thread at a time, never from the event loop."""
+    """Called from one thread at a time, never from the event loop, but for `describe` and `healthy`."""
 
     def describe(self) -> TeacherInfo:
         """What is served now; limits of the server are filled in by the caller."""
@@ -32,6 +55,10 @@ class TeacherBackend(Protocol):
         Rows outside the loss mask are empty. Raises torch.OutOfMemoryError or MemoryError where the batch is too large
         for the device (the scheduler splits it), any other exception where the backend failed.
         """
+        ...
+
+    def healthy(self) -> bool:
+        """Whether it can score at the moment; called from any thread."""
         ...
 
     def close(self) -> None:

@@ -27,6 +27,9 @@ class TeacherConfig:
     num_threads: int = setting("CPU threads of the forward; 0: torch's own choice.", 0)
     address: str = setting("HOST:PORT to serve on; port 0 takes a free one.", "127.0.0.1:50051")
     address_file: str = setting("File that receives the bound HOST:PORT once the server is healthy.", "")
+    health_address: str = setting(
+        "HOST:PORT that answers health checks alone, in plaintext, for probes that cannot do TLS; empty: none.", ""
+    )
     metrics_port: int = setting("Port of the Prometheus metrics; 0 takes a free one, -1 serves none.", -1)
     metrics_address: str = setting("Interface of the Prometheus metrics.", "127.0.0.1")
     max_batch_tokens: int = setting(

@@ -51,6 +51,16 @@ def score_isolating(
     return [ScoringFailed(f"sequence of {len(batch[0].sequence)} tokens given up after {tries} tries: {reason}")]
 
 
+def is_broken(backend: TeacherBackend, good: ScoreRequest) -> bool:
+    """Whether the backend fails on a request that it has answered before: then no sequence is to blame."""
+    try:
+        backend.score([good])
+    except Exception:
+        log.exception("the backend fails on a sequence that it has scored before")
+        return True
+    return False
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """MemoryError or torch.OutOfMemoryError, told by name: the scheduler runs without torch."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -10,25 +10,33 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
-from teacher_server.backend import ScoreRequest, TeacherBackend
+from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
+from teacher_server.checkpoints import check_successor
+from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue, Ticket
-from teacher_server.isolation import Trouble, score_isolating
+from teacher_server.isolation import Trouble, is_broken, score_isolating
 
 MAX_ENCODING_BATCHES = 2
 """Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
 MAX_REMEMBERED_FAILURES = 1024
 
-Encode = Callable[[SparseTargets, TargetSpec], bytes]
+CLOSE_SECONDS = 5.0
+"""How long the running batch may take once nobody waits for it."""
+
 Key = tuple[TargetSpec, bytes, int]
 
 log = logging.getLogger(__name__)
+
+
+class BackendBroken(Exception):
+    """The backend fails on sequences that it has scored before; only a new process can help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +86,9 @@ class Scheduler:
         self._encoding = asyncio.Semaphore(MAX_ENCODING_BATCHES)
         self._finishing: set[asyncio.Task[None]] = set()
         self._next_backend: TeacherBackend | None = None
-        self._draining = False
+        self._good: ScoreRequest | None = None
+        self.is_draining = False
+        self.is_stuck = False  # after `close`: a batch still runs and cannot be stopped
         self.info = backend.describe()
 
     # What the streams call ----------------------------------------------------------------------------------------
@@ -86,20 +96,20 @@ class Scheduler:
     def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
         """The request's future; cancelling it takes the request back. Raises RequestError where it is refused."""
         key = (request.spec, request.sequence.digest(), request.draw_set)
-        if self._draining:
+        if self.is_draining:
             raise ServerDraining("the server is draining: ask another replica")
         if key in self._failures:
             raise ScoringFailed(str(self._failures[key]))
+        cost = cost_in_tokens(request, self.info.vocab_size)
         work = self._works.get(key)
         if work is None:
-            self._check_room(client_id, len(request.sequence))
+            self._check_room(client_id, cost)
             work = self._works[key] = _Work(key, request, time.monotonic())
         else:
             metrics.TEACHER_SHARED.inc()
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         work.waiters[future] = None
         if not work.running:  # each asker queues it, so that it comes at the turn of whoever is first
-            cost = len(request.sequence)
             work.waiters[future] = self._queue.push(work, client_id=client_id, cost=cost, priority=priority)
         future.add_done_callback(lambda done: self._leave(work, done))
         self._wake.set()
@@ -107,22 +117,30 @@ class Scheduler:
         return future
 
     @property
+    def is_healthy(self) -> bool:
+        return self._backend.healthy()
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._works)
 
     def start_draining(self) -> None:
         """Refuse new requests from now on; what was taken is still scored."""
-        self._draining = True
+        self.is_draining = True
 
     def replace_backend(self, backend: TeacherBackend) -> None:
-        """Serve other weights from the next batch on; the running one finishes on the old."""
+        """Serve other weights from the next batch on; the running one finishes on the old.
+
+        Raises ValueError where the students' handshake does not hold for them.
+        """
+        check_successor(self.info, backend.describe())
         self._next_backend = backend
         self._wake.set()
 
     # The loop -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Score until cancelled."""
+        """Score until cancelled; raises BackendBroken."""
         loop = asyncio.get_running_loop()
         while True:
             if self._next_backend is not None:
@@ -136,28 +154,40 @@ class Scheduler:
             if not batch:
                 self._encoding.release()
                 continue
-            trouble = Trouble()
-            requests = [work.request for work in batch]
-            results = await loop.run_in_executor(
-                self._backend_thread, score_isolating, self._backend, requests, trouble
-            )
-            self._adapt(trouble, batch)
+            results = await self._score(batch)
             task = loop.create_task(self._finish(batch, results, self.info))
             self._finishing.add(task)
             task.add_done_callback(self._finishing.discard)
 
+    async def _score(self, batch: list[_Work]) -> list[SparseTargets | RequestError]:
+        """What the backend makes of a batch, in its thread."""
+        loop = asyncio.get_running_loop()
+        trouble = Trouble()
+        requests = [work.request for work in batch]
+        results = await loop.run_in_executor(self._backend_thread, score_isolating, self._backend, requests, trouble)
+        if trouble.num_given_up == len(batch) and self._good is not None:
+            if await loop.run_in_executor(self._backend_thread, is_broken, self._backend, self._good):
+                for work in batch:
+                    self._refuse(work, ServerDraining("the teacher broke down: ask another replica"))
+                raise BackendBroken("the backend fails on sequences that it has scored before")
+        elif not trouble.num_failures:
+            self._good = requests[-1]
+        self._adapt(trouble, batch)
+        return results
+
     async def close(self) -> None:
-        """Wait for the running batch and free the backend; what still waits fails."""
-        self._draining = True
+        """Free the backend once the running batch is done, or give up on it; what still waits is cancelled."""
+        self.is_draining = True
         if self._finishing:
-            await asyncio.wait(self._finishing)
+            await asyncio.wait(self._finishing, timeout=CLOSE_SECONDS)
         for work in list(self._works.values()):
             for future in list(work.waiters):
                 future.cancel()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._backend_thread, self._backend.close)
-        self._backend_thread.shutdown(wait=True)
-        self._encoders.shutdown(wait=True)
+        closing = asyncio.get_running_loop().run_in_executor(self._backend_thread, self._backend.close)
+        await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+        self.is_stuck = not closing.done()
+        self._backend_thread.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
 
     def _next_batch(self) -> list[_Work]:
         """Work in fair order up to the token budget; at least one where anything waits."""
@@ -183,7 +213,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         try:
             specs = [work.request.spec for work in batch]
-            answers = await loop.run_in_executor(self._encoders, _encode_all, self._encode, results, specs)
+            answers = await loop.run_in_executor(self._encoders, encode_all, self._encode, results, specs)
         finally:
             self._encoding.release()
         for work, answer in zip(batch, answers, strict=True):
@@ -258,31 +288,3 @@ class Scheduler:
         """Set the gauge of the oldest waiting request's age; called now and then."""
         oldest = next((work.arrived for work in self._works.values() if not work.running), None)
         metrics.TEACHER_QUEUE_AGE.set(0.0 if oldest is None else time.monotonic() - oldest)
-
-
-def _encode_all(
-    encode: Encode, results: list[SparseTargets | RequestError], specs: list[TargetSpec]
-) -> list[bytes | RequestError]:
-    """Runs in an encoder thread; targets that cannot be encoded fail alone."""
-    start = time.perf_counter()
-    answers: list[bytes | RequestError] = []
-    for result, spec in zip(results, specs, strict=True):
-        if isinstance(result, RequestError):
-            answers.append(result)
-            continue
-        try:
-            answers.append(encode(result, spec))
-        except RequestError as error:
-            answers.append(error)
-        except Exception:
-            log.exception("targets of %d rows could not be encoded", result.num_rows)
-            answers.append(ScoringFailed("the teacher's targets could not be encoded"))
-    metrics.TEACHER_STAGE_SECONDS.labels("encode").observe(time.perf_counter() - start)
-    _count(results)
-    return answers
-
-
-def _count(results: list[SparseTargets | RequestError]) -> None:
-    targets = [result for result in results if not isinstance(result, RequestError)]
-    metrics.TEACHER_TOKENS.inc(sum(target.num_rows for target in targets))
-    metrics.TEACHER_ENTRIES.inc(sum(target.num_entries for target in targets))

@@ -18,16 +18,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
 
-from logitstream import codec, metrics
-from logitstream.errors import InvalidSpec
-from logitstream.id_model import IdModel
-from logitstream.rpc.channel import TlsFiles, server_credentials, server_options
+from logitstream import metrics
+from logitstream.rpc.channel import TlsFiles, certificate_expiry, server_credentials, server_options
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.access import BearerTokens
 from teacher_server.backend import TeacherBackend
+from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
-from teacher_server.scheduler import Encode, Scheduler
+from teacher_server.encoding import encoder
+from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
@@ -35,6 +34,7 @@ HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HOUSEKEEPING_SECONDS = 1.0
 STOP_SECONDS = 1.0
 """After draining, what gRPC itself may still take."""
+EXIT_STUCK = 75
 
 T = TypeVar("T")
 
@@ -82,9 +82,16 @@ def _aborting(code: grpc.StatusCode, details: str) -> Any:
 class TeacherServer:
     """One process's server: `run` takes it from loading to the end."""
 
-    def __init__(self, config: TeacherConfig, make_backend: Callable[[], TeacherBackend]) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        make_backend: Callable[[], TeacherBackend],
+        *,
+        load_checkpoint: LoadCheckpoint | None = None,
+    ) -> None:
         self._config = config
         self._make_backend = make_backend
+        self._load_checkpoint = load_checkpoint
         self._stopping = asyncio.Event()
         self._health = health_aio.HealthServicer()
         self._gate = _WhenLoaded()
@@ -92,6 +99,7 @@ class TeacherServer:
             interceptors=_interceptors(config),
             options=server_options(config.max_message_bytes, max_streams=config.max_streams),
         )
+        self._probed = aio.server() if config.health_address else None
         self.scheduler: Scheduler | None = None
         self.address = ""
 
@@ -110,6 +118,8 @@ class TeacherServer:
                 await self._serve(loading.result(), stopping)
         finally:
             await self._server.stop(STOP_SECONDS)
+            if self._probed is not None:
+                await self._probed.stop(0)
 
     async def _listen(self) -> None:
         config = self._config
@@ -120,11 +130,16 @@ class TeacherServer:
         if config.tls_cert:
             files = TlsFiles(certificate=config.tls_cert, key=config.tls_key, authority=config.tls_client_ca or None)
             port = self._server.add_secure_port(config.address, server_credentials(files))
+            metrics.TEACHER_CERTIFICATE_EXPIRY.set(certificate_expiry(config.tls_cert))
         else:
             port = self._server.add_insecure_port(config.address)
         host = config.address.rpartition(":")[0]
         self.address = f"{host}:{port}" if host and port else config.address
         await self._server.start()
+        if self._probed is not None:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+            self._probed.add_insecure_port(config.health_address)
+            await self._probed.start()
 
     async def _serve(self, backend: TeacherBackend, stopping: asyncio.Future[Any]) -> None:
         config = self._config
@@ -138,7 +153,7 @@ class TeacherServer:
         )
         servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend))
         running = asyncio.ensure_future(scheduler.run())
-        housekeeping = asyncio.ensure_future(_keep_house(scheduler))
+        tasks = [asyncio.ensure_future(self._keep_house(scheduler)), *self._watch(scheduler)]
         try:
             await self._set_health(serving=True)
             self._announce()
@@ -146,7 +161,8 @@ class TeacherServer:
             if not running.done():
                 await self._drain(scheduler, servicer)
         finally:
-            housekeeping.cancel()
+            for task in tasks:
+                task.cancel()
             running.cancel()
             await scheduler.close()
         if running.done() and not running.cancelled():
@@ -162,6 +178,33 @@ class TeacherServer:
         while servicer.num_unsent and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         log.info("drained: %d requests left unanswered", servicer.num_unsent)
+        await self._server.stop(STOP_SECONDS)
+
+    async def _keep_house(self, scheduler: Scheduler) -> None:
+        """Health and the gauges that only time moves."""
+        healthy = True
+        while True:
+            scheduler.measure_age()
+            if scheduler.is_healthy != healthy and not scheduler.is_draining:
+                healthy = not healthy
+                log.warning("the backend is %s", "healthy again" if healthy else "not healthy")
+                await self._set_health(serving=healthy)
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+
+    def _watch(self, scheduler: Scheduler) -> list[asyncio.Future[None]]:
+        """The task that follows new checkpoints, where that is wanted."""
+        config = self._config
+        if not config.watch_checkpoints:
+            return []
+        if self._load_checkpoint is None:
+            raise ValueError(f"watch_checkpoints is set, but the {config.backend} backend cannot replace its weights")
+        watching = watch_checkpoints(
+            Path(config.watch_checkpoints),
+            every_seconds=config.watch_seconds,
+            load=self._load_checkpoint,
+            replace=scheduler.replace_backend,
+        )
+        return [asyncio.ensure_future(watching)]
 
     async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -177,11 +220,19 @@ class TeacherServer:
         print(f"serving on {self.address}", flush=True)
 
 
-def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend]) -> None:
-    """Serve until SIGTERM or SIGINT; returns when everything is drained."""
+def serve(
+    config: TeacherConfig,
+    make_backend: Callable[[], TeacherBackend],
+    *,
+    load_checkpoint: LoadCheckpoint | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; returns when everything is drained.
 
-    async def main() -> None:
-        server = TeacherServer(config, make_backend)
+    A batch that cannot be stopped ends the process with EXIT_STUCK: drain_seconds is a bound.
+    """
+
+    async def main() -> TeacherServer:
+        server = TeacherServer(config, make_backend, load_checkpoint=load_checkpoint)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)
@@ -189,24 +240,13 @@ def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend]) -> 
             port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
             log.info("metrics on %s:%d", config.metrics_address, port)
         await server.run()
+        return server
 
-    asyncio.run(main())
-
-
-def encoder(id_model: bytes, max_bytes: int) -> Encode:
-    """Targets to bytes in the version that the spec names; targets larger than a message are refused."""
-    model = IdModel.from_bytes(id_model) if id_model else None
-
-    def encode(targets: SparseTargets, spec: TargetSpec) -> bytes:
-        payload = codec.encode(targets, version=spec.codec_version, id_model=model)
-        if len(payload) > max_bytes:
-            raise InvalidSpec(
-                f"targets of {len(payload)} bytes for {targets.num_rows} tokens: a message holds {max_bytes}; "
-                f"ask for shorter sequences or fewer entries"
-            )
-        return payload
-
-    return encode
+    server = asyncio.run(main())
+    if server.scheduler is not None and server.scheduler.is_stuck:
+        log.error("a batch was still running %g s after the end of draining", CLOSE_SECONDS)
+        logging.shutdown()
+        os._exit(EXIT_STUCK)
 
 
 def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
@@ -225,12 +265,6 @@ def _interceptors(config: TeacherConfig) -> list[aio.ServerInterceptor[Any, Any]
         return []
     path = Path(config.token_file) if config.token_file else None
     return [TokenGate(BearerTokens(path=path, variable=config.token_env or None))]
-
-
-async def _keep_house(scheduler: Scheduler) -> None:
-    while True:
-        scheduler.measure_age()
-        await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

@@ -23,6 +23,7 @@ from logitstream.errors import (
     LogitstreamError,
     ProtocolViolation,
     RequestError,
+    ServerDraining,
     TooManyInFlight,
 )
 from logitstream.rpc import convert
@@ -30,17 +31,17 @@ from logitstream.rpc.status import status_of
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
-from teacher_server.scheduler import Scheduler, Scored
-from teacher_server.stream import ClientStream, CreditChanged, DrainStarted, Event, Outcome
+from teacher_server.replies import reply_messages
+from teacher_server.scheduler import Scheduler
+from teacher_server.stream import ClientStream
 
 OPEN_TIMEOUT_SECONDS = 30.0
 MAX_CLIENT_ID_CHARS = 128
 MAX_MESSAGE_REQUESTS = 8192
-RESULTS_BYTES = 1 << 20
-"""A message of results is sent when it holds this much, so that it never comes near the message limit by number."""
+ENTRIES_PER_MESSAGE_BYTE = 4
+"""Requests whose targets could not fit into a message even at two bits an entry are refused before they are scored."""
 
 Context = aio.ServicerContext[Any, Any]
-
 EOF = aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ class TeacherServicer:
         """The handshake; raises FingerprintMismatch, InvalidSpec, ProtocolViolation or TooManyInFlight."""
         info = self._scheduler.info
         client_id = message.client_id
+        if self._scheduler.is_draining:
+            raise ServerDraining("the server is draining: ask another replica")
         if len(client_id) > MAX_CLIENT_ID_CHARS or not client_id.isprintable():
             raise ProtocolViolation(f"client_id must be at most {MAX_CLIENT_ID_CHARS} printable characters")
         if len(self._streams) >= self._limits.max_streams:
@@ -173,6 +176,7 @@ class TeacherServicer:
             client_id=client_id,
             stream_id=next(self._stream_ids),
             max_in_flight_tokens=self._limits.max_in_flight_tokens,
+            max_entries=ENTRIES_PER_MESSAGE_BYTE * self._limits.max_message_bytes,
         )
         before = self._credit()
         self._streams.add(stream)
@@ -234,47 +238,12 @@ class TeacherServicer:
 
     async def _send(self, stream: ClientStream, wanted_weights: str, context: Context) -> None:
         while events := await stream.next_events():
-            for message, outcomes in _messages(events):
+            for message, outcomes in reply_messages(events):
                 start = time.perf_counter()
                 await context.write(message)
                 stream.written(outcomes)
                 metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
             _check_weights(wanted_weights, self._scheduler.info.weights_digest)
-
-
-def _messages(events: list[Event]) -> Iterator[tuple[pb.StreamTargetsResponse, list[Outcome]]]:
-    """Events as messages of bounded size, each with the outcomes it carries."""
-    results: list[pb.Result] = []
-    outcomes: list[Outcome] = []
-    num_bytes = 0
-    for event in events:
-        if isinstance(event, CreditChanged):
-            yield pb.StreamTargetsResponse(credit=pb.Credit(max_in_flight_tokens=event.max_in_flight_tokens)), []
-        elif isinstance(event, DrainStarted):
-            yield pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=event.grace_seconds)), []
-        else:
-            size = len(event.answer.payload) if isinstance(event.answer, Scored) else 0
-            if results and num_bytes + size > RESULTS_BYTES:
-                yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
-                results, outcomes, num_bytes = [], [], 0
-            results.append(_result(event))
-            outcomes.append(event)
-            num_bytes += size
-    if results:
-        yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
-
-
-def _result(outcome: Outcome) -> pb.Result:
-    if isinstance(outcome.answer, RequestError):
-        return pb.Result(request_id=outcome.request_id, error=convert.error_to_message(outcome.answer))
-    metrics.TEACHER_SEQUENCES.inc()
-    metrics.TEACHER_PAYLOAD_BYTES.inc(len(outcome.answer.payload))
-    return pb.Result(
-        request_id=outcome.request_id,
-        targets=outcome.answer.payload,
-        teacher_version=outcome.answer.teacher_version,
-        weights_digest=bytes.fromhex(outcome.answer.weights_digest)[: convert.WIRE_DIGEST_BYTES],
-    )
 
 
 def _check_weights(wanted: str, served: str) -> None:

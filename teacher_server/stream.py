@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from dataclasses import dataclass
 
 from logitstream import metrics
-from logitstream.errors import ProtocolViolation, RequestError, TooManyInFlight
+from logitstream.errors import (
+    InvalidSequence,
+    NonFiniteLogits,
+    ProtocolViolation,
+    RequestError,
+    ScoringFailed,
+    TooManyInFlight,
+)
 from logitstream.types import TargetSpec
-from teacher_server.backend import ScoreRequest
+from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
 from teacher_server.scheduler import Scheduler, Scored
 
 MAX_STREAM_REQUESTS = 8192
 """Bounds what requests of a few tokens cost in bookkeeping, which their tokens do not."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +52,21 @@ class ClientStream:
     """Lives on the event loop. Credit is freed when an answer is written, so a slow reader holds only its own."""
 
     def __init__(
-        self, scheduler: Scheduler, spec: TargetSpec, *, client_id: str, stream_id: int, max_in_flight_tokens: int
+        self,
+        scheduler: Scheduler,
+        spec: TargetSpec,
+        *,
+        client_id: str,
+        stream_id: int,
+        max_in_flight_tokens: int,
+        max_entries: int,
     ) -> None:
         self.spec = spec
         self.client_id = client_id
         self.stream_id = stream_id
         self._scheduler = scheduler
+        self._vocab_size = scheduler.info.vocab_size
+        self._max_entries = max_entries
         self._max_in_flight_tokens = max_in_flight_tokens
         self._futures: dict[int, asyncio.Future[Scored]] = {}
         self._unsent: dict[int, int] = {}  # request id -> tokens, until its answer is written
@@ -68,8 +87,9 @@ class ClientStream:
 
     def submit(self, request_id: int, request: ScoreRequest, *, priority: int) -> None:
         """Hand a request to the scheduler; what refuses it is answered in-band."""
-        num_tokens = len(request.sequence)
+        num_tokens = cost_in_tokens(request, self._vocab_size)
         try:
+            self._check_entries(request)
             self._check_credit(num_tokens)
             future = self._scheduler.submit(request, client_id=self.client_id, priority=priority)
         except RequestError as error:
@@ -82,7 +102,7 @@ class ClientStream:
 
     def refuse(self, request_id: int, error: RequestError) -> None:
         """Answer a request that goes no further."""
-        metrics.TEACHER_REJECTS.labels(type(error).__name__).inc()
+        self._note_refusal(request_id, error)
         self._unsent[request_id] = 0
         self._put(Outcome(request_id=request_id, num_tokens=0, answer=error))
 
@@ -97,7 +117,9 @@ class ClientStream:
         self._put(CreditChanged(max_in_flight_tokens))
 
     def announce_drain(self, grace_seconds: float) -> None:
+        """Tell the client to go elsewhere; the stream ends when what is in flight is answered."""
         self._put(DrainStarted(grace_seconds))
+        self._half_closed = True
 
     def half_close(self) -> None:
         """The client sends no more; the stream ends when all is answered."""
@@ -126,6 +148,14 @@ class ClientStream:
         for future in list(self._futures.values()):
             future.cancel()
 
+    def _check_entries(self, request: ScoreRequest) -> None:
+        entries = entries_bound(request, self._vocab_size)
+        if entries > self._max_entries:
+            raise InvalidSequence(
+                f"{len(request.sequence)} tokens may give {entries} entries: the limit is {self._max_entries}; "
+                "ask for shorter sequences or fewer entries a row"
+            )
+
     def _check_credit(self, num_tokens: int) -> None:
         held, limit = self._in_flight_tokens, self._max_in_flight_tokens
         if held and held + num_tokens > limit:
@@ -145,9 +175,16 @@ class ClientStream:
         if error is not None and not isinstance(error, RequestError):
             raise error
         if error is not None:
-            metrics.TEACHER_REJECTS.labels(type(error).__name__).inc()
+            self._note_refusal(request_id, error)
         answer = future.result() if error is None else error
         self._put(Outcome(request_id=request_id, num_tokens=num_tokens, answer=answer))
+
+    def _note_refusal(self, request_id: int, error: RequestError) -> None:
+        name = type(error).__name__
+        metrics.TEACHER_REJECTS.labels(name).inc()
+        level = logging.WARNING if isinstance(error, ScoringFailed | NonFiniteLogits) else logging.DEBUG
+        context = {"stream": self.stream_id, "client": self.client_id, "request": request_id}
+        log.log(level, "request refused, %s: %s", name, error, extra=context)
 
     def _put(self, event: Event) -> None:
         self._events.append(event)

@@ -107,6 +107,9 @@ class TransformersBackend:
             torch.cuda.empty_cache()
             raise MemoryError(str(error)) from error
 
+    def healthy(self) -> bool:
+        return self._lm is not None
+
     def close(self) -> None:
         self._lm = None
         torch.cuda.empty_cache()  # does nothing where CUDA was never used

@@ -85,5 +85,8 @@ class FakeBackend:
             return error
         return fake_targets(request, vocab_size=self._info.vocab_size, entries_per_row=self._entries_per_row)
 
+    def healthy(self) -> bool:
+        return not self.closed
+
     def close(self) -> None:
         self.closed = True

@@ -1,0 +1,60 @@
+"""From a scored batch's targets to the bytes that are sent, in threads beside the one that scores."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from logitstream import codec, metrics
+from logitstream.errors import InvalidSpec, RequestError, ScoringFailed
+from logitstream.id_model import IdModel
+from logitstream.types import SparseTargets, TargetSpec
+
+Encode = Callable[[SparseTargets, TargetSpec], bytes]
+
+log = logging.getLogger(__name__)
+
+
+def encoder(id_model: bytes, max_bytes: int) -> Encode:
+    """Targets to bytes in the version that the spec names; targets larger than a message are refused."""
+    model = IdModel.from_bytes(id_model) if id_model else None
+
+    def encode(targets: SparseTargets, spec: TargetSpec) -> bytes:
+        payload = codec.encode(targets, version=spec.codec_version, id_model=model)
+        if len(payload) > max_bytes:
+            raise InvalidSpec(
+                f"targets of {len(payload)} bytes for {targets.num_rows} tokens: a message holds {max_bytes}; "
+                f"ask for shorter sequences or fewer entries"
+            )
+        return payload
+
+    return encode
+
+
+def encode_all(
+    encode: Encode, results: list[SparseTargets | RequestError], specs: list[TargetSpec]
+) -> list[bytes | RequestError]:
+    """Runs in an encoder thread; targets that cannot be encoded fail alone."""
+    start = time.perf_counter()
+    answers: list[bytes | RequestError] = []
+    for result, spec in zip(results, specs, strict=True):
+        if isinstance(result, RequestError):
+            answers.append(result)
+            continue
+        try:
+            answers.append(encode(result, spec))
+        except RequestError as error:
+            answers.append(error)
+        except Exception:
+            log.exception("targets of %d rows could not be encoded", result.num_rows)
+            answers.append(ScoringFailed("the teacher's targets could not be encoded"))
+    metrics.TEACHER_STAGE_SECONDS.labels("encode").observe(time.perf_counter() - start)
+    _count(results)
+    return answers
+
+
+def _count(results: list[SparseTargets | RequestError]) -> None:
+    targets = [result for result in results if not isinstance(result, RequestError)]
+    metrics.TEACHER_TOKENS.inc(sum(target.num_rows for target in targets))
+    metrics.TEACHER_ENTRIES.inc(sum(target.num_entries for target in targets))

@@ -1,0 +1,50 @@
+"""What a stream has to say, as protobuf messages of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from logitstream import metrics
+from logitstream.errors import RequestError
+from logitstream.rpc import convert
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from teacher_server.scheduler import Scored
+from teacher_server.stream import CreditChanged, DrainStarted, Event, Outcome
+
+RESULTS_BYTES = 1 << 20
+"""A message of results is sent when it holds this much, so that it never comes near the message limit by number."""
+
+
+def reply_messages(events: list[Event]) -> Iterator[tuple[pb.StreamTargetsResponse, list[Outcome]]]:
+    """Events as messages of bounded size, each with the outcomes it carries."""
+    results: list[pb.Result] = []
+    outcomes: list[Outcome] = []
+    num_bytes = 0
+    for event in events:
+        if isinstance(event, CreditChanged):
+            yield pb.StreamTargetsResponse(credit=pb.Credit(max_in_flight_tokens=event.max_in_flight_tokens)), []
+        elif isinstance(event, DrainStarted):
+            yield pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=event.grace_seconds)), []
+        else:
+            size = len(event.answer.payload) if isinstance(event.answer, Scored) else 0
+            if results and num_bytes + size > RESULTS_BYTES:
+                yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
+                results, outcomes, num_bytes = [], [], 0
+            results.append(_result(event))
+            outcomes.append(event)
+            num_bytes += size
+    if results:
+        yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
+
+
+def _result(outcome: Outcome) -> pb.Result:
+    if isinstance(outcome.answer, RequestError):
+        return pb.Result(request_id=outcome.request_id, error=convert.error_to_message(outcome.answer))
+    metrics.TEACHER_SEQUENCES.inc()
+    metrics.TEACHER_PAYLOAD_BYTES.inc(len(outcome.answer.payload))
+    return pb.Result(
+        request_id=outcome.request_id,
+        targets=outcome.answer.payload,
+        teacher_version=outcome.answer.teacher_version,
+        weights_digest=bytes.fromhex(outcome.answer.weights_digest)[: convert.WIRE_DIGEST_BYTES],
+    )

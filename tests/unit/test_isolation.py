@@ -1,0 +1,83 @@
+"""Whatever the backend does, each sequence gets an answer and only the guilty ones get an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logitstream.errors import RequestError, ScoringFailed
+from logitstream.types import SparseTargets
+from teacher_server.backend import ScoreRequest
+from teacher_server.isolation import Trouble, is_broken, score_isolating
+from tests.fakes import FakeBackend
+from tests.serving import SPEC, sequence
+
+POISON = 13
+
+
+def requests(token_ids: Sequence[int]) -> list[ScoreRequest]:
+    return [ScoreRequest(sequence=sequence(token_id, 1, 2), spec=SPEC) for token_id in token_ids]
+
+
+def poisoned(batch: Sequence[ScoreRequest]) -> None:
+    if any(request.sequence.token_ids[0] == POISON for request in batch):
+        raise ValueError("secret path /models/teacher")
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_only_poisoned_sequences_fail_and_each_after_bounded_tries(bad: list[bool]) -> None:
+    backend = FakeBackend(fault=poisoned)
+    trouble = Trouble()
+    results = score_isolating(backend, requests([POISON if is_bad else 1 for is_bad in bad]), trouble)
+    assert [isinstance(result, ScoringFailed) for result in results] == bad
+    assert trouble.num_given_up == sum(bad)
+    for index, is_bad in enumerate(bad):
+        if is_bad:
+            assert "secret" not in str(results[index])
+    tries = sum(any(request.sequence.token_ids[0] == POISON for request in batch) for batch in backend.batches)
+    assert tries <= sum(bad) * (len(bad).bit_length() + 2)
+
+
+@pytest.mark.parametrize("limit", [3, 10, 50])
+def test_a_batch_that_does_not_fit_is_split_until_it_does(limit: int) -> None:
+    def full(batch: Sequence[ScoreRequest]) -> None:
+        if sum(len(request.sequence) for request in batch) > limit:
+            raise MemoryError("no room")
+
+    trouble = Trouble()
+    results = score_isolating(FakeBackend(fault=full), requests([1] * 16), trouble)
+    assert all(isinstance(result, SparseTargets) for result in results)
+    assert (trouble.num_out_of_memory > 0) == (limit < 48)
+
+
+def test_torch_out_of_memory_is_recognised_without_torch() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """Named like torch's."""
+
+    def full(batch: Sequence[ScoreRequest]) -> None:
+        raise OutOfMemoryError("CUDA out of memory")
+
+    trouble = Trouble()
+    (result,) = score_isolating(FakeBackend(fault=full), requests([1]), trouble)
+    assert isinstance(result, ScoringFailed)
+    assert "memory" in str(result)
+    assert trouble.num_out_of_memory == 2
+
+
+def test_a_backend_that_loses_a_result_is_not_believed() -> None:
+    class Loses(FakeBackend):
+        def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+            return super().score(batch)[:-1] if len(batch) > 1 else super().score(batch)
+
+    results = score_isolating(Loses(), requests([1, 2, 3]), Trouble())
+    assert all(isinstance(result, SparseTargets) for result in results)
+
+
+def test_a_backend_is_broken_when_it_fails_on_what_it_could_do() -> None:
+    (good,) = requests([1])
+    assert not is_broken(FakeBackend(fault=poisoned), good)
+    (bad,) = requests([POISON])
+    assert is_broken(FakeBackend(fault=poisoned), bad)

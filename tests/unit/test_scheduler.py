@@ -1,0 +1,248 @@
+"""Batches across clients, sharing, cancellation, bounds, swaps of weights: with a fake backend, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
+from logitstream.types import SparseTargets
+from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
+from teacher_server.encoding import encoder
+from teacher_server.scheduler import BackendBroken, Scheduler
+from tests.fakes import FakeBackend
+from tests.serving import SPEC, sequence
+
+
+class GatedBackend(FakeBackend):
+    """Scores nothing while its gate is shut, so that a test decides what has arrived before a batch is formed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        self.entered.set()
+        assert self.gate.wait(20)
+        return super().score(batch)
+
+
+@asynccontextmanager
+async def scheduling(backend: TeacherBackend, **settings: Any) -> AsyncIterator[Scheduler]:
+    options = {"max_batch_tokens": 100, "max_queue_tokens": 10_000} | settings
+    scheduler = Scheduler(backend, encoder(b"", 1 << 20), **options)
+    running = asyncio.ensure_future(scheduler.run())
+    try:
+        yield scheduler
+    finally:
+        running.cancel()
+        await scheduler.close()
+
+
+async def hold(scheduler: Scheduler, backend: GatedBackend) -> asyncio.Future[Any]:
+    """Keep the backend busy with one request until its gate opens."""
+    future = scheduler.submit(request(999), client_id="holder")
+    await asyncio.to_thread(backend.entered.wait, 10)
+    return future
+
+
+def request(first: int, length: int = 10, draw_set: int = 0) -> ScoreRequest:
+    return ScoreRequest(sequence=sequence(first, *range(1, length)), spec=SPEC, draw_set=draw_set)
+
+
+async def test_waiting_requests_of_all_clients_fill_batches_up_to_the_token_budget() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend) as scheduler:
+        first = await hold(scheduler, backend)
+        futures = [scheduler.submit(request(number), client_id=f"client {number % 3}") for number in range(25)]
+        backend.gate.set()
+        await asyncio.gather(first, *futures)
+        assert [len(batch) for batch in backend.batches] == [1, 10, 10, 5]
+
+
+async def test_one_sequence_over_the_budget_is_still_scored() -> None:
+    backend = FakeBackend()
+    async with scheduling(backend) as scheduler:
+        await scheduler.submit(request(1, length=500), client_id="x")
+        assert [len(batch) for batch in backend.batches] == [1]
+
+
+async def test_a_flood_does_not_delay_a_small_client_by_more_than_its_turn() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend) as scheduler:
+        futures = [await hold(scheduler, backend)]
+        futures += [scheduler.submit(request(number), client_id="greedy") for number in range(200)]
+        small = [scheduler.submit(request(500 + number), client_id="small") for number in range(5)]
+        backend.gate.set()
+        await asyncio.gather(*small)
+        scored = [one.sequence.token_ids[0] for batch in backend.batches[:2] for one in batch]
+        assert {500, 501, 502, 503, 504} <= {int(number) for number in scored}
+        for future in futures:
+            future.cancel()
+
+
+async def test_what_is_needed_soonest_goes_first() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend) as scheduler:
+        futures = [await hold(scheduler, backend)]
+        futures += [scheduler.submit(request(number), client_id="x", priority=100 - number) for number in range(30)]
+        backend.gate.set()
+        await asyncio.gather(*futures)
+        order = [int(one.sequence.token_ids[0]) for batch in backend.batches[1:] for one in batch]
+        assert order == sorted(range(30), reverse=True)
+
+
+async def test_identical_requests_in_flight_are_scored_once_waiting_or_running() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend) as scheduler:
+        running = await hold(scheduler, backend)
+        futures = [scheduler.submit(request(7), client_id=f"client {number}") for number in range(5)]
+        late = scheduler.submit(request(999), client_id="someone else")
+        other_draw = scheduler.submit(request(7, draw_set=1), client_id="x")
+        backend.gate.set()
+        answers = await asyncio.gather(running, late, *futures, other_draw)
+        assert answers[0].payload == answers[1].payload
+        assert len({answer.payload for answer in answers[2:7]}) == 1
+        assert answers[7].payload != answers[2].payload
+        assert sum(len(batch) for batch in backend.batches) == 3
+
+
+async def test_what_nobody_waits_for_is_not_scored() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend) as scheduler:
+        first = await hold(scheduler, backend)
+        futures = [scheduler.submit(request(number), client_id="x") for number in range(20)]
+        shared = scheduler.submit(request(3), client_id="y")
+        for future in futures:
+            future.cancel()
+        await asyncio.sleep(0)
+        assert scheduler.num_unfinished == 2
+        backend.gate.set()
+        await asyncio.gather(first, shared)
+        assert [len(batch) for batch in backend.batches] == [1, 1]
+    assert scheduler.num_unfinished == 0
+
+
+async def test_the_queue_is_bounded_and_a_full_one_still_takes_other_clients() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend, max_queue_tokens=200) as scheduler:
+        futures = [await hold(scheduler, backend)]
+        futures += [scheduler.submit(request(number), client_id="greedy") for number in range(20)]
+        with pytest.raises(TooManyInFlight, match="share of the queue is 200"):
+            scheduler.submit(request(100), client_id="greedy")
+        futures += [scheduler.submit(request(200 + number), client_id="other") for number in range(10)]
+        with pytest.raises(TooManyInFlight, match="share of the queue is 100"):
+            scheduler.submit(request(300), client_id="other")
+        backend.gate.set()
+        await asyncio.gather(*futures)
+
+
+def poison_13(batch: Sequence[ScoreRequest]) -> None:
+    if any(one.sequence.token_ids[0] == 13 for one in batch):
+        raise RuntimeError("boom")
+
+
+async def test_a_poisoned_sequence_fails_alone_and_is_not_tried_again() -> None:
+    backend = GatedBackend(fault=poison_13)
+    async with scheduling(backend) as scheduler:
+        first = await hold(scheduler, backend)
+        futures = [scheduler.submit(request(number), client_id="x") for number in range(10, 18)]
+        backend.gate.set()
+        answers = await asyncio.gather(first, *futures, return_exceptions=True)
+        assert [isinstance(answer, ScoringFailed) for answer in answers] == [False] + [n == 13 for n in range(10, 18)]
+        tries = len(backend.batches)
+        with pytest.raises(ScoringFailed):
+            scheduler.submit(request(13), client_id="y")
+        assert len(backend.batches) == tries
+        await scheduler.submit(request(14), client_id="y")
+
+
+async def test_after_a_batch_that_did_not_fit_batches_are_smaller() -> None:
+    def limited(batch: Sequence[ScoreRequest]) -> None:
+        if sum(len(one.sequence) for one in batch) > 50:
+            raise MemoryError
+
+    backend = GatedBackend(fault=limited)
+    async with scheduling(backend) as scheduler:
+        futures = [await hold(scheduler, backend)]
+        futures += [scheduler.submit(request(number), client_id="x") for number in range(30)]
+        backend.gate.set()
+        await asyncio.gather(*futures)
+        assert [len(batch) for batch in backend.batches] == [1, 10, 5, 5, 5, 5, 5, 5]
+
+
+async def test_a_backend_that_fails_on_everything_ends_the_server_and_blames_no_sequence() -> None:
+    broken = threading.Event()
+
+    def maybe(batch: Sequence[ScoreRequest]) -> None:
+        if broken.is_set():
+            raise RuntimeError("device-side assert")
+
+    scheduler = Scheduler(FakeBackend(fault=maybe), encoder(b"", 1 << 20), max_batch_tokens=100, max_queue_tokens=1000)
+    running = asyncio.ensure_future(scheduler.run())
+    await scheduler.submit(request(1), client_id="x")
+    broken.set()
+    with pytest.raises(ServerDraining):
+        await scheduler.submit(request(2), client_id="x")
+    with pytest.raises(BackendBroken):
+        await running
+    await scheduler.close()
+
+
+async def test_new_weights_serve_from_the_next_batch_and_the_running_one_finishes_on_the_old() -> None:
+    old, new = GatedBackend(weights_digest="aa" * 32), FakeBackend(weights_digest="bb" * 32)
+    async with scheduling(old) as scheduler:
+        running = await hold(scheduler, old)
+        waiting = scheduler.submit(request(1), client_id="x")
+        scheduler.replace_backend(new)
+        old.gate.set()
+        answers = await asyncio.gather(running, waiting)
+        assert [(one.teacher_version, one.weights_digest[:2]) for one in answers] == [(0, "aa"), (1, "bb")]
+        assert old.closed
+        assert scheduler.info.teacher_version == 1
+
+
+async def test_weights_of_another_vocabulary_are_not_swapped_in() -> None:
+    async with scheduling(FakeBackend(vocab_size=1000)) as scheduler:
+        with pytest.raises(ValueError, match="vocab_size of the new weights is 900, expected 1000"):
+            scheduler.replace_backend(FakeBackend(vocab_size=900))
+
+
+async def test_a_draining_scheduler_finishes_what_it_took_and_refuses_more() -> None:
+    backend = GatedBackend()
+    async with scheduling(backend) as scheduler:
+        future = await hold(scheduler, backend)
+        scheduler.start_draining()
+        with pytest.raises(ServerDraining):
+            scheduler.submit(request(1), client_id="x")
+        backend.gate.set()
+        await future
+
+
+async def test_targets_that_cannot_be_encoded_fail_alone() -> None:
+    def encode(targets: SparseTargets, _spec: object) -> bytes:
+        if targets.num_rows == 11:
+            raise OverflowError("inner detail")
+        return b"ok"
+
+    scheduler = Scheduler(FakeBackend(), encode, max_batch_tokens=100, max_queue_tokens=1000)
+    running = asyncio.ensure_future(scheduler.run())
+    bad = scheduler.submit(request(1, length=11), client_id="x")
+    good = scheduler.submit(request(1, length=12), client_id="x")
+    assert (await good).payload == b"ok"
+    with pytest.raises(ScoringFailed, match="could not be encoded"):
+        await bad
+    running.cancel()
+    await scheduler.close()
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("systematic", 10), ("top_k", 10), ("full", 10 * 1_000_000 // 1024)])
+def test_cost_counts_entries_where_they_are_the_larger_burden(sampler: str, expected: int) -> None:
+    spec = type(SPEC)(sampler=sampler)
+    assert cost_in_tokens(ScoreRequest(sequence=sequence(*range(10)), spec=spec), 1_000_000) == expected
