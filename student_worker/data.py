@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+
+from logitstream.cache import CacheReader
+from logitstream.errors import CacheError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,9 +44,12 @@ def load_sequences(
     return packed
 
 
+Sequences = TypeVar("Sequences", Dataset, "CacheDataset")
+
+
 def split_heldout(
-    sequences: Dataset, *, heldout_sequences: int, max_sequences: int, seed: int
-) -> tuple[Dataset, Dataset]:
+    sequences: Sequences, *, heldout_sequences: int, max_sequences: int, seed: int
+) -> tuple[Sequences, Sequences]:
     """Training and held-out sequences, chosen by seed; ValueError where too few are left to train on."""
     if heldout_sequences >= len(sequences):
         raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(sequences)} to train on")
@@ -89,11 +96,13 @@ def _pack(
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows of input_ids (and labels) -> int64 [B, T]; shorter rows are padded, with an attention_mask where any is."""
+    """Rows of input_ids (and labels or loss_mask) -> [B, T]; shorter rows are padded, with an attention_mask then."""
     lengths = [len(row["input_ids"]) for row in rows]
     batch = {"input_ids": _stack(rows, "input_ids", 0)}
     if "labels" in rows[0]:
         batch["labels"] = _stack(rows, "labels", IGNORED_LABEL)
+    if "loss_mask" in rows[0]:
+        batch["loss_mask"] = _stack(rows, "loss_mask", 0).bool()
     if min(lengths) < max(lengths):
         batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return batch
@@ -102,3 +111,38 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def _stack(rows: Sequence[dict[str, Any]], name: str, padding: int) -> torch.Tensor:
     tensors = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+
+
+class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """The token sequences of one draw set of a cache, in the order of their keys: a corpus for training from it alone.
+
+    The order depends on the content alone. A damaged record comes as one token that no loss is taken of.
+    """
+
+    def __init__(
+        self, cache: CacheReader, *, draw_set: int | None = None, indices: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """draw_set None: the smallest one that the cache holds; indices: of the cache's keys, instead of all of it."""
+        self._cache = cache
+        draw_sets = cache.draw_sets() if indices is None or draw_set is None else np.zeros(0, np.uint64)
+        if draw_set is None and len(draw_sets) == 0:
+            raise ValueError(f"the cache {cache.directory} is empty: expected records to train on")
+        self.draw_set = int(draw_sets.min()) if draw_set is None else draw_set
+        self._indices = np.flatnonzero(draw_sets == self.draw_set) if indices is None else indices
+        if len(self._indices) == 0:
+            raise ValueError(f"the cache {cache.directory} holds no records of draw set {self.draw_set}")
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._cache.record(int(self._indices[index]))
+        except CacheError:
+            return {"input_ids": np.zeros(1, np.int64), "loss_mask": np.zeros(1, bool)}
+        mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
+        return {"input_ids": record.token_ids.astype(np.int64), "loss_mask": mask}
+
+    def select(self, indices: npt.NDArray[np.int64]) -> CacheDataset:
+        """Some of the sequences, in this order."""
+        return CacheDataset(self._cache, draw_set=self.draw_set, indices=self._indices[indices])

@@ -66,6 +66,8 @@ def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> di
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise CacheError(f"{directory} is no cache: expected {MANIFEST} in it") from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error}") from error
     manifest = parse(content, path)
     if manifest.get("format") != FORMAT:
         raise CacheError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")

@@ -95,6 +95,13 @@ class CacheReader:
         """The record of the i-th key; CorruptRecord where every copy of it is damaged."""
         return self.get_record(self.key(i))
 
+    def draw_sets(self) -> npt.NDArray[np.uint64]:
+        """uint64 [len(self)]: the draw set of each key's record."""
+        now, (index, firsts) = self._now, self._ordered()
+        by_place = now.draw_sets()
+        places = (index.place if firsts is None else index.place[firsts]).astype(np.int64)
+        return by_place[np.where(places < OPEN_PLACE, places, places - OPEN_PLACE + now.num_sealed)]
+
     def records(self) -> Iterator[Record]:
         """Every copy of every undamaged record, shard by shard in the order of writing."""
         now = self._now

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import INDEX_HEADER, read_index
@@ -52,6 +53,18 @@ class Snapshot:
         """The sealed shard that holds a place, and the row there."""
         number = bisect_right(self.starts, place) - 1
         return self.shards[number], place - self.starts[number]
+
+    def draw_sets(self) -> npt.NDArray[np.uint64]:
+        """The draw set of every sealed record, then of every open one."""
+        parts = [np.zeros(0, np.uint64)]
+        for number, path in enumerate(self.shards):
+            count = self.starts[number + 1] - self.starts[number]
+            spans = self.rebuilt.get(path)
+            if spans is None:
+                spans = np.fromfile(path.with_suffix(".index"), SPAN_DTYPE, count, offset=INDEX_HEADER.size)
+            parts.append(spans["draw_set"].copy())
+        parts.append(np.array([span[7] for _, span in self.open_rows[: self.num_open]], np.uint64))
+        return np.concatenate(parts)
 
     def all_keys(self) -> KeyIndex:
         """Sealed and open records' keys in rising order."""
