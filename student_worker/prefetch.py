@@ -66,6 +66,7 @@ class Prefetch:
         self._exhausted = self._finished = False
         self._closed = threading.Event()
         self._error: BaseException | None = None
+        self._asking_error: BaseException | None = None
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
@@ -142,13 +143,22 @@ class Prefetch:
             self._changed.notify_all()
 
     def _ask_ahead(self) -> None:
-        while True:
+        """An error here is the decoding thread's once it has come to the batch in question."""
+        try:
+            while self._may_ask() and self._ask_next():
+                pass
+        except BaseException as error:
             with self._changed:
-                self._changed.wait_for(lambda: self._asked - self._taken < self._ahead() or self._closed.is_set())
-                if self._closed.is_set():
-                    return
-            if not self._ask_next():
-                return
+                if self._pending and not self._pending[-1].asked:
+                    self._pending.pop()
+                self._exhausted, self._asking_error = True, error
+                self._changed.notify_all()
+
+    def _may_ask(self) -> bool:
+        """Wait for room; false once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._asked - self._taken < self._ahead() or self._closed.is_set())
+            return not self._closed.is_set()
 
     def _ahead(self) -> int:
         """How many batches may be asked for and not taken yet; without a disk to spill to, what memory may hold."""
@@ -190,9 +200,9 @@ class Prefetch:
             with self._changed:
                 self._changed.wait_for(self._may_decode)
                 if self._closed.is_set() or not self._pending:
-                    self._finished = True
+                    self._finished = self._asking_error is None
                     self._changed.notify_all()
-                    return
+                    break
                 pending = self._pending[0]
             batch = self._complete(pending)
             with self._changed:
@@ -200,6 +210,8 @@ class Prefetch:
                 self.ready.append(batch)
                 metrics.STUDENT_QUEUE_BATCHES.set(len(self.ready))
                 self._changed.notify_all()
+        if self._asking_error is not None:
+            raise self._asking_error
 
     def _may_decode(self) -> bool:
         if self._closed.is_set() or (self._exhausted and not self._pending):

@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from logitstream import codec, metrics
 from logitstream.errors import CacheMiss, CodecError, FingerprintMismatch, StaleTeacher
 from logitstream.id_model import IdModel
-from logitstream.types import ReceivedTargets, SparseTargets, TokenSequence
+from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TargetSpec, TokenSequence
 from student_worker.batches import Rows
 from student_worker.target_cache import TargetCache
 from student_worker.teacher_client import TeacherClient
@@ -143,7 +143,7 @@ class TargetSource:
             logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
         received = (future or self._submit(slot)).result()
         if self._look_up and cache is not None and received.key != cache.key(slot.sequence, self._draw_set):
-            raise FingerprintMismatch(self._other_teacher(cache, received))
+            raise FingerprintMismatch(f"not the teacher of the cache (its value first): {self._differences(cache)}")
         return received
 
     def _submit(self, slot: Slot) -> Future[ReceivedTargets]:
@@ -156,12 +156,11 @@ class TargetSource:
         slot.future = self._client.submit(slot.sequence, draw_set=self._draw_set, priority=slot.priority)
         return slot.future
 
-    def _other_teacher(self, cache: TargetCache, received: ReceivedTargets) -> str:
-        """An epoch that is read from the cache in part must not come from another teacher in the other part."""
-        return (
-            f"the cache holds targets of weights {cache.fingerprint.weights_digest[:16]}…, the teacher's are "
-            f"{received.weights_digest.hex()}…, or its tokenizer, dtype or spec differ"
-        )
+    def _differences(self, cache: TargetCache) -> str:
+        """How the client's teacher, by its description, differs from the one that filled the cache."""
+        assert self._client is not None
+        found = replace(Fingerprint.of(self._client.info, TargetSpec()), spec=cache.fingerprint.spec)
+        return cache.fingerprint.differences(found) or "the way targets are drawn, or weights replaced meanwhile"
 
     def _decode(self, received: ReceivedTargets) -> SparseTargets:
         started = time.perf_counter()

@@ -103,7 +103,7 @@ class FakeTeacher(TeacherServiceServicer):
             async for message in requests:
                 if message.WhichOneof("kind") == "requests":
                     batch = list(message.requests.requests)
-                    self.random.shuffle(batch)  # type: ignore[arg-type]
+                    self.random.shuffle(batch)
                     scoring.add(task := asyncio.ensure_future(self._score(batch, answers)))
                     task.add_done_callback(scoring.discard)
         finally:
