@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from logitstream import metrics
 from logitstream.rpc.channel import TlsFiles, certificate_expiry, server_credentials, server_options
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from teacher_server.access import BearerTokens
+from teacher_server.access import BearerTokens, is_loopback
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
@@ -132,6 +132,8 @@ class TeacherServer:
             port = self._server.add_secure_port(config.address, server_credentials(files))
             metrics.TEACHER_CERTIFICATE_EXPIRY.set(certificate_expiry(config.tls_cert))
         else:
+            if not is_loopback(config.address):
+                log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
             port = self._server.add_insecure_port(config.address)
         host = config.address.rpartition(":")[0]
         self.address = f"{host}:{port}" if host and port else config.address

@@ -1,0 +1,199 @@
+"""Who is let in and what they are told: TLS, mTLS, expired and foreign certificates, bearer tokens, exposure."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from logitstream.rpc.channel import TlsFiles, certificate_expiry
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from teacher_server.access import BearerTokens, is_loopback
+from teacher_server.config import TeacherConfig
+from teacher_server.server import TeacherServer
+from tests.fakes import FakeBackend
+from tests.serving import WireClient, sequence, serving
+
+SECRET = "correct-horse-battery-staple"
+
+
+class Authority:
+    """A certificate authority and what it issues, as files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ca = trustme.CA()
+        self.path = str(folder / "ca.pem")
+        self.ca.cert_pem.write_to_path(self.path)
+
+    def issue(self, name: str, *, expired: bool = False) -> TlsFiles:
+        now = datetime.now(UTC)
+        first, last = (now - timedelta(days=9), now - timedelta(days=2)) if expired else (None, now + timedelta(days=9))
+        leaf = self.ca.issue_cert("localhost", not_before=first, not_after=last)
+        certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        for path, blobs in ((certificate, leaf.cert_chain_pems), (key, [leaf.private_key_pem])):
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(b"".join(blob.bytes() for blob in blobs))
+            partial.rename(path)
+        return TlsFiles(certificate=str(certificate), key=str(key), authority=self.path)
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Authority:
+    (tmp_path / "ours").mkdir()
+    return Authority(tmp_path / "ours")
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Authority:
+    (tmp_path / "foreign").mkdir()
+    return Authority(tmp_path / "foreign")
+
+
+@asynccontextmanager
+async def serving_tls(files: TlsFiles, *, mutual: bool = False, **settings: Any) -> AsyncIterator[TeacherServer]:
+    client_ca = files.authority if mutual else ""
+    tls = {"tls_cert": files.certificate, "tls_key": files.key, "tls_client_ca": client_ca}
+    async with serving(FakeBackend(), address="localhost:0", **tls, **settings) as server:
+        yield server
+
+
+async def works(address: str, **options: Any) -> bool:
+    """Whether a stream gets its targets."""
+    async with WireClient(address, **options) as client:
+        await client.open()
+        await client.request({1: sequence(1, 2, 3)})
+        return bool((await client.receive(1))[1].targets)
+
+
+async def refusal(address: str, *, seconds: float = 3.0, **options: Any) -> grpc.StatusCode:
+    """The status of a Describe and of a stream that must both fail, and tell nothing."""
+    async with WireClient(address, **options) as client:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await client.stub.Describe(pb.DescribeRequest(), metadata=client.metadata, timeout=seconds)
+        details = str(caught.value.details())
+        assert "fake" not in details
+        assert SECRET not in details
+        call = client.stub.StreamTargets(metadata=client.metadata, timeout=seconds)
+        with pytest.raises((aio.AioRpcError, aio.InternalError, AssertionError)):
+            await call.write(pb.StreamTargetsRequest(open=pb.Open(vocab_size=1000)))
+            response = await call.read()
+            assert response is not aio.EOF
+        assert await call.code() is not grpc.StatusCode.OK
+        return caught.value.code()
+
+
+async def test_tls_serves_those_who_trust_its_authority_and_nobody_else(ours: Authority, foreign: Authority) -> None:
+    async with serving_tls(ours.issue("server")) as server:
+        assert await works(server.address, tls=TlsFiles(authority=ours.path))
+        assert await refusal(server.address, tls=TlsFiles(authority=foreign.path)) is grpc.StatusCode.UNAVAILABLE
+        assert await refusal(server.address) is grpc.StatusCode.UNAVAILABLE  # plaintext to a TLS port
+
+
+async def test_mutual_tls_asks_for_a_certificate_of_its_authority(ours: Authority, foreign: Authority) -> None:
+    async with serving_tls(ours.issue("server"), mutual=True) as server:
+        assert await works(server.address, tls=ours.issue("client"))
+        impostor = foreign.issue("client")
+        for tls in (
+            TlsFiles(authority=ours.path),
+            TlsFiles(authority=ours.path, certificate=impostor.certificate, key=impostor.key),
+            ours.issue("expired", expired=True),
+        ):
+            assert await refusal(server.address, tls=tls) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_refuses_a_server_whose_certificate_has_expired(ours: Authority) -> None:
+    async with serving_tls(ours.issue("server", expired=True)) as server:
+        assert await refusal(server.address, tls=TlsFiles(authority=ours.path)) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_renewed_certificate_is_served_without_a_restart(ours: Authority) -> None:
+    async with serving_tls(ours.issue("server", expired=True)) as server:
+        assert await refusal(server.address, tls=TlsFiles(authority=ours.path)) is grpc.StatusCode.UNAVAILABLE
+        ours.issue("server")
+        assert await works(server.address, tls=TlsFiles(authority=ours.path))
+
+
+def test_the_expiry_of_a_certificate_is_read_from_it(ours: Authority) -> None:
+    files = ours.issue("server")
+    expected = datetime.now(UTC) + timedelta(days=9)
+    assert files.certificate is not None
+    assert abs(certificate_expiry(files.certificate) - expected.timestamp()) < 60
+
+
+async def test_without_the_token_nothing_is_served_but_health(tmp_path: Path) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text(f"# students\n{SECRET}\n\nanother\n")
+    async with serving(FakeBackend(), token_file=str(token_file)) as server:
+        for token in (None, "wrong", SECRET[:-1], SECRET + "x", "# students"):
+            assert await refusal(server.address, token=token) is grpc.StatusCode.UNAUTHENTICATED
+        assert await works(server.address, token=SECRET)
+        assert await works(server.address, token="another")
+        async with WireClient(server.address) as client:
+            answer = await health_pb2_grpc.HealthStub(client.channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_changed_token_file_counts_at_once_and_a_vanished_one_changes_nothing(tmp_path: Path) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text("old")
+    async with serving(FakeBackend(), token_file=str(token_file)) as server:
+        assert await works(server.address, token="old")
+        partial = tmp_path / "tokens.partial"
+        partial.write_text("new")
+        partial.rename(token_file)
+        assert await works(server.address, token="new")
+        assert await refusal(server.address, token="old") is grpc.StatusCode.UNAUTHENTICATED
+        token_file.unlink()
+        assert await works(server.address, token="new")
+
+
+async def test_a_token_may_come_from_the_environment() -> None:
+    os.environ["LOGITSTREAM_TEST_TOKEN"] = SECRET
+    try:
+        async with serving(FakeBackend(), token_env="LOGITSTREAM_TEST_TOKEN") as server:
+            assert await works(server.address, token=SECRET)
+            assert await refusal(server.address, token="wrong") is grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        del os.environ["LOGITSTREAM_TEST_TOKEN"]
+
+
+async def test_tokens_never_reach_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    token_file = tmp_path / "tokens"
+    token_file.write_text(SECRET)
+    async with serving(FakeBackend(), token_file=str(token_file)) as server:
+        assert await works(server.address, token=SECRET)
+        await refusal(server.address, token=SECRET + "x")
+        token_file.write_text(SECRET + "\nmore")
+        assert await works(server.address, token="more")
+    assert SECRET not in caplog.text
+
+
+def test_a_token_source_without_a_token_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("# nothing yet\n")
+    with pytest.raises(ValueError, match="no token in"):
+        BearerTokens(path=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.9.9.9:0", "unix:/tmp/x"])
+def test_addresses_of_this_machine_alone_may_be_plaintext(address: str) -> None:
+    assert is_loopback(address)
+    TeacherConfig(model="m", address=address)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "teacher.example:1", ":1"])
+def test_plaintext_elsewhere_needs_the_flag(address: str) -> None:
+    with pytest.raises(ValueError, match="--insecure"):
+        TeacherConfig(model="m", address=address)
+    TeacherConfig(model="m", address=address, insecure=True)

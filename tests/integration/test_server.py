@@ -1,0 +1,332 @@
+"""The wire contract against a real server: handshake, refusals in-band, credit, cancellation, drain, health."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from logitstream import codec
+from logitstream.errors import RequestError, ScoringFailed
+from logitstream.rpc import convert
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.types import SparseTargets, TargetSpec
+from teacher_server.backend import ScoreRequest
+from teacher_server.server import SERVICE
+from tests.fakes import FAKE_DIGEST, FakeBackend, fake_targets
+from tests.serving import SPEC, WireClient, sequence, serving
+
+
+class Gated(FakeBackend):
+    """Scores once its gate is open."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+
+    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        self.entered.set()
+        assert self.gate.wait(20)
+        return super().score(batch)
+
+
+async def test_targets_come_back_as_the_backend_drew_them_and_name_the_weights() -> None:
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        info = convert.info_from_message(await client.describe())
+        assert (info.vocab_size, info.model, info.teacher_version) == (1000, "fake", 0)
+        await client.open()
+        asked = {
+            number: sequence(*range(number, 2 * number + 1), mask=[i % 3 != 0 for i in range(number + 1)])
+            for number in range(1, 40)
+        }
+        await client.request(asked, draw_set=3)
+        results = await client.receive(len(asked))
+        for number, one in asked.items():
+            expected = fake_targets(ScoreRequest(sequence=one, spec=SPEC, draw_set=3), vocab_size=1000)
+            found = codec.decode(results[number].targets)
+            for name in ("row_offsets", "token_ids", "counts"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+            assert results[number].weights_digest == bytes.fromhex(FAKE_DIGEST)[:8]
+
+
+BAD_REQUESTS = {
+    1: (pb.TargetRequest(), "sequence of 0 tokens: expected 1 to 64"),
+    2: (pb.TargetRequest(token_ids=[1] * 65), "sequence of 65 tokens: expected 1 to 64"),
+    3: (pb.TargetRequest(token_ids=[1, 1000]), "token id 1000 is outside the teacher's vocabulary of 1000"),
+    4: (pb.TargetRequest(token_ids=[2**32 - 1]), "token id 4294967295 is outside"),
+    5: (pb.TargetRequest(token_ids=[1, 2], loss_mask=b"\1\1"), "loss_mask of 2 bytes for 2 tokens"),
+    6: (pb.TargetRequest(token_ids=[1, 2], loss_mask=b"\7"), "bits set beyond the sequence's 2 tokens"),
+}
+
+
+async def test_bad_sequences_are_refused_in_band_and_the_others_on_the_stream_go_on() -> None:
+    async with serving(FakeBackend(), max_sequence_tokens=64) as server, WireClient(server.address) as client:
+        await client.open()
+        messages = []
+        for number, (message, _) in BAD_REQUESTS.items():
+            message.request_id = number
+            messages += [message, convert.request_to_message(100 + number, sequence(number))]
+        await client.send(messages)
+        results = await client.receive(2 * len(BAD_REQUESTS))
+        for number, (_, text) in BAD_REQUESTS.items():
+            assert results[number].error.code == "InvalidSequence"
+            assert text in results[number].error.message
+            assert not results[number].error.retryable
+            assert codec.decode(results[100 + number].targets).num_rows == 1
+
+
+async def test_a_message_over_the_limit_is_refused_in_band_and_the_stream_goes_on() -> None:
+    limit = 64 << 10
+    async with serving(FakeBackend(), max_message_bytes=limit) as server, WireClient(server.address) as client:
+        await client.open()
+        await client.request({number: sequence(*[999] * 2000) for number in range(20)})
+        results = await client.receive(20)
+        assert {result.error.code for result in results.values()} == {"InvalidSequence"}
+        assert f"the limit is {limit}" in results[0].error.message
+        await client.request({100: sequence(1)})
+        assert (await client.receive(21))[100].targets
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        (
+            {"vocab_size": 999},
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "vocabulary of 999 is smaller than the teacher's 1000",
+        ),
+        ({"tokenizer_digest": "ab" * 32}, grpc.StatusCode.FAILED_PRECONDITION, "tokenizer abab"),
+        ({"weights_digest": "cd" * 32}, grpc.StatusCode.FAILED_PRECONDITION, f"this server serves {FAKE_DIGEST}"),
+        ({"client_id": "x" * 200}, grpc.StatusCode.INVALID_ARGUMENT, "at most 128 printable characters"),
+        ({"client_id": "a\nb"}, grpc.StatusCode.INVALID_ARGUMENT, "printable"),
+        ({"spec": pb.TargetSpec(sampler="magic")}, grpc.StatusCode.INVALID_ARGUMENT, "unknown sampler 'magic'"),
+        ({"spec": pb.TargetSpec(sampler="full")}, grpc.StatusCode.INVALID_ARGUMENT, "num_samples must lie in"),
+    ],
+)
+async def test_a_handshake_that_does_not_fit_is_refused_with_what_was_expected(
+    fields: dict[str, object], code: grpc.StatusCode, text: str
+) -> None:
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        hello = pb.Open(**{"vocab_size": 1000, "spec": convert.spec_to_message(SPEC)} | fields)  # type: ignore[arg-type]
+        client.call = client.stub.StreamTargets()
+        await client.call.write(pb.StreamTargetsRequest(open=hello))
+        status, details = await client.finish()
+        assert status is code
+        assert text in details
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [pb.StreamTargetsRequest(cancel=pb.Cancel())],
+        [pb.StreamTargetsRequest()],
+        [pb.StreamTargetsRequest(requests=pb.TargetRequests(requests=[pb.TargetRequest(token_ids=[1])]))],
+        [],
+    ],
+)
+async def test_a_stream_that_does_not_begin_with_open_ends(messages: list[pb.StreamTargetsRequest]) -> None:
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        client.call = client.stub.StreamTargets()
+        for message in messages:
+            await client.call.write(message)
+        await client.call.done_writing()
+        status, details = await client.finish()
+        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert "open" in details
+
+
+async def test_an_id_in_flight_cannot_be_used_again_and_a_finished_one_can() -> None:
+    backend = Gated()
+    async with serving(backend) as server, WireClient(server.address) as client:
+        await client.open()
+        await client.request({1: sequence(1)})
+        await client.request({1: sequence(2)})
+        status, details = await client.finish()
+        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert "request_id 1 is in flight already" in details
+        backend.gate.set()
+        async with WireClient(server.address) as other:
+            await other.open()
+            for _ in range(3):
+                other.results.clear()
+                await other.request({1: sequence(1)})
+                await other.receive(1)
+
+
+async def test_more_than_the_credit_is_refused_and_may_be_tried_again() -> None:
+    backend = Gated()
+    async with serving(backend, max_in_flight_tokens=100) as server, WireClient(server.address) as client:
+        await client.open()
+        await client.request({number: sequence(*range(number, number + 30)) for number in range(4)})
+        (result,) = (await client.receive(1)).values()
+        assert (result.request_id, result.error.code, result.error.retryable) == (3, "TooManyInFlight", True)
+        assert "90 tokens in flight and 30 more: the stream's credit is 100" in result.error.message
+        backend.gate.set()
+        await client.receive(4)
+        await client.request({3: sequence(*range(3, 33))})
+        client.results.pop(3)
+        assert (await client.receive(4))[3].targets
+
+
+async def test_streams_share_the_queue_by_credit() -> None:
+    async with serving(FakeBackend(), max_queue_tokens=10_000, max_sequence_tokens=100) as server:
+        clients = [WireClient(server.address) for _ in range(4)]
+        for client in clients:
+            await client.open(client_id=str(id(client)))
+        await clients[0].request({1: sequence(1)})
+        await clients[0].receive(1)
+        credits = [notice.credit.max_in_flight_tokens for notice in clients[0].notices]
+        assert credits == [5000, 3333, 2500]
+        for client in clients:
+            await client.__aexit__()
+
+
+async def test_a_cancelled_request_is_not_answered_and_its_credit_is_free() -> None:
+    backend = Gated()
+    async with serving(backend, max_in_flight_tokens=100) as server, WireClient(server.address) as client:
+        await client.open()
+        await client.request({0: sequence(7)})
+        await asyncio.to_thread(backend.entered.wait, 5)
+        await client.request({number: sequence(*range(number, number + 33)) for number in (1, 2, 3)})
+        await client.call.write(pb.StreamTargetsRequest(cancel=pb.Cancel(request_ids=[1, 2, 777])))
+        await client.request({4: sequence(*range(4, 37))})
+        backend.gate.set()
+        results = await client.receive(3)
+        assert set(results) == {0, 3, 4}
+        assert all(result.targets for result in results.values())
+
+
+async def test_a_client_that_vanishes_leaves_nothing_in_the_queue() -> None:
+    backend = Gated()
+    async with serving(backend) as server:
+        scheduler = server.scheduler
+        assert scheduler is not None
+        async with WireClient(server.address) as client:
+            await client.open()
+            await client.request({0: sequence(999)})
+            await asyncio.to_thread(backend.entered.wait, 5)
+            await client.request({number: sequence(number) for number in range(1, 50)})
+            async with asyncio.timeout(5):
+                while scheduler.num_unfinished < 50:
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            while scheduler.num_unfinished > 1:  # the running one
+                await asyncio.sleep(0.01)
+        backend.gate.set()
+
+
+async def test_a_client_that_does_not_read_holds_back_only_itself() -> None:
+    backend = FakeBackend(entries_per_row=500)
+    async with serving(backend, max_in_flight_tokens=20_000) as server:
+        async with WireClient(server.address) as slow, WireClient(server.address) as quick:
+            await slow.open(client_id="slow")
+            for start in range(20):
+                await slow.request({start: sequence(*[start] * 1000)})
+            await quick.open(client_id="quick")
+            for number in range(50):
+                await quick.request({number: sequence(number)})
+            await quick.receive(50)
+            assert len(await slow.receive(20)) == 20
+
+
+async def test_a_sequence_the_backend_fails_on_is_reported_without_the_backend_s_words() -> None:
+    def fault(batch: Sequence[ScoreRequest]) -> RequestError | None:
+        if any(one.sequence.token_ids[0] == 13 for one in batch):
+            raise ValueError("/secret/path token=abc")
+        return None
+
+    async with serving(FakeBackend(fault=fault)) as server, WireClient(server.address) as client:
+        await client.open()
+        await client.request({number: sequence(number) for number in range(20)})
+        results = await client.receive(20)
+        assert results[13].error.code == ScoringFailed.__name__
+        assert "secret" not in results[13].error.message
+        assert all(results[number].targets for number in range(20) if number != 13)
+
+
+async def test_targets_too_large_for_a_message_are_refused_before_or_after_scoring() -> None:
+    async with serving(FakeBackend(), max_message_bytes=64 << 10) as server, WireClient(server.address) as client:
+        await client.open(TargetSpec(sampler="full", codec_version=1))
+        await client.request({1: sequence(*range(300)), 2: sequence(1, 2)})
+        results = await client.receive(2)
+        assert "300 tokens may give 300000 entries" in results[1].error.message
+        assert results[2].targets
+
+
+async def test_draining_answers_what_is_in_flight_refuses_the_rest_and_ends_the_streams_well() -> None:
+    backend = Gated()
+    async with serving(backend) as server, WireClient(server.address) as client:
+        await client.open()
+        await client.request({1: sequence(1)})
+        await client.request({2: sequence(2)})
+        async with asyncio.timeout(5):
+            while server.scheduler is None or server.scheduler.num_unfinished < 2:
+                await asyncio.sleep(0.01)
+        server.stop()
+        response = await client.call.read()
+        assert response.draining.grace_seconds == 5.0
+        await client.request({3: sequence(3)})
+        async with WireClient(server.address) as late:
+            late.call = late.stub.StreamTargets()
+            await late.call.write(pb.StreamTargetsRequest(open=pb.Open(vocab_size=1000)))
+            status, _ = await late.finish()
+            assert status is grpc.StatusCode.UNAVAILABLE
+        backend.gate.set()
+        results = await client.receive(3)
+        assert results[1].targets
+        assert results[2].targets
+        assert (results[3].error.code, results[3].error.retryable) == ("ServerDraining", True)
+        status, _ = await client.finish()
+        assert status is grpc.StatusCode.OK
+
+
+async def test_health_is_per_service_and_says_not_serving_while_draining() -> None:
+    backend = Gated()
+    async with serving(backend) as server, WireClient(server.address) as client:
+        stub = health_pb2_grpc.HealthStub(client.channel)
+        for service in ("", SERVICE):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        await client.open()
+        await client.request({1: sequence(1)})
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        server.stop()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        backend.gate.set()
+
+
+async def test_reflection_lists_the_service() -> None:
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
+        call = stub.ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        names = {service.name for service in (await call.read()).list_services_response.service}
+        assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+
+async def test_new_weights_are_named_in_results_and_end_streams_that_wanted_the_old() -> None:
+    async with serving(FakeBackend(weights_digest="aa" * 32)) as server:
+        scheduler = server.scheduler
+        assert scheduler is not None
+        async with WireClient(server.address) as free, WireClient(server.address) as pinned:
+            await free.open()
+            await pinned.open(weights_digest="aa" * 32)
+            await free.request({1: sequence(1)})
+            assert (await free.receive(1))[1].teacher_version == 0
+            scheduler.replace_backend(FakeBackend(weights_digest="bb" * 32))
+            await free.request({2: sequence(1)})
+            result = (await free.receive(2))[2]
+            assert (result.teacher_version, result.weights_digest) == (1, b"\xbb" * 8)
+            assert (await free.describe()).weights_digest == "bb" * 32
+            await pinned.request({1: sequence(1)})
+            status, details = await pinned.finish()
+            assert status is grpc.StatusCode.FAILED_PRECONDITION
+            assert "wants weights aaaa" in details
