@@ -19,17 +19,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 
 from logitstream import metrics
+from logitstream.cache import CacheReader
 from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import parse_settings
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import TargetSpec
 from student_worker.config import StudentConfig
-from student_worker.data import collate, load_sequences, split_heldout
+from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
 from student_worker.progress import ProgressDisplay
 from student_worker.report import RunReport
 from student_worker.target_cache import TargetCache, open_target_cache
@@ -58,27 +60,46 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
     if config.metrics_port:
         metrics.serve(config.metrics_port + arguments.local_process_index, side="student")
+    if not config.text:
+        adopt_cache_spec(config)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
     with arguments.main_process_first(desc="packing the text"):
-        sequences = load_sequences(
-            config.text, tokenizer, sequence_tokens=config.sequence_tokens, text_column=config.text_column
-        )
-    train_set, heldout_set = split_heldout(
-        sequences,
-        heldout_sequences=config.heldout_sequences,
-        max_sequences=config.max_sequences,
-        seed=arguments.seed,
-    )
+        train_set, heldout_set = load_data(config, arguments, tokenizer)
     model = load_model(config, arguments)
     with contextlib.ExitStack() as resources:
-        client = connect(config, config.target_spec(), model.config.vocab_size, tokenizer_digest(tokenizer), resources)
-        cache = open_cache(config, client, arguments.process_index, resources)
+        digest = tokenizer_digest(tokenizer)
+        client = connect(config, config.target_spec(), model.config.vocab_size, digest, resources)
+        cache = open_cache(config, client, digest, arguments.process_index, resources)
         trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set)
         report = train(trainer, arguments)
     trainer.save_model()
     if arguments.process_index == 0:
         tokenizer.save_pretrained(output_folder(arguments))
         (output_folder(arguments) / "report.json").write_text(json.dumps(report, indent=2))
+
+
+def adopt_cache_spec(config: StudentConfig) -> None:
+    """A run from the cache alone takes the targets as they were drawn: its own sampler settings give way to theirs."""
+    for name, value in CacheReader(config.cache).fingerprint.spec.items():
+        setattr(config, "target_seed" if name == "seed" else name, value)
+    logger.info("targets of the cache %s were drawn by %s", config.cache, config.target_spec().canonical())
+
+
+def load_data(
+    config: StudentConfig, arguments: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset] | tuple[CacheDataset, CacheDataset]:
+    """Training and held-out sequences: of the text or, without one, of the cache."""
+    limits = {
+        "heldout_sequences": config.heldout_sequences,
+        "max_sequences": config.max_sequences,
+        "seed": arguments.seed,
+    }
+    if not config.text:
+        return split_heldout(CacheDataset(CacheReader(config.cache)), **limits)
+    sequences = load_sequences(
+        config.text, tokenizer, sequence_tokens=config.sequence_tokens, text_column=config.text_column
+    )
+    return split_heldout(sequences, **limits)
 
 
 def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:
@@ -132,7 +153,11 @@ def connect(
 
 
 def open_cache(
-    config: StudentConfig, client: GrpcTeacherClient | None, process_index: int, resources: contextlib.ExitStack
+    config: StudentConfig,
+    client: GrpcTeacherClient | None,
+    digest: str,
+    process_index: int,
+    resources: contextlib.ExitStack,
 ) -> TargetCache | None:
     """This process's view of the cache; None where nothing is kept."""
     if not config.cache:
@@ -141,9 +166,11 @@ def open_cache(
         config.cache,
         client,
         config.target_spec(),
+        online=config.targets == "online",
+        tokenizer_digest=digest,
         max_bytes=config.cache_max_bytes,
         writer_id=f"{config.client_id}-{process_index}",
-        provenance={"text": config.text, "tokenizer": config.tokenizer or config.model},
+        provenance={"text": config.text, "tokenizer": config.tokenizer or config.model} | config.cache_provenance,
     )
     return resources.enter_context(contextlib.closing(cache))
 
@@ -154,9 +181,11 @@ def build_trainer(
     model: PreTrainedModel,
     client: GrpcTeacherClient | None,
     cache: TargetCache | None,
-    train_set: Dataset,
-    heldout_set: Dataset,
+    train_set: Dataset | CacheDataset,
+    heldout_set: Dataset | CacheDataset,
 ) -> DistillationTrainer:
+    first_draw_set = train_set.draw_set if isinstance(train_set, CacheDataset) else 0
+
     def stream(dataloader: DataLoader[Any]) -> TargetStream:
         return TargetStream(
             dataloader,
@@ -166,7 +195,7 @@ def build_trainer(
             mode=config.targets,
             prefetch_batches=config.prefetch_batches,
             spill_batches=config.spill_batches,
-            draw_set=None if config.draws == "fresh" else 0,
+            draw_set=None if config.draws == "fresh" else first_draw_set,
         )
 
     return DistillationTrainer(

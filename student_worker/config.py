@@ -34,6 +34,9 @@ class StudentConfig:
     spill_batches: int = setting("Further batches asked for ahead and kept in the cache on disk; needs `cache`.", 0)
     cache: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
     cache_max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
+    cache_provenance: dict[str, str] = setting(
+        "More facts to keep with a new cache, as JSON: licence, corpus, …", factory=dict
+    )
     deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
     connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
     max_teacher_lag: int = setting(

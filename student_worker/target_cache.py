@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from logitstream.cache import CacheReader, CacheWriter
+from logitstream.cache import MANIFEST, CacheReader, CacheWriter
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TokenSequence, request_key
 from student_worker.teacher_client import TeacherClient
@@ -48,7 +49,10 @@ class TargetCache:
         self.fingerprint = fingerprint
         self._digest = fingerprint.digest
         self.id_model = id_model
-        self._reader = CacheReader(directory, fingerprint)
+        self._warned_of_others = False
+        self._reader: CacheReader | None = None
+        if self._writer is None or not self._writer.disabled:
+            self._reader = CacheReader(directory, fingerprint)
 
     @property
     def writable(self) -> bool:
@@ -60,11 +64,13 @@ class TargetCache:
 
     def holds(self, sequence: TokenSequence, draw_set: int) -> bool:
         """Whether a look-up is worth it; the record may still turn out damaged."""
-        return self.key(sequence, draw_set) in self._reader
+        return self._reader is not None and self.key(sequence, draw_set) in self._reader
 
     def get(self, sequence: TokenSequence, draw_set: int) -> ReceivedTargets | None:
         """The targets as they were received; what this process has just written is found too."""
         key = self.key(sequence, draw_set)
+        if self._reader is None:
+            return None
         if key not in self._reader:
             self.refresh()
         payload = self._reader.get(key)
@@ -72,7 +78,12 @@ class TargetCache:
 
     def put(self, sequence: TokenSequence, draw_set: int, received: ReceivedTargets) -> bool:
         """Keep what came over the wire, verbatim; false where it is not kept: other weights, a full disk."""
-        if self._writer is None or received.key != self.key(sequence, draw_set):
+        if self._writer is None or self._writer.disabled:
+            return False
+        if received.key != self.key(sequence, draw_set):
+            if not self._warned_of_others:
+                self._warned_of_others = True
+                logger.warning("the teacher serves other weights now: their targets are not kept in this cache")
             return False
         return self._writer.put(
             received.key,
@@ -87,12 +98,14 @@ class TargetCache:
         """Find what this process and others have written since."""
         if self._writer is not None:
             self._writer.flush()
-        self._reader.refresh()
+        if self._reader is not None:
+            self._reader.refresh()
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._reader.close()
+        if self._reader is not None:
+            self._reader.close()
 
 
 def open_target_cache(
@@ -100,30 +113,40 @@ def open_target_cache(
     client: TeacherClient | None,
     spec: TargetSpec,
     *,
+    online: bool = False,
+    tokenizer_digest: str = "",
     max_bytes: int = 0,
     writer_id: str = "student",
     provenance: dict[str, Any] | None = None,
 ) -> TargetCache:
-    """The cache in a directory, made for the client's teacher where it is new; the teacher is asked only then.
+    """The cache in a directory, made for the client's teacher where it is new.
 
-    Without a client nothing is written. Raises FingerprintMismatch where it holds targets drawn by another spec.
+    Without a client nothing is written. The teacher is asked only where it must be: for a new directory, or where
+    `online` says that all targets come from it. Raises FingerprintMismatch, which spells out what differs, where the
+    directory holds targets of another teacher, tokenizer or spec.
     """
-    if client is None or (Path(directory) / "manifest.json").exists():
-        cache = TargetCache(
-            directory, write=client is not None, max_bytes=max_bytes, writer_id=writer_id, provenance=provenance
+    options: Any = {"max_bytes": max_bytes, "writer_id": writer_id}
+    if client is not None and (online or not (Path(directory) / MANIFEST).exists()):
+        info = client.info
+        fingerprint = Fingerprint.of(info, spec)
+        provenance = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
+        directory = _of_version(Path(directory), fingerprint, info.teacher_version)
+        return TargetCache(directory, fingerprint, id_model=info.id_model, provenance=provenance, **options)
+    cache = TargetCache(directory, write=client is not None, provenance=provenance, **options)
+    found = cache.fingerprint
+    wanted = replace(found, spec=spec.canonical(), tokenizer_digest=tokenizer_digest or found.tokenizer_digest)
+    if wanted != found:
+        cache.close()
+        raise FingerprintMismatch(
+            f"{directory} holds targets of another fingerprint (found against wanted): {found.differences(wanted)}"
         )
-        if cache.fingerprint.spec != spec.canonical():
-            cache.close()
-            raise FingerprintMismatch(
-                f"{directory} holds targets drawn by {cache.fingerprint.spec}, this run asks for {spec.canonical()}"
-            )
-        return cache
-    info = client.info
-    return TargetCache(
-        directory,
-        Fingerprint.of(info, spec),
-        id_model=info.id_model,
-        max_bytes=max_bytes,
-        writer_id=writer_id,
-        provenance={"teacher": info.model, "revision": info.revision, **(provenance or {})},
-    )
+    return cache
+
+
+def _of_version(directory: Path, fingerprint: Fingerprint, teacher_version: int) -> Path:
+    """The directory, or a cache of its own in it for the newer weights of a teacher that replaces them while serving."""
+    if teacher_version == 0 or not (directory / MANIFEST).exists():
+        return directory
+    found = CacheReader(directory).fingerprint
+    same_line = replace(found, weights_digest=fingerprint.weights_digest) == fingerprint
+    return directory / "versions" / fingerprint.digest[:16] if same_line and found != fingerprint else directory

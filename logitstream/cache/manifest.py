@@ -12,6 +12,7 @@ import struct
 import time
 import uuid
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def create_manifest(
             "fingerprint": asdict(fingerprint),
             "fingerprint_digest": fingerprint.digest,
             "provenance": provenance,
+            "versions": {name: version(name) for name in ("logitstream", "pyarrow")},
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_whole(directory / MANIFEST, render(manifest), replace=False)
