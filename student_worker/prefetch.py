@@ -117,7 +117,7 @@ class Prefetch:
                 batch = self.ready.popleft()
                 self._taken += 1
                 self._changed.notify_all()
-            elif self._error is not None:
+            elif self._error is not None and not self._closed.is_set():
                 raise self._error
             else:
                 return None
