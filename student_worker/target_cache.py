@@ -144,7 +144,7 @@ def open_target_cache(
 
 
 def _of_version(directory: Path, fingerprint: Fingerprint, teacher_version: int) -> Path:
-    """The directory, or a cache of its own in it for the newer weights of a teacher that replaces them while serving."""
+    """The directory, or a cache of its own in it for newer weights of a teacher that replaced them while serving."""
     if teacher_version == 0 or not (directory / MANIFEST).exists():
         return directory
     found = CacheReader(directory).fingerprint
