@@ -65,5 +65,8 @@ def wait_for(
 
 
 def tail(log: Path, num_lines: int = 15) -> str:
+    """The log's last lines, without what torchrun adds after a worker's own error."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    launcher = next((i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
+    lines = lines[:launcher] or lines
     return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (whole log: {log})"])

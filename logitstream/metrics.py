@@ -56,7 +56,9 @@ STUDENT_DECODING_SECONDS = Counter("logitstream_student_decoding_seconds_total",
 STUDENT_COMPUTING_SECONDS = Counter(
     "logitstream_student_computing_seconds_total", "Seconds of training steps, waiting apart"
 )
-STUDENT_RECEIVED_BYTES = Counter("logitstream_student_received_bytes_total", "Bytes of encoded targets received")
+STUDENT_RECEIVED_BYTES = Counter(
+    "logitstream_student_received_bytes_total", "Bytes of targets received, in whole gRPC messages"
+)
 STUDENT_ENTRIES = Counter("logitstream_student_entries_total", "Sparse entries trained on")
 STUDENT_ROWS = Counter("logitstream_student_target_rows_total", "Target rows received")
 STUDENT_QUEUE_BATCHES = Gauge(

@@ -251,7 +251,8 @@ class Dispatcher:
             teacher_version=answer.teacher_version,
             weights_digest=answer.weights_digest or replica.described,
         )
-        metrics.STUDENT_RECEIVED_BYTES.inc(len(answer.payload))
+        metrics.STUDENT_RECEIVED_BYTES.inc(answer.wire_bytes)
+        metrics.STUDENT_ROWS.inc(len(request.sequence))
         self._forget(request, replica)
         if request.future.set_running_or_notify_cancel():
             request.future.set_result(received)

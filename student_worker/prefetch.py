@@ -254,5 +254,4 @@ class Prefetch:
         num_rows = sum(part.num_rows for _, part in parts)
         self._stats.rows += num_rows
         self._stats.entries += targets.num_entries
-        metrics.STUDENT_ROWS.inc(num_rows)
         metrics.STUDENT_ENTRIES.inc(targets.num_entries)

@@ -1,9 +1,8 @@
-"""The run's figures, from the same metrics that Prometheus sees, by epoch and in all, over every process."""
+"""The run's figures, from the same metrics that Prometheus sees: in all and by epoch, over every process."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import torch.distributed as dist
@@ -11,67 +10,91 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from logitstream import metrics
 
-COUNTERS = {
+COUNTS = {
     "tokens": "logitstream_student_tokens_total",
-    "waiting_seconds": "logitstream_student_waiting_seconds_total",
-    "decoding_seconds": "logitstream_student_decoding_seconds_total",
-    "computing_seconds": "logitstream_student_computing_seconds_total",
     "received_bytes": "logitstream_student_received_bytes_total",
     "entries": "logitstream_student_entries_total",
     "rows": "logitstream_student_target_rows_total",
     "cache_hits": "logitstream_cache_hits_total",
 }
-COUNTS = ("tokens", "received_bytes", "entries", "rows", "cache_hits")
+SECONDS = {
+    "waiting_seconds": "logitstream_student_waiting_seconds_total",
+    "decoding_seconds": "logitstream_student_decoding_seconds_total",
+    "computing_seconds": "logitstream_student_computing_seconds_total",
+}
 OVERHEAD = "logitstream_student_overhead_vs_cross_entropy_ratio"
 
 
 class RunReport(TrainerCallback):
-    """Reads the counters at each epoch's end; `figures()` sums them over the processes."""
+    """Reads the counters at each epoch's end; add it after the trainer's own callbacks."""
 
     def __init__(self) -> None:
         self.marks: list[dict[str, float]] = []
+        self.overheads: list[dict[str, float]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.marks = [_read()]
+        self.marks, self.overheads = [_read()], []
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.marks.append(_read())
+        self.overheads.append(_read_overhead())
 
     def figures(self) -> dict[str, Any]:
-        """Call on every process: counts are sums over the processes, seconds are means, overheads the last epoch's."""
-        epochs = [_over_processes(_difference(a, b)) for a, b in itertools.pairwise(self.marks)]
+        """Call on every process: counts are sums over the processes, seconds and ratios are means.
+
+        Overheads are those of the last epoch that received targets from a teacher and, as `offline_…`, of the last one
+        that needed none; `replay_over_online_throughput` compares these two.
+        """
+        epochs: list[dict[str, Any]] = []
+        for (before, after), overhead in zip(itertools.pairwise(self.marks), self.overheads, strict=True):
+            sums = _over_processes({name: value - before[name] for name, value in after.items()})
+            epochs.append(sums | _rates(sums) | _over_processes(overhead))
         if not epochs:
             return {"epochs": []}
-        total = {name: sum(epoch[name] for epoch in epochs) for name in (*COUNTERS, "seconds")}
-        return _rates(total) | {
-            "tokens_trained": int(total["tokens"]),
-            "seconds_waiting_for_targets": total["waiting_seconds"],
-            "epochs": [{**epoch, **_rates(epoch)} for epoch in epochs],
-        }
+        total = {name: sum(epoch[name] for epoch in epochs) for name in (*COUNTS, *SECONDS)}
+        report = _rates(total) | {"tokens_trained": int(total["tokens"])}
+        report["seconds_waiting_for_targets"] = total["waiting_seconds"]
+        online = [epoch for epoch in epochs if epoch["received_bytes"]]
+        offline = [epoch for epoch in epochs if not epoch["received_bytes"]]
+        if online:
+            report |= {name: value for name, value in online[-1].items() if name.startswith("overhead_")}
+        if offline:
+            report |= {f"offline_{name}": value for name, value in offline[-1].items() if name.startswith("overhead_")}
+        if online and offline:
+            report["replay_over_online_throughput"] = (
+                offline[-1]["student_tokens_per_second"] / online[-1]["student_tokens_per_second"]
+            )
+        return report | {"epochs": epochs}
 
 
-def _rates(sums: dict[str, float]) -> dict[str, float | None]:
-    """Bytes are over rows received, entries over rows trained on; None where there were none."""
+def _rates(sums: dict[str, float]) -> dict[str, Any]:
+    """Bytes are over rows received, entries over tokens trained on; None where there were none."""
     return {
-        "student_tokens_per_second": sums["tokens"] / sums["seconds"],
+        "student_tokens_per_second": sums["tokens"] / (sums["waiting_seconds"] + sums["computing_seconds"]),
         "bytes_per_token": sums["received_bytes"] / sums["rows"] if sums["rows"] else None,
         "entries_per_token": sums["entries"] / sums["tokens"] if sums["tokens"] else None,
     }
 
 
-def _read() -> dict[str, Any]:
-    """This process's counters, the overhead's parts and the time now."""
-    values = {name: metrics.value(counter) or 0.0 for name, counter in COUNTERS.items()}
-    parts = {f"overhead_{part}": metrics.value(OVERHEAD, part=part) for part in metrics.OVERHEAD_PARTS}
-    return values | parts | {"seconds": time.perf_counter()}
+def _read() -> dict[str, float]:
+    return {name: metrics.value(counter) or 0.0 for name, counter in (COUNTS | SECONDS).items()}
 
 
-def _difference(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    return {name: value if name.startswith("overhead_") else value - before[name] for name, value in after.items()}
+def _read_overhead() -> dict[str, float]:
+    """The exported ratios under the report's names; empty where none was measured."""
+    parts = {part: metrics.value(OVERHEAD, part=part) for part in metrics.OVERHEAD_PARTS}
+    known = {part: value for part, value in parts.items() if value is not None}
+    if len(known) < len(parts):
+        return {}
+    named = {f"overhead_{part}": known[part] for part in ("waiting", "decoding", "computing")}
+    return named | {
+        "overhead_vs_cross_entropy": known["total"],
+        "overhead_vs_cross_entropy_without_waiting": known["total"] - known["waiting"],
+    }
 
 
 def _over_processes(mine: dict[str, float]) -> dict[str, float]:

@@ -23,6 +23,8 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
 from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
 
+RESULT_FRAMING_BYTES = 5 + 6
+"""At most, around one result: gRPC's prefix of its message, and the tags and lengths of the two fields it lies in."""
 MAX_REQUESTS_BYTES = 1 << 20
 """Sequences are sent in messages of about this size, so that one message never delays the stream for long."""
 
@@ -39,10 +41,11 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Encoded targets of one sequence, or what was wrong with it."""
+    """Encoded targets of one sequence, or what was wrong with it; wire_bytes: all that it took in gRPC messages."""
 
     request_id: int
     payload: bytes = b""
+    wire_bytes: int = 0
     error: RequestError | None = None
     teacher_version: int = 0
     weights_digest: bytes = b""
@@ -188,6 +191,7 @@ def answer_from_message(result: pb.Result) -> Answer:
     if result.WhichOneof("outcome") != "targets":
         error = error_from_message(result.error)
     return Answer(
+        wire_bytes=result.ByteSize() + RESULT_FRAMING_BYTES,
         request_id=result.request_id,
         payload=result.targets,
         error=error,
