@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -24,7 +24,13 @@ def setting(
 
 
 class _Parser(HfArgumentParser):
-    """Says what is wrong in one line instead of after pages of usage."""
+    """Says what is wrong in one line instead of after pages of usage; dict settings are JSON objects."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if get_origin(action.type) is dict:
+                action.type = _json_object
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n(see {self.prog} --help)\n")
@@ -38,7 +44,7 @@ def parse_settings(
     An unknown key, in the file or on the command line, ends the process with an error that names the nearest known one;
     so does a value of the wrong type or one that a dataclass refuses.
     """
-    parser = _Parser(tuple(classes), prog=command, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _Parser(tuple(classes), prog=command, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; the command line overrides them")
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     try:
@@ -53,6 +59,13 @@ def parse_settings(
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     return tuple(instances[: len(classes)])
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text) if text.startswith("{") else None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
 
 
 def _as_arguments(values: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ class Example:
     num_samples: int = setting("How many.", 50)
     rate: float = setting("How fast.", 1.0)
     names: list[str] = setting("Which ones.", factory=list)
+    shares: dict[str, float] = setting("Of whom.", factory=dict)
     fast: bool = setting("Whether.", False)
 
     def __post_init__(self) -> None:
@@ -63,3 +64,14 @@ def test_a_mistake_ends_the_process_and_is_named(
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert "usage:" not in error
+
+
+def test_a_dict_is_a_mapping_in_the_file_and_json_on_the_command_line(tmp_path: Path) -> None:
+    file = config(tmp_path, "shares:\n  a: 1\n  b: 2.5\n")
+    assert parse(file).shares == parse("--shares", '{"a": 1, "b": 2.5}').shares == {"a": 1, "b": 2.5}
+
+
+def test_a_dict_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--shares", "7")
+    assert "expected a JSON object, got '7'" in capsys.readouterr().err

@@ -1,0 +1,435 @@
+"""A vLLM engine as a teacher: targets are drawn in its worker, and the [tokens, vocabulary] logits never leave it.
+
+Two processes meet in this file, the only one that imports vllm. In the server, `VllmBackend` runs the asynchronous
+engine on a loop of its own. In the engine's worker, `DrawingWorker` hooks into the step at which vLLM computes prompt
+logprobs (docs/vllm.md says why there) and hands the draws out by `collective_rpc`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import vllm
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from logitstream.errors import InvalidSequence, RequestError
+from logitstream.types import SparseTargets, TeacherInfo
+from teacher_server.backend import ScoreRequest
+from teacher_server.prompt_draws import (
+    COPIES_OF_LOGITS,
+    Outcome,
+    PromptChunk,
+    PromptDraws,
+    pack_request,
+    unpack_outcome,
+)
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+DEFAULT_MAX_SEQUENCE_TOKENS = 8192
+"""Longest sequence where none is set: vLLM reserves KV cache for one of that length."""
+CPU_KV_CACHE_BYTES = 2 << 30
+"""KV cache on a CPU where no option sizes it; vLLM's own default is most of the machine's memory."""
+EXIT_ENGINE_DEAD = 70
+WATCH_SECONDS = 1.0
+
+CHUNK_BYTES = "logitstream_chunk_bytes"
+"""The name under which logits_chunk_bytes travels to the worker."""
+
+OUR_OPTIONS = {
+    "worker_cls": "the draws live in our worker",
+    "enable_prefix_caching": "a cached position has no logits to draw from",
+    "max_model_len": "set max_sequence_tokens: one position more is given to the token that vLLM must generate",
+    "model": "set model",
+    "dtype": "set dtype",
+    "data_parallel_size": "start one server per replica, and name them all to the students",
+    "speculative_config": "nothing is decoded",
+}
+"""Engine options that cannot be passed through, and why."""
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+# In the engine's worker -----------------------------------------------------------------------------------------------
+
+
+class DrawingWorker(PlatformWorker):  # type: ignore[misc]
+    """The platform's worker, with draws at the prompt-logprob step."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.prompt_draws: PromptDraws | None = None
+        if get_pp_group().is_last_rank:
+            runner = self.model_runner
+            self.prompt_draws = PromptDraws(
+                runner.model.compute_logits,
+                vocab_size=self.model_config.get_vocab_size(),
+                chunk_bytes=_chunk_bytes(self.vllm_config),
+                is_drawing=get_tp_group().rank_in_group == 0,
+            )
+            _hook(runner, self.prompt_draws)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's profile leaves the draw out; what the user fixed in bytes stays as it is."""
+        available = int(super().determine_available_memory())
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        return available - COPIES_OF_LOGITS * _chunk_bytes(self.vllm_config)
+
+    def take_targets(self, keys: list[str]) -> list[Outcome] | None:
+        """The outcomes of these requests, from the one rank that drew them; every rank forgets them."""
+        if self.prompt_draws is None:
+            return None
+        outcomes = self.prompt_draws.take(keys)
+        return outcomes if self.prompt_draws.is_drawing else None
+
+
+def _chunk_bytes(config: VllmConfig) -> int:
+    return int(config.additional_config[CHUNK_BYTES])
+
+
+def _hook(runner: Any, draws: PromptDraws) -> None:
+    """Draw right before the runner's own prompt-logprob step, which sees the hidden states of all rows of a step."""
+    if hasattr(runner, "prompt_logprobs_worker"):
+        _hook_v2(runner.prompt_logprobs_worker, draws)
+    else:
+        _hook_v1(runner, draws)
+
+
+def _hook_v1(runner: Any, draws: PromptDraws) -> None:
+    """vllm/v1/worker/gpu_model_runner.py, GPUModelRunner (and CPUModelRunner, which inherits it)."""
+    original = runner._get_prompt_logprobs_dict
+
+    def draw_then_original(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        chunks = []
+        for request_id, num_tokens in num_scheduled_tokens.items():
+            request = runner.requests[request_id]
+            key = _expect(draws, request.sampling_params)
+            if key is not None:
+                offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+                first_row = request.num_computed_tokens
+                chunks.append(PromptChunk(key=key, first_row=first_row, num_rows=num_tokens, offset=offset))
+        draws.step(hidden_states, chunks)
+        return original(hidden_states, num_scheduled_tokens)
+
+    runner._get_prompt_logprobs_dict = draw_then_original
+
+
+def _hook_v2(worker: Any, draws: PromptDraws) -> None:
+    """vllm/v1/worker/gpu/sample/prompt_logprob.py, PromptLogprobsWorker."""
+    add_request, remove_request, compute = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
+    key_of: dict[str, str] = {}
+
+    def add(req_id: str, req_idx: int, sampling_params: SamplingParams) -> None:
+        key = _expect(draws, sampling_params)
+        if key is not None:
+            key_of[req_id] = key
+        add_request(req_id, req_idx, sampling_params)
+
+    def remove(req_id: str) -> None:
+        key_of.pop(req_id, None)
+        remove_request(req_id)
+
+    def draw_then_compute(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        chunks = [
+            PromptChunk(
+                key=key_of[request_id],
+                first_row=int(input_batch.num_computed_prefill_tokens_np[i]),
+                num_rows=int(input_batch.num_scheduled_tokens[i]),
+                offset=int(input_batch.query_start_loc_np[i]),
+            )
+            for i, request_id in enumerate(input_batch.req_ids)
+            if request_id in key_of
+        ]
+        draws.step(hidden_states, chunks)
+        return compute(logits_fn, hidden_states, input_batch, *args, **kwargs)
+
+    worker.add_request, worker.remove_request = add, remove
+    worker.compute_prompt_logprobs = draw_then_compute
+
+
+def _expect(draws: PromptDraws, sampling_params: SamplingParams | None) -> str | None:
+    """The key of a request of ours, told to `draws` at its first sight; None for others (warm-up)."""
+    extra = sampling_params.extra_args if sampling_params is not None else None
+    if not extra or "logitstream" not in extra:
+        return None
+    key = str(extra["logitstream_key"])
+    draws.add(key, extra["logitstream"])
+    return key
+
+
+def check_seam() -> None:
+    """Raises RuntimeError, saying what was expected, where the installed vLLM is not what this file was made for."""
+    found = str(vllm.__version__)
+    if not found.startswith(tuple(f"{supported}." for supported in SUPPORTED_VERSIONS)):
+        raise RuntimeError(f"the vLLM backend works with vLLM {' and '.join(SUPPORTED_VERSIONS)}, found {found}")
+    for description, present in _seam():
+        if not present:
+            raise RuntimeError(
+                f"vLLM {found}: expected {description}; the vLLM backend must be adapted to this version"
+            )
+
+
+def _seam() -> Iterator[tuple[str, bool]]:
+    """What this file relies on inside vLLM, in words, and whether it is there."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def takes(function: Any, *names: str) -> bool:
+        return function is not None and list(inspect.signature(function).parameters)[1 : len(names) + 1] == list(names)
+
+    def has(cls: type, *names: str) -> bool:
+        return set(names) <= {f.name for f in fields(cls)}
+
+    v1 = getattr(GPUModelRunner, "_get_prompt_logprobs_dict", None)
+    yield (
+        "GPUModelRunner._get_prompt_logprobs_dict(hidden_states, num_scheduled_tokens)",
+        takes(v1, "hidden_states", "num_scheduled_tokens"),
+    )
+    yield (
+        "CachedRequestState.num_computed_tokens and .sampling_params",
+        has(CachedRequestState, "num_computed_tokens", "sampling_params"),
+    )
+    add = getattr(PromptLogprobsWorker, "add_request", None)
+    compute = getattr(PromptLogprobsWorker, "compute_prompt_logprobs", None)
+    yield (
+        "PromptLogprobsWorker.add_request(req_id, req_idx, sampling_params)",
+        takes(add, "req_id", "req_idx", "sampling_params"),
+    )
+    yield (
+        "PromptLogprobsWorker.compute_prompt_logprobs(logits_fn, hidden_states, input_batch, ...)",
+        takes(compute, "logits_fn", "hidden_states", "input_batch"),
+    )
+    yield (
+        "the columns of vllm.v1.worker.gpu.input_batch.InputBatch",
+        has(InputBatch, "req_ids", "num_computed_prefill_tokens_np", "num_scheduled_tokens", "query_start_loc_np"),
+    )
+    yield (
+        "Worker.load_model and determine_available_memory",
+        all(callable(getattr(PlatformWorker, name, None)) for name in ("load_model", "determine_available_memory")),
+    )
+
+
+# In the server --------------------------------------------------------------------------------------------------------
+
+
+class VllmBackend:
+    """TeacherBackend over a vLLM engine in a process of its own.
+
+    max_sequence_tokens: None for the model's context, at most 8192; logits_chunk_bytes: of float32 logits made at a
+    time, whose copies are taken off what is left for the KV cache; engine_options: passed to vLLM by their own names;
+    engine_restarts: how often an engine that died is started again before `exit` is called with EXIT_ENGINE_DEAD.
+    Raises ValueError for options that vLLM does not know or that are ours, RuntimeError for a vLLM of another version.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        weights_digest: str,
+        tokenizer_digest: str,
+        dtype: str = "auto",
+        revision: str | None = None,
+        max_sequence_tokens: int | None = None,
+        logits_chunk_bytes: int = 64 << 20,
+        engine_options: Mapping[str, Any] | None = None,
+        engine_restarts: int = 3,
+        exit: Callable[[int], Any] = os._exit,
+    ) -> None:
+        check_seam()
+        self._args = engine_args(
+            model,
+            dtype=dtype,
+            revision=revision,
+            max_sequence_tokens=max_sequence_tokens,
+            logits_chunk_bytes=logits_chunk_bytes,
+            options=engine_options or {},
+        )
+        self._digests = (weights_digest, tokenizer_digest)
+        self._restarts_left = engine_restarts
+        self._exit = exit
+        self._keys = (f"{number:x}" for number in itertools.count())
+        self._starting = threading.Lock()
+        self._closed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True).start()
+        self._engine = self._run(self._start())
+        threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
+
+    def describe(self) -> TeacherInfo:
+        config = self._engine.model_config
+        return TeacherInfo(
+            model=config.model,
+            revision=config.revision or "",
+            weights_digest=self._digests[0],
+            tokenizer_digest=self._digests[1],
+            vocab_size=config.get_vocab_size(),
+            dtype=str(config.dtype).removeprefix("torch."),
+            max_sequence_tokens=config.max_model_len - 1,
+            backend=f"vllm {vllm.__version__}",
+        )
+
+    def healthy(self) -> bool:
+        """Whether the engine runs; False from its death until it has been started again."""
+        return not self._closed.is_set() and not self._engine.errored
+
+    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        """See TeacherBackend; an engine that dies meanwhile is started again and EngineDeadError raised."""
+        self._revive()
+        try:
+            return self._run(self._score(batch))
+        except EngineDeadError:
+            self._revive()
+            raise
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        with self._starting:
+            self._loop.call_soon_threadsafe(self._engine.shutdown)
+            self._run(asyncio.sleep(0))
+            del self._engine
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _start(self) -> AsyncLLM:
+        log.info("starting vLLM %s: %s", vllm.__version__, self._args)
+        engine = AsyncLLM.from_engine_args(self._args)
+        log.info("vLLM runs with %s", engine.vllm_config)
+        return engine
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        keys = [next(self._keys) for _ in batch]
+        tasks = [asyncio.ensure_future(self._prefill(*pair)) for pair in zip(keys, batch, strict=True)]
+        try:
+            refused = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if not self._engine.errored:
+                await self._engine.collective_rpc("take_targets", args=(keys,))
+            raise
+        outcomes = await self._engine.collective_rpc("take_targets", args=(keys,))
+        (drawn,) = (ranks for ranks in outcomes if ranks is not None)
+        return [error or unpack_outcome(outcome) for error, outcome in zip(refused, drawn, strict=True)]
+
+    async def _prefill(self, key: str, request: ScoreRequest) -> RequestError | None:
+        """Run one prompt through the engine; what it refuses comes back as an error."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+            extra_args={"logitstream_key": key, "logitstream": pack_request(request)},
+        )
+        prompt = tokens_input(request.sequence.token_ids.tolist())
+        try:
+            async for _ in self._engine.generate(prompt, params, key):
+                pass
+        except VLLMClientError as error:
+            return InvalidSequence(str(error))
+        return None
+
+    def _watch(self) -> None:
+        """Notice a death between batches."""
+        while not self._closed.wait(WATCH_SECONDS):
+            self._revive()
+
+    def _revive(self) -> None:
+        """Start a dead engine again, or exit where that was done too often."""
+        with self._starting:
+            while self._engine.errored and not self._closed.is_set():
+                if self._restarts_left == 0:
+                    log.critical("the vLLM engine is dead and engine_restarts used up: exit %d", EXIT_ENGINE_DEAD)
+                    self._exit(EXIT_ENGINE_DEAD)
+                    return
+                self._restarts_left -= 1
+                log.error("the vLLM engine is dead: starting it again, %d restarts left", self._restarts_left)
+                self._loop.call_soon_threadsafe(self._engine.shutdown)
+                try:
+                    self._engine = self._run(self._start())
+                except Exception:
+                    log.exception("the vLLM engine did not start")
+
+
+def engine_args(
+    model: str,
+    *,
+    dtype: str,
+    revision: str | None,
+    max_sequence_tokens: int | None,
+    logits_chunk_bytes: int,
+    options: Mapping[str, Any],
+) -> AsyncEngineArgs:
+    """Our own settings and the user's options as vLLM's arguments; ValueError where they do not go together."""
+    known = {f.name for f in fields(AsyncEngineArgs)}
+    for name in options:
+        if name in OUR_OPTIONS:
+            raise ValueError(f"engine option {name!r} cannot be set: {OUR_OPTIONS[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+            raise ValueError(f"vLLM {vllm.__version__} knows no engine option {name!r}; did you mean {near[0]!r}?")
+    ours: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "revision": revision if not os.path.isdir(model) else None,
+        "worker_cls": f"{__name__}.{DrawingWorker.__qualname__}",
+        "enable_prefix_caching": False,
+        "additional_config": {**options.get("additional_config", {}), CHUNK_BYTES: logits_chunk_bytes},
+    }
+    defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
+    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options) or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    if current_platform.is_cpu() and not sized:
+        defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    args = AsyncEngineArgs(**{**defaults, **options, **ours})
+    args.max_model_len = _max_model_len(args, max_sequence_tokens)
+    return args
+
+
+def _max_model_len(args: AsyncEngineArgs, max_sequence_tokens: int | None) -> int:
+    """One position more than the longest sequence, for the token that vLLM must generate and never computes."""
+    config = args.create_model_config()
+    context = int(config.max_model_len)
+    wanted = max_sequence_tokens or min(context, DEFAULT_MAX_SEQUENCE_TOKENS)
+    if wanted > context:
+        raise ValueError(f"max_sequence_tokens must be at most {context}, the context of {args.model}, got {wanted}")
+    if wanted < context:
+        return wanted + 1
+    if "longrope" in str(config.hf_text_config):  # its scaling changes with max_model_len
+        if max_sequence_tokens:
+            raise ValueError(f"max_sequence_tokens must be below {context} for a model with longrope, got {wanted}")
+        return context
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    return wanted + 1
