@@ -111,6 +111,27 @@ class TokenSequence:
         return h.digest()
 
 
+ENTRIES_PER_TOKEN = 1024
+"""Entries that weigh as much as one token of forward in budgets: few samplers get near, `full` goes far beyond."""
+
+
+def entries_bound(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
+    """The most entries that a sequence's targets can have."""
+    num_rows = len(sequence) if sequence.loss_mask is None else int(sequence.loss_mask.sum())
+    per_row = {
+        "full": vocab_size,
+        "top_k": spec.top_k,
+        "top_k_ghost": spec.top_k + 1,
+        "threshold": 2 * math.ceil(1 / spec.threshold) + 1,
+    }.get(spec.sampler, spec.num_samples)
+    return num_rows * min(per_row, vocab_size)
+
+
+def credit_tokens(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
+    """What a sequence counts against a stream's credit: its tokens, or its entries where those weigh more."""
+    return max(len(sequence), entries_bound(sequence, spec, vocab_size) // ENTRIES_PER_TOKEN)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseTargets:
     """Sparse next-token targets of R rows in CSR form; weights are whole numbers of units, so sums are exact.

@@ -10,11 +10,11 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from logitstream import metrics
 from logitstream.errors import (
-    FingerprintMismatch,
+    InvalidSequence,
     LogitstreamError,
     RequestError,
     ScoringFailed,
@@ -24,8 +24,9 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.rpc.connection import Answer, TeacherConnection, request_bytes
-from logitstream.types import Fingerprint, ReceivedTargets, TeacherInfo, request_key
-from student_worker.replica import Identity, Replica, Request
+from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens, request_key
+from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.replica import Replica, Request
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,14 @@ MAX_LONE_LOSSES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliverySettings:
-    """Bounds of delivery; times in seconds.
+    """Bounds of delivery, in seconds.
 
-    max_teacher_lag: 0: every target comes from the same weights; n: weights may be replaced while training, and targets
-    more than n versions older than the newest seen are asked for again; -1: any version is taken.
+    deadline_seconds: from the first sending of a request, or of waiting for any answer, to TeacherUnavailable.
+    stalled_seconds: a replica that answers nothing for so long, while others are ready, is taken for stuck.
     """
 
     deadline_seconds: float = 300.0
     stalled_seconds: float = 60.0
-    resolve_seconds: float = 15.0
-    max_teacher_lag: int = 0
 
 
 class Dispatcher:
@@ -58,16 +57,14 @@ class Dispatcher:
         self,
         *,
         identity: Identity,
+        teacher: KnownTeacher,
         settings: DeliverySettings,
         connect: Callable[[str], TeacherConnection],
-        fingerprint: Fingerprint | None = None,
     ) -> None:
-        self.info: TeacherInfo | None = None
+        self.teacher = teacher
         self._identity = identity
         self._settings = settings
         self._connect = connect
-        self._expected = fingerprint
-        self._fingerprints: dict[bytes, str] = {}
         self._requests: dict[int, Request] = {}
         self._waiting: list[tuple[int, int, int]] = []
         self._order = itertools.count()
@@ -93,12 +90,12 @@ class Dispatcher:
         """The teacher's description once a replica is ready; TeacherUnavailable or FingerprintMismatch otherwise."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                while self.info is None:
+                while self.teacher.info is None:
                     if error := self._all_refused():
                         raise error
                     self._changed.clear()
                     await self._changed.wait()
-                return self.info
+                return self.teacher.info
         except TimeoutError:
             raise TeacherUnavailable(
                 f"no teacher came up within {timeout_seconds:g} s at {self._where()}; {self._last_error()}"
@@ -114,6 +111,7 @@ class Dispatcher:
                     address,
                     self,
                     identity=self._identity,
+                    teacher=self.teacher,
                     connect=self._connect,
                     stalled_seconds=self._settings.stalled_seconds,
                 )
@@ -161,48 +159,6 @@ class Dispatcher:
 
     # What replicas report
 
-    def accept(self, info: TeacherInfo) -> None:
-        self._check_student(info)
-        try:
-            weights = bytes.fromhex(info.weights_digest)[:8]
-        except ValueError:
-            raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
-        fingerprint = Fingerprint.of(info, self._identity.spec)
-        self._expected = self._expected or fingerprint
-        seen = fingerprint
-        if self._settings.max_teacher_lag != 0:
-            seen = replace(fingerprint, weights_digest=self._expected.weights_digest)
-        if differences := self._expected.differences(seen):
-            raise FingerprintMismatch(f"not the teacher that this run trains from: {differences}")
-        self._fingerprints[weights] = fingerprint.digest
-        if self.info is None or info.teacher_version >= self.info.teacher_version:
-            self.info = info
-
-    def _check_student(self, info: TeacherInfo) -> None:
-        mine = self._identity
-        if mine.vocab_size < info.vocab_size:
-            raise FingerprintMismatch(f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}")
-        if mine.tokenizer_digest and mine.tokenizer_digest != info.tokenizer_digest:
-            raise FingerprintMismatch(
-                f"tokenizers differ: {mine.tokenizer_digest} against the teacher's {info.tokenizer_digest}"
-            )
-        if mine.spec.sampler not in info.samplers or mine.spec.codec_version not in info.codec_versions:
-            raise FingerprintMismatch(
-                f"expected sampler {mine.spec.sampler} and codec version {mine.spec.codec_version}, the teacher offers "
-                f"{', '.join(info.samplers)} and versions {info.codec_versions}"
-            )
-
-    def is_stale(self, teacher_version: int) -> bool:
-        """Whether the version is further behind the newest one seen than max_teacher_lag; any thread may ask."""
-        lag = self._settings.max_teacher_lag
-        return lag > 0 and self.info is not None and self.info.teacher_version - teacher_version > lag
-
-    def knows(self, weights_digest: bytes) -> bool:
-        return weights_digest in self._fingerprints
-
-    def expected_weights(self, info: TeacherInfo) -> str:
-        return info.weights_digest if self._settings.max_teacher_lag == 0 else ""
-
     def ready(self, replica: Replica) -> None:
         self._changed.set()
         self._pump()
@@ -236,20 +192,21 @@ class Dispatcher:
     # Decisions
 
     def _received(self, replica: Replica, request: Request, answer: Answer) -> None:
-        fingerprint = self._fingerprints.get(answer.weights_digest or replica.described)
+        weights_digest = answer.weights_digest or replica.described
+        fingerprint = self.teacher.fingerprint_digest(weights_digest)
         if fingerprint is None:  # replaced twice between two answers: what made these targets cannot be told any more
             self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
             return
-        if self.is_stale(answer.teacher_version):
-            newest, lag = self.info.teacher_version if self.info else 0, self._settings.max_teacher_lag
-            error = StaleTeacher(f"teacher version {answer.teacher_version}, newest {newest}: at most {lag} behind")
+        if self.teacher.is_stale(answer.teacher_version):
+            lag = self.teacher.lag(answer.teacher_version)
+            error = StaleTeacher(f"targets {lag} versions old, at most {self.teacher.max_teacher_lag} are allowed")
             self._refused(replica, request, error)
             return
         received = ReceivedTargets(
             payload=answer.payload,
             key=request_key(fingerprint, request.sequence, request.draw_set),
             teacher_version=answer.teacher_version,
-            weights_digest=answer.weights_digest or replica.described,
+            weights_digest=weights_digest,
         )
         metrics.STUDENT_RECEIVED_BYTES.inc(answer.wire_bytes)
         metrics.STUDENT_ROWS.inc(len(request.sequence))
@@ -285,10 +242,12 @@ class Dispatcher:
 
     def _pump(self) -> None:
         """Send waiting requests, the soonest needed first, as long as a replica has room."""
-        while self._waiting:
+        while self._waiting and (info := self.teacher.info) is not None:
             request = self._requests.get(self._waiting[0][2])
             if request is None or request.replica is not None:
                 heapq.heappop(self._waiting)
+                continue
+            if request.num_tokens == 0 and not self._fits(request, info):
                 continue
             replica = self._choose(request)
             if replica is None:
@@ -305,19 +264,21 @@ class Dispatcher:
         others = [replica for replica in able if replica is not request.avoid]
         return min(others or able, key=lambda replica: replica.expected_seconds(request.num_tokens), default=None)
 
-    def _send(self, request: Request, replica: Replica) -> None:
-        assert self.info is not None
+    def _fits(self, request: Request, info: TeacherInfo) -> bool:
+        """Whether a teacher can take it at all; if not, it fails here, before it is sent."""
+        sequence = request.sequence
         try:
-            request.sequence.validate(
-                vocab_size=self.info.vocab_size, max_sequence_tokens=self.info.max_sequence_tokens
-            )
-            if request_bytes(request.sequence) > self.info.max_message_bytes:
-                raise RequestError(
-                    f"a request of {request_bytes(request.sequence)} bytes: the limit is {self.info.max_message_bytes}"
-                )
+            sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
+            num_bytes = request_bytes(sequence)
+            if num_bytes > info.max_message_bytes:
+                raise InvalidSequence(f"a request of {num_bytes} bytes: the limit is {info.max_message_bytes}")
         except RequestError as error:
             self._fail(request, error)
-            return
+            return False
+        request.num_tokens = credit_tokens(sequence, self._identity.spec, info.vocab_size)
+        return True
+
+    def _send(self, request: Request, replica: Replica) -> None:
         if request.sent_at == 0.0:
             request.deadline = max(request.deadline, time.monotonic() + self._settings.deadline_seconds)
         replica.send(request)

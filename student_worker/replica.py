@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 
 from logitstream.errors import AccessDenied, LogitstreamError, TeacherUnavailable
 from logitstream.rpc.connection import Answer, Credit, Draining, Outgoing, TeacherConnection
-from logitstream.types import ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence
+from logitstream.types import ReceivedTargets, TokenSequence
+from student_worker.known_teacher import Identity, KnownTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -22,20 +23,24 @@ RECONNECT_SECONDS = (0.2, 10.0)
 REFUSED_SECONDS = 30.0
 """A replica that serves something else is asked again this often: it may have been replaced."""
 
+MAX_STREAM_REQUESTS = 4096
+"""Bounds what short sequences cost in bookkeeping, which their tokens do not; servers allow twice as many."""
 SUSPECT_LOSSES = 2
+"""Broken connections after which a sequence is sent alone."""
 
 State = Literal["connecting", "ready", "draining", "refused"]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Request:
-    """One submitted sequence until its answer is accepted."""
+    """One submitted sequence until its answer is accepted; num_tokens is what it counts against the credit."""
 
     request_id: int
     sequence: TokenSequence
     draw_set: int
     priority: int
     deadline: float
+    num_tokens: int = 0
     future: Future[ReceivedTargets] = field(default_factory=Future)
     replica: Replica | None = None
     sent_at: float = 0.0
@@ -51,38 +56,15 @@ class Request:
         """It may be what kills replicas: it is sent alone, so that no other sequence is taken for the cause."""
         return self.losses >= SUSPECT_LOSSES
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.sequence)
-
 
 class Dispatcher(Protocol):
     """What a replica tells the dispatcher."""
-
-    def accept(self, info: TeacherInfo) -> None:
-        """Raises FingerprintMismatch where targets of this teacher must not be used."""
-
-    def knows(self, weights_digest: bytes) -> bool: ...
-
-    def expected_weights(self, info: TeacherInfo) -> str:
-        """The weights to ask for in the handshake; empty: whatever is served."""
-        ...
 
     def ready(self, replica: Replica) -> None: ...
 
     def answered(self, replica: Replica, answer: Answer) -> None: ...
 
     def lost(self, replica: Replica, requests: list[Request], error: LogitstreamError) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What the student says of itself in the handshake."""
-
-    client_id: str
-    vocab_size: int
-    tokenizer_digest: str
-    spec: TargetSpec
 
 
 class Replica:
@@ -94,6 +76,7 @@ class Replica:
         dispatcher: Dispatcher,
         *,
         identity: Identity,
+        teacher: KnownTeacher,
         connect: Callable[[str], TeacherConnection],
         stalled_seconds: float,
     ) -> None:
@@ -106,6 +89,7 @@ class Replica:
         self.last_error: LogitstreamError | None = None
         self._dispatcher = dispatcher
         self._identity = identity
+        self._teacher = teacher
         self._connect = connect
         self._stalled_seconds = stalled_seconds
         self._last_progress = time.monotonic()
@@ -123,6 +107,8 @@ class Replica:
             return False
         if not self.in_flight:
             return True
+        if len(self.in_flight) >= MAX_STREAM_REQUESTS:
+            return False
         alone = request.suspect or any(other.suspect for other in self.in_flight.values())
         return not alone and self.in_flight_tokens + request.num_tokens <= self.credit
 
@@ -206,14 +192,13 @@ class Replica:
 
     async def _handshake(self, connection: TeacherConnection) -> None:
         info = await connection.describe()
-        self._dispatcher.accept(info)
-        self.described = bytes.fromhex(info.weights_digest)[:8]
+        self.described = self._teacher.accept(info)
         self.credit = await connection.open(
             self._identity.spec,
             client_id=self._identity.client_id,
             vocab_size=self._identity.vocab_size,
             tokenizer_digest=self._identity.tokenizer_digest,
-            weights_digest=self._dispatcher.expected_weights(info),
+            weights_digest=self._teacher.weights_to_ask_for(info),
         )
         self.state, self.last_error, self._was_ready = "ready", None, True
         logger.info("teacher %s ready: %s, %d tokens in flight allowed", self.address, info.model, self.credit)
@@ -221,10 +206,8 @@ class Replica:
 
     async def _take(self, connection: TeacherConnection, answer: Answer) -> None:
         """Weights that changed while serving are described again before their first targets are used."""
-        if answer.error is None and not self._dispatcher.knows(answer.weights_digest or self.described):
-            info = await connection.describe()
-            self._dispatcher.accept(info)
-            self.described = bytes.fromhex(info.weights_digest)[:8]
+        if answer.error is None and self._teacher.fingerprint_digest(answer.weights_digest or self.described) is None:
+            self.described = self._teacher.accept(await connection.describe())
         now = time.monotonic()
         self._last_progress = now
         if request := self.in_flight.get(answer.request_id):

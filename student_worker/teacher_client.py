@@ -29,7 +29,8 @@ from logitstream.types import (
     request_key,
 )
 from student_worker.dispatcher import DeliverySettings, Dispatcher
-from student_worker.replica import Identity, Request
+from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.replica import Request
 from student_worker.resolver import resolve, split_address
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class GrpcTeacherClient:
     """One or many teacher replicas behind addresses and DNS names, driven by an event loop in a thread of its own.
 
     Delivery is at least once on the wire and exactly once to the caller: a request is sent again when its connection
-    breaks, and the first answer counts. `max_teacher_lag` and the times: see DeliverySettings. `token` wins over
+    breaks, and the first answer counts. `max_teacher_lag`: see KnownTeacher, the times: DeliverySettings. `token` wins over
     `token_file`, which wins over $LOGITSTREAM_TOKEN; the file is read anew for every connection, so it can be rotated.
     """
 
@@ -153,13 +154,13 @@ class GrpcTeacherClient:
         self._request_ids = itertools.count(1)
         self._stopping = asyncio.Event()
         self._closed = threading.Event()
+        identity = Identity(client_id=client_id, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest, spec=spec)
+        self._teacher = KnownTeacher(identity, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
         self._dispatcher = Dispatcher(
-            identity=Identity(client_id=client_id, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest, spec=spec),
-            settings=DeliverySettings(
-                deadline_seconds=deadline_seconds, stalled_seconds=stalled_seconds, max_teacher_lag=max_teacher_lag
-            ),
+            identity=identity,
+            teacher=self._teacher,
+            settings=DeliverySettings(deadline_seconds=deadline_seconds, stalled_seconds=stalled_seconds),
             connect=self._connect,
-            fingerprint=fingerprint,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="teacher-client", daemon=True)
@@ -168,7 +169,7 @@ class GrpcTeacherClient:
     @property
     def info(self) -> TeacherInfo:
         """Waits for the first replica, for connect_timeout_seconds at most; then raises TeacherUnavailable."""
-        if (info := self._dispatcher.info) is not None:
+        if (info := self._teacher.info) is not None:
             return info
         if self._closed.is_set():
             raise TeacherUnavailable("the client is closed")
@@ -191,7 +192,7 @@ class GrpcTeacherClient:
         return request.future
 
     def is_stale(self, received: ReceivedTargets) -> bool:
-        return self._dispatcher.is_stale(received.teacher_version)
+        return self._teacher.is_stale(received.teacher_version)
 
     def close(self) -> None:
         if self._closed.is_set():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from logitstream import types
 from logitstream.errors import RequestError
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 
@@ -20,26 +20,14 @@ class ScoreRequest:
     draw_set: int = 0
 
 
-ENTRIES_PER_TOKEN = 1024
-"""Entries that weigh as much as one token of forward in budgets: few samplers get near, `full` goes far beyond."""
-
-
 def entries_bound(request: ScoreRequest, vocab_size: int) -> int:
     """The most entries that this request's targets can have."""
-    spec, mask = request.spec, request.sequence.loss_mask
-    num_rows = len(request.sequence) if mask is None else int(mask.sum())
-    per_row = {
-        "full": vocab_size,
-        "top_k": spec.top_k,
-        "top_k_ghost": spec.top_k + 1,
-        "threshold": 2 * math.ceil(1 / spec.threshold) + 1,
-    }.get(spec.sampler, spec.num_samples)
-    return num_rows * min(per_row, vocab_size)
+    return types.entries_bound(request.sequence, request.spec, vocab_size)
 
 
 def cost_in_tokens(request: ScoreRequest, vocab_size: int) -> int:
-    """What a request counts in queues and batches: its tokens, or its entries where they are the larger burden."""
-    return max(len(request.sequence), entries_bound(request, vocab_size) // ENTRIES_PER_TOKEN)
+    """What a request counts in credit, queues and batches."""
+    return types.credit_tokens(request.sequence, request.spec, vocab_size)
 
 
 class TeacherBackend(Protocol):

@@ -1,0 +1,81 @@
+"""Which teacher a run trains from: what each replica describes is checked against it, so that no two are mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from logitstream.errors import FingerprintMismatch
+from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What the student says of itself in the handshake."""
+
+    client_id: str
+    vocab_size: int
+    tokenizer_digest: str
+    spec: TargetSpec
+
+
+class KnownTeacher:
+    """The first replica's description, or the expected fingerprint, and every version of the weights seen since.
+
+    max_teacher_lag – 0: every target comes from the same weights; n: weights may be replaced while training, and
+    targets more than n versions older than the newest seen are stale; -1: any version is taken.
+    """
+
+    def __init__(self, student: Identity, *, max_teacher_lag: int = 0, fingerprint: Fingerprint | None = None) -> None:
+        self.info: TeacherInfo | None = None
+        self.max_teacher_lag = max_teacher_lag
+        self._student = student
+        self._expected = fingerprint
+        self._digests: dict[bytes, str] = {}
+
+    def accept(self, info: TeacherInfo) -> bytes:
+        """The weights' wire digest; FingerprintMismatch where targets of this teacher must not be used."""
+        self._check_student(info)
+        try:
+            wire_digest = bytes.fromhex(info.weights_digest)[:8]
+        except ValueError:
+            raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
+        fingerprint = Fingerprint.of(info, self._student.spec)
+        self._expected = self._expected or fingerprint
+        seen = fingerprint
+        if self.max_teacher_lag != 0:
+            seen = replace(fingerprint, weights_digest=self._expected.weights_digest)
+        if differences := self._expected.differences(seen):
+            raise FingerprintMismatch(f"not the teacher that this run trains from (its value first): {differences}")
+        self._digests[wire_digest] = fingerprint.digest
+        if self.info is None or info.teacher_version >= self.info.teacher_version:
+            self.info = info
+        return wire_digest
+
+    def fingerprint_digest(self, wire_digest: bytes) -> str | None:
+        """Of the weights that answered; None where no replica has described them."""
+        return self._digests.get(wire_digest)
+
+    def weights_to_ask_for(self, info: TeacherInfo) -> str:
+        """For the handshake; empty: whatever is served."""
+        return info.weights_digest if self.max_teacher_lag == 0 else ""
+
+    def lag(self, teacher_version: int) -> int:
+        """How many versions older than the newest one seen."""
+        return 0 if self.info is None else self.info.teacher_version - teacher_version
+
+    def is_stale(self, teacher_version: int) -> bool:
+        return 0 < self.max_teacher_lag < self.lag(teacher_version)
+
+    def _check_student(self, info: TeacherInfo) -> None:
+        mine = self._student
+        if mine.vocab_size < info.vocab_size:
+            raise FingerprintMismatch(f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}")
+        if mine.tokenizer_digest and mine.tokenizer_digest != info.tokenizer_digest:
+            raise FingerprintMismatch(
+                f"tokenizers differ: the student's {mine.tokenizer_digest}, the teacher's {info.tokenizer_digest}"
+            )
+        if mine.spec.sampler not in info.samplers or mine.spec.codec_version not in info.codec_versions:
+            raise FingerprintMismatch(
+                f"expected sampler {mine.spec.sampler} and codec version {mine.spec.codec_version}, the teacher offers "
+                f"{', '.join(info.samplers)} and versions {', '.join(map(str, info.codec_versions))}"
+            )
