@@ -19,7 +19,6 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import vllm
-from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
@@ -37,11 +36,11 @@ from teacher_server.backend import ScoreRequest
 from teacher_server.prompt_draws import (
     COPIES_OF_LOGITS,
     Outcome,
-    PromptChunk,
     PromptDraws,
     pack_request,
     unpack_outcome,
 )
+from teacher_server.vllm_hooks import KEY, REQUEST, hook
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -86,12 +85,12 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
         if get_pp_group().is_last_rank:
             runner = self.model_runner
             self.prompt_draws = PromptDraws(
-                runner.model.compute_logits,
+                lambda hidden_states: runner.model.compute_logits(hidden_states),
                 vocab_size=self.model_config.get_vocab_size(),
                 chunk_bytes=_chunk_bytes(self.vllm_config),
                 is_drawing=get_tp_group().rank_in_group == 0,
             )
-            _hook(runner, self.prompt_draws)
+            hook(runner, self.prompt_draws)
 
     def determine_available_memory(self) -> int:
         """vLLM's profile leaves the draw out; what the user fixed in bytes stays as it is."""
@@ -110,76 +109,6 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
 
 def _chunk_bytes(config: VllmConfig) -> int:
     return int(config.additional_config[CHUNK_BYTES])
-
-
-def _hook(runner: Any, draws: PromptDraws) -> None:
-    """Draw right before the runner's own prompt-logprob step, which sees the hidden states of all rows of a step."""
-    if hasattr(runner, "prompt_logprobs_worker"):
-        _hook_v2(runner.prompt_logprobs_worker, draws)
-    else:
-        _hook_v1(runner, draws)
-
-
-def _hook_v1(runner: Any, draws: PromptDraws) -> None:
-    """vllm/v1/worker/gpu_model_runner.py, GPUModelRunner (and CPUModelRunner, which inherits it)."""
-    original = runner._get_prompt_logprobs_dict
-
-    def draw_then_original(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        chunks = []
-        for request_id, num_tokens in num_scheduled_tokens.items():
-            request = runner.requests[request_id]
-            key = _expect(draws, request.sampling_params)
-            if key is not None:
-                offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
-                first_row = request.num_computed_tokens
-                chunks.append(PromptChunk(key=key, first_row=first_row, num_rows=num_tokens, offset=offset))
-        draws.step(hidden_states, chunks)
-        return original(hidden_states, num_scheduled_tokens)
-
-    runner._get_prompt_logprobs_dict = draw_then_original
-
-
-def _hook_v2(worker: Any, draws: PromptDraws) -> None:
-    """vllm/v1/worker/gpu/sample/prompt_logprob.py, PromptLogprobsWorker."""
-    add_request, remove_request, compute = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
-    key_of: dict[str, str] = {}
-
-    def add(req_id: str, req_idx: int, sampling_params: SamplingParams) -> None:
-        key = _expect(draws, sampling_params)
-        if key is not None:
-            key_of[req_id] = key
-        add_request(req_id, req_idx, sampling_params)
-
-    def remove(req_id: str) -> None:
-        key_of.pop(req_id, None)
-        remove_request(req_id)
-
-    def draw_then_compute(logits_fn: Any, hidden_states: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        chunks = [
-            PromptChunk(
-                key=key_of[request_id],
-                first_row=int(input_batch.num_computed_prefill_tokens_np[i]),
-                num_rows=int(input_batch.num_scheduled_tokens[i]),
-                offset=int(input_batch.query_start_loc_np[i]),
-            )
-            for i, request_id in enumerate(input_batch.req_ids)
-            if request_id in key_of
-        ]
-        draws.step(hidden_states, chunks)
-        return compute(logits_fn, hidden_states, input_batch, *args, **kwargs)
-
-    worker.add_request, worker.remove_request = add, remove
-    worker.compute_prompt_logprobs = draw_then_compute
-
-
-def _expect(draws: PromptDraws, sampling_params: SamplingParams | None) -> str | None:
-    """The key of a request of ours, told to `draws` at its first sight; None for others (warm-up)."""
-    extra = sampling_params.extra_args if sampling_params is not None else None
-    if not extra or "logitstream" not in extra:
-        return None
-    key = str(extra["logitstream_key"])
-    draws.add(key, extra["logitstream"])
-    return key
 
 
 def check_seam() -> None:
@@ -263,6 +192,7 @@ class VllmBackend:
         exit: Callable[[int], Any] = os._exit,
     ) -> None:
         check_seam()
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads: it must not fork
         self._args = engine_args(
             model,
             dtype=dtype,
@@ -352,7 +282,7 @@ class VllmBackend:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
-            extra_args={"logitstream_key": key, "logitstream": pack_request(request)},
+            extra_args={KEY: key, REQUEST: pack_request(request)},
         )
         prompt = tokens_input(request.sequence.token_ids.tolist())
         try:
@@ -370,7 +300,7 @@ class VllmBackend:
     def _revive(self) -> None:
         """Start a dead engine again, or exit where that was done too often."""
         with self._starting:
-            while self._engine.errored and not self._closed.is_set():
+            while not self._closed.is_set() and self._engine.errored:
                 if self._restarts_left == 0:
                     log.critical("the vLLM engine is dead and engine_restarts used up: exit %d", EXIT_ENGINE_DEAD)
                     self._exit(EXIT_ENGINE_DEAD)

@@ -1,0 +1,237 @@
+"""Every position gets exactly one row, however an engine cuts, mixes, repeats or masks the prompts it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from logitstream.errors import NonFiniteLogits, RequestError, ScoringFailed
+from logitstream.sampling import sample
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
+from teacher_server.backend import ScoreRequest
+from teacher_server.prompt_draws import PromptChunk, PromptDraws, pack_request, unpack_outcome, unpack_request
+from teacher_server.vllm_hooks import KEY, REQUEST, hook
+
+VOCAB, HIDDEN = 37, 5
+HEAD = torch.randn(HIDDEN, VOCAB, generator=torch.Generator().manual_seed(0))
+SPEC = TargetSpec(num_samples=9, seed=4)
+
+
+def hidden_of(request: ScoreRequest) -> Tensor:
+    """A stand-in for the model: hidden states that depend on token and position alone."""
+    token_ids = torch.from_numpy(request.sequence.token_ids.astype(np.int64))
+    grid = (token_ids[:, None] * 31 + torch.arange(len(token_ids))[:, None] * 17 + torch.arange(HIDDEN) * 7) % 23
+    return grid.float() / 5
+
+
+def expected(request: ScoreRequest) -> SparseTargets:
+    return sample(hidden_of(request) @ HEAD, request.spec, request.sequence, draw_set=request.draw_set)
+
+
+def assert_equal(found: SparseTargets | RequestError, request: ScoreRequest) -> None:
+    assert isinstance(found, SparseTargets), found
+    right = expected(request)
+    assert (found.vocab_size, found.units, found.tail_units) == (right.vocab_size, right.units, right.tail_units)
+    np.testing.assert_array_equal(found.row_offsets, right.row_offsets)
+    np.testing.assert_array_equal(found.token_ids, right.token_ids)
+    np.testing.assert_array_equal(found.counts, right.counts)
+
+
+def make_request(num_tokens: int, *, seed: int = 0, spec: TargetSpec = SPEC, masked: bool = False) -> ScoreRequest:
+    rng = np.random.default_rng(seed)
+    sequence = TokenSequence(
+        token_ids=rng.integers(0, VOCAB, num_tokens).astype(np.int32),
+        loss_mask=rng.random(num_tokens) < 0.5 if masked else None,
+    )
+    return ScoreRequest(sequence=sequence, spec=spec, draw_set=seed % 3)
+
+
+def make_draws(requests: Sequence[ScoreRequest], *, chunk_rows: int = 4, head: Tensor = HEAD) -> PromptDraws:
+    draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=VOCAB, chunk_bytes=chunk_rows * 4 * VOCAB)
+    for number, request in enumerate(requests):
+        draws.add(str(number), pack_request(request))
+    return draws
+
+
+def step(draws: PromptDraws, requests: Sequence[ScoreRequest], pieces: Sequence[tuple[int, int, int]]) -> None:
+    """One engine step: (request, first row, rows) of each piece, their hidden states one after another."""
+    chunks, parts, offset = [], [], 0
+    for number, first_row, num_rows in pieces:
+        chunks.append(PromptChunk(key=str(number), first_row=first_row, num_rows=num_rows, offset=offset))
+        parts.append(hidden_of(requests[number])[first_row : first_row + num_rows])
+        offset += num_rows
+    draws.step(torch.cat(parts), chunks)
+
+
+def taken(draws: PromptDraws, num_requests: int) -> list[SparseTargets | RequestError]:
+    return [unpack_outcome(outcome) for outcome in draws.take([str(number) for number in range(num_requests)])]
+
+
+specs = st.sampled_from([SPEC, TargetSpec(sampler="threshold", threshold=0.05), TargetSpec(sampler="top_k", top_k=3)])
+shapes = st.tuples(st.integers(1, 12), specs, st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(shapes, min_size=1, max_size=5), st.integers(1, 7), st.integers(1, 9), st.randoms(use_true_random=False)
+)
+def test_any_schedule_with_preemptions_gives_each_row_once(
+    shapes: list[tuple[int, TargetSpec, bool]], chunk_rows: int, budget: int, random: Any
+) -> None:
+    requests = [make_request(n, seed=i, spec=spec, masked=m) for i, (n, spec, m) in enumerate(shapes)]
+    draws = make_draws(requests, chunk_rows=chunk_rows)
+    done = [0] * len(requests)
+    preemptions = 3
+    while any(done[i] < len(request.sequence) for i, request in enumerate(requests)):
+        room, pieces = budget, []
+        for i, request in enumerate(requests):
+            left = len(request.sequence) - done[i]
+            if left and preemptions and done[i] and random.random() < 0.3:
+                preemptions -= 1
+                done[i] = 0
+            elif left and room:
+                num_rows = random.randint(1, min(left, room))
+                pieces.append((i, done[i], num_rows))
+                done[i] += num_rows
+                room -= num_rows
+        if pieces:
+            step(draws, requests, pieces)
+    for found, request in zip(taken(draws, len(requests)), requests, strict=True):
+        assert_equal(found, request)
+
+
+def test_logits_never_hold_more_rows_than_the_chunk() -> None:
+    sizes: list[int] = []
+
+    def project(hidden: Tensor) -> Tensor:
+        sizes.append(len(hidden))
+        return hidden @ HEAD
+
+    requests = [make_request(10), make_request(7, masked=True), make_request(1)]
+    draws = PromptDraws(project, vocab_size=VOCAB, chunk_bytes=4 * 4 * VOCAB)
+    for number, request in enumerate(requests):
+        draws.add(str(number), pack_request(request))
+    step(draws, requests, [(0, 0, 10), (1, 0, 7), (2, 0, 1)])
+    mask = requests[1].sequence.loss_mask
+    assert mask is not None
+    assert max(sizes) == 4
+    assert sum(sizes) == 10 + int(mask.sum()) + 1, "masked rows must not be projected, others once"
+
+
+def test_one_sequence_with_bad_logits_fails_alone() -> None:
+    requests = [make_request(3, seed=1), make_request(3, seed=2), make_request(3, seed=3)]
+    draws = make_draws(requests, chunk_rows=100)
+    hidden = torch.cat([hidden_of(request) for request in requests])
+    hidden[4] = float("nan")
+    draws.step(hidden, [PromptChunk(key=str(i), first_row=0, num_rows=3, offset=3 * i) for i in range(3)])
+    found = taken(draws, 3)
+    assert_equal(found[0], requests[0])
+    assert isinstance(found[1], NonFiniteLogits)
+    assert "row 1" in str(found[1])
+    assert_equal(found[2], requests[2])
+
+
+def test_skipped_and_missing_rows_are_errors_and_never_gaps() -> None:
+    requests = [make_request(6), make_request(6), make_request(6)]
+    draws = make_draws(requests)
+    step(draws, requests, [(0, 4, 2), (1, 0, 3)])
+    skipped, missing, unseen = taken(draws, 3)
+    assert isinstance(skipped, ScoringFailed)
+    assert "skipped rows 0 to 4" in str(skipped)
+    assert isinstance(missing, ScoringFailed)
+    assert "3 of 6 rows" in str(missing)
+    assert isinstance(unseen, ScoringFailed)
+
+
+def test_a_rank_that_does_not_draw_projects_as_often_as_the_one_that_does() -> None:
+    calls: dict[bool, list[int]] = {True: [], False: []}
+    request = make_request(11)
+    for is_drawing, sizes in calls.items():
+
+        def project(hidden: Tensor, sizes: list[int] = sizes, is_drawing: bool = is_drawing) -> Tensor | None:
+            sizes.append(len(hidden))
+            return hidden @ HEAD if is_drawing else None
+
+        draws = PromptDraws(project, vocab_size=VOCAB, chunk_bytes=16 * VOCAB, is_drawing=is_drawing)
+        draws.add("0", pack_request(request))
+        step(draws, [request], [(0, 0, 11)])
+    assert calls[True] == calls[False] != []
+
+
+def test_a_request_travels_unchanged() -> None:
+    request = make_request(9, seed=5, spec=TargetSpec(sampler="threshold", seed=2**64 - 1), masked=True)
+    found = unpack_request(pack_request(request))
+    assert (found.spec, found.draw_set) == (request.spec, request.draw_set)
+    assert found.sequence.digest() == request.sequence.digest()
+
+
+def test_an_all_masked_sequence_has_empty_rows() -> None:
+    sequence = TokenSequence(token_ids=np.arange(4, dtype=np.int32), loss_mask=np.zeros(4, np.bool_))
+    requests = [ScoreRequest(sequence=sequence, spec=SPEC)]
+    draws = make_draws(requests)
+    step(draws, requests, [(0, 0, 4)])
+    (found,) = taken(draws, 1)
+    assert isinstance(found, SparseTargets)
+    assert (found.num_rows, found.num_entries, found.units) == (4, 0, SPEC.num_samples)
+
+
+# The hooks, against runners that have what vllm_backend.check_seam checks vLLM's own for.
+
+
+def sampling_params(key: str, request: ScoreRequest) -> Any:
+    return SimpleNamespace(extra_args={KEY: key, REQUEST: pack_request(request)})
+
+
+def test_the_hook_of_the_first_runner_draws_and_calls_the_original() -> None:
+    requests = [make_request(5, seed=1), make_request(3, seed=2)]
+    draws = make_draws([])
+    runner = SimpleNamespace(
+        requests={
+            "a": SimpleNamespace(sampling_params=sampling_params("0", requests[0]), num_computed_tokens=0),
+            "b": SimpleNamespace(sampling_params=sampling_params("1", requests[1]), num_computed_tokens=0),
+            "warm-up": SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None), num_computed_tokens=0),
+        },
+        input_batch=SimpleNamespace(req_id_to_index={"b": 0, "warm-up": 1, "a": 2}),
+        query_start_loc=SimpleNamespace(np=np.array([0, 3, 5, 9])),
+        _get_prompt_logprobs_dict=lambda hidden_states, num_scheduled_tokens: {"original": None},
+    )
+    hook(runner, draws)
+    first = torch.cat([hidden_of(requests[1]), torch.zeros(2, HIDDEN), hidden_of(requests[0])[:4]])
+    assert runner._get_prompt_logprobs_dict(first, {"a": 4, "b": 3, "warm-up": 2}) == {"original": None}
+    runner.requests["a"].num_computed_tokens = 4
+    runner.input_batch.req_id_to_index = {"a": 0}
+    runner._get_prompt_logprobs_dict(hidden_of(requests[0])[4:], {"a": 1})
+    for found, request in zip(taken(draws, 2), requests, strict=True):
+        assert_equal(found, request)
+
+
+def test_the_hook_of_the_second_runner_draws_and_calls_the_original() -> None:
+    request = make_request(5, seed=1)
+    draws = make_draws([])
+    seen: list[str] = []
+    worker = SimpleNamespace(
+        add_request=lambda req_id, req_idx, sampling_params: seen.append(f"add {req_id}"),
+        remove_request=lambda req_id: seen.append(f"remove {req_id}"),
+        compute_prompt_logprobs=lambda logits_fn, hidden_states, input_batch, *rest: {"original": rest},
+    )
+    hook(SimpleNamespace(prompt_logprobs_worker=worker), draws)
+    worker.add_request("a", 0, sampling_params("0", request))
+    for first_row, num_rows in ((0, 2), (2, 2), (0, 3), (3, 2)):  # started again after a preemption
+        batch = SimpleNamespace(
+            req_ids=["warm-up", "a"],
+            num_computed_prefill_tokens_np=np.array([0, first_row]),
+            num_scheduled_tokens=np.array([1, num_rows]),
+            query_start_loc_np=np.array([0, 1, 1 + num_rows]),
+        )
+        hidden = torch.cat([torch.zeros(1, HIDDEN), hidden_of(request)[first_row : first_row + num_rows]])
+        assert worker.compute_prompt_logprobs(None, hidden, batch, 7) == {"original": (7,)}
+    worker.remove_request("a")
+    assert seen == ["add a", "remove a"]
+    assert_equal(taken(draws, 1)[0], request)
