@@ -19,7 +19,7 @@ from grafana_foundation_sdk.models.dashboard import DataSourceRef
 
 HERE = Path(__file__).parent
 DASHBOARD = HERE / "grafana" / "dashboards" / "logitstream.json"
-PROMETHEUS_RULE = HERE.parent / "kubernetes" / "components" / "monitoring" / "prometheus-rule.yaml"
+PROMETHEUS_RULE = HERE / "kubernetes" / "prometheus-rule.yaml"
 PANEL_WIDTH, PANEL_HEIGHT = 8, 7  # of a grid 24 wide
 
 # Row -> panels of (title, unit, [(query, legend), ...]).
