@@ -27,7 +27,7 @@ NUM_BUCKETS = 128
 MAX_BUCKET_SIZE = 1 << 16
 INNER_BITS = 16
 NEXT_BITS = 15
-SLOT_BITS = 6
+SLOT_BITS = 8
 MASS_BITS = 31
 DRAW_CLASSES = np.array(
     [*range(1, 17), 18, 20, 23, 26, 29, 32, 40, 50, 64, 80, 100, 128, 192, 256, 512, 1024], dtype=np.int64
@@ -152,13 +152,15 @@ def _next_slots(next_start: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
     tables = np.arange(num_buckets * num_classes).reshape(num_buckets, num_classes, 1) << (NEXT_BITS + 1)
     slots = np.arange((1 << SLOT_BITS) + 1) << (NEXT_BITS - SLOT_BITS)
     found = np.searchsorted((next_start[..., :-1] + tables).ravel(), tables + slots, side="right") - 1
-    return (found % num_buckets).astype(np.int16)
+    slots_of: npt.NDArray[np.int16] = (found % num_buckets).astype(np.int16)
+    return slots_of
 
 
 def _mul_div(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64], c: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """a * b // c for a ≤ c < 2^55 and b ≤ 2^16, with c cut to 46 bits where the product would not fit."""
     shift = 10 * (c >> 46 > 0)
-    return ((a >> shift) * b) // np.maximum(c >> shift, 1)
+    quotient: npt.NDArray[np.int64] = ((a >> shift) * b) // np.maximum(c >> shift, 1)
+    return quotient
 
 
 def _buckets(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
 """Compiled kernels of codec version 2: rows of targets <-> range-coded bytes, as docs/targets-format.md describes.
 
 The coder's state is (low or code, width, position) in int64; a carry is propagated into the bytes already written.
@@ -9,22 +8,28 @@ numba's cache on disk does not notice a change in another file's callee.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from logitstream.id_model import DRAW_CLASSES, INNER_BITS, NEXT_BITS, SLOT_BITS
 
 F = TypeVar("F", bound=Callable[..., Any])
+Array = npt.NDArray[Any]
+State = tuple[int, int, int]
+"""Low end (or code), width and position in the bytes."""
+Decoded = tuple[int, int, int, int]
+"""A value and the State after it."""
 
 MAX_ENTRY_BYTES = 64
 """No entry and no row length takes more: 30 adaptive bits of at most 12 bits each, 31 plain ones, and an id."""
 
 TOO_MANY_ENTRIES, OUT_OF_RANGE = 1, 2
 
-_MASK = 0xFFFFFFFF
-_TOP = 1 << 24
+_MASK = (1 << 48) - 1
+_LEAST_WIDTH = 1 << 32
 _UNSEEN = 32768 << 8
 _RATES = np.array([1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5], dtype=np.int64)
 
@@ -50,13 +55,13 @@ _CONTEXT = np.array(
 def _compiled(function: F) -> F:
     """Compiled at the first call; kept on disk where numba finds a writable folder (NUMBA_CACHE_DIR names one)."""
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
     except RuntimeError:  # "no locator available": a read-only file system
-        return numba.njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+        return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
 @_compiled
-def _bit_length(value):
+def _bit_length(value: int) -> int:
     length = 0
     while value:
         value >>= 1
@@ -65,38 +70,48 @@ def _bit_length(value):
 
 
 @_compiled
-def _put(out, low, width, position, start, size):
+def _put(out: Array, low: int, width: int, position: int, start: int, size: int) -> State:
     """Narrow the interval to [start, start + size) of it, both already in the coder's units."""
     low += start
     if low > _MASK:
         low &= _MASK
-        carry = position - 1
-        while out[carry] == 255:
-            out[carry] = 0
-            carry -= 1
-        out[carry] += 1
-    width = size
-    while width < _TOP:
-        out[position] = low >> 24
-        position += 1
-        low = (low << 8) & _MASK
-        width <<= 8
-    return low, width, position
+        _carry(out, position - 1)
+    if size < _LEAST_WIDTH:
+        out[position] = low >> 40
+        out[position + 1] = (low >> 32) & 255
+        return (low << 16) & _MASK, size << 16, position + 2
+    return low, size, position
 
 
 @_compiled
-def _finish(out, low, width, position):
-    """The shortest number in [low, low + width): one byte, as width ≥ 2^24; the reader appends zeros."""
-    if low == 0:
-        return position
-    low, width, position = _put(out, low, width, position, (-low) & (_TOP - 1), _TOP)
-    out[position] = low >> 24
-    return position + 1
+def _carry(out: Array, last: int) -> None:
+    while out[last] == 255:
+        out[last] = 0
+        last -= 1
+    out[last] += 1
 
 
 @_compiled
-def _put_bit(out, low, width, position, contexts, index, bit):
-    state = contexts[index]
+def _finish(out: Array, low: int, width: int, position: int) -> int:
+    """The shortest number in [low, low + width), of no more than 16 bits; the reader appends zeros to it."""
+    num_bytes, step = 0, 1 << 48
+    number = 0
+    while number < low:
+        num_bytes += 1
+        step >>= 8
+        number = (low + step - 1) & ~(step - 1)
+        if number >= low + width:
+            number = 0
+    if number > _MASK:
+        _carry(out, position - 1)
+    for i in range(num_bytes):
+        out[position + i] = (number >> (40 - 8 * i)) & 255
+    return position + num_bytes
+
+
+@_compiled
+def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, index: int, bit: int) -> State:
+    state = int(contexts[index])
     p0 = state >> 8
     bound = (width >> 12) * (p0 >> 4)
     contexts[index] = _adapted(state, bit)
@@ -106,9 +121,9 @@ def _put_bit(out, low, width, position, contexts, index, bit):
 
 
 @_compiled
-def _adapted(state, bit):
+def _adapted(state: int, bit: int) -> int:
     p0, seen = state >> 8, state & 255
-    rate = _RATES[seen]
+    rate = int(_RATES[seen])
     if bit:
         p0 -= p0 >> rate
     else:
@@ -118,7 +133,7 @@ def _adapted(state, bit):
 
 
 @_compiled
-def _put_plain(out, low, width, position, value, num_bits):
+def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_bits: int) -> State:
     """num_bits equiprobable bits, at most 16 at once."""
     while num_bits > 0:
         part = min(num_bits, 16)
@@ -129,7 +144,7 @@ def _put_plain(out, low, width, position, value, num_bits):
 
 
 @_compiled
-def _put_value(out, low, width, position, contexts, base, value):
+def _put_value(out: Array, low: int, width: int, position: int, contexts: Array, base: int, value: int) -> State:
     """A number below 2^31: its bit length in unary, the two bits below its top bit adaptively, the rest plainly."""
     length = _bit_length(value)
     for i in range(length):
@@ -148,17 +163,22 @@ def _put_value(out, low, width, position, contexts, base, value):
 
 
 @_compiled
-def _more(data, code, width, position):
-    while width < _TOP:
-        code = ((code << 8) & _MASK) | (np.int64(data[position]) if position < len(data) else 0)
-        position += 1
-        width <<= 8
+def _more(data: Array, code: int, width: int, position: int) -> State:
+    if width < _LEAST_WIDTH:
+        code = ((code << 16) & _MASK) | (_byte(data, position) << 8) | _byte(data, position + 1)
+        return code, width << 16, position + 2
     return code, width, position
 
 
 @_compiled
-def _get_bit(data, code, width, position, contexts, index):
-    state = contexts[index]
+def _byte(data: Array, position: int) -> int:
+    """Zero past the end."""
+    return int(data[position]) if position < len(data) else 0
+
+
+@_compiled
+def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array, index: int) -> Decoded:
+    state = int(contexts[index])
     bound = (width >> 12) * ((state >> 8) >> 4)
     if code < bound:
         bit = 0
@@ -173,7 +193,7 @@ def _get_bit(data, code, width, position, contexts, index):
 
 
 @_compiled
-def _get_plain(data, code, width, position, num_bits):
+def _get_plain(data: Array, code: int, width: int, position: int, num_bits: int) -> Decoded:
     value = 0
     while num_bits > 0:
         part = min(num_bits, 16)
@@ -186,7 +206,7 @@ def _get_plain(data, code, width, position, num_bits):
 
 
 @_compiled
-def _get_value(data, code, width, position, contexts, base):
+def _get_value(data: Array, code: int, width: int, position: int, contexts: Array, base: int) -> Decoded:
     length = 0
     bit = 1
     while length < 31:
@@ -209,63 +229,71 @@ def _get_value(data, code, width, position, contexts, base):
 
 
 @_compiled
-def _class_of(num_left):
-    return _CLASS_OF[min(num_left, _LAST_CLASS)]
+def _class_of(num_left: int) -> int:
+    return int(_CLASS_OF[min(num_left, _LAST_CLASS)])
 
 
 @_compiled
-def _count_context(num_left, excess):
+def _count_context(num_left: int, excess: int) -> int:
     """Of an entry's count, where num_left entries (this one included) have `excess` more than one each to share."""
-    return _CONTEXT[min(num_left, 31), min(excess, 255)]
+    return int(_CONTEXT[min(num_left, 31), min(excess, 255)])
 
 
 @_compiled
-def _quotient(a, b):
-    """a // b of numbers below 2^32, as the machine's fast unsigned division."""
-    return np.int64(np.uint32(a) // np.uint32(b))
+def _quotient(a: int, b: int) -> int:
+    """a // b of numbers that are not negative, as one machine instruction."""
+    return int(np.int64(np.uint64(a) // np.uint64(b)))
 
 
 @_compiled
-def encode_block(out, lengths, token_ids, counts, units, bucket_of, inner_start, inner_total, next_start):
+def encode_block(
+    out: Array,
+    lengths: Array,
+    token_ids: Array,
+    counts: Array,
+    units: int,
+    bucket_of: Array,
+    inner_start: Array,
+    inner_total: Array,
+    next_start: Array,
+) -> int:
     """One block's rows into `out`; units > 0 says that each row's counts sum to it. The number of bytes written."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
-    low, width, position = np.int64(0), np.int64(_MASK), np.int64(0)
+    low, width, position = 0, _MASK, 0
     entry = 0
     for row in range(len(lengths)):
-        length = np.int64(lengths[row])
+        length = int(lengths[row])
         low, width, position = _put_value(out, low, width, position, contexts, _LENGTH, length)
-        first, used, excess = np.int64(0), np.int64(0), max(np.int64(units) - length, 0)
+        first, used, excess = 0, 0, max(int(units) - length, 0)
         for num_left in range(length, 0, -1):
-            token_id = token_ids[entry]
-            bucket = np.int64(bucket_of[token_id])
+            token_id = int(token_ids[entry])
+            bucket = int(bucket_of[token_id])
             draws = _class_of(num_left)
             unit = width >> NEXT_BITS
-            start, end = np.int64(next_start[first, draws, bucket]), np.int64(next_start[first, draws, bucket + 1])
+            start, end = int(next_start[first, draws, bucket]), int(next_start[first, draws, bucket + 1])
             low, width, position = _put(out, low, width, position, unit * start, unit * (end - start))
-            start = np.int64(inner_start[token_id])
-            total = np.int64(inner_total[bucket])
+            start = int(inner_start[token_id])
+            total = int(inner_total[bucket])
             is_last = token_id + 1 == len(bucket_of) or bucket_of[token_id + 1] != bucket
-            end = total if is_last else np.int64(inner_start[token_id + 1])
+            end = total if is_last else int(inner_start[token_id + 1])
             if bucket != first:
-                used = np.int64(0)
+                used = 0
             if total - used > end - start:
                 unit = _quotient(width, total - used)
                 low, width, position = _put(out, low, width, position, unit * (start - used), unit * (end - start))
-            first, used = (bucket + 1, np.int64(0)) if is_last else (bucket, end)
-            count = np.int64(counts[entry])
+            first, used = (bucket + 1, 0) if is_last else (bucket, end)
+            count = int(counts[entry])
             if units == 0:
                 is_tail = count == 0
-                low, width, position = _put_bit(out, low, width, position, contexts, _IS_TAIL, np.int64(is_tail))
+                low, width, position = _put_bit(out, low, width, position, contexts, _IS_TAIL, int(is_tail))
                 if not is_tail:
                     low, width, position = _put_value(out, low, width, position, contexts, _PLAIN, count - 1)
             elif excess > 0 and num_left > 1:
                 index = _count_context(num_left, excess)
                 more = count - 1
-                low, width, position = _put_bit(
-                    out, low, width, position, contexts, _IS_ONE + index, np.int64(more > 0)
-                )
+                low, width, position = _put_bit(out, low, width, position, contexts, _IS_ONE + index, int(more > 0))
                 if more > 0:
-                    takes_rest = np.int64(more == excess)
+                    takes_rest = int(more == excess)
                     low, width, position = _put_bit(
                         out, low, width, position, contexts, _TAKES_REST + index, takes_rest
                     )
@@ -278,21 +306,31 @@ def encode_block(out, lengths, token_ids, counts, units, bucket_of, inner_start,
 
 @_compiled
 def decode_block(
-    data, lengths, token_ids, counts, units, bucket_start, inner_start, inner_total, inner_slot, next_start, next_slot
-):
+    data: Array,
+    lengths: Array,
+    token_ids: Array,
+    counts: Array,
+    units: int,
+    bucket_start: Array,
+    inner_start: Array,
+    inner_total: Array,
+    inner_slot: Array,
+    next_start: Array,
+    next_slot: Array,
+) -> int:
     """What encode_block wrote, into arrays whose sizes say how many rows and entries there are; 0, or what is wrong."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
-    code, _, position = _more(data, np.int64(0), np.int64(1), np.int64(0))
-    code, _, position = _more(data, code, np.int64(_TOP >> 8), position)
-    width = np.int64(_MASK)
-    num_buckets = np.int64(len(inner_total))
+    code, width, position = 0, _MASK, 6
+    for i in range(position):
+        code = (code << 8) | _byte(data, i)
+    num_buckets = len(inner_total)
     entry = 0
     for row in range(len(lengths)):
         length, code, width, position = _get_value(data, code, width, position, contexts, _LENGTH)
         if length > len(token_ids) - entry:
             return TOO_MANY_ENTRIES
         lengths[row] = length
-        first, used, excess = np.int64(0), np.int64(0), max(np.int64(units) - length, 0)
+        first, used, excess = 0, 0, max(int(units) - length, 0)
         if units > 0 and length > units:
             return OUT_OF_RANGE
         for num_left in range(length, 0, -1):
@@ -302,45 +340,43 @@ def decode_block(
             unit = width >> NEXT_BITS
             target = min(_quotient(code, unit), (1 << NEXT_BITS) - 1)
             slot = target >> (NEXT_BITS - SLOT_BITS)
-            bucket = np.int64(next_slot[first, draws, slot])
-            above = np.int64(next_slot[first, draws, slot + 1]) + 1
+            bucket = int(next_slot[first, draws, slot])
+            above = int(next_slot[first, draws, slot + 1]) + 1
             while above - bucket > 1:
                 middle = (bucket + above) >> 1
                 if next_start[first, draws, middle] <= target:
                     bucket = middle
                 else:
                     above = middle
-            start, end = np.int64(next_start[first, draws, bucket]), np.int64(next_start[first, draws, bucket + 1])
+            start, end = int(next_start[first, draws, bucket]), int(next_start[first, draws, bucket + 1])
             code, width, position = _more(data, code - unit * start, unit * (end - start), position)
-            total = np.int64(inner_total[bucket])
+            total = int(inner_total[bucket])
             if bucket != first:
-                used = np.int64(0)
-            token_id = np.int64(bucket_start[bucket])
-            last = np.int64(bucket_start[bucket + 1]) - 1
+                used = 0
+            token_id = int(bucket_start[bucket])
+            last = int(bucket_start[bucket + 1]) - 1
             if last > token_id:
                 unit = _quotient(width, total - used)
                 target = min(_quotient(code, unit), total - used - 1) + used
                 slot = target >> (INNER_BITS - SLOT_BITS)
-                token_id, above = np.int64(inner_slot[bucket, slot]), np.int64(inner_slot[bucket, slot + 1]) + 1
+                token_id, above = int(inner_slot[bucket, slot]), int(inner_slot[bucket, slot + 1]) + 1
                 while above - token_id > 1:
                     middle = (token_id + above) >> 1
                     if inner_start[middle] <= target:
                         token_id = middle
                     else:
                         above = middle
-                start = np.int64(inner_start[token_id])
-                end = total if token_id == last else np.int64(inner_start[token_id + 1])
+                start = int(inner_start[token_id])
+                end = total if token_id == last else int(inner_start[token_id + 1])
                 if total - used > end - start:
                     code, width, position = _more(data, code - unit * (start - used), unit * (end - start), position)
-            first, used = (
-                (bucket + 1, np.int64(0)) if token_id == last else (bucket, np.int64(inner_start[token_id + 1]))
-            )
+            first, used = (bucket + 1, 0) if token_id == last else (bucket, int(inner_start[token_id + 1]))
             token_ids[entry] = token_id
-            count = np.int64(1)
+            count = 1
             if units == 0:
                 is_tail, code, width, position = _get_bit(data, code, width, position, contexts, _IS_TAIL)
                 if is_tail:
-                    count = np.int64(0)
+                    count = 0
                 else:
                     more, code, width, position = _get_value(data, code, width, position, contexts, _PLAIN)
                     count += more

@@ -1,0 +1,215 @@
+"""What is fitted to a user's own text before a run: the id model, and how many samples a budget buys.
+
+A budget is one number for the whole run (N, θ or k), so that the bytes go to the positions with the most entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstream.codec import IdModel, decode
+from logitstream.sampling import STEPS_PER_SAMPLE
+from logitstream.types import MAX_VOCAB_SIZE, PROBABILITY_UNITS, SparseTargets, TargetSpec, TokenSequence
+
+Draw = Callable[[Sequence[TokenSequence], TargetSpec, int], Sequence[bytes]]
+"""(sequences, spec, draw set) -> their encoded targets, in order: a teacher, however it is reached."""
+
+CLOSE_ENOUGH = 0.01
+MAX_MEASUREMENTS = 12
+TYPICAL_EXPONENT = 0.75
+"""bytes ~ N^0.75 and 1/noise ~ N^1.5 on English text: only where to look next."""
+
+
+def build_id_model(targets: Iterable[SparseTargets]) -> IdModel:
+    """The id model of a teacher's average distribution, from targets over typical text (10,000 rows or more).
+
+    Unbiased targets (such as systematic with N = 1,000) estimate that average, whatever backend drew them.
+    """
+    expected_counts: npt.NDArray[np.float64] | None = None
+    for part in targets:
+        weights = part.weights().astype(np.float64)
+        drawn = np.bincount(part.token_ids, weights=weights, minlength=part.vocab_size).astype(np.float64)
+        expected_counts = drawn if expected_counts is None else expected_counts + drawn
+    if expected_counts is None:
+        raise ValueError("expected targets of calibration text, got none")
+    return IdModel.from_expected_counts(expected_counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Of a spec on calibration text. noise: E Σ_i (t̂_i - t_i)² per position, or None where it was not asked for."""
+
+    bytes_per_token: float
+    entries_per_token: float
+    noise: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The spec that meets a budget, and a sentence on what was chosen and measured."""
+
+    spec: TargetSpec
+    measured: Measured
+    sentence: str
+
+
+def measure(
+    draw: Draw,
+    sequences: Sequence[TokenSequence],
+    spec: TargetSpec,
+    *,
+    with_noise: bool,
+    id_model: IdModel | None = None,
+) -> Measured:
+    """Bytes and entries per token; noise from two independent draw sets, as E |t̂ - t̂'|² / 2."""
+    payloads = draw(sequences, spec, 0)
+    targets = [decode(payload, id_model=id_model) for payload in payloads]
+    num_tokens = sum(map(len, sequences))
+    noise = None
+    if with_noise:
+        others = [decode(payload, id_model=id_model) for payload in draw(sequences, spec, 1)]
+        noise = sum(map(_squared_distance, targets, others)) / 2 / max(1, _num_wanted(sequences))
+    return Measured(
+        bytes_per_token=sum(map(len, payloads)) / num_tokens,
+        entries_per_token=sum(part.num_entries for part in targets) / num_tokens,
+        noise=noise,
+    )
+
+
+def _num_wanted(sequences: Sequence[TokenSequence]) -> int:
+    return sum(len(s) if s.loss_mask is None else int(s.loss_mask.sum()) for s in sequences)
+
+
+def _squared_distance(a: SparseTargets, b: SparseTargets) -> float:
+    keys = np.concatenate([x.row_index() * x.vocab_size + x.token_ids for x in (a, b)])
+    signed = np.concatenate([a.weights(), -b.weights()]).astype(np.float64)
+    _, where = np.unique(keys, return_inverse=True)
+    return float(np.square(np.bincount(where, weights=signed)).sum())
+
+
+def choose_for_bytes(
+    draw: Draw,
+    sequences: Sequence[TokenSequence],
+    spec: TargetSpec,
+    bytes_per_token: float,
+    *,
+    id_model: IdModel | None = None,
+) -> Choice:
+    """The most samples (the largest k) whose encoded targets take at most so many bytes a token on these sequences."""
+
+    def size_of(index: int) -> float:
+        return measure(draw, sequences, _with_index(spec, index), with_noise=False, id_model=id_model).bytes_per_token
+
+    below, _ = _bracket(size_of, bytes_per_token, _index_of(spec), _index_range(spec), TYPICAL_EXPONENT)
+    if below is None:
+        raise ValueError(f"{bytes_per_token:g} bytes a token are too few for any {spec.sampler} targets of this text")
+    chosen = _with_index(spec, below)
+    with_noise = spec.sampler in ("systematic", "multinomial", "threshold")
+    measured = measure(draw, sequences, chosen, with_noise=with_noise, id_model=id_model)
+    return _choice(chosen, measured, f"at most {bytes_per_token:g} bytes a token", sequences)
+
+
+def choose_for_noise(
+    draw: Draw,
+    sequences: Sequence[TokenSequence],
+    spec: TargetSpec,
+    noise: float,
+    *,
+    id_model: IdModel | None = None,
+) -> Choice:
+    """The fewest samples whose targets are within this MSE per position of the teacher's distribution."""
+    if spec.sampler not in ("systematic", "multinomial", "threshold"):
+        raise ValueError(f"a noise budget needs an unbiased sampler, not {spec.sampler}")
+
+    def precision_of(index: int) -> float:
+        measured = measure(draw, sequences, _with_index(spec, index), with_noise=True, id_model=id_model)
+        return 1.0 / max(measured.noise or 0.0, 1e-12)
+
+    _, above = _bracket(precision_of, 1.0 / noise, _index_of(spec), _index_range(spec), 2 * TYPICAL_EXPONENT)
+    if above is None:
+        raise ValueError(f"no {spec.sampler} targets come within a noise of {noise:g}")
+    chosen = _with_index(spec, above)
+    measured = measure(draw, sequences, chosen, with_noise=True, id_model=id_model)
+    return _choice(chosen, measured, f"noise of at most {noise:g}", sequences)
+
+
+def _choice(spec: TargetSpec, measured: Measured, budget: str, sequences: Sequence[TokenSequence]) -> Choice:
+    name = {"threshold": "threshold", "top_k": "top_k", "top_k_ghost": "top_k"}.get(spec.sampler, "num_samples")
+    noise = "" if measured.noise is None else f", noise {measured.noise:.3g} a position"
+    sentence = (
+        f"{budget}: chose {spec.sampler} with {name} = {getattr(spec, name):.6g}, measured "
+        f"{measured.bytes_per_token:.2f} bytes and {measured.entries_per_token:.2f} entries a token{noise} "
+        f"on {len(sequences)} sequences of {sum(map(len, sequences))} tokens"
+    )
+    return Choice(spec=spec, measured=measured, sentence=sentence)
+
+
+def _with_index(spec: TargetSpec, index: int) -> TargetSpec:
+    """The spec whose whole-numbered size is `index`: N, k, or the steps that θ divides 1 into."""
+    if spec.sampler == "threshold":
+        return replace(spec, threshold=STEPS_PER_SAMPLE / index)
+    if spec.sampler in ("top_k", "top_k_ghost"):
+        return replace(spec, top_k=index)
+    return replace(spec, num_samples=index)
+
+
+def _index_of(spec: TargetSpec) -> int:
+    if spec.sampler == "threshold":
+        return max(STEPS_PER_SAMPLE, round(STEPS_PER_SAMPLE / spec.threshold))
+    return spec.top_k if spec.sampler in ("top_k", "top_k_ghost") else spec.num_samples
+
+
+def _index_range(spec: TargetSpec) -> tuple[int, int]:
+    if spec.sampler == "full":
+        raise ValueError("full targets have no size to choose")
+    if spec.sampler == "threshold":
+        return STEPS_PER_SAMPLE, STEPS_PER_SAMPLE * PROBABILITY_UNITS
+    return 1, (MAX_VOCAB_SIZE if spec.sampler.startswith("top_k") else PROBABILITY_UNITS)
+
+
+def _bracket(
+    value_of: Callable[[int], float], target: float, start: int, bounds: tuple[int, int], exponent: float
+) -> tuple[int | None, int | None]:
+    """The nearest indices found whose (rising) values are at most the target, and at least it.
+
+    Steps along a power law through the two ends known; ends at neighbours, or at a value within CLOSE_ENOUGH.
+    """
+    below: tuple[int, float] | None = None
+    above: tuple[int, float] | None = None
+    index = min(max(start, bounds[0]), bounds[1])
+    for _ in range(MAX_MEASUREMENTS):
+        value = value_of(index)
+        if value <= target:
+            below = (index, value)
+        if value >= target:
+            above = (index, value)
+        if abs(value / target - 1) <= CLOSE_ENOUGH or (below and above and above[0] - below[0] <= 1):
+            break
+        index = _next_index(below, above, target, bounds, exponent)
+        if index in (below and below[0], above and above[0]):
+            break
+    return below and below[0], above and above[0]
+
+
+def _next_index(
+    below: tuple[int, float] | None,
+    above: tuple[int, float] | None,
+    target: float,
+    bounds: tuple[int, int],
+    exponent: float,
+) -> int:
+    if below and above:
+        span = math.log(above[0] / below[0])
+        share = math.log(target / below[1]) / max(math.log(above[1] / below[1]), 1e-9)
+        guess = below[0] * math.exp(span * min(max(share, 0.05), 0.95))
+        return min(max(round(guess), below[0] + 1), above[0] - 1)
+    index, value = below or above or (1, target)
+    step = math.exp(math.log(target / max(value, 1e-9)) / exponent)
+    guess = index * min(max(step * (1.1 if below else 0.9), 1 / 16), 16.0)
+    low, high = (index + 1, bounds[1]) if below else (bounds[0], index - 1)
+    return min(max(round(guess), min(low, bounds[1])), max(high, bounds[0]))
