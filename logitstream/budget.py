@@ -1,16 +1,15 @@
-"""What is fitted to a user's own text before a run: the id model, and how many samples a budget buys.
+"""How many samples a budget in bytes or noise buys, measured on a user's own text before a run.
 
-A budget is one number for the whole run (N, θ or k), so that the bytes go to the positions with the most entropy.
+The answer is one number for the whole run (N, θ or k), so that the bytes go to the positions with the most entropy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from logitstream.codec import IdModel, decode
 from logitstream.sampling import STEPS_PER_SAMPLE
@@ -23,21 +22,6 @@ CLOSE_ENOUGH = 0.01
 MAX_MEASUREMENTS = 12
 TYPICAL_EXPONENT = 0.75
 """bytes ~ N^0.75 and 1/noise ~ N^1.5 on English text: only where to look next."""
-
-
-def build_id_model(targets: Iterable[SparseTargets]) -> IdModel:
-    """The id model of a teacher's average distribution, from targets over typical text (10,000 rows or more).
-
-    Unbiased targets (such as systematic with N = 1,000) estimate that average, whatever backend drew them.
-    """
-    expected_counts: npt.NDArray[np.float64] | None = None
-    for part in targets:
-        weights = part.weights().astype(np.float64)
-        drawn = np.bincount(part.token_ids, weights=weights, minlength=part.vocab_size).astype(np.float64)
-        expected_counts = drawn if expected_counts is None else expected_counts + drawn
-    if expected_counts is None:
-        raise ValueError("expected targets of calibration text, got none")
-    return IdModel.from_expected_counts(expected_counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
