@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 
 from logitstream.errors import CodecError
-from logitstream.id_model import IdModel, IdTables, model_tables, uniform_tables
+from logitstream.id_model import IdModel, IdTables, uniform_tables
 from logitstream.range_coder import MAX_ENTRY_BYTES, decode_block, encode_block
 from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets
 
@@ -119,7 +119,7 @@ def _decode_plain(body: bytes) -> SparseTargets:
 
 
 def _tables(vocab_size: int, id_model: IdModel | None) -> IdTables:
-    return uniform_tables(vocab_size) if id_model is None else model_tables(id_model.levels.tobytes())
+    return uniform_tables(vocab_size) if id_model is None else id_model.tables
 
 
 def _encode_coded(targets: SparseTargets, id_model: IdModel | None) -> bytes:
