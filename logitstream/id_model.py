@@ -1,8 +1,8 @@
 """A static model of which token ids occur in a teacher's targets: it brings their codes near their entropy.
 
 Both sides hold the same model: the teacher makes it from how often each id occurs in its own targets of typical text,
-TeacherInfo carries it, its digest is part of every fingerprint, and the payload names it. All arithmetic is on integers, so that both sides derive
-the same tables from it on any machine.
+TeacherInfo carries it, its digest is part of every fingerprint, and the payload names it. All arithmetic is on
+integers, so that both sides derive the same tables from it on any machine.
 """
 
 from __future__ import annotations
