@@ -122,6 +122,9 @@ class Prefetch:
             else:
                 return None
             metrics.STUDENT_QUEUE_BATCHES.set(len(self.ready))
+            is_last = self._exhausted and not self._pending and not self.ready
+        if is_last:  # before any worker can begin the next epoch, which may find it all in the cache
+            self._source.flush()
         waited = time.perf_counter() - started
         self._stats.waiting_seconds += waited
         self._stats.batches += 1

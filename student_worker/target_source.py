@@ -19,6 +19,8 @@ from student_worker.teacher_client import TeacherClient
 
 logger = logging.getLogger(__name__)
 
+LOOK_AGAIN_SECONDS = 2.0
+"""While the teacher does not answer, the cache is looked at this often: another worker may have written it."""
 MAX_FETCHES = 4
 """How often targets that are damaged, or grew stale while they waited, are asked for before the stream ends."""
 
@@ -141,10 +143,24 @@ class TargetSource:
                 slot.kept = True
                 return stored
             logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
-        received = (future or self._submit(slot)).result()
+        received = self._wait(slot, future or self._submit(slot))
         if self._look_up and cache is not None and received.key != cache.key(slot.sequence, self._draw_set):
             raise FingerprintMismatch(f"not the teacher of the cache (its value first): {self._differences(cache)}")
         return received
+
+    def _wait(self, slot: Slot, future: Future[ReceivedTargets]) -> ReceivedTargets:
+        """The teacher's answer, or what another process has written to the cache meanwhile."""
+        cache = self._cache if self._look_up else None
+        while True:
+            try:
+                return future.result(LOOK_AGAIN_SECONDS if cache is not None else None)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if cache is not None and (stored := cache.get(slot.sequence, self._draw_set)) is not None:
+                    future.cancel()
+                    slot.kept = True
+                    return stored
 
     def _submit(self, slot: Slot) -> Future[ReceivedTargets]:
         if self._client is None:

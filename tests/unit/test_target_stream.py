@@ -337,6 +337,27 @@ def test_only_what_the_cache_lacks_is_asked_for(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_what_another_worker_writes_while_the_teacher_is_silent_is_taken_from_the_cache(tmp_path: Path) -> None:
+    batches = make_batches(3)
+    mine = open_target_cache(tmp_path / "c", HandTeacher(), SPEC, writer_id="mine")
+    silent = HandTeacher(automatic=False)
+    stream = TargetStream(batches, silent, spec=SPEC, cache=mine, mode="cache_then_online", draw_set=0)
+
+    def write_like_another_worker() -> None:
+        wait_until(lambda: len(silent.asked) == 6)
+        other = open_target_cache(tmp_path / "c", HandTeacher(), SPEC, writer_id="other")
+        assert len(list(TargetStream(batches, HandTeacher(), spec=SPEC, cache=other, draw_set=0))) == 3
+        other.close()
+
+    thread = threading.Thread(target=write_like_another_worker)
+    thread.start()
+    for got, batch in zip(stream, batches, strict=True):
+        assert_same(got["targets"], expected(batch))
+    thread.join()
+    mine.close()
+    assert all(future.cancelled() for _, _, future in silent.open)
+
+
 def test_what_the_cache_alone_does_not_hold_is_an_error_that_says_so(tmp_path: Path) -> None:
     batches, teacher = make_batches(4), HandTeacher()
     cache = open_cache(tmp_path, teacher)
