@@ -11,8 +11,8 @@ to both. Per optimizer step of n micro-batches, in medians over the measured ste
                          although it runs in a thread beside the step
 
 and the ratios are over the cross-entropy step. Measuring takes time in which targets arrive: it can hide at most its
-own share (`measurement`) of waiting. Under data parallelism every process measures at the same step, from a barrier on, and
-a step waits as long as the process that waits longest.
+own share (`measurement`) of waiting. Under data parallelism every process measures at the same step, from a barrier on,
+and a step waits as long as the process that waits longest.
 """
 
 from __future__ import annotations

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from logitstream import metrics
+from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
 from student_worker.batches import Batch
 from student_worker.figures import StepFigures
-from student_worker.split_model import install_fused_loss
+from student_worker.split_model import install_fused_loss, reshard
 from student_worker.supervision import next_token_labels, supervised_mask
 
 if TYPE_CHECKING:
     from student_worker.target_stream import TargetStream
+
+logger = logging.getLogger(__name__)
 
 NOT_FOR_THE_MODEL = ("labels", "loss_mask", "targets")
 
@@ -59,7 +65,10 @@ class DistillationTrainer(Trainer):
         assert isinstance(self.model, nn.Module)
         self.is_fused = install_fused_loss(self.model)
         self.target_stream: TargetStream | None = None
-        self.figures = StepFigures(overhead_every=overhead_every if self._can_discard_gradients() else 0)
+        if overhead_every and not self._can_discard_gradients():
+            logger.warning("the overhead over cross-entropy cannot be measured with this way of sharding")
+            overhead_every = 0
+        self.figures = StepFigures(overhead_every=overhead_every)
         self.add_callback(self.figures)
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
@@ -158,9 +167,11 @@ class DistillationTrainer(Trainer):
             torch.accelerator.synchronize()
 
     def _can_discard_gradients(self) -> bool:
-        """DeepSpeed and FSDP1 keep gradients where they cannot be put aside."""
+        """DeepSpeed and FSDP1 keep gradients where they cannot be put aside; so does FSDP2 while it accumulates."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        return not self.is_deepspeed_enabled and (plugin is None or plugin.fsdp_version == 2)
+        if self.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1):
+            return False
+        return self.args.gradient_accumulation_steps == 1 or not (plugin or isinstance(self.model, FSDPModule))
 
     def compute_loss(
         self,
@@ -179,7 +190,8 @@ class DistillationTrainer(Trainer):
             outputs = model(**model_inputs)
             loss = sparse_kl(outputs.logits, **arguments)
             return (loss, outputs) if return_outputs else loss
-        fused = model(**model_inputs, loss_arguments=arguments | {"chunk_bytes": self.chunk_bytes})
+        loss_of_head = partial(fused_linear_sparse_kl, chunk_bytes=self.chunk_bytes, **arguments)
+        fused: FusedLoss = model(**model_inputs, head_loss=loss_of_head)
         if model.training and arguments["targets"] is not None:
             self.figures.add_diagnostics(fused.diagnostics)
         return (fused.loss, {"loss": fused.loss}) if return_outputs else fused.loss
@@ -194,6 +206,13 @@ class DistillationTrainer(Trainer):
             "temperature": self.temperature,
             "ghost": self.ghost,
         }
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's, after which FSDP2 scatters its weights again."""
+        output = super().evaluation_loop(*args, **kwargs)
+        assert isinstance(self.model, nn.Module)
+        reshard(self.model)
+        return output
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
