@@ -151,13 +151,16 @@ class TargetSource:
     def _wait(self, slot: Slot, future: Future[ReceivedTargets]) -> ReceivedTargets:
         """The teacher's answer, or what another process has written to the cache meanwhile."""
         cache = self._cache if self._look_up else None
+        if cache is None:
+            return future.result()
         while True:
+            known = not future.done() and cache.holds(slot.sequence, self._draw_set)
             try:
-                return future.result(LOOK_AGAIN_SECONDS if cache is not None else None)
+                return future.result(0.0 if known else LOOK_AGAIN_SECONDS)
             except TimeoutError:
                 if future.done():
                     raise
-                if cache is not None and (stored := cache.get(slot.sequence, self._draw_set)) is not None:
+                if (stored := cache.get(slot.sequence, self._draw_set)) is not None:
                     future.cancel()
                     slot.kept = True
                     return stored
