@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+from logitstream.errors import LogitstreamError
+from logitstream.rpc.channel import certificate_expiry
 from teacher_server import logs
 from teacher_server.backend import TeacherBackend
 from teacher_server.config import TeacherConfig
@@ -26,17 +29,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     def load_checkpoint(folder: Path) -> TeacherBackend:
         return backend_factory(replace(config, model=str(folder), tokenizer=config.tokenizer or config.model))()
 
-    can_replace = config.backend == "transformers"
-    serve(config, backend_factory(config), load_checkpoint=load_checkpoint if can_replace else None)
+    serve(
+        config,
+        backend_factory(config),
+        load_checkpoint=load_checkpoint if config.backend == "transformers" else None,
+        make_id_model=lambda backend: id_model_of(config, backend),
+    )
 
 
 def check(config: TeacherConfig) -> None:
-    """Load everything that serving needs, say what was found, serve nothing."""
-    backend = backend_factory(config)()
+    """Load everything that serving needs, say what was found, serve nothing; SystemExit says what is wrong."""
+    try:
+        backend = backend_factory(config)()
+        id_model_of(config, backend)
+        if config.tls_cert:
+            print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls_cert), UTC)}")
+    except (OSError, ValueError, LogitstreamError) as error:
+        raise SystemExit(f"teacher-server: {error}") from error
     for name, value in asdict(backend.describe()).items():
         print(f"{name}: {len(value)} bytes" if isinstance(value, bytes) else f"{name}: {value}")
     backend.close()
     print("the settings and the model are good")
+
+
+def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
+    """What codec version 2 is told about the teacher's ids; empty where the settings name nothing."""
+    from transformers import AutoTokenizer
+
+    from teacher_server.calibration import id_model_from
+    from teacher_server.weights import weights_folder
+
+    path = Path(config.id_model) if config.id_model else None
+    if not config.calibration_text:
+        return id_model_from(path, None, None, backend)
+    folder = weights_folder(config.model, config.revision)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or folder)
+    return id_model_from(path, Path(config.calibration_text), tokenizer, backend)
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
@@ -74,7 +102,9 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
             dtype=config.dtype,
             revision=config.revision,
             max_sequence_tokens=config.max_sequence_tokens or None,
+            logits_chunk_bytes=config.logits_chunk_bytes,
             engine_options=config.backend_options,
+            engine_restarts=config.engine_restarts,
         )
 
     return load_vllm if config.backend == "vllm" else load_transformers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from logitstream.settings import setting
 from teacher_server.access import is_loopback
@@ -19,8 +20,11 @@ class TeacherConfig:
     revision: str = setting("Revision of the model on the hub; ignored for a folder.", "main")
     tokenizer: str = setting("Folder or hub name of the tokenizer; empty: the model's own.", "")
     backend: str = setting("What runs the model.", "transformers", choices=BACKENDS)
-    backend_options: dict[str, str] = setting(
-        "More settings for the backend, handed on as they are (vllm).", factory=dict
+    backend_options: dict[str, Any] = setting(
+        "vLLM engine options by their own names, as JSON; for the vllm backend.", factory=dict
+    )
+    engine_restarts: int = setting(
+        "How often a vLLM engine that died is started again before the server exits with status 70.", 3
     )
     dtype: str = setting("Of the forward: float32, bfloat16, float16; auto: as the weights are stored.", "auto")
     device: str = setting("cpu, cuda, cuda:N; auto: a GPU where there is one.", "auto")
@@ -53,7 +57,8 @@ class TeacherConfig:
     insecure: bool = setting("Allow plaintext on an address that other machines reach.", False)
     watch_checkpoints: str = setting("Folder whose newest complete checkpoint is served as soon as it appears.", "")
     watch_seconds: float = setting("How often that folder is looked at.", 2.0)
-    calibration_text: str = setting("Text whose mean teacher distribution becomes codec 2's static id model.", "")
+    id_model: str = setting("File of codec 2's static id model, the same for all replicas.", "")
+    calibration_text: str = setting("Text that the id model is made from where `id_model` does not exist yet.", "")
     log_json: bool = setting("One JSON object a log line instead of text.", False)
     log_level: str = setting("DEBUG, INFO, WARNING or ERROR.", "INFO")
     check: bool = setting("Validate these settings and load the model, then exit without serving.", False)

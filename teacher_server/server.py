@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
 from grpc_reflection.v1alpha import reflection
 
-from logitstream import metrics
+from logitstream import codec, metrics
 from logitstream.rpc.channel import TlsFiles, certificate_expiry, server_credentials, server_options
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.access import BearerTokens, is_loopback
@@ -88,10 +88,12 @@ class TeacherServer:
         make_backend: Callable[[], TeacherBackend],
         *,
         load_checkpoint: LoadCheckpoint | None = None,
+        make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
     ) -> None:
         self._config = config
         self._make_backend = make_backend
         self._load_checkpoint = load_checkpoint
+        self._make_id_model = make_id_model
         self._stopping = asyncio.Event()
         self._health = health_aio.HealthServicer()
         self._gate = _WhenLoaded()
@@ -112,14 +114,20 @@ class TeacherServer:
         await self._listen()
         try:
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-            loading: asyncio.Future[Any] = _in_thread(self._make_backend)
+            loading: asyncio.Future[Any] = _in_thread(self._load)
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                await self._serve(loading.result(), stopping)
+                backend, id_model = loading.result()
+                await self._serve(backend, id_model, stopping)
         finally:
             await self._server.stop(STOP_SECONDS)
             if self._probed is not None:
                 await self._probed.stop(0)
+
+    def _load(self) -> tuple[TeacherBackend, bytes]:
+        codec.warm_up()
+        backend = self._make_backend()
+        return backend, self._make_id_model(backend)
 
     async def _listen(self) -> None:
         config = self._config
@@ -143,9 +151,8 @@ class TeacherServer:
             self._probed.add_insecure_port(config.health_address)
             await self._probed.start()
 
-    async def _serve(self, backend: TeacherBackend, stopping: asyncio.Future[Any]) -> None:
+    async def _serve(self, backend: TeacherBackend, id_model: bytes, stopping: asyncio.Future[Any]) -> None:
         config = self._config
-        id_model = backend.describe().id_model
         scheduler = self.scheduler = Scheduler(
             backend,
             encoder(id_model, config.max_message_bytes),
@@ -153,7 +160,7 @@ class TeacherServer:
             max_queue_tokens=config.max_queue_tokens,
             client_weights=config.weights_by_client(),
         )
-        servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend))
+        servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend), id_model=id_model)
         running = asyncio.ensure_future(scheduler.run())
         tasks = [asyncio.ensure_future(self._keep_house(scheduler)), *self._watch(scheduler)]
         try:
@@ -227,6 +234,7 @@ def serve(
     make_backend: Callable[[], TeacherBackend],
     *,
     load_checkpoint: LoadCheckpoint | None = None,
+    make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
 ) -> None:
     """Serve until SIGTERM or SIGINT; returns when everything is drained.
 
@@ -234,7 +242,7 @@ def serve(
     """
 
     async def main() -> TeacherServer:
-        server = TeacherServer(config, make_backend, load_checkpoint=load_checkpoint)
+        server = TeacherServer(config, make_backend, load_checkpoint=load_checkpoint, make_id_model=make_id_model)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)

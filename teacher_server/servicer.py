@@ -65,6 +65,7 @@ class TeacherServicer:
         self._scheduler = scheduler
         self._limits = limits
         self._id_model = id_model
+        self._id_model = id_model
         self._server_version = server_version
         self._streams: set[ClientStream] = set()
         self._stream_ids = itertools.count(1)
@@ -92,6 +93,7 @@ class TeacherServicer:
             max_sequence_tokens=self._limits.max_sequence_tokens,
             max_in_flight_tokens=self._limits.max_in_flight_tokens,
             max_message_bytes=self._limits.max_message_bytes,
+            id_model=self._id_model,
             server_version=version("logitstream"),
         )
 

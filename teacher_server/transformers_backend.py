@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.errors import NonFiniteLogits, RequestError
@@ -81,6 +82,7 @@ class TransformersBackend:
         folder = weights_folder(model, revision)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         started = time.monotonic()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is read line by line
         lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         lm = lm.to(device)
         info = TeacherInfo(

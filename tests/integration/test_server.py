@@ -224,16 +224,19 @@ async def test_a_client_that_vanishes_leaves_nothing_in_the_queue() -> None:
 
 async def test_a_client_that_does_not_read_holds_back_only_itself() -> None:
     backend = FakeBackend(entries_per_row=500)
-    async with serving(backend, max_in_flight_tokens=20_000) as server:
-        async with WireClient(server.address) as slow, WireClient(server.address) as quick:
-            await slow.open(client_id="slow")
-            for start in range(20):
-                await slow.request({start: sequence(*[start] * 1000)})
-            await quick.open(client_id="quick")
-            for number in range(50):
-                await quick.request({number: sequence(number)})
-            await quick.receive(50)
-            assert len(await slow.receive(20)) == 20
+    async with (
+        serving(backend, max_in_flight_tokens=20_000) as server,
+        WireClient(server.address) as slow,
+        WireClient(server.address) as quick,
+    ):
+        await slow.open(client_id="slow")
+        for start in range(20):
+            await slow.request({start: sequence(*[start] * 1000)})
+        await quick.open(client_id="quick")
+        for number in range(50):
+            await quick.request({number: sequence(number)})
+        await quick.receive(50)
+        assert len(await slow.receive(20)) == 20
 
 
 async def test_a_sequence_the_backend_fails_on_is_reported_without_the_backend_s_words() -> None:

@@ -1,0 +1,66 @@
+"""The static id model of codec version 2, from what a teacher draws on a text."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstream.id_model import IdModel
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
+from teacher_server.backend import ScoreRequest, TeacherBackend
+
+SEQUENCE_TOKENS = 256
+MAX_SEQUENCES = 40
+SPEC = TargetSpec(num_samples=1000)
+"""Unbiased and near the distribution itself: its weights add up to the teacher's average."""
+
+log = logging.getLogger(__name__)
+
+
+class Tokenizes(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+
+def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | None, backend: TeacherBackend) -> bytes:
+    """The id model in the file `path`, made from `text` where there is no such file yet; empty where neither is given.
+
+    Replicas must share the file: models of two calibrations differ in a few levels, which the students would refuse.
+    """
+    if path is not None and path.exists():
+        return IdModel.from_bytes(path.read_bytes()).to_bytes()
+    if text is None or tokenizer is None:
+        return b""
+    encoded = calibrate(backend, tokenizer.encode(text.read_text(encoding="utf-8"))).to_bytes()
+    if path is not None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_bytes(encoded)
+        partial.rename(path)
+    return encoded
+
+
+def calibrate(backend: TeacherBackend, token_ids: list[int]) -> IdModel:
+    """The id model of what the teacher predicts at evenly spaced places of a text; ValueError where there is none."""
+    length = min(SEQUENCE_TOKENS, backend.describe().max_sequence_tokens)
+    sequences = _places(np.array(token_ids, np.int32), length)
+    if not sequences:
+        raise ValueError("the calibration text holds no token")
+    log.info("id model from %d sequences of the calibration text", len(sequences))
+    scored = (backend.score([ScoreRequest(sequence=sequence, spec=SPEC)])[0] for sequence in sequences)
+    expected_counts = np.zeros(backend.describe().vocab_size)
+    for targets in scored:
+        if isinstance(targets, SparseTargets):
+            np.add.at(expected_counts, targets.token_ids, targets.weights())
+    return IdModel.from_expected_counts(expected_counts)
+
+
+def _places(token_ids: npt.NDArray[np.int32], length: int) -> list[TokenSequence]:
+    if not len(token_ids):
+        return []
+    num_places = min(MAX_SEQUENCES, -(-len(token_ids) // length))
+    starts = np.linspace(0, max(0, len(token_ids) - length), num_places).astype(int)
+    return [TokenSequence(token_ids=token_ids[start : start + length]) for start in starts]

@@ -1,0 +1,170 @@
+"""`python -m teacher_server` as users run it: from settings to a healthy server, new weights, SIGTERM, --check."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from logitstream import codec
+from logitstream.id_model import IdModel
+from logitstream.rpc import convert
+from logitstream.types import TargetSpec
+from teacher_server.__main__ import check, main
+from teacher_server.calibration import id_model_from
+from teacher_server.config import TeacherConfig
+from teacher_server.weights import weights_digest
+from tests.fakes import FakeBackend
+from tests.serving import WireClient, sequence
+from tests.tiny_models import save_tiny_teacher
+
+COMMAND = [sys.executable, "-m", "teacher_server"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@contextmanager
+def teacher_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and its address."""
+    command = [*COMMAND, "--address", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving on "), process.communicate(timeout=10)
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+async def test_serves_reports_and_drains_at_sigterm(tiny_teacher: Path, tmp_path: Path) -> None:
+    address_file = tmp_path / "address"
+    (tmp_path / "settings.yaml").write_text(f"model: {tiny_teacher}\nmetrics_port: 0\nlog_json: true\n")
+    arguments = ["--config", str(tmp_path / "settings.yaml"), "--address_file", str(address_file)]
+    with teacher_process(*arguments) as (process, address):
+        assert address_file.read_text().strip() == address
+        assert process.stderr is not None
+        metrics_address = json.loads(process.stderr.readline())["message"].removeprefix("metrics on ")
+        async with WireClient(address) as client:
+            info = convert.info_from_message(await client.describe())
+            assert info.weights_digest == weights_digest(tiny_teacher)
+            await client.open(TargetSpec())
+            await client.request({number: sequence(*range(number, number + 9)) for number in range(20)})
+            results = await client.receive(20)
+            assert all(codec.decode(result.targets).num_rows == 9 for result in results.values())
+            exported = urllib.request.urlopen(f"http://{metrics_address}/metrics").read().decode()
+            assert "logitstream_teacher_tokens_total 180.0" in exported
+            assert "logitstream_teacher_sequences_total 20.0" in exported
+            process.send_signal(signal.SIGTERM)
+            status, _ = await client.finish()
+            assert status.name == "OK"
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert '"message": "drained: 0 requests left unanswered"' in errors
+        lines = [json.loads(line) for line in errors.splitlines()]
+        assert {"stream": 1, "client": "test", "message": "stream opened"}.items() <= lines[-4].items()
+
+
+def test_new_checkpoints_are_served_as_they_appear_and_broken_ones_are_not(tiny_teacher: Path, tmp_path: Path) -> None:
+    watched = tmp_path / "checkpoints"
+    watched.mkdir()
+
+    async def version(client: WireClient, wanted: int) -> str:
+        async with asyncio.timeout(30):
+            while (info := await client.describe()).teacher_version < wanted:
+                await asyncio.sleep(0.05)
+        return info.weights_digest
+
+    async def scenario(address: str) -> None:
+        async with WireClient(address) as client:
+            await client.open(TargetSpec())
+            await client.request({0: sequence(1, 2, 3)})
+            await client.receive(1)
+            second = save_tiny_teacher(watched / "checkpoint-2", seed=2)
+            assert await version(client, 1) == weights_digest(second)
+            (watched / "checkpoint-3").mkdir()
+            (watched / "checkpoint-3" / "config.json").write_text("{}")
+            (watched / "checkpoint-3" / "model.safetensors").write_bytes(b"\x05")
+            wrong = save_tiny_teacher(watched / "checkpoint-4", family="gpt2", seed=3)
+            (wrong / "config.json").write_text("{}")
+            fifth = save_tiny_teacher(watched / "checkpoint-5", seed=5)
+            assert await version(client, 2) == weights_digest(fifth)
+            await client.request({1: sequence(1, 2, 3)})
+            result = (await client.receive(2))[1]
+            assert result.teacher_version == 2
+            assert result.weights_digest.hex() == weights_digest(fifth)[:16]
+            assert client.results[0].teacher_version == 0
+            assert result.targets != client.results[0].targets
+
+    arguments = ["--model", str(tiny_teacher), "--watch_checkpoints", str(watched), "--watch_seconds", "0.1"]
+    with teacher_process(*arguments) as (_, address):
+        asyncio.run(scenario(address))
+
+
+async def test_an_id_model_is_made_once_and_then_shared(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(" ".join(f"w{number * 7 % 96}" for number in range(500)))
+    arguments = ["--model", str(tiny_teacher), "--id_model", str(tmp_path / "ids")]
+    with teacher_process(*arguments, "--calibration_text", str(tmp_path / "text")) as (_, address):
+        async with WireClient(address) as client:
+            encoded = (await client.describe()).id_model
+            assert encoded == (tmp_path / "ids").read_bytes()
+            await client.open(TargetSpec())
+            await client.request({1: sequence(*range(30))})
+            payload = (await client.receive(1))[1].targets
+        targets = codec.decode(payload, id_model=IdModel.from_bytes(encoded))
+        assert targets.num_rows == 30
+    assert id_model_from(tmp_path / "ids", None, None, FakeBackend(vocab_size=96)) == encoded
+
+
+def test_check_validates_without_serving(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(TeacherConfig(model=str(tiny_teacher), device="cpu"))
+    output = capsys.readouterr().out
+    assert "vocab_size: 96" in output
+    assert "serving on" not in output
+
+
+def test_check_fails_on_a_model_that_is_not_there() -> None:
+    with pytest.raises(SystemExit, match=r"teacher-server: .*/nowhere"):
+        check(TeacherConfig(model="/nowhere/at all"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "m", "--modle", "x"], "did you mean 'model'"),
+        ([], "model is needed"),
+        (["--model", "m", "--address", "0.0.0.0:0"], "--insecure"),
+        (["--model", "m", "--tls_cert", "x"], "tls_key"),
+        (["--model", "m", "--max_batch_tokens", "0"], "max_batch_tokens must be at least 1, got 0"),
+        (["--model", "m", "--backend", "magic"], "magic"),
+    ],
+)
+def test_settings_that_cannot_work_end_with_a_clear_message(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_server_told_to_stop_while_it_loads_stops(tiny_teacher: Path) -> None:
+    process = subprocess.Popen([*COMMAND, "--model", str(tiny_teacher), "--address", "127.0.0.1:0"], env=ENVIRONMENT)
+    time.sleep(1.0)
+    process.terminate()
+    assert process.wait(timeout=20) in (0, -signal.SIGTERM)
