@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from datasets import Dataset
@@ -29,7 +30,8 @@ from logitstream.cache import CacheReader
 from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import parse_settings
 from logitstream.tokenizer import tokenizer_digest
-from logitstream.types import TargetSpec
+from logitstream.types import TargetSpec, TokenSequence
+from student_worker.calibration import CALIBRATION_SEQUENCES, choose_spec
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
 from student_worker.progress import ProgressDisplay
@@ -51,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if arguments.process_index == 0:
-        write_resolved(config, arguments)
     run(config, arguments)
 
 
@@ -66,9 +66,16 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     with arguments.main_process_first(desc="packing the text"):
         train_set, heldout_set = load_data(config, arguments, tokenizer)
     model = load_model(config, arguments)
+    digest = tokenizer_digest(tokenizer)
+    if config.targets != "cache" and (config.bytes_per_token or config.noise):
+        meet_budget(config, train_set, lambda spec: connect(config, spec, model.config.vocab_size, digest))
+    if arguments.process_index == 0:
+        write_resolved(config, arguments)
     with contextlib.ExitStack() as resources:
-        digest = tokenizer_digest(tokenizer)
-        client = connect(config, config.target_spec(), model.config.vocab_size, digest, resources)
+        client = None
+        if config.targets != "cache":
+            client = connect(config, config.target_spec(), model.config.vocab_size, digest)
+            resources.enter_context(contextlib.closing(client))
         cache = open_cache(config, client, digest, arguments.process_index, resources)
         trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set)
         report = train(trainer, arguments)
@@ -128,16 +135,28 @@ def load_model(config: StudentConfig, arguments: TrainingArguments) -> PreTraine
     return model
 
 
-def connect(
-    config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str, resources: contextlib.ExitStack
-) -> GrpcTeacherClient | None:
-    """A client of the teacher's replicas; None where targets come from the cache alone."""
-    if config.targets == "cache":
-        return None
+def meet_budget(
+    config: StudentConfig, train_set: Dataset | CacheDataset, connect: Callable[[TargetSpec], GrpcTeacherClient]
+) -> None:
+    """Put N, θ or k in place of a budget in bytes or noise."""
+    first = [train_set[index]["input_ids"] for index in range(min(CALIBRATION_SEQUENCES, len(train_set)))]
+    spec = choose_spec(
+        connect,
+        [TokenSequence(token_ids=np.asarray(token_ids, dtype=np.int32)) for token_ids in first],
+        config.target_spec(),
+        bytes_per_token=config.bytes_per_token,
+        noise=config.noise,
+    )
+    config.num_samples, config.threshold, config.top_k = spec.num_samples, spec.threshold, spec.top_k
+    config.bytes_per_token = config.noise = 0.0
+
+
+def connect(config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str) -> GrpcTeacherClient:
+    """A client of the teacher's replicas."""
     tls = None
     if config.tls_ca:
         tls = TlsFiles(certificate=config.tls_cert or None, key=config.tls_key or None, authority=config.tls_ca)
-    client = GrpcTeacherClient(
+    return GrpcTeacherClient(
         config.teacher,
         spec,
         vocab_size=vocab_size,
@@ -149,7 +168,6 @@ def connect(
         connect_timeout_seconds=config.connect_timeout_seconds,
         max_teacher_lag=config.max_teacher_lag,
     )
-    return resources.enter_context(contextlib.closing(client))
 
 
 def open_cache(
