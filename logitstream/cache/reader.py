@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +15,16 @@ import numpy.typing as npt
 from logitstream import metrics
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import manifest_fingerprint, read_id_model, read_manifest
-from logitstream.cache.shard import SPAN, Record, read_record, unpack_record
-from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_position, survey
+from logitstream.cache.open_shard import OPEN_SUFFIX
+from logitstream.cache.shard import Record, unpack_record
+from logitstream.cache.shard_file import ShardFile
+from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_path, survey
 from logitstream.errors import CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
 
 logger = logging.getLogger(__name__)
 
-MAX_OPEN_FILES = 128
+MAX_OPEN_SHARDS = 128
 Parts = tuple[tuple[Any, ...], bytes, bytes, bytes]
 """A record's span (SPAN's fields in order), token bytes, mask bytes and payload."""
 
@@ -44,7 +44,7 @@ class CacheReader:
         self.id_model = read_id_model(self.directory, self.fingerprint)
         self.damaged: set[bytes] = set()
         self._warned = False
-        self._files: OrderedDict[Path, _File] = OrderedDict()
+        self._files: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
         self._now = Snapshot()
         self._order: tuple[Snapshot, KeyIndex, npt.NDArray[np.uint32] | None] | None = None
@@ -105,10 +105,17 @@ class CacheReader:
     def records(self) -> Iterator[Record]:
         """Every copy of every undamaged record, shard by shard in the order of writing."""
         now = self._now
-        for place in (*range(now.num_sealed), *range(OPEN_PLACE, OPEN_PLACE + now.num_open)):
-            found = self._load(now, place)
-            if found is not None:
-                yield unpack_record(*found)
+        for path, spans in now.all_spans():
+            try:
+                file = self._files.get(path) or self._open(now, path)
+            except OSError as error:
+                self._note(path, error)
+                continue
+            for span, parts in file.records(spans):
+                if parts is not None:
+                    yield unpack_record(span, *parts)
+                else:
+                    self._note(path, f"record {span[0].hex()} does not match its checksum", span[0])
 
     def close(self) -> None:
         """Let go of the files; the reader may be used on."""
@@ -140,52 +147,32 @@ class CacheReader:
 
     def _load(self, now: Snapshot, place: int, key: bytes | None = None) -> Parts | None:
         """A place's record, or None where it is damaged, another key's or in a shard that was pruned."""
-        path: Path | None = None
+        path, row = now.open_rows[place - OPEN_PLACE] if place >= OPEN_PLACE else now.shard_of(place)
         try:
-            path, span = self._span(now, place)
+            file = self._files.get(path) or self._open(now, path)
+            span = row if isinstance(row, tuple) else file.span(row)
             if key is not None and span[0] != key:
                 raise CorruptRecord(f"the index names {span[0].hex()} where it named {key.hex()} before")
-            return (span, *read_record(self._file(path).fd, span))
+            return (span, *file.record(span))
         except FileNotFoundError:
             return None
         except (CorruptRecord, OSError) as error:
-            if not self._warned:
-                self._warned = True
-                logger.warning("%s: %s; damaged records pass for missing", path or self.directory, error)
-            metrics.CACHE_CORRUPT.inc()
-            if key is not None:
-                self.damaged.add(key)
+            self._note(path, error, key)
             return None
 
-    def _span(self, now: Snapshot, place: int) -> tuple[Path, tuple[Any, ...]]:
-        if place >= OPEN_PLACE:
-            return now.open_rows[place - OPEN_PLACE]
-        path, row = now.shard_of(place)
-        if path in now.rebuilt:
-            return path, SPAN.unpack(now.rebuilt[path][row].tobytes())
-        content = os.pread(self._file(path.with_suffix(".index")).fd, SPAN.size, index_position(row))
-        if len(content) != SPAN.size:
-            raise CorruptRecord(f"the index of {path} is cut off")
-        return path, SPAN.unpack(content)
+    def _note(self, path: str, problem: object, key: bytes | None = None) -> None:
+        """Count a damaged record; the first one is logged."""
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: %s; damaged records pass for missing", path, problem)
+        metrics.CACHE_CORRUPT.inc()
+        if key is not None:
+            self.damaged.add(key)
 
-    def _file(self, path: Path) -> _File:
+    def _open(self, now: Snapshot, path: str) -> ShardFile:
         with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = _File(path)
-                while len(self._files) > MAX_OPEN_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(path)
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                self._files.clear()
+            index = None if path.endswith(OPEN_SUFFIX) else index_path(path)
+            file = self._files[path] = ShardFile(path, index=index, spans=now.rebuilt.get(path))
             return file
-
-
-class _File:
-    """A file open for reading, closed once nobody reads it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)

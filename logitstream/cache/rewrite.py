@@ -14,7 +14,8 @@ import numpy.typing as npt
 from logitstream.cache.manifest import read_manifest
 from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import SPAN, Record, Spans, encode_batch, read_record, unpack_record
+from logitstream.cache.shard import Record, Spans, encode_batch, unpack_record
+from logitstream.cache.shard_file import ShardFile
 from logitstream.cache.verify import shard_spans
 from logitstream.cache.writer import CacheWriter
 from logitstream.errors import CacheError, CorruptRecord
@@ -22,6 +23,7 @@ from logitstream.errors import CacheError, CorruptRecord
 Progress = Callable[[int], object]
 """Told how many records were read since the last call."""
 LOCK = ".prune.lock"
+RECORDS_PER_BATCH = 64
 
 
 def merge(sources: Sequence[Path], output: Path, progress: Progress = lambda _: None) -> tuple[int, int, int]:
@@ -133,12 +135,7 @@ def _kept(path: Path, spans: Spans, before_draw_set: int | None, damaged: bool) 
     if before_draw_set is not None:
         keep &= spans["draw_set"] >= before_draw_set
     if damaged:
-        with path.open("rb") as file:
-            for row in np.flatnonzero(keep):
-                try:
-                    read_record(file.fileno(), SPAN.unpack(spans[row].tobytes()))
-                except CorruptRecord:
-                    keep[row] = False
+        keep &= [parts is not None for _, parts in ShardFile(str(path)).records(spans)]
     return keep
 
 
@@ -147,16 +144,12 @@ def _replace(path: Path, spans: Spans, manifest: dict[str, object]) -> int:
     sealed: Path | None = None
     if len(spans):
         shard = OpenShard.create(path.parent, path.name.split("-")[0], manifest)
-        with path.open("rb") as file:
-            for start in range(0, len(spans), 64):
-                batch = []
-                for span in SPAN.iter_unpack(spans[start : start + 64].tobytes()):
-                    try:
-                        batch.append(unpack_record(span, *read_record(file.fileno(), span)))
-                    except CorruptRecord:
-                        continue
-                if batch:
-                    shard.append(encode_batch(batch, shard.schema))
+        file = ShardFile(str(path))
+        for start in range(0, len(spans), RECORDS_PER_BATCH):
+            found = file.records(spans[start : start + RECORDS_PER_BATCH])
+            batch = [unpack_record(span, *parts) for span, parts in found if parts is not None]
+            if batch:
+                shard.append(encode_batch(batch, shard.schema))
         sealed = shard.seal()
     for part in _files(path):
         part.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import xxhash
+from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.errors import CorruptRecord
 
 KEY_BYTES = 16
+INT32 = np.dtype("<i4")
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 CONTINUATION = b"\xff\xff\xff\xff"
 MAX_SHARD_BYTES = 1 << 31
@@ -38,6 +38,7 @@ FIELDS = [
     pa.field("checksum", pa.uint64(), nullable=False),
 ]
 
+HEAD = struct.Struct("<QQII")
 SPAN = struct.Struct("<16s6I3Q")
 """key; start and number of payload bytes, of tokens (int32), of mask bytes; draw set; teacher version; checksum."""
 SPAN_DTYPE = np.dtype(
@@ -81,12 +82,12 @@ def pack_mask(loss_mask: npt.NDArray[np.bool_] | None) -> bytes:
 
 
 def checksum(key: bytes, tokens: bytes, mask: bytes, payload: bytes, draw_set: int, teacher_version: int) -> int:
-    """XXH3 (64 bits, seed 0) over the key, `<QQII` of draw set, version and lengths in bytes, tokens, mask, payload."""
-    digest = xxhash.xxh3_64(key + struct.pack("<QQII", draw_set, teacher_version, len(tokens), len(mask)))
-    digest.update(tokens)
-    digest.update(mask)
-    digest.update(payload)
-    return digest.intdigest()
+    """XXH3 (64 bits) of the payload, whose seed is the mask's, whose seed is the tokens', whose seed is the head's.
+
+    The head is the key and `<QQII` of draw set, teacher version and the tokens' and the mask's lengths in bytes.
+    """
+    head = key + HEAD.pack(draw_set, teacher_version, len(tokens), len(mask))
+    return int(xxh3(payload, xxh3(mask, xxh3(tokens, xxh3(head)))))
 
 
 def encode_batch(records: Sequence[Record], schema: pa.Schema) -> pa.Buffer:
@@ -183,22 +184,11 @@ def _next_message(path: Path, start: int) -> int:
     return start
 
 
-def read_record(fd: int, span: tuple[Any, ...]) -> tuple[bytes, bytes, bytes]:
-    """Token bytes, mask bytes and payload of a span (SPAN's fields in order); CorruptRecord if they do not fit."""
-    key, payload_start, payload_bytes, tokens_start, num_tokens, mask_start, mask_bytes, draw_set, version, wanted = (
-        span
-    )
-    payload = os.pread(fd, payload_bytes, payload_start)
-    tokens = os.pread(fd, num_tokens * 4, tokens_start)
-    mask = os.pread(fd, mask_bytes, mask_start) if mask_bytes else b""
-    found = checksum(key, tokens, mask, payload, draw_set, version)
-    if found != wanted or len(payload) != payload_bytes:
-        raise CorruptRecord(f"record {key.hex()}: expected checksum {wanted:016x}, got {found:016x}")
-    return tokens, mask, payload
-
-
 def unpack_record(span: tuple[Any, ...], tokens: bytes, mask: bytes, payload: bytes) -> Record:
-    """The record whose parts `read_record` gave."""
-    token_ids = np.frombuffer(tokens, "<i4")
-    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(token_ids), bitorder="little") if mask else None
-    return Record(span[0], token_ids, bits.astype(bool) if bits is not None else None, payload, span[7], span[8])
+    """The record of a span and its parts."""
+    token_ids = np.frombuffer(tokens, INT32)
+    loss_mask = None
+    if mask:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(token_ids), bitorder="little")
+        loss_mask = bits.astype(bool)
+    return Record(span[0], token_ids, loss_mask, payload, span[7], span[8])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_PLACE = 1 << 31
 """Places from here on are records of open shards."""
-OpenRows = list[tuple[Path, tuple[Any, ...]]]
-"""Shard and span of each open record."""
+OpenRows = list[tuple[str, tuple[Any, ...]]]
+"""Path of the shard and span of each open record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,9 @@ class Snapshot:
     """
 
     sealed: KeyIndex = field(default_factory=KeyIndex.empty)
-    shards: tuple[Path, ...] = ()
+    shards: tuple[str, ...] = ()
     starts: tuple[int, ...] = (0,)
-    rebuilt: dict[Path, Spans] = field(default_factory=dict)
+    rebuilt: dict[str, Spans] = field(default_factory=dict)
     growing: dict[Path, tuple[Message, ...]] = field(default_factory=dict)
     open_rows: OpenRows = field(default_factory=list)
     num_open: int = 0
@@ -49,22 +51,25 @@ class Snapshot:
         """Where a key's records are."""
         return [*self.sealed.find(key), *self.open_keys.get(key, ())]
 
-    def shard_of(self, place: int) -> tuple[Path, int]:
+    def shard_of(self, place: int) -> tuple[str, int]:
         """The sealed shard that holds a place, and the row there."""
         number = bisect_right(self.starts, place) - 1
         return self.shards[number], place - self.starts[number]
 
-    def draw_sets(self) -> npt.NDArray[np.uint64]:
-        """The draw set of every sealed record, then of every open one."""
-        parts = [np.zeros(0, np.uint64)]
+    def all_spans(self) -> Iterator[tuple[str, Spans]]:
+        """Each shard's path and spans, in the order of places."""
         for number, path in enumerate(self.shards):
-            count = self.starts[number + 1] - self.starts[number]
             spans = self.rebuilt.get(path)
             if spans is None:
-                spans = np.fromfile(path.with_suffix(".index"), SPAN_DTYPE, count, offset=INDEX_HEADER.size)
-            parts.append(spans["draw_set"].copy())
-        parts.append(np.array([span[7] for _, span in self.open_rows[: self.num_open]], np.uint64))
-        return np.concatenate(parts)
+                count = self.starts[number + 1] - self.starts[number]
+                spans = np.fromfile(index_path(path), SPAN_DTYPE, count, offset=INDEX_HEADER.size)
+            yield path, spans
+        for path, rows in groupby(self.open_rows[: self.num_open], key=lambda row: row[0]):
+            yield path, np.frombuffer(b"".join(SPAN.pack(*span) for _, span in rows), SPAN_DTYPE)
+
+    def draw_sets(self) -> npt.NDArray[np.uint64]:
+        """The draw set of every sealed record, then of every open one."""
+        return np.concatenate([np.zeros(0, np.uint64), *(spans["draw_set"] for _, spans in self.all_spans())])
 
     def all_keys(self) -> KeyIndex:
         """Sealed and open records' keys in rising order."""
@@ -89,9 +94,9 @@ def survey(directory: Path, manifest: dict[str, Any], before: Snapshot) -> Snaps
     else:
         raise CacheError(f"{directory}: shards kept disappearing while they were listed")
     known = set(before.shards)
-    if not known <= set(sealed):  # pruned
+    if not known <= set(map(str, sealed)):  # pruned
         before, known = Snapshot(), set()
-    new = [path for path in sealed if path not in known]
+    new = [path for path in sealed if str(path) not in known]
     if not new and growing == before.growing:
         return before
     return _extended(before, new, growing, manifest)
@@ -104,13 +109,13 @@ def _extended(
     for path in new:
         spans, is_rebuilt = _sealed_spans(path, manifest)
         if is_rebuilt:
-            rebuilt[path] = spans
+            rebuilt[str(path)] = spans
         starts.append(starts[-1] + len(spans))
         keys.append(np.ascontiguousarray(spans["key"]))
     rows, open_keys = _open_rows(before, growing)
     return Snapshot(
         sealed=before.sealed.extended(keys, before.num_sealed) if keys else before.sealed,
-        shards=(*before.shards, *new),
+        shards=(*before.shards, *map(str, new)),
         starts=tuple(starts),
         rebuilt=rebuilt,
         growing=growing,
@@ -129,7 +134,7 @@ def _open_rows(before: Snapshot, growing: dict[Path, tuple[Message, ...]]) -> tu
     for path, messages in growing.items():
         for message in messages[known.get(path, 0) :]:
             for span in SPAN.iter_unpack(message.spans.tobytes()):
-                rows.append((path, span))
+                rows.append((str(path), span))
                 open_keys.setdefault(span[0], []).append(OPEN_PLACE + len(rows) - 1)
     return rows, open_keys
 
@@ -157,6 +162,6 @@ def _sealed_spans(path: Path, manifest: dict[str, Any]) -> tuple[Spans, bool]:
     return np.concatenate([nothing, *(message.spans for message in scan(path))]), True
 
 
-def index_position(row: int) -> int:
-    """Where a row's span lies in an index file."""
-    return INDEX_HEADER.size + SPAN.size * row
+def index_path(shard: str) -> str:
+    """The index of a sealed shard."""
+    return shard.removesuffix(".arrow") + ".index"

@@ -13,8 +13,9 @@ import numpy as np
 from logitstream.cache.manifest import MANIFEST, manifest_fingerprint, parse, read_id_model, read_index, read_manifest
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import END_OF_STREAM, SPAN, SPAN_DTYPE, Spans, read_record, read_schema, scan
-from logitstream.errors import CacheError, CorruptRecord
+from logitstream.cache.shard import END_OF_STREAM, SPAN_DTYPE, Spans, read_schema, scan
+from logitstream.cache.shard_file import ShardFile
+from logitstream.errors import CacheError
 
 Progress = Callable[[int], object]
 """Told how many bytes were read since the last call."""
@@ -113,13 +114,10 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
 def _check_records(path: Path, spans: Spans, damage: Damage) -> int:
     """Read a shard's records; how many are damaged."""
     bad = 0
-    with path.open("rb") as file:
-        for span in SPAN.iter_unpack(spans.tobytes()):
-            try:
-                read_record(file.fileno(), span)
-            except (CorruptRecord, OSError):
-                damage.damaged_keys.add(span[0])
-                bad += 1
+    for span, parts in ShardFile(str(path)).records(spans):
+        if parts is None:
+            damage.damaged_keys.add(span[0])
+            bad += 1
     damage.whole_records += len(spans) - bad
     return bad
 
