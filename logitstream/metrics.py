@@ -68,7 +68,7 @@ STUDENT_IN_FLIGHT_TOKENS = Gauge("logitstream_student_in_flight_tokens", "Tokens
 STUDENT_CREDIT_TOKENS = Gauge("logitstream_student_credit_tokens", "Tokens that teachers allow in flight")
 STUDENT_RETRIES = Counter("logitstream_student_retries_total", "Requests sent again, by reason", ["reason"])
 STUDENT_TEACHER_LAG = Gauge(
-    "logitstream_student_teacher_lag_versions", "Newest teacher version seen less the last one trained on"
+    "logitstream_student_teacher_lag_versions", "Newest teacher version seen less that of the last targets received"
 )
 STUDENT_LOSS = Gauge("logitstream_student_loss_nats", "Training loss per supervised token")
 STUDENT_OVERHEAD = Gauge(

@@ -208,6 +208,7 @@ class Dispatcher:
             teacher_version=answer.teacher_version,
             weights_digest=weights_digest,
         )
+        metrics.STUDENT_TEACHER_LAG.set(self.teacher.lag(answer.teacher_version))
         metrics.STUDENT_RECEIVED_BYTES.inc(answer.wire_bytes)
         metrics.STUDENT_ROWS.inc(len(request.sequence))
         self._forget(request, replica)
