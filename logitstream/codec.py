@@ -160,11 +160,8 @@ def _encode_rows(
         np.diff(targets.row_offsets[start : stop + 1]),
         targets.token_ids[first:last],
         targets.counts[first:last],
-        targets.units if sums_to_units else 0,
-        tables.bucket_of,
-        tables.inner_start,
-        tables.inner_total,
-        tables.next_start,
+        targets.units if sums_to_units else -1,
+        tables,
     )
     return last - first, out[:num_bytes].tobytes()
 
@@ -221,20 +218,15 @@ def _decode_blocks(body: bytes, header: _Header, first: int, last: int, id_model
     data, entry = np.frombuffer(body, np.uint8), 0
     for i in range(first, last):
         row, stop = (i - first) * BLOCK_ROWS, entry + header.block_entries[i]
-        failure = decode_block(
+        is_whole = decode_block(
             data[header.block_ends[i] : header.block_ends[i + 1]],
             lengths[row : row + BLOCK_ROWS],
             token_ids[entry:stop],
             counts[entry:stop],
-            header.units if header.sums_to_units else 0,
-            tables.bucket_start,
-            tables.inner_start,
-            tables.inner_total,
-            tables.inner_slot,
-            tables.next_start,
-            tables.next_slot,
+            header.units if header.sums_to_units else -1,
+            tables,
         )
-        if failure:
+        if not is_whole:
             raise CodecError(f"block {i} of {len(header.block_entries)} holds no rows of {stop - entry} entries in all")
         entry = stop
     return SparseTargets(

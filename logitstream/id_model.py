@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,11 +80,11 @@ class IdModel:
         return _tables(_weights(self.levels))
 
 
-@dataclass(frozen=True, slots=True)
-class IdTables:
+class IdTables(NamedTuple):
     """What encoding and decoding ids looks up. Consecutive ids form B buckets of about equal mass.
 
-    bucket_of: int32 [V]; bucket_start: int32 [B + 1], first ids;
+    bucket_of: int32 [V], or empty for buckets of equal ids without inner_start and inner_slot;
+    bucket_start: int32 [B + 1], first ids;
     inner_start: int32 [V], running sum of frequencies within the id's bucket; inner_total: int32 [B], their sum;
     next_start: int32 [B, classes, B + 1], for the bucket of the next id, when ids from the first index's bucket on are
     free and a class of DRAW_CLASSES says how many are still to come: running sums of frequencies with 2^NEXT_BITS in
@@ -101,10 +102,26 @@ class IdTables:
     next_slot: npt.NDArray[np.int16]
 
 
-@functools.lru_cache(maxsize=4)
 def uniform_tables(vocab_size: int) -> IdTables:
     """Tables for ids of which nothing is known."""
-    return _tables(np.ones(vocab_size, np.int64))
+    size = min(-(-vocab_size // NUM_BUCKETS), MAX_BUCKET_SIZE)
+    bucket_start = np.minimum(np.arange(-(-vocab_size // size) + 1) * size, vocab_size).astype(np.int32)
+    next_start, next_slot = _equal_buckets(len(bucket_start) - 1)
+    return IdTables(
+        bucket_of=np.zeros(0, np.int32),
+        bucket_start=bucket_start,
+        inner_start=np.zeros(0, np.int32),
+        inner_total=np.diff(bucket_start),
+        inner_slot=np.zeros((0, 0), np.int32),
+        next_start=next_start,
+        next_slot=next_slot,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _equal_buckets(num_buckets: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]:
+    next_start = _next_bucket(np.ones(num_buckets, np.int64))
+    return next_start, _next_slots(next_start)
 
 
 def _weights(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -187,19 +204,17 @@ def _next_bucket(mass: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     remaining = np.concatenate([np.cumsum(mass[::-1])[::-1], [0]])
     table = np.zeros((num_buckets, len(DRAW_CLASSES), num_buckets + 1), np.int32)
     for s in range(num_buckets):
-        ratio = (remaining[s:] << 30) // remaining[s]
+        reached = (1 << 30) - _powers((remaining[s:] << 30) // remaining[s])
         least = np.arange(num_buckets - s + 1)
-        for i, m in enumerate(DRAW_CLASSES):
-            reached = (1 << 30) - _power(ratio, int(m))
-            table[s, i, s:] = least + ((reached * ((1 << NEXT_BITS) - (num_buckets - s))) >> 30)
+        table[s, :, s:] = least + ((reached * ((1 << NEXT_BITS) - (num_buckets - s))) >> 30)
     return table
 
 
-def _power(base: npt.NDArray[np.int64], exponent: int) -> npt.NDArray[np.int64]:
-    """base^exponent of fixed-point numbers with 30 binary digits after the point, rounded down at each step."""
-    result = np.full_like(base, 1 << 30)
-    for digit in f"{exponent:b}":
+def _powers(base: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """base [B] to each power of DRAW_CLASSES, [classes, B]: of 30 binary digits, rounded down at each step."""
+    result = np.full((len(DRAW_CLASSES), len(base)), 1 << 30, np.int64)
+    for digit in reversed(range(int(DRAW_CLASSES[-1]).bit_length())):
         result = (result * result) >> 30
-        if digit == "1":
-            result = (result * base) >> 30
+        odd = (DRAW_CLASSES >> digit) & 1 == 1
+        result[odd] = (result[odd] * base) >> 30
     return result

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.id_model import DRAW_CLASSES, INNER_BITS, NEXT_BITS, SLOT_BITS
+from logitstream.id_model import DRAW_CLASSES, INNER_BITS, NEXT_BITS, SLOT_BITS, IdTables
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = npt.NDArray[Any]
@@ -26,7 +26,7 @@ Decoded = tuple[int, int, int, int]
 MAX_ENTRY_BYTES = 64
 """No entry and no row length takes more: 30 adaptive bits of at most 12 bits each, 31 plain ones, and an id."""
 
-TOO_MANY_ENTRIES, OUT_OF_RANGE = 1, 2
+MAX_COUNT = (1 << 31) - 1
 
 _MASK = (1 << 48) - 1
 _LEAST_WIDTH = 1 << 32
@@ -36,9 +36,9 @@ _RATES = np.array([1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5], dtype=np.int
 # Layout of the adaptive contexts: of a value's bit length, and of the two bits below its top bit, for each use.
 _VALUE_CONTEXTS = 32 + 32 * 4
 _LENGTH, _EXCESS, _PLAIN = 0, _VALUE_CONTEXTS, 2 * _VALUE_CONTEXTS
-_IS_ONE = 3 * _VALUE_CONTEXTS
-_TAKES_REST = _IS_ONE + 64
-_IS_TAIL = _TAKES_REST + 64
+_HAS_MORE = 3 * _VALUE_CONTEXTS
+_TAKES_ALL = _HAS_MORE + 64
+_IS_TAIL = _TAKES_ALL + 64
 _NUM_CONTEXTS = _IS_TAIL + 4
 
 _CLASS_OF = np.searchsorted(DRAW_CLASSES, np.arange(DRAW_CLASSES[-1] + 1), side="right").astype(np.int32) - 1
@@ -52,7 +52,7 @@ _CONTEXT = np.array(
 )
 
 
-def _compiled(function: F) -> F:
+def _kernel(function: F) -> F:
     """Compiled at the first call; kept on disk where numba finds a writable folder (NUMBA_CACHE_DIR names one)."""
     try:
         return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
@@ -60,7 +60,12 @@ def _compiled(function: F) -> F:
         return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
-@_compiled
+def _part(function: F) -> F:
+    """Part of a kernel. Without numba's reference counts, whose atomic steps would take most of the time here."""
+    return cast(F, numba.njit(error_model="numpy", _nrt=False)(function))
+
+
+@_part
 def _bit_length(value: int) -> int:
     length = 0
     while value:
@@ -69,7 +74,7 @@ def _bit_length(value: int) -> int:
     return length
 
 
-@_compiled
+@_part
 def _put(out: Array, low: int, width: int, position: int, start: int, size: int) -> State:
     """Narrow the interval to [start, start + size) of it, both already in the coder's units."""
     low += start
@@ -83,7 +88,7 @@ def _put(out: Array, low: int, width: int, position: int, start: int, size: int)
     return low, size, position
 
 
-@_compiled
+@_part
 def _carry(out: Array, last: int) -> None:
     while out[last] == 255:
         out[last] = 0
@@ -91,7 +96,7 @@ def _carry(out: Array, last: int) -> None:
     out[last] += 1
 
 
-@_compiled
+@_part
 def _finish(out: Array, low: int, width: int, position: int) -> int:
     """The shortest number in [low, low + width), of no more than 16 bits; the reader appends zeros to it."""
     num_bytes, step = 0, 1 << 48
@@ -109,7 +114,7 @@ def _finish(out: Array, low: int, width: int, position: int) -> int:
     return position + num_bytes
 
 
-@_compiled
+@_part
 def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, index: int, bit: int) -> State:
     state = int(contexts[index])
     p0 = state >> 8
@@ -120,7 +125,7 @@ def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, i
     return _put(out, low, width, position, 0, bound)
 
 
-@_compiled
+@_part
 def _adapted(state: int, bit: int) -> int:
     p0, seen = state >> 8, state & 255
     rate = int(_RATES[seen])
@@ -132,7 +137,7 @@ def _adapted(state: int, bit: int) -> int:
     return (p0 << 8) | min(seen + 1, 15)
 
 
-@_compiled
+@_part
 def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_bits: int) -> State:
     """num_bits equiprobable bits, at most 16 at once."""
     while num_bits > 0:
@@ -143,7 +148,7 @@ def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_
     return low, width, position
 
 
-@_compiled
+@_part
 def _put_value(out: Array, low: int, width: int, position: int, contexts: Array, base: int, value: int) -> State:
     """A number below 2^31: its bit length in unary, the two bits below its top bit adaptively, the rest plainly."""
     length = _bit_length(value)
@@ -162,7 +167,7 @@ def _put_value(out: Array, low: int, width: int, position: int, contexts: Array,
     return low, width, position
 
 
-@_compiled
+@_part
 def _more(data: Array, code: int, width: int, position: int) -> State:
     if width < _LEAST_WIDTH:
         code = ((code << 16) & _MASK) | (_byte(data, position) << 8) | _byte(data, position + 1)
@@ -170,13 +175,13 @@ def _more(data: Array, code: int, width: int, position: int) -> State:
     return code, width, position
 
 
-@_compiled
+@_part
 def _byte(data: Array, position: int) -> int:
     """Zero past the end."""
     return int(data[position]) if position < len(data) else 0
 
 
-@_compiled
+@_part
 def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array, index: int) -> Decoded:
     state = int(contexts[index])
     bound = (width >> 12) * ((state >> 8) >> 4)
@@ -192,7 +197,7 @@ def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array,
     return bit, code, width, position
 
 
-@_compiled
+@_part
 def _get_plain(data: Array, code: int, width: int, position: int, num_bits: int) -> Decoded:
     value = 0
     while num_bits > 0:
@@ -205,7 +210,7 @@ def _get_plain(data: Array, code: int, width: int, position: int, num_bits: int)
     return value, code, width, position
 
 
-@_compiled
+@_part
 def _get_value(data: Array, code: int, width: int, position: int, contexts: Array, base: int) -> Decoded:
     length = 0
     bit = 1
@@ -228,176 +233,188 @@ def _get_value(data: Array, code: int, width: int, position: int, contexts: Arra
     return value, code, width, position
 
 
-@_compiled
-def _class_of(num_left: int) -> int:
-    return int(_CLASS_OF[min(num_left, _LAST_CLASS)])
-
-
-@_compiled
-def _count_context(num_left: int, excess: int) -> int:
-    """Of an entry's count, where num_left entries (this one included) have `excess` more than one each to share."""
-    return int(_CONTEXT[min(num_left, 31), min(excess, 255)])
-
-
-@_compiled
+@_part
 def _quotient(a: int, b: int) -> int:
     """a // b of numbers that are not negative, as one machine instruction."""
     return int(np.int64(np.uint64(a) // np.uint64(b)))
 
 
-@_compiled
-def encode_block(
+@_part
+def _put_id(
     out: Array,
-    lengths: Array,
-    token_ids: Array,
-    counts: Array,
-    units: int,
-    bucket_of: Array,
-    inner_start: Array,
-    inner_total: Array,
-    next_start: Array,
-) -> int:
-    """One block's rows into `out`; units > 0 says that each row's counts sum to it. The number of bytes written."""
+    low: int,
+    width: int,
+    position: int,
+    tables: IdTables,
+    num_left: int,
+    first: int,
+    used: int,
+    token_id: int,
+) -> tuple[int, int, int, int, int]:
+    """The id's bucket among those from `first` on, then its place among what is unused of the bucket.
+
+    The last two values are `first` and `used` of the next id, of which num_left - 1 are to come after this one.
+    """
+    is_uniform = len(tables.bucket_of) == 0
+    bucket = token_id // int(tables.bucket_start[1]) if is_uniform else int(tables.bucket_of[token_id])
+    draws = _CLASS_OF[min(num_left, _LAST_CLASS)]
+    unit = width >> NEXT_BITS
+    start, end = int(tables.next_start[first, draws, bucket]), int(tables.next_start[first, draws, bucket + 1])
+    low, width, position = _put(out, low, width, position, unit * start, unit * (end - start))
+    used = used if bucket == first else 0
+    total = int(tables.inner_total[bucket])
+    is_last = token_id + 1 == tables.bucket_start[bucket + 1]
+    if is_uniform:
+        start = token_id - int(tables.bucket_start[bucket])
+        end = start + 1
+    else:
+        start = int(tables.inner_start[token_id])
+        end = total if is_last else int(tables.inner_start[token_id + 1])
+    if total - used > end - start:
+        unit = _quotient(width, total - used)
+        low, width, position = _put(out, low, width, position, unit * (start - used), unit * (end - start))
+    if is_last:
+        return low, width, position, bucket + 1, 0
+    return low, width, position, bucket, end
+
+
+@_part
+def _get_id(
+    data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int
+) -> tuple[int, int, int, int, int, int]:
+    """The id that _put_id put, then the state, `first` and `used`."""
+    draws = _CLASS_OF[min(num_left, _LAST_CLASS)]
+    unit = width >> NEXT_BITS
+    target = min(_quotient(code, unit), (1 << NEXT_BITS) - 1)
+    slot = target >> (NEXT_BITS - SLOT_BITS)
+    bucket, above = int(tables.next_slot[first, draws, slot]), int(tables.next_slot[first, draws, slot + 1]) + 1
+    while above - bucket > 1:
+        middle = (bucket + above) >> 1
+        if tables.next_start[first, draws, middle] <= target:
+            bucket = middle
+        else:
+            above = middle
+    start, end = int(tables.next_start[first, draws, bucket]), int(tables.next_start[first, draws, bucket + 1])
+    code, width, position = _more(data, code - unit * start, unit * (end - start), position)
+    used = used if bucket == first else 0
+    total = int(tables.inner_total[bucket])
+    token_id, last = int(tables.bucket_start[bucket]), int(tables.bucket_start[bucket + 1]) - 1
+    if token_id == last:
+        return token_id, code, width, position, bucket + 1, 0
+    unit = _quotient(width, total - used)
+    target = min(_quotient(code, unit), total - used - 1) + used
+    if len(tables.bucket_of) == 0:
+        token_id += target
+        start, end = target, target + 1
+    else:
+        slot = target >> (INNER_BITS - SLOT_BITS)
+        token_id, above = int(tables.inner_slot[bucket, slot]), int(tables.inner_slot[bucket, slot + 1]) + 1
+        while above - token_id > 1:
+            middle = (token_id + above) >> 1
+            if tables.inner_start[middle] <= target:
+                token_id = middle
+            else:
+                above = middle
+        start = int(tables.inner_start[token_id])
+        end = total if token_id == last else int(tables.inner_start[token_id + 1])
+    if total - used > end - start:
+        code, width, position = _more(data, code - unit * (start - used), unit * (end - start), position)
+    if token_id == last:
+        return token_id, code, width, position, bucket + 1, 0
+    return token_id, code, width, position, bucket, end
+
+
+@_part
+def _put_count(
+    out: Array, low: int, width: int, position: int, contexts: Array, num_left: int, excess: int, count: int
+) -> State:
+    """A count of a row whose num_left entries, this one included, have `excess` more than one each; -1: of any row."""
+    if excess < 0:
+        low, width, position = _put_bit(out, low, width, position, contexts, _IS_TAIL, int(count == 0))
+        if count > 0:
+            low, width, position = _put_value(out, low, width, position, contexts, _PLAIN, count - 1)
+    elif excess > 0 and num_left > 1:
+        context = int(_CONTEXT[min(num_left, 31), min(excess, 255)])
+        more = count - 1
+        low, width, position = _put_bit(out, low, width, position, contexts, _HAS_MORE + context, int(more > 0))
+        if more > 0:
+            takes_all = int(more == excess)
+            low, width, position = _put_bit(out, low, width, position, contexts, _TAKES_ALL + context, takes_all)
+            if not takes_all:
+                low, width, position = _put_value(out, low, width, position, contexts, _EXCESS, more - 1)
+    return low, width, position
+
+
+@_part
+def _get_count(
+    data: Array, code: int, width: int, position: int, contexts: Array, num_left: int, excess: int
+) -> Decoded:
+    if excess < 0:
+        is_tail, code, width, position = _get_bit(data, code, width, position, contexts, _IS_TAIL)
+        if is_tail:
+            return 0, code, width, position
+        more, code, width, position = _get_value(data, code, width, position, contexts, _PLAIN)
+        return more + 1, code, width, position
+    if excess == 0 or num_left == 1:
+        return 1 + excess, code, width, position
+    context = int(_CONTEXT[min(num_left, 31), min(excess, 255)])
+    more, code, width, position = _get_bit(data, code, width, position, contexts, _HAS_MORE + context)
+    if more:
+        takes_all, code, width, position = _get_bit(data, code, width, position, contexts, _TAKES_ALL + context)
+        if takes_all:
+            return 1 + excess, code, width, position
+        more, code, width, position = _get_value(data, code, width, position, contexts, _EXCESS)
+        more += 1
+    return 1 + more, code, width, position
+
+
+@_kernel
+def encode_block(out: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> int:
+    """One block's rows into `out`; row_sum: what the counts of each row sum to, or -1. The number of bytes written."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
-    low, width, position = 0, _MASK, 0
-    entry = 0
+    low, width, position, entry = 0, _MASK, 0, 0
     for row in range(len(lengths)):
         length = int(lengths[row])
         low, width, position = _put_value(out, low, width, position, contexts, _LENGTH, length)
-        first, used, excess = 0, 0, max(int(units) - length, 0)
+        first, used, excess = 0, 0, row_sum - length if row_sum >= 0 else -1
         for num_left in range(length, 0, -1):
-            token_id = int(token_ids[entry])
-            bucket = int(bucket_of[token_id])
-            draws = _class_of(num_left)
-            unit = width >> NEXT_BITS
-            start, end = int(next_start[first, draws, bucket]), int(next_start[first, draws, bucket + 1])
-            low, width, position = _put(out, low, width, position, unit * start, unit * (end - start))
-            start = int(inner_start[token_id])
-            total = int(inner_total[bucket])
-            is_last = token_id + 1 == len(bucket_of) or bucket_of[token_id + 1] != bucket
-            end = total if is_last else int(inner_start[token_id + 1])
-            if bucket != first:
-                used = 0
-            if total - used > end - start:
-                unit = _quotient(width, total - used)
-                low, width, position = _put(out, low, width, position, unit * (start - used), unit * (end - start))
-            first, used = (bucket + 1, 0) if is_last else (bucket, end)
-            count = int(counts[entry])
-            if units == 0:
-                is_tail = count == 0
-                low, width, position = _put_bit(out, low, width, position, contexts, _IS_TAIL, int(is_tail))
-                if not is_tail:
-                    low, width, position = _put_value(out, low, width, position, contexts, _PLAIN, count - 1)
-            elif excess > 0 and num_left > 1:
-                index = _count_context(num_left, excess)
-                more = count - 1
-                low, width, position = _put_bit(out, low, width, position, contexts, _IS_ONE + index, int(more > 0))
-                if more > 0:
-                    takes_rest = int(more == excess)
-                    low, width, position = _put_bit(
-                        out, low, width, position, contexts, _TAKES_REST + index, takes_rest
-                    )
-                    if not takes_rest:
-                        low, width, position = _put_value(out, low, width, position, contexts, _EXCESS, more - 1)
-                excess -= more
+            token_id, count = int(token_ids[entry]), int(counts[entry])
+            low, width, position, first, used = _put_id(
+                out, low, width, position, tables, num_left, first, used, token_id
+            )
+            low, width, position = _put_count(out, low, width, position, contexts, num_left, excess, count)
+            if excess >= 0:
+                excess -= count - 1
             entry += 1
     return _finish(out, low, width, position)
 
 
-@_compiled
-def decode_block(
-    data: Array,
-    lengths: Array,
-    token_ids: Array,
-    counts: Array,
-    units: int,
-    bucket_start: Array,
-    inner_start: Array,
-    inner_total: Array,
-    inner_slot: Array,
-    next_start: Array,
-    next_slot: Array,
-) -> int:
-    """What encode_block wrote, into arrays whose sizes say how many rows and entries there are; 0, or what is wrong."""
+@_kernel
+def decode_block(data: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> bool:
+    """What encode_block wrote, into arrays as long as the rows and entries are; whether the bytes hold just that."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
-    code, width, position = 0, _MASK, 6
+    code, width, position, entry = 0, _MASK, 6, 0
     for i in range(position):
         code = (code << 8) | _byte(data, i)
-    num_buckets = len(inner_total)
-    entry = 0
     for row in range(len(lengths)):
         length, code, width, position = _get_value(data, code, width, position, contexts, _LENGTH)
-        if length > len(token_ids) - entry:
-            return TOO_MANY_ENTRIES
+        if length > len(token_ids) - entry or (row_sum >= 0 and length > row_sum):
+            return False
         lengths[row] = length
-        first, used, excess = 0, 0, max(int(units) - length, 0)
-        if units > 0 and length > units:
-            return OUT_OF_RANGE
+        first, used, excess = 0, 0, row_sum - length if row_sum >= 0 else -1
         for num_left in range(length, 0, -1):
-            if first >= num_buckets:
-                return OUT_OF_RANGE
-            draws = _class_of(num_left)
-            unit = width >> NEXT_BITS
-            target = min(_quotient(code, unit), (1 << NEXT_BITS) - 1)
-            slot = target >> (NEXT_BITS - SLOT_BITS)
-            bucket = int(next_slot[first, draws, slot])
-            above = int(next_slot[first, draws, slot + 1]) + 1
-            while above - bucket > 1:
-                middle = (bucket + above) >> 1
-                if next_start[first, draws, middle] <= target:
-                    bucket = middle
-                else:
-                    above = middle
-            start, end = int(next_start[first, draws, bucket]), int(next_start[first, draws, bucket + 1])
-            code, width, position = _more(data, code - unit * start, unit * (end - start), position)
-            total = int(inner_total[bucket])
-            if bucket != first:
-                used = 0
-            token_id = int(bucket_start[bucket])
-            last = int(bucket_start[bucket + 1]) - 1
-            if last > token_id:
-                unit = _quotient(width, total - used)
-                target = min(_quotient(code, unit), total - used - 1) + used
-                slot = target >> (INNER_BITS - SLOT_BITS)
-                token_id, above = int(inner_slot[bucket, slot]), int(inner_slot[bucket, slot + 1]) + 1
-                while above - token_id > 1:
-                    middle = (token_id + above) >> 1
-                    if inner_start[middle] <= target:
-                        token_id = middle
-                    else:
-                        above = middle
-                start = int(inner_start[token_id])
-                end = total if token_id == last else int(inner_start[token_id + 1])
-                if total - used > end - start:
-                    code, width, position = _more(data, code - unit * (start - used), unit * (end - start), position)
-            first, used = (bucket + 1, 0) if token_id == last else (bucket, int(inner_start[token_id + 1]))
-            token_ids[entry] = token_id
-            count = 1
-            if units == 0:
-                is_tail, code, width, position = _get_bit(data, code, width, position, contexts, _IS_TAIL)
-                if is_tail:
-                    count = 0
-                else:
-                    more, code, width, position = _get_value(data, code, width, position, contexts, _PLAIN)
-                    count += more
-            elif excess > 0 and num_left > 1:
-                index = _count_context(num_left, excess)
-                more, code, width, position = _get_bit(data, code, width, position, contexts, _IS_ONE + index)
-                if more:
-                    takes_rest, code, width, position = _get_bit(
-                        data, code, width, position, contexts, _TAKES_REST + index
-                    )
-                    if takes_rest:
-                        more = excess
-                    else:
-                        more, code, width, position = _get_value(data, code, width, position, contexts, _EXCESS)
-                        more += 1
-                count += more
-                excess -= more
-            else:
-                count += excess
-            if excess < 0 or count > 0x7FFFFFFF:
-                return OUT_OF_RANGE
-            counts[entry] = count
+            if first >= len(tables.inner_total):
+                return False
+            token_id, code, width, position, first, used = _get_id(
+                data, code, width, position, tables, num_left, first, used
+            )
+            count, code, width, position = _get_count(data, code, width, position, contexts, num_left, excess)
+            if excess >= 0:
+                excess -= count - 1
+                if excess < 0:
+                    return False
+            if count > MAX_COUNT:
+                return False
+            token_ids[entry], counts[entry] = token_id, count
             entry += 1
-    return 0 if entry == len(token_ids) else TOO_MANY_ENTRIES
+    return entry == len(token_ids)
