@@ -243,7 +243,9 @@ class Replica:
 
     def _give_up(self, error: LogitstreamError) -> None:
         """The connection has ended: everything in flight is the dispatcher's again."""
-        if self.state != "draining" or self.in_flight:
+        if self.state == "draining" and not self.in_flight:
+            logger.info("teacher %s has drained", self.address)
+        elif type(self.last_error) is not type(error):  # once for each reason, not for each try
             logger.warning("teacher %s lost: %s", self.address, error)
         rotating = isinstance(error, AccessDenied) and self._was_ready  # the token file may follow the server's soon
         self.state = "connecting" if isinstance(error, TeacherUnavailable) or rotating else "refused"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -105,11 +106,12 @@ class LocalTeacherClient:
 
 
 class GrpcTeacherClient:
-    """One or many teacher replicas behind addresses and DNS names, driven by an event loop in a thread of its own.
+    """One or many teacher replicas behind addresses and DNS names, driven by an event loop in a background thread.
 
     Delivery is at least once on the wire and exactly once to the caller: a request is sent again when its connection
-    breaks, and the first answer counts. `max_teacher_lag`: see KnownTeacher, the times: DeliverySettings. `token` wins over
-    `token_file`, which wins over $LOGITSTREAM_TOKEN; the file is read anew for every connection, so it can be rotated.
+    breaks, and the first answer counts. `max_teacher_lag`: see KnownTeacher, the times: DeliverySettings. `token` wins
+    over `token_file`, which wins over $LOGITSTREAM_TOKEN; files are read anew for every connection, so that tokens and
+    certificates can be rotated.
     """
 
     def __init__(
@@ -162,9 +164,8 @@ class GrpcTeacherClient:
             settings=DeliverySettings(deadline_seconds=deadline_seconds, stalled_seconds=stalled_seconds),
             connect=self._connect,
         )
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="teacher-client", daemon=True)
-        self._thread.start()
+        self._loop = _background_loop(os.getpid())
+        self._serving = asyncio.run_coroutine_threadsafe(self._serve(), self._loop)
 
     @property
     def info(self) -> TeacherInfo:
@@ -199,18 +200,11 @@ class GrpcTeacherClient:
             return
         self._closed.set()
         self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
+        self._serving.result()
 
     def _cancelled(self, request: Request) -> None:
         if not self._closed.is_set():
             self._loop.call_soon_threadsafe(self._dispatcher.cancel, request.request_id)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._serve())
-        finally:
-            self._loop.close()
 
     async def _serve(self) -> None:
         resolving = asyncio.ensure_future(self._keep_resolving())
@@ -257,6 +251,14 @@ class GrpcTeacherClient:
         if self._token_file:
             return Path(self._token_file).read_text(encoding="utf-8").strip()
         return os.environ.get(TOKEN_VARIABLE, "")
+
+
+@functools.cache
+def _background_loop(process_id: int) -> asyncio.AbstractEventLoop:
+    """One loop for all clients of a process, never closed: grpc.aio hands late events to the loops that it has seen."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="teacher-client", daemon=True).start()
+    return loop
 
 
 async def _wait(event: asyncio.Event, timeout_seconds: float) -> None:

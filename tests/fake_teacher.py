@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -77,7 +78,8 @@ class FakeTeacher(TeacherServiceServicer):
         self.info = fake_info(weights=options.weights, version=options.version, credit=options.credit)
         self.streams: set[asyncio.Queue[pb.StreamTargetsResponse | None]] = set()
         self.flaky_left = options.flaky
-        self.answered = 0
+        self.cancelled: set[int] = set()
+        self.device = asyncio.Lock()
         self.random = np.random.default_rng(options.seed)
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:  # noqa: N802
@@ -106,6 +108,8 @@ class FakeTeacher(TeacherServiceServicer):
                     self.random.shuffle(batch)
                     scoring.add(task := asyncio.ensure_future(self._score(batch, answers)))
                     task.add_done_callback(scoring.discard)
+                elif message.WhichOneof("kind") == "cancel":
+                    self.cancelled.update(message.cancel.request_ids)
         finally:
             for task in scoring:
                 task.cancel()
@@ -114,10 +118,14 @@ class FakeTeacher(TeacherServiceServicer):
         self, batch: list[pb.TargetRequest], answers: asyncio.Queue[pb.StreamTargetsResponse | None]
     ) -> None:
         for request in batch:
+            if request.request_id in self.cancelled:
+                continue
             if self.options.seconds:
-                await asyncio.sleep(self.options.seconds)
-            await answers.put(pb.StreamTargetsResponse(results=pb.Results(results=[self._result(request)])))
-            self.answered += 1
+                async with self.device:
+                    await asyncio.sleep(self.options.seconds)
+            answer = pb.StreamTargetsResponse(results=pb.Results(results=[self._result(request)]))
+            for _ in range(self.options.copies):
+                await answers.put(answer)
 
     def _result(self, request: pb.TargetRequest) -> pb.Result:
         token_ids = np.array(request.token_ids, np.int32)
@@ -210,7 +218,9 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 def _exit_with_parent(parent: int) -> None:
     """A test run that is killed leaves no teacher behind."""
-    threading.Timer(1.0, _exit_with_parent, [parent]).start() if os.getppid() == parent else os._exit(0)
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
 
 
 def main() -> None:
@@ -222,9 +232,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="to score one sequence")
     parser.add_argument("--flaky", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--copies", type=int, default=1, help="of every answer")
     parser.add_argument("--grace", type=float, default=5.0)
     options = parser.parse_args()
-    _exit_with_parent(os.getppid())
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     asyncio.run(_serve(options))
 
 

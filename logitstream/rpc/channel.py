@@ -25,6 +25,7 @@ def _keepalive(seconds: float = KEEPALIVE_SECONDS, timeout_seconds: float = KEEP
     return [
         ("grpc.keepalive_time_ms", round(seconds * 1000)),
         ("grpc.keepalive_timeout_ms", round(timeout_seconds * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(timeout_seconds * 1000)),  # else a lost ping is noticed after a minute
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # otherwise a quiet stream stops being watched after two pings
     ]

@@ -1,0 +1,429 @@
+"""The gRPC client against teacher processes that answer, die, drain, change their weights or fall silent."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitstream import codec
+from logitstream.errors import (
+    FingerprintMismatch,
+    InvalidSequence,
+    ScoringFailed,
+    TeacherUnavailable,
+)
+from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence, request_key
+from student_worker.resolver import resolve, split_address
+from student_worker.teacher_client import GrpcTeacherClient
+from tests.fake_teacher import (
+    FATAL_ID,
+    FLAKY_ID,
+    POISON_ID,
+    SPEC,
+    TOKENIZER_DIGEST,
+    VOCAB_SIZE,
+    expected_targets,
+    fake_info,
+    fake_teacher,
+    read_address,
+    start_fake_teacher,
+    stop,
+)
+from tests.fault_proxy import fault_proxy
+
+SECONDS = 60.0
+"""What must not hang is given this long."""
+
+
+@contextlib.contextmanager
+def connected(*addresses: str, **settings: Any) -> Iterator[GrpcTeacherClient]:
+    options = {"vocab_size": VOCAB_SIZE, "deadline_seconds": SECONDS, "connect_timeout_seconds": SECONDS} | settings
+    client = GrpcTeacherClient(addresses, SPEC, **options)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def make_sequences(count: int, *, num_tokens: int = 32, seed: int = 0) -> list[TokenSequence]:
+    rng = np.random.default_rng(seed)
+    return [TokenSequence(token_ids=rng.integers(0, 990, num_tokens).astype(np.int32)) for _ in range(count)]
+
+
+def with_id(token_id: int) -> TokenSequence:
+    return TokenSequence(token_ids=np.array([1, token_id, 2], np.int32))
+
+
+def submit_all(client: GrpcTeacherClient, sequences: Sequence[TokenSequence]) -> list[Future[ReceivedTargets]]:
+    return [client.submit(sequence, priority=step) for step, sequence in enumerate(sequences)]
+
+
+def check_all(futures: Sequence[Future[ReceivedTargets]], sequences: Sequence[TokenSequence]) -> list[ReceivedTargets]:
+    received = [future.result(SECONDS) for future in futures]
+    for one, sequence in zip(received, sequences, strict=True):
+        want = expected_targets(sequence, 0, version=one.teacher_version)
+        np.testing.assert_array_equal(codec.decode(one.payload).token_ids, want.token_ids)
+    return received
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def versions(received: Sequence[ReceivedTargets]) -> set[int]:
+    return {one.teacher_version for one in received}
+
+
+def test_answers_belong_to_their_sequences_and_carry_the_cache_key() -> None:
+    mask = np.array([True, False] * 16)
+    sequences = [*make_sequences(50), TokenSequence(token_ids=np.arange(32, dtype=np.int32), loss_mask=mask)]
+    with fake_teacher() as (_, address), connected(address, tokenizer_digest=TOKENIZER_DIGEST) as client:
+        received = check_all(submit_all(client, sequences), sequences)
+        digest = Fingerprint.of(client.info, SPEC).digest
+        assert [one.key for one in received] == [request_key(digest, sequence, 0) for sequence in sequences]
+        later = client.submit(sequences[0], draw_set=3).result(SECONDS)
+        assert later.key == request_key(digest, sequences[0], 3)
+        want = expected_targets(sequences[0], 3)
+        np.testing.assert_array_equal(codec.decode(later.payload).token_ids, want.token_ids)
+
+
+def test_load_is_spread_over_replicas_by_how_fast_they_answer() -> None:
+    sequences = make_sequences(200)
+    credit = ("--credit", "256")
+    with (
+        fake_teacher("--seconds", "0.001", *credit) as (_, quick),
+        fake_teacher("--version", "1", "--seconds", "0.03", *credit) as (_, slow),
+        connected(quick, slow, max_teacher_lag=-1) as client,
+    ):
+        received = check_all(submit_all(client, sequences), sequences)
+    by_slow = sum(one.teacher_version for one in received)
+    assert 0 < by_slow < 60
+
+
+def test_a_killed_replica_loses_nothing_and_is_used_again_once_it_is_back() -> None:
+    sequences = make_sequences(300)
+    port = free_port()
+    with fake_teacher("--seconds", "0.002") as (_, steady):
+        killed = start_fake_teacher("--version", "1", "--seconds", "0.002", port=port)
+        try:
+            with connected(steady, read_address(killed), max_teacher_lag=-1) as client:
+                futures = submit_all(client, sequences)
+                wait_until(lambda: sum(future.done() for future in futures) > 50)
+                stop(killed)
+                check_all(futures, sequences)
+                killed = start_fake_teacher("--version", "2", port=port)
+                for _ in itertools.count():
+                    received = check_all(submit_all(client, sequences[:20]), sequences[:20])
+                    if 2 in versions(received):
+                        break
+        finally:
+            stop(killed)
+
+
+def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() -> None:
+    sequences = make_sequences(400)
+    with (
+        fake_teacher("--seconds", "0.002") as (_, steady),
+        fake_teacher("--version", "1", "--seconds", "0.002") as (draining, leaving),
+        connected(steady, leaving, max_teacher_lag=-1) as client,
+    ):
+        wait_until(lambda: versions(check_all(submit_all(client, sequences[:8]), sequences[:8])) == {0, 1})
+        futures = submit_all(client, sequences[:100])
+        draining.send_signal(signal.SIGTERM)
+        futures += submit_all(client, sequences[100:])
+        check_all(futures, sequences)
+        assert draining.wait(SECONDS) == 0
+        assert versions(check_all(submit_all(client, sequences[:20]), sequences[:20])) == {0}
+
+
+def test_replicas_that_appear_behind_a_name_are_used_and_vanished_ones_are_not() -> None:
+    sequences = make_sequences(20)
+    with fake_teacher() as (_, first), fake_teacher("--version", "1") as (_, second):
+        behind = [first]
+
+        async def look_up(name: str) -> list[str]:
+            assert name == "teachers:50051"
+            return list(behind)
+
+        with connected("teachers:50051", resolve=look_up, resolve_seconds=0.05, max_teacher_lag=-1) as client:
+            assert versions(check_all(submit_all(client, sequences), sequences)) == {0}
+            behind.append(second)
+            wait_until(lambda: 1 in versions(check_all(submit_all(client, sequences), sequences)))
+            behind.remove(first)
+            wait_until(lambda: versions(check_all(submit_all(client, sequences), sequences)) == {1})
+
+
+async def test_a_name_stands_for_all_its_addresses_once() -> None:
+    assert await resolve("localhost:1234") == ["127.0.0.1:1234"]
+    assert await resolve("127.0.0.1:1") == ["127.0.0.1:1"]
+    assert await resolve("[::1]:5") == ["[::1]:5"]
+    with pytest.raises(OSError, match=r"(?i)name|address"):
+        await resolve("no-such-host.invalid:1")
+    for wrong in ("nowhere", ":1", "host:", "host:port", "host:70000"):
+        with pytest.raises(ValueError, match=re.escape(f"host:port, got '{wrong}'")):
+            split_address(wrong)
+
+
+def test_a_replica_with_other_weights_is_refused_and_not_mixed_in(caplog: pytest.LogCaptureFixture) -> None:
+    sequences = make_sequences(100)
+    with fake_teacher() as (_, address), connected(address) as client:
+        client.info  # noqa: B018  # the first replica decides
+        with fake_teacher("--weights", "b") as (_, other), connected(other, fingerprint=None) as second:
+            other_weights = second.info.weights_digest
+        ours = client.info.weights_digest
+    with fake_teacher() as (_, address), fake_teacher("--weights", "b") as (_, other), caplog.at_level(logging.WARNING):
+        expected = Fingerprint.of(fake_info(), SPEC)
+        with connected(other, address, fingerprint=expected) as client:
+            received = check_all(submit_all(client, sequences), sequences)
+            assert {one.weights_digest.hex() for one in received} == {ours[:16]}
+            wait_until(lambda: f"weights_digest: '{ours}' against '{other_weights}'" in caplog.text)
+        with connected(other, fingerprint=expected) as client, pytest.raises(FingerprintMismatch, match=other_weights):
+            client.info  # noqa: B018
+        with connected(other, fingerprint=expected) as client:
+            error = client.submit(sequences[0]).exception(SECONDS)
+            assert isinstance(error, FingerprintMismatch)
+
+
+def test_a_student_of_another_vocabulary_or_tokenizer_is_refused_at_once() -> None:
+    with fake_teacher() as (_, address):
+        with connected(address, vocab_size=999) as client, pytest.raises(FingerprintMismatch, match=r"999.* 1000"):
+            client.info  # noqa: B018
+        with connected(address, tokenizer_digest="ab" * 32) as client:
+            error = client.submit(make_sequences(1)[0]).exception(SECONDS)
+        assert re.search(f"tokenizers differ: the student's {'ab' * 32}, the teacher's {TOKENIZER_DIGEST}", str(error))
+
+
+def test_weights_replaced_while_serving_end_a_run_that_wants_one_teacher() -> None:
+    sequences = make_sequences(10)
+    with fake_teacher() as (teacher, address), connected(address) as client:
+        check_all(submit_all(client, sequences), sequences)
+        teacher.send_signal(signal.SIGUSR1)
+        wait_until(lambda: isinstance(client.submit(sequences[0]).exception(SECONDS), FingerprintMismatch))
+
+
+def test_targets_name_the_version_that_made_them_while_the_teacher_learns() -> None:
+    sequences = make_sequences(10)
+    with fake_teacher() as (teacher, address), connected(address, max_teacher_lag=2) as client:
+        for version in range(4):
+            wait_until(lambda version=version: client.submit(sequences[0]).result(SECONDS).teacher_version == version)
+            received = check_all(submit_all(client, sequences), sequences)
+            assert versions(received) == {version}
+            digest = Fingerprint.of(fake_info(version=version), SPEC).digest
+            assert [one.key for one in received] == [request_key(digest, sequence, 0) for sequence in sequences]
+            assert client.info.teacher_version == version
+            teacher.send_signal(signal.SIGUSR1)
+        assert client.is_stale(ReceivedTargets(payload=b"", key=b"", teacher_version=0))
+        assert not client.is_stale(ReceivedTargets(payload=b"", key=b"", teacher_version=2))
+
+
+def test_targets_of_weights_too_old_are_asked_for_elsewhere() -> None:
+    sequences = make_sequences(40)
+    with (
+        fake_teacher("--version", "1") as (_, old),
+        fake_teacher("--version", "5", "--seconds", "0.002") as (_, new),
+        connected(old, new, max_teacher_lag=3) as client,
+    ):
+        wait_until(lambda: client.info.teacher_version == 5)
+        assert versions(check_all(submit_all(client, sequences), sequences)) == {5}
+
+
+def test_a_cancelled_request_frees_its_place() -> None:
+    blockers, wanted = make_sequences(400), make_sequences(1, seed=1)
+    with fake_teacher("--seconds", "0.2", "--credit", "64") as (_, address), connected(address) as client:
+        futures = submit_all(client, blockers)  # 80 s of work, two at a time
+        wait_until(lambda: futures[0].done())
+        for future in futures:
+            future.cancel()
+        check_all(submit_all(client, wanted), wanted)
+
+
+def test_an_answer_that_comes_twice_counts_once() -> None:
+    sequences = make_sequences(100)
+    with fake_teacher("--copies", "3") as (_, address), connected(address) as client:
+        for _ in range(3):
+            check_all(submit_all(client, sequences), sequences)
+
+
+def test_what_is_wrong_with_one_sequence_stops_no_other() -> None:
+    good = make_sequences(50)
+    bad = [
+        (with_id(POISON_ID), ScoringFailed, "told to fail"),
+        (with_id(VOCAB_SIZE), InvalidSequence, "token id 1000 is outside the teacher's vocabulary of 1000"),
+        (with_id(-1), InvalidSequence, "token id -1"),
+        (TokenSequence(token_ids=np.zeros(0, np.int32)), InvalidSequence, "empty"),
+        (TokenSequence(token_ids=np.zeros(4097, np.int32)), InvalidSequence, "4097 tokens: the limit is 4096"),
+    ]
+    with fake_teacher() as (_, address), connected(address) as client:
+        futures = submit_all(client, good[:25])
+        refused = [client.submit(sequence) for sequence, _, _ in bad]
+        futures += submit_all(client, good[25:])
+        check_all(futures, good)
+        for future, (_, error, message) in zip(refused, bad, strict=True):
+            with pytest.raises(error, match=message):
+                future.result(SECONDS)
+
+
+def test_a_retryable_refusal_is_tried_again_a_bounded_number_of_times() -> None:
+    sequences = [with_id(FLAKY_ID)]
+    with fake_teacher("--flaky", "3") as (_, address), connected(address) as client:
+        check_all(submit_all(client, sequences), sequences)
+    with fake_teacher("--flaky", "1000") as (_, address), connected(address) as client:
+        error = client.submit(sequences[0]).exception(SECONDS)
+        assert isinstance(error, ScoringFailed)
+
+
+def test_a_retryable_refusal_goes_to_another_replica() -> None:
+    sequences = [with_id(FLAKY_ID)] * 20
+    with (
+        fake_teacher("--flaky", "1000") as (_, flaky),
+        fake_teacher("--version", "1", "--seconds", "0.001") as (_, sound),
+        connected(flaky, sound, max_teacher_lag=-1) as client,
+    ):
+        assert versions(check_all(submit_all(client, sequences), sequences)) == {1}
+
+
+def test_a_sequence_that_kills_every_server_is_found_and_the_others_are_answered() -> None:
+    port, done = free_port(), threading.Event()
+    started: list[subprocess.Popen[str]] = []
+
+    def keep_alive() -> None:
+        while not done.is_set():
+            started.append(start_fake_teacher("--seconds", "0.001", port=port))
+            while started[-1].poll() is None and not done.is_set():
+                done.wait(0.02)
+            stop(started[-1])
+
+    keeping = threading.Thread(target=keep_alive)
+    keeping.start()
+    sequences = make_sequences(60)
+    try:
+        with connected(f"127.0.0.1:{port}") as client:
+            futures = submit_all(client, sequences[:30])
+            fatal = client.submit(with_id(FATAL_ID), priority=30)
+            futures += submit_all(client, sequences[30:])
+            with pytest.raises(ScoringFailed, match=r"connections broke while this sequence was being scored"):
+                fatal.result(SECONDS)
+            check_all(futures, sequences)
+    finally:
+        done.set()
+        keeping.join()
+    assert sum(process.returncode == 13 for process in started) <= 7
+
+
+def test_without_a_teacher_requests_and_the_handshake_end_with_the_address_and_the_cause() -> None:
+    port = free_port()
+    with connected(f"127.0.0.1:{port}", deadline_seconds=0.5, connect_timeout_seconds=0.5) as client:
+        with pytest.raises(
+            TeacherUnavailable, match=rf"within 0\.5 s at 127\.0\.0\.1:{port}; last error: .*UNAVAILABLE"
+        ):
+            client.info  # noqa: B018
+        with pytest.raises(TeacherUnavailable, match=rf"no targets within 0\.5 s .*127\.0\.0\.1:{port}"):
+            client.submit(make_sequences(1)[0]).result(SECONDS)
+
+
+def test_a_name_that_cannot_be_resolved_is_named() -> None:
+    cause = pytest.raises(TeacherUnavailable, match=r"cannot resolve no-such-host\.invalid:1")
+    with connected("no-such-host.invalid:1", connect_timeout_seconds=0.5) as client, cause:
+        client.info  # noqa: B018
+
+
+def test_a_client_that_starts_before_its_teacher_waits_for_it() -> None:
+    port, sequences = free_port(), make_sequences(5)
+    with connected(f"127.0.0.1:{port}") as client:
+        futures = submit_all(client, sequences)
+        wait(futures, 0.3)
+        with fake_teacher(port=port):
+            check_all(futures, sequences)
+
+
+def test_a_half_open_connection_is_noticed_and_its_requests_go_elsewhere() -> None:
+    sequences = make_sequences(100)
+    with (
+        fake_teacher("--seconds", "0.002") as (_, silent),
+        fake_teacher("--version", "1", "--seconds", "0.002") as (_, steady),
+        fault_proxy(silent) as proxy,
+        connected(
+            proxy.address, steady, max_teacher_lag=-1, keepalive_seconds=0.2, keepalive_timeout_seconds=0.3
+        ) as client,
+    ):
+        wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:5]), sequences[:5])))
+        proxy.silent = True
+        check_all(submit_all(client, sequences), sequences)
+        proxy.silent = False
+        wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:20]), sequences[:20])))
+
+
+def test_a_stopped_replica_does_not_hold_its_requests_for_ever() -> None:
+    sequences = make_sequences(100)
+    with (
+        fake_teacher("--seconds", "0.002") as (stopped, first),
+        fake_teacher("--version", "1", "--seconds", "0.002") as (_, steady),
+        connected(first, steady, max_teacher_lag=-1, keepalive_seconds=30.0, stalled_seconds=0.5) as client,
+    ):
+        wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:5]), sequences[:5])))
+        stopped.send_signal(signal.SIGSTOP)
+        check_all(submit_all(client, sequences), sequences)
+        stopped.send_signal(signal.SIGCONT)
+        wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:20]), sequences[:20])))
+
+
+def test_connections_that_are_cut_again_and_again_lose_nothing() -> None:
+    sequences = make_sequences(300)
+    with (
+        fake_teacher("--seconds", "0.002") as (_, address),
+        fault_proxy(address) as proxy,
+        connected(proxy.address) as client,
+    ):
+        futures = submit_all(client, sequences)
+        for done in (40, 100, 160, 220):
+            wait_until(lambda done=done: sum(future.done() for future in futures) >= done)
+            proxy.cut()
+        check_all(futures, sequences)
+        assert proxy.num_connections >= 5
+
+
+def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
+    with fake_teacher("--seconds", "30") as (_, address):
+        client = GrpcTeacherClient([address], SPEC, vocab_size=VOCAB_SIZE)
+        futures = submit_all(client, make_sequences(5))
+        client.close()
+        client.close()
+        assert all(future.cancelled() for future in futures)
+        with pytest.raises(TeacherUnavailable, match="closed"):
+            client.submit(make_sequences(1)[0])
+
+
+def test_a_client_left_open_does_not_keep_the_process_alive() -> None:
+    script = (
+        "from student_worker.teacher_client import GrpcTeacherClient\n"
+        "from tests.fake_teacher import SPEC, VOCAB_SIZE\n"
+        "import sys\n"
+        "client = GrpcTeacherClient([sys.argv[1]], SPEC, vocab_size=VOCAB_SIZE)\n"
+        "print(client.info.model)\n"
+    )
+    with fake_teacher() as (_, address):
+        command = [sys.executable, "-c", script, address]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fake\n", "")
