@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
@@ -22,6 +23,7 @@ from teacher_server.checkpoints import check_successor
 from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue, Ticket
 from teacher_server.isolation import Trouble, is_broken, score_isolating
+from teacher_server.stored_targets import StoredTargets
 
 MAX_ENCODING_BATCHES = 2
 """Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
@@ -71,6 +73,7 @@ class Scheduler:
         max_queue_tokens: int,
         client_weights: Mapping[str, float] | None = None,
         num_encoders: int = 1,
+        stored: StoredTargets | None = None,
     ) -> None:
         self._backend = backend
         self._encode = encode
@@ -83,6 +86,8 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._backend_thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
+        self._stored = stored
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="stored-targets")
         self._encoding = asyncio.Semaphore(MAX_ENCODING_BATCHES)
         self._finishing: set[asyncio.Task[None]] = set()
         self._next_backend: TeacherBackend | None = None
@@ -105,6 +110,9 @@ class Scheduler:
         if work is None:
             self._check_room(client_id, cost)
             work = self._works[key] = _Work(key, request, time.monotonic())
+            if self._stored is not None and self._stored.holds(request, self.info):
+                work.running = True
+                self._spawn(self._read(self._stored, work, client_id=client_id, cost=cost, priority=priority))
         else:
             metrics.TEACHER_SHARED.inc()
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
@@ -124,6 +132,16 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self._works)
 
+    async def open_stored(self, spec: TargetSpec) -> None:
+        """Before a stream's first request: find what is stored for its spec."""
+        if self._stored is not None:
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._stored.open, spec, self.info)
+
+    async def refresh_stored(self) -> None:
+        """Write out what was put and see what others have; called now and then."""
+        if self._stored is not None:
+            await asyncio.get_running_loop().run_in_executor(self._disk, self._stored.refresh)
+
     def start_draining(self) -> None:
         """Refuse new requests from now on; what was taken is still scored."""
         self.is_draining = True
@@ -141,7 +159,6 @@ class Scheduler:
 
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
-        loop = asyncio.get_running_loop()
         while True:
             if self._next_backend is not None:
                 await self._swap_backend(self._next_backend)
@@ -155,9 +172,26 @@ class Scheduler:
                 self._encoding.release()
                 continue
             results = await self._score(batch)
-            task = loop.create_task(self._finish(batch, results, self.info))
-            self._finishing.add(task)
-            task.add_done_callback(self._finishing.discard)
+            self._spawn(self._finish(batch, results, self.info))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    async def _read(self, stored: StoredTargets, work: _Work, *, client_id: str, cost: int, priority: int) -> None:
+        """Answer from the disk; what is damaged there is queued."""
+        info = self.info
+        payload = await asyncio.get_running_loop().run_in_executor(self._disk, stored.get, work.request, info)
+        if payload is not None:
+            self._answer(work, payload, info)
+            return
+        work.running = False
+        for future in list(work.waiters):
+            work.waiters[future] = self._queue.push(work, client_id=client_id, cost=cost, priority=priority)
+        if not work.waiters:
+            self._works.pop(work.key, None)
+        self._wake.set()
 
     async def _score(self, batch: list[_Work]) -> list[SparseTargets | RequestError]:
         """What the backend makes of a batch, in its thread."""
@@ -183,9 +217,13 @@ class Scheduler:
         for work in list(self._works.values()):
             for future in list(work.waiters):
                 future.cancel()
-        closing = asyncio.get_running_loop().run_in_executor(self._backend_thread, self._backend.close)
+        loop = asyncio.get_running_loop()
+        closing = loop.run_in_executor(self._backend_thread, self._backend.close)
         await asyncio.wait([closing], timeout=CLOSE_SECONDS)
         self.is_stuck = not closing.done()
+        if self._stored is not None:
+            await asyncio.wait([loop.run_in_executor(self._disk, self._stored.close)], timeout=CLOSE_SECONDS)
+        self._disk.shutdown(wait=False, cancel_futures=True)
         self._backend_thread.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
@@ -221,6 +259,11 @@ class Scheduler:
                 self._answer(work, answer, info)
             else:
                 self._refuse(work, answer)
+        if self._stored is not None:
+            scored = [
+                (work.request, answer) for work, answer in zip(batch, answers, strict=True) if isinstance(answer, bytes)
+            ]
+            await loop.run_in_executor(self._disk, self._stored.put, scored, info)
 
     def _answer(self, work: _Work, payload: bytes, info: TeacherInfo) -> None:
         scored = Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)

@@ -28,6 +28,7 @@ from teacher_server.config import TeacherConfig
 from teacher_server.encoding import encoder
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
+from teacher_server.stored_targets import StoredTargets
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -138,7 +139,7 @@ class TeacherServer:
         if config.tls_cert:
             files = TlsFiles(certificate=config.tls_cert, key=config.tls_key, authority=config.tls_client_ca or None)
             port = self._server.add_secure_port(config.address, server_credentials(files))
-            metrics.TEACHER_CERTIFICATE_EXPIRY.set(certificate_expiry(config.tls_cert))
+            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(lambda: certificate_expiry(config.tls_cert))
         else:
             if not is_loopback(config.address):
                 log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
@@ -159,6 +160,9 @@ class TeacherServer:
             max_batch_tokens=config.max_batch_tokens,
             max_queue_tokens=config.max_queue_tokens,
             client_weights=config.weights_by_client(),
+            stored=StoredTargets(config.cache, id_model=id_model, max_bytes=config.cache_max_bytes)
+            if config.cache
+            else None,
         )
         servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend), id_model=id_model)
         running = asyncio.ensure_future(scheduler.run())
@@ -194,6 +198,7 @@ class TeacherServer:
         healthy = True
         while True:
             scheduler.measure_age()
+            await scheduler.refresh_stored()
             if scheduler.is_healthy != healthy and not scheduler.is_draining:
                 healthy = not healthy
                 log.warning("the backend is %s", "healthy again" if healthy else "not healthy")

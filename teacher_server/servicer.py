@@ -118,6 +118,7 @@ class TeacherServicer:
         try:
             message = await self._read_open(context)
             spec = self._check_open(message)
+            await self._scheduler.open_stored(spec)
             with self._stream(message.client_id, spec) as stream:
                 await self._serve(stream, message, context)
         except LogitstreamError as error:

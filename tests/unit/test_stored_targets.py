@@ -1,0 +1,111 @@
+"""The server's own cache: hits need no scoring, damage and a full disk need no attention."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from logitstream import metrics
+from logitstream.cache import CacheReader
+from logitstream.types import Fingerprint
+from teacher_server.backend import ScoreRequest
+from teacher_server.encoding import encoder
+from teacher_server.scheduler import Scheduler
+from teacher_server.stored_targets import StoredTargets
+from tests.fakes import FakeBackend
+from tests.serving import SPEC, WireClient, sequence, serving
+
+
+def request(first: int, draw_set: int = 0) -> ScoreRequest:
+    return ScoreRequest(sequence=sequence(first, 1, 2), spec=SPEC, draw_set=draw_set)
+
+
+async def score(directory: Path, backend: FakeBackend, requests: list[ScoreRequest], max_bytes: int = 0) -> list[bytes]:
+    """The answers of a server that begins and ends with these requests."""
+    stored = StoredTargets(str(directory), max_bytes=max_bytes)
+    scheduler = Scheduler(backend, encoder(b"", 1 << 20), max_batch_tokens=100, max_queue_tokens=10_000, stored=stored)
+    running = asyncio.ensure_future(scheduler.run())
+    await scheduler.open_stored(SPEC)
+    answers = await asyncio.gather(*(scheduler.submit(one, client_id="x") for one in requests))
+    running.cancel()
+    await scheduler.close()
+    return [answer.payload for answer in answers]
+
+
+def num_scored(backend: FakeBackend) -> int:
+    return sum(map(len, backend.batches))
+
+
+async def test_what_was_scored_is_not_scored_again_by_this_or_another_server(tmp_path: Path) -> None:
+    requests = [request(number, draw_set) for number in range(5) for draw_set in (0, 1)]
+    first, second = FakeBackend(), FakeBackend()
+    payloads = await score(tmp_path, first, requests)
+    before = metrics.TEACHER_CACHE_HITS._value.get()
+    again = await score(tmp_path, second, [*requests, request(9)])
+    assert again[:10] == payloads
+    assert (num_scored(first), num_scored(second)) == (10, 1)
+    assert metrics.TEACHER_CACHE_HITS._value.get() == before + 10
+
+
+async def test_a_student_reads_the_servers_cache(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    (payload,) = await score(tmp_path, backend, [request(1)])
+    fingerprint = Fingerprint.of(backend.describe(), SPEC)
+    reader = CacheReader(tmp_path / fingerprint.digest[:16], fingerprint)
+    assert [record.payload for record in reader.records()] == [payload]
+    assert reader.record(0).token_ids.tolist() == [1, 1, 2]
+
+
+async def test_other_weights_are_scored_anew(tmp_path: Path) -> None:
+    await score(tmp_path, FakeBackend(), [request(1)])
+    other = FakeBackend(weights_digest="0b" * 32)
+    await score(tmp_path, other, [request(1)])
+    assert num_scored(other) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+async def test_a_damaged_record_is_scored_anew_and_kept(tmp_path: Path) -> None:
+    (payload,) = await score(tmp_path, FakeBackend(), [request(1)])
+    (shard,) = tmp_path.glob("*/*.arrow")
+    content = bytearray(shard.read_bytes())
+    content[content.find(payload)] ^= 1
+    shard.write_bytes(content)
+    for expected in (1, 0):
+        backend = FakeBackend()
+        assert await score(tmp_path, backend, [request(1)]) == [payload]
+        assert num_scored(backend) == expected
+
+
+async def test_a_cache_that_cannot_be_written_or_read_changes_no_answer(tmp_path: Path) -> None:
+    plain = await score(tmp_path / "good", FakeBackend(), [request(1), request(2)])
+    (tmp_path / "file").write_bytes(b"")
+    assert await score(tmp_path / "file", FakeBackend(), [request(1), request(2)]) == plain
+    assert await score(tmp_path / "small", FakeBackend(), [request(1), request(2)], max_bytes=10) == plain
+    for manifest in (tmp_path / "good").glob("*/manifest.json"):
+        manifest.write_bytes(b"{}")
+    assert await score(tmp_path / "good", FakeBackend(), [request(1), request(2)]) == plain
+
+
+async def test_requests_that_join_while_the_disk_is_read_share_the_answer(tmp_path: Path) -> None:
+    await score(tmp_path, FakeBackend(), [request(1)])
+    backend = FakeBackend()
+    payloads = await score(tmp_path, backend, [request(1)] * 3)
+    assert payloads[0] == payloads[1] == payloads[2]
+    assert num_scored(backend) == 0
+
+
+async def test_a_server_with_a_cache_answers_a_second_stream_from_it(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    sequences = {number: sequence(number, 5, 6) for number in range(4)}
+    async with serving(backend, cache=str(tmp_path)) as server:
+        targets = []
+        for _ in range(2):
+            async with WireClient(server.address) as client:
+                await client.open()
+                await client.request(sequences)
+                results = await client.receive(4)
+                targets.append({number: result.targets for number, result in results.items()})
+            assert server.scheduler is not None
+            await server.scheduler.refresh_stored()  # as the server does once a second
+        assert targets[0] == targets[1]
+        assert num_scored(backend) == 4
