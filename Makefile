@@ -30,3 +30,27 @@ proto: $(STAMP)  ## generate logitstream/rpc/v1 from proto/
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+
+# What is deployed: docker/ and deploy/, checked by tools of their own in .venv-deploy.
+DEPLOY := .venv-deploy
+DEPLOY_STAMP := $(DEPLOY)/.stamp
+
+.PHONY: test-deploy test-compose deploy-files promtool
+
+$(DEPLOY_STAMP): deploy/requirements.lock
+	$(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet --disable-pip-version-check -r deploy/requirements.lock
+	touch $@
+
+promtool:
+	@command -v promtool >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus >/dev/null) \
+	  || (echo "promtool is needed: it comes with Prometheus (Debian: apt-get install prometheus)" >&2; exit 1)
+
+test-deploy: $(STAMP) $(DEPLOY_STAMP) promtool  ## Dockerfiles, Kubernetes overlays, Prometheus rules, dashboard
+	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
+
+test-compose: $(STAMP)  ## the compose cluster on the real teacher; starts a Docker engine where none runs and one can be had
+	$(BIN)/python -m pytest -m compose tests/compose $(ARGS)
+
+deploy-files: $(DEPLOY_STAMP)  ## generate the dashboard and the PrometheusRule
+	$(DEPLOY)/bin/python deploy/monitoring/generate.py
