@@ -61,8 +61,9 @@ def _kernel(function: F) -> F:
 
 
 def _part(function: F) -> F:
-    """Part of a kernel. Without numba's reference counts, whose atomic steps would take most of the time here."""
-    return cast(F, numba.njit(error_model="numpy", _nrt=False)(function))
+    """Part of a kernel, put in its place; without numba's reference counts, whose atomic steps would cost more."""
+    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "_nrt": False}
+    return cast(F, numba.njit(**options)(function))
 
 
 @_part
