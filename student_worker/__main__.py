@@ -232,13 +232,19 @@ def build_trainer(
 
 
 def train(trainer: DistillationTrainer, arguments: TrainingArguments) -> dict[str, Any]:
-    """The run's figures, the same on every process."""
+    """The run's figures, the same on every process; without held-out sequences those of training alone."""
     run_report = RunReport()
     trainer.add_callback(run_report)
-    before = trainer.evaluate()["eval_loss"]
+    losses = {"heldout_loss_before": heldout_loss(trainer)}
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    after = trainer.evaluate()["eval_loss"]
-    return {"heldout_loss_before": before, "heldout_loss_after": after} | run_report.figures()
+    losses["heldout_loss_after"] = heldout_loss(trainer)
+    return losses | run_report.figures()
+
+
+def heldout_loss(trainer: DistillationTrainer) -> float | None:
+    """Cross-entropy in nats per token."""
+    heldout: Any = trainer.eval_dataset
+    return trainer.evaluate()["eval_loss"] if len(heldout) else None
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(f"the cache {cache.directory} is empty: expected records to train on")
         self.draw_set = int(draw_sets.min()) if draw_set is None else draw_set
         self._indices = np.flatnonzero(draw_sets == self.draw_set) if indices is None else indices
-        if len(self._indices) == 0:
+        if indices is None and len(self._indices) == 0:
             raise ValueError(f"the cache {cache.directory} holds no records of draw set {self.draw_set}")
 
     def __len__(self) -> int:

@@ -1,0 +1,145 @@
+"""`student-worker` as users run it, against a teacher server of its own: online, from the cache, with a budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SEQUENCES = 24
+
+
+@contextmanager
+def teacher_process(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and its address."""
+    command = [sys.executable, "-m", "teacher_server", "--model", str(model), "--address", "127.0.0.1:0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("serving on ")
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a text in its words and an untrained student's config."""
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny_teacher(folder / "teacher")
+    words = random.Random(0).choices([f"w{index}" for index in range(3, VOCAB_SIZE)], k=32 * (SEQUENCES + 4))
+    (folder / "corpus.txt").write_text(" ".join(words))
+    config = json.loads((folder / "teacher" / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "student").mkdir()
+    (folder / "student" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def settings(home: Path, output: Path, **changes: Any) -> str:
+    values = {
+        "model_config": str(home / "student" / "config.json"),
+        "tokenizer": str(home / "teacher"),
+        "sequence_tokens": 32,
+        "heldout_sequences": 4,
+        "overhead_every": 1,
+        "output_dir": str(output),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "draws": "reuse",
+    } | changes
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return f"--config={path}"
+
+
+def run(*arguments: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
+    command = [sys.executable, *launcher, "-m", "student_worker", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False)
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    report = json.loads((output / "report.json").read_text())
+    assert isinstance(report, dict)
+    return report
+
+
+def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) -> None:
+    text, cache = [str(home / "corpus.txt")], str(tmp_path / "cache")
+    with teacher_process(home / "teacher") as (_, address):
+        online = settings(
+            home,
+            tmp_path / "online",
+            text=text,
+            cache=cache,
+            teacher=[address],
+            bytes_per_token=12.0,
+            targets="cache_then_online",
+        )
+        done = run(online)
+        assert done.returncode == 0, done.stderr[-3000:]
+    report = report_of(tmp_path / "online")
+    first, second = report["epochs"]
+    assert first["received_bytes"] > 0
+    assert second["received_bytes"] == 0
+    assert second["cache_hits"] == SEQUENCES
+    assert report["tokens_trained"] == 2 * SEQUENCES * 32
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "online" / "progress.jsonl").read_text().splitlines()]
+    assert len(losses) == SEQUENCES
+    assert sum(losses[-4:]) < sum(losses[:4]), "on words drawn at random the distillation loss falls, the text's cannot"
+    assert 6.0 < report["bytes_per_token"] < 15.0, (
+        "a budget of 12 bytes of targets a token, and the messages around them"
+    )
+    assert {"overhead_vs_cross_entropy", "overhead_vs_cross_entropy_without_waiting"} <= report.keys()
+    resolved = yaml.safe_load((tmp_path / "online" / "config.yaml").read_text())
+    assert (resolved["bytes_per_token"], resolved["num_samples"] != 50) == (0.0, True)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "online")
+    assert torch.isfinite(student(torch.tensor([[3, 4, 5]])).logits).all()
+
+    samples = {"num_samples": resolved["num_samples"]}
+    two = settings(
+        home, tmp_path / "two", text=text, cache=cache, targets="cache", per_device_train_batch_size=1, **samples
+    )
+    done = run(two, workers=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [epoch["cache_hits"] for epoch in report_of(tmp_path / "two")["epochs"]] == [SEQUENCES, SEQUENCES]
+
+    alone = settings(home, tmp_path / "alone", cache=cache, targets="cache", heldout_sequences=0)
+    done = run(alone)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert report_of(tmp_path / "alone")["tokens_trained"] == 2 * SEQUENCES * 32
+
+
+def test_a_student_with_another_tokenizer_is_refused_at_once(home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tokenizer"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "teacher")
+    tokenizer.add_tokens(["surplus"])
+    tokenizer.save_pretrained(other)
+    with teacher_process(home / "teacher") as (_, address):
+        text = [str(home / "corpus.txt")]
+        done = run(settings(home, tmp_path / "run", text=text, teacher=[address], tokenizer=str(other)))
+    assert done.returncode != 0
+    assert "tokenizer" in done.stderr.splitlines()[-1]
