@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _disturb(cluster: Cluster) -> dict[str, int]:
     cluster.docker("start", first)
     for number, container in enumerate((second, first)):
         other = first if container == second else second
-        wait_until(lambda other=other: cluster.is_healthy(other), seconds=200, what=f"{other} to be healthy")
+        wait_until(partial(cluster.is_healthy, other), seconds=200, what=f"{other} to be healthy")
         steps[f"restart {number}"] = _step(cluster)
         cluster.docker("restart", "--time", str(STOP_SECONDS), container)
     steps["restarted"] = _step(cluster)

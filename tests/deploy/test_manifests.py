@@ -77,11 +77,13 @@ def find(manifests: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any
 
 
 def _pod(manifests: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    return find(manifests, kind, name)["spec"]["template"]["spec"]
+    pod: dict[str, Any] = find(manifests, kind, name)["spec"]["template"]["spec"]
+    return pod
 
 
 def _container(manifests: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    return _pod(manifests, kind, name)["containers"][0]
+    container: dict[str, Any] = _pod(manifests, kind, name)["containers"][0]
+    return container
 
 
 NOBODY = {"matchLabels": {"app.kubernetes.io/name": "nobody"}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ MONITORING = ROOT / "deploy" / "monitoring"
 METRIC = re.compile(r"logitstream_\w+")
 
 
-def rules() -> list[dict[str, str]]:
+def rules() -> list[dict[str, Any]]:
     groups = yaml.safe_load((MONITORING / "rules.yaml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
