@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
 from logitstream.cache import CacheReader
 from logitstream.errors import CacheError
@@ -35,14 +35,10 @@ def load_sequences(
         return _cut(rows, sequence_tokens)
     if text_column not in rows.column_names:
         raise ValueError(f"expected a column {text_column!r} or 'input_ids', got {', '.join(rows.column_names)}")
-    packed = Dataset.from_generator(
-        _pack,
-        features=Features({"input_ids": List(Value("int32"))}),
-        gen_kwargs={"rows": rows, "column": text_column, "tokenizer": tokenizer, "sequence_tokens": sequence_tokens},
-    )
-    if len(packed) == 0:
+    arguments = {"rows": rows, "column": text_column, "tokenizer": tokenizer, "sequence_tokens": sequence_tokens}
+    if next(_pack(**arguments), None) is None:
         raise ValueError(f"the text holds less than one sequence of {sequence_tokens} tokens: {', '.join(paths)}")
-    return packed
+    return Dataset.from_generator(_pack, gen_kwargs=arguments)
 
 
 Sequences = TypeVar("Sequences", Dataset, "CacheDataset")
