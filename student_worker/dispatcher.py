@@ -34,7 +34,7 @@ RETRY_SECONDS = (0.1, 5.0)
 """First and largest bound of the random wait before a refused request is sent again."""
 MAX_TRIES = 5
 """Retryable refusals of one sequence before its error is raised."""
-MAX_LONE_LOSSES = 4
+MAX_LONE_LOSSES = 6
 """Connections that may break with a sequence alone in flight before the sequence is held to be the cause."""
 
 

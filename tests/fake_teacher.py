@@ -234,7 +234,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copies", type=int, default=1, help="of every answer")
     parser.add_argument("--grace", type=float, default=5.0)
-    options = parser.parse_args()
+    run_fake_teacher(parser.parse_args())
+
+
+def run_fake_teacher(options: argparse.Namespace) -> None:
+    """Serve until SIGTERM."""
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     asyncio.run(_serve(options))
 
