@@ -1,0 +1,292 @@
+"""The samplers on made-up distributions; a real teacher's are in tests/integration/test_unbiased_targets.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logitstream.errors import NonFiniteLogits
+from logitstream.sampling import draw, row_uniforms, sample, tail_units_of, uniforms_per_row, units_of
+from logitstream.types import FULL_UNITS, SAMPLERS, SparseTargets, TargetSpec, TokenSequence
+
+SPECS = [
+    TargetSpec(num_samples=50),
+    TargetSpec(num_samples=1),
+    TargetSpec(sampler="multinomial", num_samples=20),
+    TargetSpec(sampler="multinomial", num_samples=20, proposal_temperature=0.8),
+    TargetSpec(sampler="threshold", threshold=0.02),
+    TargetSpec(sampler="threshold", threshold=1.0),
+    TargetSpec(sampler="top_k", top_k=12),
+    TargetSpec(sampler="top_k_ghost", top_k=12),
+    TargetSpec(sampler="full", temperature=2.0),
+]
+
+
+def sequence_of(length: int, mask: list[bool] | None = None) -> TokenSequence:
+    return TokenSequence(
+        token_ids=np.arange(length, dtype=np.int32), loss_mask=None if mask is None else np.array(mask, np.bool_)
+    )
+
+
+def made_up_logits(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def probs_of(logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    return torch.softmax(logits.double(), dim=-1).numpy()
+
+
+def dense(targets: SparseTargets) -> npt.NDArray[np.float64]:
+    out = np.zeros((targets.num_rows, targets.vocab_size))
+    out[targets.row_index(), targets.token_ids] = targets.weights()
+    return out
+
+
+def same(a: SparseTargets, b: SparseTargets) -> bool:
+    return (
+        np.array_equal(a.row_offsets, b.row_offsets)
+        and np.array_equal(a.token_ids, b.token_ids)
+        and np.array_equal(a.counts, b.counts)
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_targets_are_a_valid_csr_of_the_specs_units(spec: TargetSpec) -> None:
+    targets = sample(made_up_logits(7, 1000), spec, sequence_of(7))
+    targets.validate()
+    assert (targets.num_rows, targets.units, targets.tail_units) == (7, units_of(spec), tail_units_of(spec))
+    assert np.all(np.diff(targets.row_offsets) > 0)
+
+
+@pytest.mark.parametrize("num_samples", [1, 13, 50, 1000])
+def test_systematic_counts_are_the_floor_or_ceiling_and_sum_to_n(num_samples: int) -> None:
+    logits = made_up_logits(20, 500)
+    targets = sample(logits, TargetSpec(num_samples=num_samples), sequence_of(20))
+    expected = probs_of(logits) * num_samples
+    counts = dense(targets) * num_samples
+    assert np.abs(counts - expected).max() < 1 + 1e-4
+    np.testing.assert_array_equal(np.rint(counts.sum(axis=1)), num_samples)
+
+
+def test_systematic_equals_the_formula_on_the_running_sum() -> None:
+    logits, spec = made_up_logits(50, 300), TargetSpec(num_samples=37)
+    u = row_uniforms(spec, sequence_of(50), 0, 0, 50)
+    running = np.cumsum(probs_of(logits), axis=1)
+    steps = np.floor(running * 37 + u)
+    expected = np.diff(steps, axis=1, prepend=0)
+    got = np.rint(dense(sample(logits, spec, sequence_of(50))) * 37)
+    # float32 against float64: a point in 10^7 may fall on the other side of an id's border.
+    assert np.mean(got != expected) < 1e-3
+
+
+def test_multinomial_draws_what_its_uniforms_say() -> None:
+    logits, spec = made_up_logits(10, 300), TargetSpec(sampler="multinomial", num_samples=40)
+    u = row_uniforms(spec, sequence_of(10), 0, 0, 10)
+    running = np.cumsum(probs_of(logits), axis=1)
+    expected = np.stack(
+        [np.bincount(np.searchsorted(c, 1 - row), minlength=300) for c, row in zip(running, u, strict=True)]
+    )
+    got = np.rint(dense(sample(logits, spec, sequence_of(10))) * 40)
+    assert np.abs(got - expected).sum() <= 2
+
+
+def test_a_proposal_temperature_keeps_the_sum_unbiased_and_not_exact() -> None:
+    logits = made_up_logits(30, 400)
+    spec = TargetSpec(sampler="multinomial", num_samples=50, proposal_temperature=0.7)
+    sums = np.array([dense(sample(logits, spec, sequence_of(30), draw_set=i)).sum() for i in range(150)]) / 30
+    # 150 independent draw sets: |z| < 5 fails once in 1.7 million runs.
+    assert abs(sums.mean() - 1) < 5 * sums.std() / np.sqrt(150)
+    assert sums.std() > 1e-3
+
+
+def test_threshold_keeps_the_head_and_sums_to_one() -> None:
+    logits = made_up_logits(200, 1000)
+    spec = TargetSpec(sampler="threshold", threshold=0.02)
+    targets = sample(logits, spec, sequence_of(200))
+    probs, weights = probs_of(logits), dense(targets)
+    head = probs >= 0.0201
+    assert np.abs(weights - probs)[head].max() <= 1.01 / targets.units
+    # Exact but for rows whose tail is below θ, which it keeps with probability tail/θ.
+    small_tail = 1 - np.where(head, probs, 0).sum(axis=1) < 0.021
+    np.testing.assert_allclose(weights.sum(axis=1)[~small_tail], 1, atol=1e-6)
+
+
+def test_threshold_tail_below_theta_is_unbiased() -> None:
+    # One id of 0.97 and 30 of 0.001: a tail of 0.03 < θ = 0.05 gives one point of weight θ in 60 % of the draws.
+    probs = torch.tensor([0.97] + [0.001] * 30)
+    logits = probs.log().expand(100, -1)
+    spec = TargetSpec(sampler="threshold", threshold=0.05)
+    tails = [dense(sample(logits, spec, sequence_of(100), draw_set=i))[:, 1:].sum(axis=1) for i in range(60)]
+    values = np.concatenate(tails)
+    assert set(np.round(values, 6)) == {0.0, 0.05}
+    # 6,000 draws, |z| < 5.
+    assert abs(values.mean() - 0.03) < 5 * values.std() / np.sqrt(len(values))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 32), st.floats(0.01, 0.6), st.integers(3, 40))
+def test_threshold_never_hits_an_id_twice(seed: int, threshold: float, vocab_size: int) -> None:
+    logits = made_up_logits(16, vocab_size, seed, scale=1.0)
+    targets = sample(logits, TargetSpec(sampler="threshold", threshold=threshold, seed=seed), sequence_of(16))
+    targets.validate()
+    assert np.all(dense(targets).sum(axis=1) < 1 + threshold + 1e-6)
+
+
+def test_top_k_keeps_the_largest_and_the_ghost_keeps_their_mass() -> None:
+    logits = made_up_logits(20, 300)
+    probs = probs_of(logits)
+    largest = np.sort(np.argsort(-probs, axis=1)[:, :12], axis=1)
+    plain = sample(logits, TargetSpec(sampler="top_k", top_k=12), sequence_of(20))
+    ghost = sample(logits, TargetSpec(sampler="top_k_ghost", top_k=12), sequence_of(20))
+    np.testing.assert_array_equal(plain.token_ids.reshape(20, 12), largest)
+    kept = np.take_along_axis(probs, largest, axis=1)
+    np.testing.assert_allclose(plain.weights().reshape(20, 12), kept / kept.sum(axis=1, keepdims=True), atol=2e-5)
+    np.testing.assert_allclose(ghost.weights().reshape(20, 12), kept, atol=2e-5)
+
+
+def test_full_is_the_softmax() -> None:
+    logits = made_up_logits(5, 300)
+    np.testing.assert_allclose(
+        dense(sample(logits, TargetSpec(sampler="full"), sequence_of(5))), probs_of(logits), atol=1e-6
+    )
+    assert units_of(TargetSpec(sampler="full")) == FULL_UNITS
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits = made_up_logits(5, 300)
+    hot = sample(logits, TargetSpec(sampler="full", temperature=2.0), sequence_of(5))
+    np.testing.assert_allclose(dense(hot), probs_of(logits / 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_chunks_concatenate_to_what_one_call_gives(spec: TargetSpec) -> None:
+    logits, sequence = made_up_logits(23, 700), sequence_of(23)
+    whole = sample(logits, spec, sequence)
+    parts = [sample(logits[i : i + 5], spec, sequence, first_row=i) for i in range(0, 23, 5)]
+    assert same(whole, SparseTargets.concatenate(parts))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_masked_rows_come_out_empty_and_others_do_not_depend_on_them(sampler: str) -> None:
+    logits, spec = made_up_logits(6, 200), TargetSpec(sampler=sampler)
+    mask = [True, False, True, True, False, True]
+    sequence = sequence_of(6, mask)
+    logits[1] = torch.nan
+    targets = sample(logits, spec, sequence)
+    assert (np.diff(targets.row_offsets) > 0).tolist() == mask
+    alone = sample(logits[2:4], spec, sequence, first_row=2)
+    assert same(targets.slice_rows(2, 4), alone)
+    assert sample(logits, spec, sequence_of(6, [False] * 6)).num_entries == 0
+
+
+def test_draws_depend_on_seed_draw_set_content_and_row_alone() -> None:
+    logits = made_up_logits(1, 500).expand(8, -1)
+    spec, sequence = TargetSpec(num_samples=30), sequence_of(8)
+    first = sample(logits, spec, sequence)
+    assert same(first, sample(logits.clone(), spec, TokenSequence(token_ids=sequence.token_ids.copy())))
+    rows = {first.slice_rows(i, i + 1).token_ids.tobytes() for i in range(8)}
+    assert len(rows) == 8
+    other_content = TokenSequence(token_ids=sequence.token_ids + 1)
+    assert not same(first, sample(logits, spec, sequence, draw_set=1))
+    assert not same(first, sample(logits, TargetSpec(num_samples=30, seed=1), sequence))
+    assert not same(first, sample(logits, spec, other_content))
+
+
+def test_uniforms_are_uniform_and_their_rows_do_not_depend_on_the_chunk() -> None:
+    spec, sequence = TargetSpec(sampler="multinomial", num_samples=7), sequence_of(5000)
+    uniforms = row_uniforms(spec, sequence, 3, 0, 5000)
+    assert uniforms.shape == (5000, uniforms_per_row(spec)) == (5000, 7)
+    np.testing.assert_array_equal(row_uniforms(spec, sequence, 3, 1234, 10), uniforms[1234:1244])
+    counts = np.histogram(uniforms, bins=50, range=(0, 1))[0]
+    # Chi-square with 49 degrees of freedom: 120 is exceeded once in 10^7 runs.
+    assert np.square(counts - 700).sum() / 700 < 120
+    assert abs(np.corrcoef(uniforms.T)[~np.eye(7, dtype=bool)]).max() < 0.075
+
+
+def test_uniforms_are_the_documented_ones() -> None:
+    """Fixed for good: targets in caches were drawn with them."""
+    uniforms = row_uniforms(TargetSpec(seed=7), TokenSequence(token_ids=np.array([1, 2, 3], np.int32)), 2, 0, 3)
+    np.testing.assert_allclose(
+        uniforms[:, 0], [0.20871563472154153, 0.9354698259899298, 0.6297129592199506], rtol=0, atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_drawn_as_their_float32_values(dtype: torch.dtype) -> None:
+    logits = made_up_logits(9, 600).to(dtype)
+    for spec in SPECS:
+        assert same(sample(logits, spec, sequence_of(9)), sample(logits.float(), spec, sequence_of(9)))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_impossible_ids_are_never_drawn(spec: TargetSpec) -> None:
+    logits = made_up_logits(40, 130)
+    logits[:, ::2] = -torch.inf
+    targets = sample(logits, spec, sequence_of(40))
+    assert targets.num_entries
+    assert np.all(targets.token_ids % 2 == 1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("hot", [0, 63, 64, 129])
+def test_one_hot_rows_give_that_id_the_whole_weight(spec: TargetSpec, hot: int) -> None:
+    logits = torch.full((10, 130), -torch.inf)
+    logits[:, hot] = 5.0
+    targets = sample(logits, spec, sequence_of(10))
+    assert targets.token_ids.tolist() == [hot] * 10
+    np.testing.assert_array_equal(targets.weights(), 1.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_row_that_is_not_finite_is_named(sampler: str, bad: float) -> None:
+    logits = made_up_logits(6, 100)
+    logits[4, 17] = bad
+    with pytest.raises(NonFiniteLogits, match="row 14 "):
+        sample(logits, TargetSpec(sampler=sampler), sequence_of(20), first_row=10)
+
+
+def test_a_row_without_any_finite_logit_is_refused() -> None:
+    with pytest.raises(NonFiniteLogits, match="row 0 "):
+        sample(torch.full((1, 10), -torch.inf), TargetSpec(), sequence_of(1))
+
+
+def test_rows_past_the_end_of_the_sequence_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows 3 to 6 of a sequence of 5 tokens"):
+        sample(made_up_logits(3, 10), TargetSpec(), sequence_of(5), first_row=3)
+
+
+def test_rows_of_many_sequences_are_drawn_in_one_call() -> None:
+    spec, logits = TargetSpec(sampler="threshold"), made_up_logits(9, 300)
+    a, b = sequence_of(4), TokenSequence(token_ids=np.arange(100, 105, dtype=np.int32))
+    uniforms = np.concatenate([row_uniforms(spec, a, 0, 0, 4), row_uniforms(spec, b, 5, 0, 5)])
+    together = draw(logits, spec, uniforms)
+    assert same(together.slice_rows(0, 4), sample(logits[:4], spec, a))
+    assert same(together.slice_rows(4, 9), sample(logits[4:], spec, b, draw_set=5))
+    with pytest.raises(ValueError, match="expected uniforms of shape"):
+        draw(logits, TargetSpec(), uniforms)
+
+
+def test_no_rows_give_no_targets() -> None:
+    for sampler in SAMPLERS:
+        assert sample(torch.zeros(0, 50), TargetSpec(sampler=sampler), sequence_of(3)).num_rows == 0
+
+
+def test_a_vocabulary_of_262144_is_drawn_without_rounding_bias() -> None:
+    """A float32 running sum would lose the tail behind the head: ids of 10^-6 after a mass of 0.7."""
+    vocab_size, num_samples = 262_144, 65_536
+    probs = torch.full((2, vocab_size), 0.3 / (vocab_size - 1))
+    probs[0, 0] = probs[1, 1000] = 0.7
+    targets = sample(probs.log(), TargetSpec(num_samples=num_samples), sequence_of(2))
+    expected = probs_of(probs.log())
+    for row in range(2):
+        part = targets.slice_rows(row, row + 1)
+        counts = np.bincount(part.token_ids, weights=part.counts, minlength=vocab_size)
+        # A stretch of the running sum holds its mass's worth of equally spaced points, but for one at its ends.
+        stretches = counts.reshape(64, -1).sum(axis=1) - num_samples * expected[row].reshape(64, -1).sum(axis=1)
+        assert np.abs(stretches).max() < 1.02
+        assert np.abs(np.cumsum(stretches)).max() < 1.02
