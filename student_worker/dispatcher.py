@@ -124,8 +124,11 @@ class Dispatcher:
                 task.cancel()
         self._changed.set()
 
-    def _replica_ended(self, address: str, _: asyncio.Task[None]) -> None:
-        self._replicas.pop(address, None)
+    def _replica_ended(self, address: str, task: asyncio.Task[None]) -> None:
+        replica, _ = self._replicas.pop(address)
+        if not task.cancelled() and (error := task.exception()):  # a bug of ours; the next look-up starts it anew
+            logger.error("serving teacher %s failed", address, exc_info=error)
+            self.lost(replica, list(replica.in_flight.values()), TeacherUnavailable(f"{address}: {error}"))
 
     def unresolved(self, address: str, error: OSError) -> None:
         """A look-up failed; the replicas known so far are kept."""

@@ -156,7 +156,10 @@ class Replica:
 
     async def _one_connection(self) -> LogitstreamError:
         """Serve requests over one connection; why it ended."""
-        connection = self._connect(self.address)
+        try:
+            connection = self._connect(self.address)
+        except OSError as error:  # a token or certificate file that is being replaced
+            return TeacherUnavailable(f"{self.address}: {error}")
         self._reading = asyncio.ensure_future(self._serve(connection))
         try:
             await self._reading
@@ -174,6 +177,7 @@ class Replica:
     async def _serve(self, connection: TeacherConnection) -> None:
         await self._handshake(connection)
         writing = asyncio.ensure_future(self._write(connection))
+        writing.add_done_callback(self._writing_ended)
         try:
             async for event in connection.events():
                 match event:
@@ -237,6 +241,12 @@ class Replica:
                 ]
             )
 
+    def _writing_ended(self, writing: asyncio.Task[None]) -> None:
+        """A stream that breaks is noticed by the reading side too, which says why; anything else is a bug of ours."""
+        if not writing.cancelled() and (error := writing.exception()) and not isinstance(error, LogitstreamError):
+            logger.error("writing to teacher %s failed", self.address, exc_info=error)
+            self.break_off()
+
     def _forget(self, request: Request) -> None:
         if self.in_flight.pop(request.request_id, None) is not None:
             self.in_flight_tokens -= request.num_tokens
@@ -246,7 +256,9 @@ class Replica:
         if self.state == "draining" and not self.in_flight:
             logger.info("teacher %s has drained", self.address)
         elif type(self.last_error) is not type(error):  # once for each reason, not for each try
-            logger.warning("teacher %s lost: %s", self.address, error)
+            logger.warning(
+                "teacher %s %s: %s", self.address, "lost" if self.state == "ready" else "not reached yet", error
+            )
         rotating = isinstance(error, AccessDenied) and self._was_ready  # the token file may follow the server's soon
         self.state = "connecting" if isinstance(error, TeacherUnavailable) or rotating else "refused"
         self.last_error = error

@@ -18,7 +18,13 @@ from typing import Protocol
 from logitstream import codec
 from logitstream.errors import TeacherUnavailable
 from logitstream.id_model import IdModel
-from logitstream.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, TlsFiles, open_channel
+from logitstream.rpc.channel import (
+    KEEPALIVE_SECONDS,
+    KEEPALIVE_TIMEOUT_SECONDS,
+    TlsFiles,
+    client_credentials,
+    open_channel,
+)
 from logitstream.rpc.connection import TeacherConnection
 from logitstream.types import (
     Fingerprint,
@@ -136,7 +142,10 @@ class GrpcTeacherClient:
         resolve_seconds: float = 15.0,
         resolve: Callable[[str], Awaitable[list[str]]] = resolve,
     ) -> None:
-        """fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses."""
+        """fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
+
+        Raises ValueError for an address that is none, OSError for a token or certificate file that cannot be read.
+        """
         if not addresses:
             raise ValueError("expected at least one teacher address, host:port")
         self._names = {
@@ -145,6 +154,9 @@ class GrpcTeacherClient:
         self._resolved: dict[str, list[str]] = {}
         self._token, self._token_file = token, token_file
         self._tls = tls
+        self._read_token()
+        if tls is not None:
+            client_credentials(tls)  # what is missing is missed here
         self._keepalive = {
             "keepalive_seconds": keepalive_seconds,
             "keepalive_timeout_seconds": keepalive_timeout_seconds,
@@ -179,6 +191,8 @@ class GrpcTeacherClient:
 
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
         """As TeacherClient.submit; the smaller the priority, the sooner."""
+        if not 0 <= draw_set < 1 << 64:
+            raise ValueError(f"expected a draw set in [0, 2^64), got {draw_set}")
         request = Request(
             request_id=next(self._request_ids),
             sequence=sequence,

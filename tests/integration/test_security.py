@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 import pytest
-import trustme
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -21,31 +20,11 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.access import BearerTokens, is_loopback
 from teacher_server.config import TeacherConfig
 from teacher_server.server import TeacherServer
+from tests.authority import Authority
 from tests.fakes import FakeBackend
 from tests.serving import WireClient, sequence, serving
 
 SECRET = "correct-horse-battery-staple"
-
-
-class Authority:
-    """A certificate authority and what it issues, as files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ca = trustme.CA()
-        self.path = str(folder / "ca.pem")
-        self.ca.cert_pem.write_to_path(self.path)
-
-    def issue(self, name: str, *, expired: bool = False) -> TlsFiles:
-        now = datetime.now(UTC)
-        first, last = (now - timedelta(days=9), now - timedelta(days=2)) if expired else (None, now + timedelta(days=9))
-        leaf = self.ca.issue_cert("localhost", not_before=first, not_after=last)
-        certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        for path, blobs in ((certificate, leaf.cert_chain_pems), (key, [leaf.private_key_pem])):
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(b"".join(blob.bytes() for blob in blobs))
-            partial.rename(path)
-        return TlsFiles(certificate=str(certificate), key=str(key), authority=self.path)
 
 
 @pytest.fixture

@@ -1,0 +1,148 @@
+"""The student's client against the real server: credit, encryption, tokens, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitstream import codec
+from logitstream.errors import AccessDenied, TeacherUnavailable
+from logitstream.rpc.channel import TlsFiles
+from logitstream.types import ReceivedTargets, TargetSpec, TokenSequence
+from student_worker.teacher_client import GrpcTeacherClient
+from teacher_server.backend import ScoreRequest
+from tests.authority import Authority
+from tests.fakes import FakeBackend, fake_targets
+from tests.fault_proxy import fault_proxy
+from tests.serving import serving
+
+SPEC = TargetSpec(num_samples=8, codec_version=1)
+SECONDS = 60.0
+
+
+def client_of(address: str, spec: TargetSpec = SPEC, **settings: Any) -> GrpcTeacherClient:
+    return GrpcTeacherClient([address], spec, **{"vocab_size": 1000, "connect_timeout_seconds": SECONDS} | settings)
+
+
+def ragged(count: int, seed: int = 0) -> list[TokenSequence]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 200, count)
+    return [TokenSequence(token_ids=rng.integers(0, 1000, length).astype(np.int32)) for length in lengths]
+
+
+def check_all(
+    futures: Sequence[Future[ReceivedTargets]], sequences: Sequence[TokenSequence], spec: TargetSpec = SPEC
+) -> None:
+    for future, sequence in zip(futures, sequences, strict=True):
+        got = codec.decode(future.result(SECONDS).payload)
+        want = fake_targets(ScoreRequest(sequence=sequence, spec=spec), vocab_size=1000)
+        np.testing.assert_array_equal(got.token_ids, want.token_ids)
+        np.testing.assert_array_equal(got.row_offsets, want.row_offsets)
+
+
+@pytest.mark.parametrize("spec", [SPEC, TargetSpec(sampler="full", codec_version=1)], ids=["systematic", "full"])
+def test_several_clients_share_a_server_of_little_credit(spec: TargetSpec) -> None:
+    command = [sys.executable, "-m", "tests.fake_backend_server", "--max-in-flight-tokens", "4096"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().removeprefix("serving on ").strip()
+            clients = [client_of(address, spec, client_id=f"client {number}") for number in range(3)]
+            sequences = [ragged(150, seed) for seed in range(3)]
+            futures = [[client.submit(one) for one in mine] for client, mine in zip(clients, sequences, strict=True)]
+            for answers, mine in zip(futures, sequences, strict=True):
+                check_all(answers, mine, spec)
+            for client in clients:
+                client.close()
+        finally:
+            server.terminate()
+    assert server.returncode == 0
+
+
+async def exchange(client: GrpcTeacherClient, count: int = 20) -> None:
+    """Ask and check, beside the server's event loop."""
+    sequences = ragged(count)
+    await asyncio.to_thread(lambda: check_all([client.submit(one) for one in sequences], sequences))
+
+
+async def refusal(client: GrpcTeacherClient) -> Exception:
+    """What the handshake raises."""
+
+    def handshake() -> Exception:
+        try:
+            return AssertionError(f"let in: {client.info}")
+        except Exception as error:
+            return error
+
+    return await asyncio.to_thread(handshake)
+
+
+async def close(client: GrpcTeacherClient) -> None:
+    await asyncio.to_thread(client.close)
+
+
+async def test_a_server_known_by_name_is_reached_over_tls_with_certificates_on_both_ends(tmp_path: Path) -> None:
+    ours = Authority(tmp_path)
+    server_files, client_files = ours.issue("server"), ours.issue("client")
+    files = {"tls_cert": server_files.certificate, "tls_key": server_files.key, "tls_client_ca": ours.path}
+    async with serving(FakeBackend(), **files) as server:
+        address = f"localhost:{server.address.rsplit(':', 1)[1]}"
+        client = client_of(address, tls=client_files)
+        await exchange(client)
+        await close(client)
+        client = client_of(address, tls=TlsFiles(authority=ours.path), connect_timeout_seconds=1.0)
+        assert isinstance(await refusal(client), TeacherUnavailable)  # no certificate of its own
+        await close(client)
+        (tmp_path / "foreign").mkdir()
+        foreign = Authority(tmp_path / "foreign").issue("client")
+        client = client_of(address, tls=foreign, connect_timeout_seconds=1.0)
+        assert "CERTIFICATE_VERIFY_FAILED" in str(await refusal(client))
+        await close(client)
+
+
+async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Path) -> None:
+    servers, mine = tmp_path / "tokens", tmp_path / "token"
+    servers.write_text("the first token of this test\n")
+    mine.write_text("the first token of this test\n")
+    async with serving(FakeBackend(), token_file=str(servers)) as server:
+        with fault_proxy(server.address) as proxy:
+            client = client_of(proxy.address, token_file=str(mine))
+            await exchange(client)
+            servers.write_text("the second token of this test\n")
+            mine.write_text("the second token of this test\n")
+            proxy.cut()
+            await exchange(client)
+            await close(client)
+        for token in ("", "the first token of this test"):
+            client = client_of(server.address, token=token)
+            error = await refusal(client)
+            assert isinstance(error, AccessDenied), error
+            assert "token of this test" not in str(error)
+            await close(client)
+
+
+def test_a_missing_token_or_certificate_file_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-token"):
+        client_of("localhost:1", token_file=str(tmp_path / "no-token"))
+    with pytest.raises(FileNotFoundError, match="no-ca"):
+        client_of("localhost:1", tls=TlsFiles(authority=str(tmp_path / "no-ca")))
+
+
+async def test_a_server_that_stops_drains_its_client() -> None:
+    sequences = ragged(200)
+    async with serving(FakeBackend(delay_seconds=0.02), max_batch_tokens=256) as server:
+        client = client_of(server.address, deadline_seconds=SECONDS)
+        futures = [client.submit(one) for one in sequences[:50]]
+        await asyncio.to_thread(futures[0].result, SECONDS)
+    async with serving(FakeBackend(), address=server.address):
+        futures += [client.submit(one) for one in sequences[50:]]
+        await asyncio.to_thread(check_all, futures, sequences)
+        await close(client)
