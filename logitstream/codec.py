@@ -49,17 +49,19 @@ def decode_rows(payload: bytes, start: int, stop: int, *, id_model: IdModel | No
     """Rows start to stop of what was encoded; version 2 decodes no more than the blocks that hold them."""
     body = _checked(payload)
     if body[0] == 1:
-        return _rows(_decode_plain(body), start, stop)
+        targets = _decode_plain(body)
+        _check_rows(start, stop, targets.num_rows)
+        return targets.slice_rows(start, stop)
     header = _parse_header(body, id_model)
-    first, last = start // BLOCK_ROWS, min(-(-stop // BLOCK_ROWS), len(header.block_entries))
-    targets = _decode_blocks(body, header, first, last, id_model)
-    return _rows(targets, start - first * BLOCK_ROWS, stop - first * BLOCK_ROWS)
+    _check_rows(start, stop, header.num_rows)
+    first, last = start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)
+    targets = _decode_blocks(body, header, min(first, last), last, id_model)
+    return targets.slice_rows(start - first * BLOCK_ROWS, stop - first * BLOCK_ROWS)
 
 
-def _rows(targets: SparseTargets, start: int, stop: int) -> SparseTargets:
-    if not 0 <= start <= stop <= targets.num_rows:
-        raise ValueError(f"expected rows within the {targets.num_rows} at hand, got {start} to {stop}")
-    return targets.slice_rows(start, stop)
+def _check_rows(start: int, stop: int, num_rows: int) -> None:
+    if not 0 <= start <= stop <= num_rows:
+        raise ValueError(f"expected rows within the {num_rows} that were encoded, got {start} to {stop}")
 
 
 def warm_up() -> None:
