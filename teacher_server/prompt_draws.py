@@ -141,8 +141,9 @@ class PromptDraws:
                 _draw_apart(logits, group)
 
     def take(self, keys: Iterable[str]) -> list[Outcome]:
-        """The outcome of each request; the requests are forgotten."""
-        return [_outcome(self._progress.pop(key, None), self._vocab_size) for key in keys]
+        """The outcome of each request, nothing on a rank that does not draw; the requests are forgotten."""
+        found = [self._progress.pop(key, None) for key in keys]
+        return [_outcome(progress, self._vocab_size) for progress in found] if self.is_drawing else []
 
 
 def _split(pieces: Sequence[_Piece], max_rows: int) -> Iterable[list[_Piece]]:

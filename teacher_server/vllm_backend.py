@@ -99,12 +99,9 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
             return available
         return available - COPIES_OF_LOGITS * _chunk_bytes(self.vllm_config)
 
-    def take_targets(self, keys: list[str]) -> list[Outcome] | None:
+    def take_targets(self, keys: list[str]) -> list[Outcome]:
         """The outcomes of these requests, from the one rank that drew them; every rank forgets them."""
-        if self.prompt_draws is None:
-            return None
-        outcomes = self.prompt_draws.take(keys)
-        return outcomes if self.prompt_draws.is_drawing else None
+        return self.prompt_draws.take(keys) if self.prompt_draws is not None else []
 
 
 def _chunk_bytes(config: VllmConfig) -> int:
@@ -208,8 +205,13 @@ class VllmBackend:
         self._starting = threading.Lock()
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vllm-loop", daemon=True).start()
-        self._engine = self._run(self._start())
+        self._loop_thread = threading.Thread(target=_run_loop, args=(self._loop,), name="vllm-loop", daemon=True)
+        self._loop_thread.start()
+        try:
+            self._engine = self._run(self._start())
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            raise
         threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
 
     def describe(self) -> TeacherInfo:
@@ -244,9 +246,9 @@ class VllmBackend:
         self._closed.set()
         with self._starting:
             self._loop.call_soon_threadsafe(self._engine.shutdown)
-            self._run(asyncio.sleep(0))
-            del self._engine
-        self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join()
+            del self._engine  # its __del__ must not wait for the end of the interpreter
 
     async def _start(self) -> AsyncLLM:
         log.info("starting vLLM %s: %s", vllm.__version__, self._args)
@@ -270,7 +272,7 @@ class VllmBackend:
                 await self._engine.collective_rpc("take_targets", args=(keys,))
             raise
         outcomes = await self._engine.collective_rpc("take_targets", args=(keys,))
-        (drawn,) = (ranks for ranks in outcomes if ranks is not None)
+        drawn = (outcome for of_rank in outcomes for outcome in of_rank)
         return [error or unpack_outcome(outcome) for error, outcome in zip(refused, drawn, strict=True)]
 
     async def _prefill(self, key: str, request: ScoreRequest) -> RequestError | None:
@@ -312,6 +314,19 @@ class VllmBackend:
                     self._engine = self._run(self._start())
                 except Exception:
                     log.exception("the vLLM engine did not start")
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Run until stopped, let what was cancelled finish, close."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()
 
 
 def engine_args(

@@ -162,6 +162,7 @@ def test_a_rank_that_does_not_draw_projects_as_often_as_the_one_that_does() -> N
         draws = PromptDraws(project, vocab_size=VOCAB, chunk_bytes=16 * VOCAB, is_drawing=is_drawing)
         draws.add("0", pack_request(request))
         step(draws, [request], [(0, 0, 11)])
+        assert len(draws.take(["0"])) == is_drawing
     assert calls[True] == calls[False] != []
 
 
