@@ -35,7 +35,7 @@ clean:
 DEPLOY := .venv-deploy
 DEPLOY_STAMP := $(DEPLOY)/.stamp
 
-.PHONY: test-deploy test-compose deploy-files promtool
+.PHONY: test-deploy test-compose test-pods deploy-files promtool
 
 $(DEPLOY_STAMP): deploy/requirements.lock
 	$(PYTHON) -m venv $(DEPLOY)
@@ -50,7 +50,10 @@ test-deploy: $(STAMP) $(DEPLOY_STAMP) promtool  ## Dockerfiles, Kubernetes overl
 	$(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
 
 test-compose: $(STAMP)  ## the compose cluster on the real teacher; starts a Docker engine where none runs and one can be had
-	$(BIN)/python -m pytest -m compose tests/compose $(ARGS)
+	$(BIN)/python -m pytest -m compose tests/compose/test_compose.py $(ARGS)
+
+test-pods: $(STAMP) $(DEPLOY_STAMP)  ## the pods of deploy/kubernetes/overlays/cpu-local as containers on that engine
+	$(BIN)/python -m pytest -m compose tests/compose/test_pods.py $(ARGS)
 
 deploy-files: $(DEPLOY_STAMP)  ## generate the dashboard and the PrometheusRule
 	$(DEPLOY)/bin/python deploy/monitoring/generate.py
