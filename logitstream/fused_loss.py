@@ -103,14 +103,13 @@ class _Step:
 
 
 class _FusedLinearSparseKL(torch.autograd.Function):
-    """Loss and sums forward; the gradients wait in ctx for a single backward."""
+    """Loss and sums forward; the gradients wait in ctx for the first backward, a second one makes them anew."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step) -> tuple[Tensor, ...]:
-        needs = [step.wants_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
-        with torch.autocast(hidden.device.type, enabled=False):
-            sums, ctx.gradients = _loss_and_gradients(hidden, weight, bias, step, needs)
-        ctx.dtypes = [tensor if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.step, ctx.needs = step, [step.wants_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
+        ctx.save_for_backward(hidden, weight, bias)
+        sums, ctx.gradients = _loss_and_gradients(hidden, weight, bias, step, ctx.needs)
         ctx.mark_non_differentiable(*sums)
         kl_share = (1 - step.objective.ce_weight) * step.objective.temperature**2
         total = kl_share * sums.kl + step.objective.ce_weight * sums.cross_entropy
@@ -119,17 +118,26 @@ class _FusedLinearSparseKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("backward was called twice: the fused loss keeps its gradients for one call")
-        gradients, ctx.gradients = ctx.gradients, None
+        hidden, weight, bias = inputs = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None  # handed over, so that autograd need not copy them
+        if gradients is None:
+            _, gradients = _loss_and_gradients(hidden, weight, bias, ctx.step, ctx.needs)
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(grad_loss)
-        return *(g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None
+        typed = (None if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, inputs, strict=True))
+        return *typed, None
 
 
 def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step, needs: list[bool]
+) -> tuple[Diagnostics, list[Tensor | None]]:
+    with torch.autocast(hidden.device.type, enabled=False):  # the products choose their dtypes themselves
+        return _chunk_by_chunk(hidden, weight, bias, step, needs)
+
+
+def _chunk_by_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step, needs: list[bool]
 ) -> tuple[Diagnostics, list[Tensor | None]]:
     num_rows, vocab_size = len(hidden), len(weight)
