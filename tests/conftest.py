@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import logitstream.rpc  # noqa: F401  # sets how grpc forks, before any test loads it
+
 
 @pytest.fixture(scope="session")
 def teacher_dir() -> Path:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from logitstream import codec
 from logitstream.errors import (
@@ -28,6 +30,7 @@ from logitstream.errors import (
 )
 from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence, request_key
 from student_worker.resolver import resolve, split_address
+from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import (
     FATAL_ID,
@@ -402,6 +405,19 @@ def test_connections_that_are_cut_again_and_again_lose_nothing() -> None:
             proxy.cut()
         check_all(futures, sequences)
         assert proxy.num_connections >= 5
+
+
+def test_a_dataloader_forks_its_workers_beside_a_connected_client() -> None:
+    sequences = make_sequences(48)
+    rows = [{"input_ids": torch.from_numpy(sequence.token_ids.astype(np.int64))} for sequence in sequences]
+    with fake_teacher() as (_, address), connected(address) as client:
+        check_all(submit_all(client, sequences), sequences)
+        loader: DataLoader[Any] = DataLoader(rows, batch_size=8, num_workers=2)  # type: ignore[arg-type]
+        stream = TargetStream(loader, client, prefetch_batches=2)
+        for epoch in range(3):
+            got = [batch["targets"] for batch in stream]
+            want = [expected_targets(sequence, epoch).token_ids for sequence in sequences]
+            np.testing.assert_array_equal(np.concatenate([targets.token_ids for targets in got]), np.concatenate(want))
 
 
 def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
