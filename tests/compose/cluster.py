@@ -8,29 +8,63 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT.parent / "shared" / "bin" / "docker-engine"
 """Starts a Docker engine where none runs; a machine of the project's own has it beside the checkout."""
 
 
-def engine_environment() -> dict[str, str]:
-    """What docker needs to reach an engine, which is started where none runs; RuntimeError where that cannot be."""
-    if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0:
-        return {}
+@contextmanager
+def engine() -> Iterator[dict[str, str]]:
+    """What docker needs in its environment to reach an engine; one is started where none runs, and stopped again.
+
+    RuntimeError where none can be started.
+    """
+    if _answers({}):
+        yield {}
+        return
     starter = os.environ.get("DOCKER_ENGINE_STARTER", str(STARTER))
     if not os.access(starter, os.X_OK):
         raise RuntimeError(f"no Docker engine answers, and {starter}, which would start one, is not there")
-    subprocess.run([starter, "up"], check=True, timeout=300)
-    lines = subprocess.run([starter, "env"], check=True, capture_output=True, text=True).stdout.split()
-    return dict(word.split("=", 1) for word in lines if "=" in word)
+    words = subprocess.run([starter, "env"], check=True, capture_output=True, text=True).stdout.split()
+    environment = dict(word.split("=", 1) for word in words if "=" in word)
+    if _answers(environment):
+        yield environment
+        return
+    if subprocess.run([starter, "up"], timeout=300).returncode:
+        raise RuntimeError(f"no Docker engine answers, and {starter} could not start one")
+    try:
+        yield environment
+    finally:
+        subprocess.run([starter, "down"], check=False)
+
+
+def _answers(environment: dict[str, str]) -> bool:
+    docker = shutil.which("docker")
+    return (
+        bool(docker)
+        and not subprocess.run(["docker", "info"], env=os.environ | environment, capture_output=True).returncode
+    )
+
+
+def give_up(what: str, error: RuntimeError) -> NoReturn:
+    """Fail where a person asked for the test; in CI, where no engine may be to be had, skip it and say so loudly."""
+    message = f"{what}: {error}"
+    if not os.environ.get("CI"):
+        pytest.fail(message)
+    print(f"\n{'!' * 100}\n{message}\n{'!' * 100}", file=sys.__stderr__, flush=True)
+    pytest.skip(message)
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.compose.cluster import ROOT, Cluster, engine_environment, wait_until
+from tests.compose.cluster import ROOT, Cluster, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(1800)]
 
@@ -57,13 +57,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    try:
-        environment = engine_environment()
-    except RuntimeError as error:
-        pytest.fail(f"THE CLUSTER WAS NOT TESTED: {error}")
+def cluster(docker_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("compose")
-    cluster = Cluster([ROOT / "docker/compose.yaml", _smaller(folder)], environment)
+    cluster = Cluster([ROOT / "docker/compose.yaml", _smaller(folder)], docker_environment)
     cluster.compose("down", "--volumes", "--remove-orphans")
     try:
         yield cluster

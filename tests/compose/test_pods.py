@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.compose.cluster import ROOT, Cluster, engine_environment, wait_until
+from tests.compose.cluster import ROOT, Cluster, wait_until
 from tests.compose.pods import Node, probe_succeeds
 from tests.deploy.manifests import Manifest, of_kind, pod_templates
 from tests.deploy.tools import run_tool
@@ -27,11 +27,8 @@ NUM_SEQUENCES, SEQUENCE_TOKENS, EPOCHS = 48, 128, 2
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    try:
-        cluster = Cluster([ROOT / "docker/compose.yaml"], engine_environment(), project="logitstream-pods")
-    except RuntimeError as error:
-        pytest.fail(f"THE PODS WERE NOT RUN: {error}")
+def node(docker_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    cluster = Cluster([ROOT / "docker/compose.yaml"], docker_environment, project="logitstream-pods")
     cluster.compose("build", seconds=900)
     manifests = list(
         yaml.safe_load_all(run_tool("kubectl", "kustomize", str(ROOT / "deploy/kubernetes/overlays/cpu-local")))
