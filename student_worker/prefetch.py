@@ -63,7 +63,7 @@ class Prefetch:
         self._asked = self._taken = 0
         self._pending: deque[_Pending] = deque()
         self._received: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        self._exhausted = self._finished = False
+        self._exhausted = self._finished = self._writes = False
         self._closed = threading.Event()
         self._error: BaseException | None = None
         self._asking_error: BaseException | None = None
@@ -73,10 +73,11 @@ class Prefetch:
     def consume(self) -> Iterator[Batch]:
         """The first batch is drawn in the caller's thread: there an accelerate dataloader synchronises its workers."""
         self._source.prepare()
+        self._writes = self._source.writable
         if not self._ask_next():
             return
         works = [self._ask_ahead, self._decode_all]
-        if self._source.writable:
+        if self._writes:
             works.append(self._write_through)
         for work in works:
             name = f"target-stream{work.__name__}"
@@ -184,7 +185,7 @@ class Prefetch:
         for slot in pending.slots:
             if self._closed.is_set():
                 return False
-            self._source.locate(slot, self._received.put)
+            self._source.locate(slot, self._received.put if self._writes else None)
         with self._changed:
             pending.asked = True
             self._changed.notify_all()

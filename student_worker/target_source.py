@@ -92,13 +92,15 @@ class TargetSource:
             id_model, self.vocab_size = info.id_model, info.vocab_size
         self._id_model = IdModel.from_bytes(id_model) if id_model else None
 
-    def locate(self, slot: Slot, received: Callable[[Slot], None]) -> None:
+    def locate(self, slot: Slot, received: Callable[[Slot], None] | None) -> None:
         """Leave the slot to the disk where the cache holds it, else ask the teacher, whose answer calls `received`."""
         if self._look_up and self._cache is not None:
             if self._cache.holds(slot.sequence, self._draw_set):
                 return
             metrics.CACHE_MISSES.inc()
-        self._submit(slot).add_done_callback(lambda _: received(slot))
+        future = self._submit(slot)
+        if received is not None:
+            future.add_done_callback(lambda _: received(slot))
 
     def keep(self, slot: Slot) -> bool:
         """Write what came from the teacher to the cache, once; whether it lies there now."""
@@ -121,6 +123,7 @@ class TargetSource:
                 if not stale or last:
                     targets = self._decode(received)
                     self.keep(slot)
+                    slot.future = None  # its callback holds the slot: the payload would wait for the garbage collector
                     return targets
             except CodecError as error:
                 if last:

@@ -202,7 +202,7 @@ class GrpcTeacherClient:
         )
         if self._closed.is_set():
             raise TeacherUnavailable("the client is closed")
-        request.future.add_done_callback(lambda future: self._cancelled(request) if future.cancelled() else None)
+        request.future.add_done_callback(functools.partial(self._done, request.request_id))
         self._loop.call_soon_threadsafe(self._dispatcher.submit, request)
         return request.future
 
@@ -216,9 +216,9 @@ class GrpcTeacherClient:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._serving.result()
 
-    def _cancelled(self, request: Request) -> None:
-        if not self._closed.is_set():
-            self._loop.call_soon_threadsafe(self._dispatcher.cancel, request.request_id)
+    def _done(self, request_id: int, future: Future[ReceivedTargets]) -> None:
+        if future.cancelled() and not self._closed.is_set():
+            self._loop.call_soon_threadsafe(self._dispatcher.cancel, request_id)
 
     async def _serve(self) -> None:
         resolving = asyncio.ensure_future(self._keep_resolving())
