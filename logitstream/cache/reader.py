@@ -111,11 +111,11 @@ class CacheReader:
             except OSError as error:
                 self._note(path, error)
                 continue
-            for span, parts in file.records(spans):
-                if parts is not None:
-                    yield unpack_record(span, *parts)
+            for key, record in file.records(spans):
+                if record is not None:
+                    yield record
                 else:
-                    self._note(path, f"record {span[0].hex()} does not match its checksum", span[0])
+                    self._note(path, f"record {key.hex()} does not match its checksum", key)
 
     def close(self) -> None:
         """Let go of the files; the reader may be used on."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from logitstream.cache.manifest import read_manifest
 from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import Record, Spans, encode_batch, unpack_record
+from logitstream.cache.shard import Record, Spans, encode_batch
 from logitstream.cache.shard_file import ShardFile
 from logitstream.cache.verify import shard_spans
 from logitstream.cache.writer import CacheWriter
@@ -135,7 +135,7 @@ def _kept(path: Path, spans: Spans, before_draw_set: int | None, damaged: bool) 
     if before_draw_set is not None:
         keep &= spans["draw_set"] >= before_draw_set
     if damaged:
-        keep &= [parts is not None for _, parts in ShardFile(str(path)).records(spans)]
+        keep &= [record is not None for _, record in ShardFile(str(path)).records(spans)]
     return keep
 
 
@@ -147,7 +147,7 @@ def _replace(path: Path, spans: Spans, manifest: dict[str, object]) -> int:
         file = ShardFile(str(path))
         for start in range(0, len(spans), RECORDS_PER_BATCH):
             found = file.records(spans[start : start + RECORDS_PER_BATCH])
-            batch = [unpack_record(span, *parts) for span, parts in found if parts is not None]
+            batch = [record for _, record in found if record is not None]
             if batch:
                 shard.append(encode_batch(batch, shard.schema))
         sealed = shard.seal()

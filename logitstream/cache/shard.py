@@ -191,4 +191,4 @@ def unpack_record(span: tuple[Any, ...], tokens: bytes, mask: bytes, payload: by
     if mask:
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(token_ids), bitorder="little")
         loss_mask = bits.astype(bool)
-    return Record(span[0], token_ids, loss_mask, payload, span[7], span[8])
+    return Record._make((span[0], token_ids, loss_mask, payload, span[7], span[8]))  # faster than Record(…)

@@ -114,9 +114,9 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
 def _check_records(path: Path, spans: Spans, damage: Damage) -> int:
     """Read a shard's records; how many are damaged."""
     bad = 0
-    for span, parts in ShardFile(str(path)).records(spans):
-        if parts is None:
-            damage.damaged_keys.add(span[0])
+    for key, record in ShardFile(str(path)).records(spans):
+        if record is None:
+            damage.damaged_keys.add(key)
             bad += 1
     damage.whole_records += len(spans) - bad
     return bad
