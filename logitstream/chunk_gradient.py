@@ -153,24 +153,25 @@ def _softmax_to_gradient_(
         sums.cross_entropy.add_((lse_C[at_label[0]] - label_logits).sum())
         sums.labelled_rows.add_(len(at_label[0]))
         ce_C[at_label[0]] = ce
-    mass_C = torch.zeros_like(total_C).index_add_(0, rows.entry_rows, rows.entry_weights)
+    weights_K = rows.entry_weights.double()
+    mass_C = torch.zeros_like(total_C, dtype=torch.float64).index_add_(0, rows.entry_rows, weights_K)
     if kd:
         _add_target_sums(sums, rows, logits_K, max_C, lse_C, kept_C / total_C)
     if ghost:
         rest_mass_C = _add_ghost_sums(sums, rows, mass_C, rest_C, total_C, vocab_size=exp_CV.shape[1])
         over_rest_C = rest_mass_C * kept_C / rest_C.clamp(min=torch.finfo(rest_C.dtype).tiny)
-        exp_CV.mul_((kd * (mass_C - over_rest_C) + ce_C)[:, None])
-        exp_K *= (kd * (mass_C + rest_mass_C) + ce_C)[rows.entry_rows]
-        exp_CV[at_K] = exp_K - kd * rows.entry_weights * total_C[rows.entry_rows]
+        exp_CV.mul_((kd * (mass_C - over_rest_C) + ce_C).to(exp_CV.dtype)[:, None])
+        kept_K = exp_K * (kd * (mass_C + rest_mass_C) + ce_C)[rows.entry_rows]
+        exp_CV[at_K] = (kept_K - kd * weights_K * total_C[rows.entry_rows]).to(exp_CV.dtype)
         unit_C, factor_C = total_C, 1 / total_C
     else:
         scale_C = kd * mass_C + ce_C
         unit_C, factor_C = torch.where(scale_C > 0, total_C / scale_C, 0), scale_C / total_C
         if kd:
-            exp_CV.index_put_(at_K, -kd * rows.entry_weights * unit_C[rows.entry_rows], accumulate=True)
+            exp_CV.index_put_(at_K, (-kd * weights_K * unit_C[rows.entry_rows]).to(exp_CV.dtype), accumulate=True)
     if ce and at_label is not None:
-        exp_CV.index_put_(at_label, -ce * unit_C[at_label[0]], accumulate=True)
-    return factor_C
+        exp_CV.index_put_(at_label, (-ce * unit_C[at_label[0]]).to(exp_CV.dtype), accumulate=True)
+    return factor_C.to(exp_CV.dtype)
 
 
 def _add_target_sums(
