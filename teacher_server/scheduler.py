@@ -96,8 +96,6 @@ class Scheduler:
         self.is_stuck = False  # after `close`: a batch still runs and cannot be stopped
         self.info = backend.describe()
 
-    # What the streams call ----------------------------------------------------------------------------------------
-
     def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
         """The request's future; cancelling it takes the request back. Raises RequestError where it is refused."""
         key = (request.spec, request.sequence.digest(), request.draw_set)
@@ -154,8 +152,6 @@ class Scheduler:
         check_successor(self.info, backend.describe())
         self._next_backend = backend
         self._wake.set()
-
-    # The loop -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
@@ -281,8 +277,6 @@ class Scheduler:
         for future in list(work.waiters):
             if not future.done():
                 future.set_exception(error)
-
-    # Book-keeping -------------------------------------------------------------------------------------------------
 
     def _check_room(self, client_id: str, num_tokens: int) -> None:
         """A client may hold an equal share of the queue, so that one who fills it does not keep others out.

@@ -8,11 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
@@ -20,18 +19,16 @@ from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
 from logitstream.rpc.channel import TlsFiles, certificate_expiry, server_credentials, server_options
-from logitstream.rpc.v1 import teacher_pb2 as pb
-from teacher_server.access import BearerTokens, is_loopback
+from teacher_server.access import is_loopback
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
-from teacher_server.encoding import encoder
+from teacher_server.encoding import Encode, encoder
+from teacher_server.gate import HEALTH_SERVICE, SERVICE, WhenLoaded, interceptors
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
 from teacher_server.stored_targets import StoredTargets
 
-SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
-HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 HOUSEKEEPING_SECONDS = 1.0
 STOP_SECONDS = 1.0
 """After draining, what gRPC itself may still take."""
@@ -40,44 +37,6 @@ EXIT_STUCK = 75
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-class TokenGate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Lets calls with a known token through, and health checks without one: probes hold no secrets."""
-
-    def __init__(self, tokens: BearerTokens) -> None:
-        self._tokens = tokens
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        metadata = dict(details.invocation_metadata or ())
-        if details.method.startswith(f"/{HEALTH_SERVICE}/") or self._tokens.admits(metadata.get("authorization")):
-            return await continuation(details)
-        return _aborting(grpc.StatusCode.UNAUTHENTICATED, "expected a known bearer token as `authorization` metadata")
-
-
-class _WhenLoaded(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """The teacher's calls once there is a teacher, UNAVAILABLE before."""
-
-    def __init__(self) -> None:
-        self.servicer: TeacherServicer | None = None
-
-    def service(self, details: grpc.HandlerCallDetails) -> Any:
-        if self.servicer is not None:
-            return self.servicer.handler().service(details)
-        if details.method.startswith(f"/{SERVICE}/"):
-            return _aborting(grpc.StatusCode.UNAVAILABLE, "the teacher is loading")
-        return None
-
-
-def _aborting(code: grpc.StatusCode, details: str) -> Any:
-    """A handler that ends any kind of call before it reads a message."""
-
-    async def abort(_requests: object, context: aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(code, details)
-
-    return grpc.stream_stream_rpc_method_handler(abort)
 
 
 class TeacherServer:
@@ -90,16 +49,18 @@ class TeacherServer:
         *,
         load_checkpoint: LoadCheckpoint | None = None,
         make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
+        make_encoder: Callable[[bytes, int], Encode] = encoder,
     ) -> None:
         self._config = config
         self._make_backend = make_backend
         self._load_checkpoint = load_checkpoint
         self._make_id_model = make_id_model
+        self._make_encoder = make_encoder
         self._stopping = asyncio.Event()
         self._health = health_aio.HealthServicer()
-        self._gate = _WhenLoaded()
+        self._gate = WhenLoaded()
         self._server = aio.server(
-            interceptors=_interceptors(config),
+            interceptors=interceptors(config),
             options=server_options(config.max_message_bytes, max_streams=config.max_streams),
         )
         self._probed = aio.server() if config.health_address else None
@@ -156,7 +117,7 @@ class TeacherServer:
         config = self._config
         scheduler = self.scheduler = Scheduler(
             backend,
-            encoder(id_model, config.max_message_bytes),
+            self._make_encoder(id_model, config.max_message_bytes),
             max_batch_tokens=config.max_batch_tokens,
             max_queue_tokens=config.max_queue_tokens,
             client_weights=config.weights_by_client(),
@@ -240,6 +201,7 @@ def serve(
     *,
     load_checkpoint: LoadCheckpoint | None = None,
     make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
+    make_encoder: Callable[[bytes, int], Encode] = encoder,
 ) -> None:
     """Serve until SIGTERM or SIGINT; returns when everything is drained.
 
@@ -247,7 +209,13 @@ def serve(
     """
 
     async def main() -> TeacherServer:
-        server = TeacherServer(config, make_backend, load_checkpoint=load_checkpoint, make_id_model=make_id_model)
+        server = TeacherServer(
+            config,
+            make_backend,
+            load_checkpoint=load_checkpoint,
+            make_id_model=make_id_model,
+            make_encoder=make_encoder,
+        )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)
@@ -273,13 +241,6 @@ def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
         max_message_bytes=config.max_message_bytes,
         max_streams=config.max_streams,
     )
-
-
-def _interceptors(config: TeacherConfig) -> list[aio.ServerInterceptor[Any, Any]]:
-    if not (config.token_file or config.token_env):
-        return []
-    path = Path(config.token_file) if config.token_file else None
-    return [TokenGate(BearerTokens(path=path, variable=config.token_env or None))]
 
 
 def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:

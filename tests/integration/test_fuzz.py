@@ -14,7 +14,7 @@ import numpy as np
 from logitstream import codec
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from teacher_server.server import SERVICE
+from teacher_server.gate import SERVICE
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, WireClient, sequence, serving
 

@@ -18,7 +18,7 @@ from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.backend import ScoreRequest
-from teacher_server.server import SERVICE
+from teacher_server.gate import SERVICE
 from tests.fakes import FAKE_DIGEST, FakeBackend, fake_targets
 from tests.serving import SPEC, WireClient, sequence, serving
 
