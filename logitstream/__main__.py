@@ -17,6 +17,7 @@ from logitstream.cache.describe import Description, describe
 from logitstream.cache.export import export
 from logitstream.cache.open_shard import directory_bytes
 from logitstream.cache.reader import CacheReader
+from logitstream.cache.remote import fetched, is_remote, local_path
 from logitstream.cache.rewrite import merge, prune
 from logitstream.cache.verify import verify
 from logitstream.errors import LogitstreamError
@@ -46,11 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     check = _command(commands, "verify", _verify, "read every byte; exit status 1 where something is damaged")
     check.add_argument("--keys", type=Path, metavar="FILE", help="write the keys to fetch again here, one a line (hex)")
     join = commands.add_parser("merge", help="several caches of one fingerprint into one, each key once")
-    join.add_argument("directories", type=Path, nargs="+")
+    join.add_argument("directories", nargs="+")
     join.set_defaults(run=_merge)
     out = _command(commands, "export", _export, "Parquet files with decoded columns")
     for command, what in ((join, "cache to write or to add to"), (out, "folder for the Parquet files")):
-        command.add_argument("--output", type=Path, required=True, help=what)
+        command.add_argument("--output", required=True, help=what)
     cut = _command(commands, "prune", _prune, "drop records to make room")
     cut.add_argument("--max_bytes", type=_size, help="drop the oldest shards until this many bytes hold (10G, 2T, …)")
     cut.add_argument("--before_draw_set", type=int, help="drop records of earlier draw sets")
@@ -65,7 +66,7 @@ def _command(
     text: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", help="a folder, or an fsspec URL (s3://…)")
     parser.set_defaults(run=run)
     return parser
 
@@ -87,7 +88,7 @@ def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    found = describe(arguments.directory)
+    found = describe(fetched(arguments.directory))
     if arguments.json:
         print(json.dumps(_as_json(found), indent=1))
         return 0
@@ -125,8 +126,9 @@ def _as_json(found: Description) -> dict[str, object]:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    with _bar("verifying", directory_bytes(arguments.directory)) as advance:
-        damage = verify(arguments.directory, advance)
+    directory = fetched(arguments.directory)
+    with _bar("verifying", directory_bytes(directory)) as advance:
+        damage = verify(directory, advance)
     for note in damage.notes:
         print(f"note: {note}")
     for problem in damage.problems:
@@ -142,17 +144,18 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    total = sum(len(CacheReader(directory)) for directory in arguments.directories)
+    sources = [fetched(directory) for directory in arguments.directories]
+    total = sum(len(CacheReader(source)) for source in sources)
     with _bar("merging", total) as advance:
-        written, duplicates, damaged = merge(arguments.directories, arguments.output, advance)
+        written, duplicates, damaged = merge(sources, arguments.output, advance)
     print(f"{arguments.output}: {written} records written, {duplicates} duplicates and {damaged} damaged left out")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    reader = CacheReader(arguments.directory)
+    reader = CacheReader(fetched(arguments.directory))
     with _bar("exporting", len(reader)) as advance:
-        files, skipped = export(reader, arguments.output, progress=advance)
+        files, skipped = export(reader, Path(arguments.output), progress=advance)
     print(f"{arguments.output}: {len(reader) - skipped} records in {len(files)} files, {skipped} damaged left out")
     return 0
 
@@ -160,9 +163,12 @@ def _export(arguments: argparse.Namespace) -> int:
 def _prune(arguments: argparse.Namespace) -> int:
     if arguments.max_bytes is None and arguments.before_draw_set is None and not arguments.damaged:
         raise ValueError("expected --max_bytes, --before_draw_set or --damaged")
-    with _bar("pruning", CacheReader(arguments.directory).num_records) as advance:
+    if is_remote(arguments.directory):
+        raise ValueError("expected a local folder: merge a bucket's cache into one, or use the store's lifecycle rules")
+    directory = local_path(arguments.directory)
+    with _bar("pruning", CacheReader(directory).num_records) as advance:
         records, freed = prune(
-            arguments.directory,
+            directory,
             max_bytes=arguments.max_bytes,
             before_draw_set=arguments.before_draw_set,
             damaged=arguments.damaged,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from logitstream.cache import MANIFEST, CacheReader, CacheWriter
+from logitstream.cache import CacheReader, CacheWriter, has_manifest
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TokenSequence, request_key
 from student_worker.teacher_client import TeacherClient
@@ -126,11 +126,11 @@ def open_target_cache(
     directory holds targets of another teacher, tokenizer or spec.
     """
     options: Any = {"max_bytes": max_bytes, "writer_id": writer_id}
-    if client is not None and (online or not (Path(directory) / MANIFEST).exists()):
+    if client is not None and (online or not has_manifest(directory)):
         info = client.info
         fingerprint = Fingerprint.of(info, spec)
         provenance = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
-        directory = _of_version(Path(directory), fingerprint, info.teacher_version)
+        directory = _of_version(directory, fingerprint, info.teacher_version)
         return TargetCache(directory, fingerprint, id_model=info.id_model, provenance=provenance, **options)
     cache = TargetCache(directory, write=client is not None, provenance=provenance, **options)
     found = cache.fingerprint
@@ -143,10 +143,12 @@ def open_target_cache(
     return cache
 
 
-def _of_version(directory: Path, fingerprint: Fingerprint, teacher_version: int) -> Path:
+def _of_version(directory: str | Path, fingerprint: Fingerprint, teacher_version: int) -> str | Path:
     """The directory, or a cache of its own in it for newer weights of a teacher that replaced them while serving."""
-    if teacher_version == 0 or not (directory / MANIFEST).exists():
+    if teacher_version == 0 or not has_manifest(directory):
         return directory
     found = CacheReader(directory).fingerprint
     same_line = replace(found, weights_digest=fingerprint.weights_digest) == fingerprint
-    return directory / "versions" / fingerprint.digest[:16] if same_line and found != fingerprint else directory
+    if found == fingerprint or not same_line:
+        return directory
+    return f"{str(directory).rstrip('/')}/versions/{fingerprint.digest[:16]}"

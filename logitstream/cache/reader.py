@@ -16,10 +16,11 @@ from logitstream import metrics
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import manifest_fingerprint, read_id_model, read_manifest
 from logitstream.cache.open_shard import OPEN_SUFFIX
+from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import Record, unpack_record
 from logitstream.cache.shard_file import ShardFile
 from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_path, survey
-from logitstream.errors import CacheMiss, CorruptRecord
+from logitstream.errors import CacheError, CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,29 @@ class CacheReader:
     Every record is checked against its checksum before it is used. Raises CacheError where the directory is no cache or
     its manifest is damaged, FingerprintMismatch where it holds other targets than `fingerprint` (None: whatever it
     holds). Damaged records are counted (`cache_corrupt_total`), listed in `damaged` and passed for missing.
+
+    directory: a folder, or an fsspec URL: then shards are fetched into the folder `staging` when they are first read,
+    each while the one before it is being read.
     """
 
-    def __init__(self, directory: str | Path, fingerprint: Fingerprint | None = None) -> None:
-        self.directory = Path(directory)
+    def __init__(
+        self,
+        directory: str | Path,
+        fingerprint: Fingerprint | None = None,
+        *,
+        staging: str | Path | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        self._arguments = (directory, staging, storage_options)
+        self._mirror: Mirror | None = None
+        self.directory = local_path(directory)
+        if is_remote(directory):
+            self._mirror = Mirror(str(directory), staging=staging, storage_options=storage_options)
+            try:
+                self._mirror.pull_head()
+            except OSError as error:
+                raise CacheError(f"{directory} cannot be reached: {error}") from error
+            self.directory = self._mirror.staging
         self.manifest = read_manifest(self.directory, fingerprint)
         self.fingerprint = manifest_fingerprint(self.manifest, self.directory)
         self.id_model = read_id_model(self.directory, self.fingerprint)
@@ -50,13 +70,17 @@ class CacheReader:
         self._order: tuple[Snapshot, KeyIndex, npt.NDArray[np.uint32] | None] | None = None
         self.refresh()
 
-    def __reduce__(self) -> tuple[type[CacheReader], tuple[Path, Fingerprint]]:
-        return CacheReader, (self.directory, self.fingerprint)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _reopen, (*self._arguments, self.fingerprint)
 
     def refresh(self) -> None:
         """Find what was written since; cheap where nothing was."""
         with self._lock:
-            self._now = survey(self.directory, self.manifest, self._now)
+            remote = None
+            if self._mirror is not None:
+                self._mirror.list_again()
+                remote = self._mirror.shards()
+            self._now = survey(self.directory, self.manifest, self._now, remote=remote)
 
     def get(self, key: bytes) -> bytes | None:
         """The encoded targets of a key, or None where the cache does not hold them undamaged."""
@@ -118,9 +142,11 @@ class CacheReader:
                     self._note(path, f"record {key.hex()} does not match its checksum", key)
 
     def close(self) -> None:
-        """Let go of the files; the reader may be used on."""
+        """Let go of the files; a local reader may be used on."""
         with self._lock:
             self._files.clear()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __enter__(self) -> CacheReader:
         return self
@@ -170,9 +196,18 @@ class CacheReader:
             self.damaged.add(key)
 
     def _open(self, now: Snapshot, path: str) -> ShardFile:
+        if self._mirror is not None and not path.endswith(OPEN_SUFFIX):
+            following = now.shards.index(path) + 1
+            self._mirror.fetch(Path(path), ahead=Path(now.shards[following]) if following < len(now.shards) else None)
         with self._lock:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 self._files.clear()
             index = None if path.endswith(OPEN_SUFFIX) else index_path(path)
             file = self._files[path] = ShardFile(path, index=index, spans=now.rebuilt.get(path))
             return file
+
+
+def _reopen(
+    directory: str | Path, staging: str | Path | None, storage_options: dict[str, Any] | None, fingerprint: Fingerprint
+) -> CacheReader:
+    return CacheReader(directory, fingerprint, staging=staging, storage_options=storage_options)

@@ -26,7 +26,7 @@ LOCK = ".prune.lock"
 RECORDS_PER_BATCH = 64
 
 
-def merge(sources: Sequence[Path], output: Path, progress: Progress = lambda _: None) -> tuple[int, int, int]:
+def merge(sources: Sequence[Path], output: str | Path, progress: Progress = lambda _: None) -> tuple[int, int, int]:
     """Copy each key's first undamaged record into a cache of their common fingerprint.
 
     Returns how many were written, left out as duplicates and left out as damaged everywhere. `output` may hold records

@@ -79,11 +79,17 @@ class Snapshot:
         return self.sealed.extended([keys], OPEN_PLACE)
 
 
-def survey(directory: Path, manifest: dict[str, Any], before: Snapshot) -> Snapshot:
-    """What is readable now, reading only what is new since `before`."""
+def survey(
+    directory: Path, manifest: dict[str, Any], before: Snapshot, *, remote: dict[Path, int] | None = None
+) -> Snapshot:
+    """What is readable now, reading only what is new since `before`.
+
+    remote: sizes of sealed shards that can be fetched; their sidecars are in the directory already.
+    """
+    remote = remote or {}
     for _ in range(5):  # a shard that is sealed between listing and reading it is found at the next listing
         try:
-            sealed = sorted(directory.glob("*.arrow"))
+            sealed = sorted({*directory.glob("*.arrow"), *remote})
             growing = {
                 path: _grown(path, manifest, before.growing.get(path, ()))
                 for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))
@@ -99,15 +105,19 @@ def survey(directory: Path, manifest: dict[str, Any], before: Snapshot) -> Snaps
     new = [path for path in sealed if str(path) not in known]
     if not new and growing == before.growing:
         return before
-    return _extended(before, new, growing, manifest)
+    return _extended(before, new, growing, manifest, remote)
 
 
 def _extended(
-    before: Snapshot, new: list[Path], growing: dict[Path, tuple[Message, ...]], manifest: dict[str, Any]
+    before: Snapshot,
+    new: list[Path],
+    growing: dict[Path, tuple[Message, ...]],
+    manifest: dict[str, Any],
+    remote: dict[Path, int],
 ) -> Snapshot:
     starts, rebuilt, keys = list(before.starts), dict(before.rebuilt), []
     for path in new:
-        spans, is_rebuilt = _sealed_spans(path, manifest)
+        spans, is_rebuilt = _sealed_spans(path, manifest, remote.get(path))
         if is_rebuilt:
             rebuilt[str(path)] = spans
         starts.append(starts[-1] + len(spans))
@@ -148,13 +158,17 @@ def _grown(path: Path, manifest: dict[str, Any], before: tuple[Message, ...]) ->
     return (*before, *more) if more else before
 
 
-def _sealed_spans(path: Path, manifest: dict[str, Any]) -> tuple[Spans, bool]:
+def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None) -> tuple[Spans, bool]:
     """A sealed shard's spans, and whether they had to be found again in the shard itself."""
     nothing = np.zeros(0, SPAN_DTYPE)
     try:
-        return read_index(path.with_suffix(".index"), path.stat().st_size), False
+        size = path.stat().st_size if path.exists() or remote_bytes is None else remote_bytes
+        return read_index(path.with_suffix(".index"), size), False
     except CacheError as error:
         problem = error
+    if not path.exists():
+        logger.warning("%s; its shard is skipped", problem)
+        return nothing, True
     if not read_schema(path, manifest):
         logger.warning("%s is skipped: it is no shard of this cache, or its head is damaged", path)
         return nothing, True

@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from logitstream import metrics
 from logitstream.cache.manifest import create_manifest
 from logitstream.cache.open_shard import OpenShard, directory_bytes, recover
+from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, Record, encode_batch
 from logitstream.types import Fingerprint
 
@@ -41,6 +41,9 @@ class CacheWriter:
     A failed write (a full disk, an I/O error) or a directory that reached `max_bytes` (0: no bound) never raises: the
     writer warns once, counts `cache_write_errors_total` and takes nothing more; `disabled` says why. Raises
     FingerprintMismatch or CacheError where the directory holds other targets.
+
+    directory: a folder, or an fsspec URL (s3://…, gs://…): then shards are written in the folder `staging` and uploaded
+    once they are sealed; storage_options go to fsspec.
     """
 
     def __init__(
@@ -55,18 +58,19 @@ class CacheWriter:
         shard_bytes: int = 256 << 20,
         batch_bytes: int = 256 << 10,
         fsync: bool = False,
-        on_seal: Callable[[Path], None] | None = None,
+        staging: str | Path | None = None,
+        storage_options: dict[str, Any] | None = None,
     ) -> None:
         if not 0 < batch_bytes <= shard_bytes <= MAX_SHARD_BYTES // 2:
             raise ValueError(
                 f"expected batch_bytes <= shard_bytes <= {MAX_SHARD_BYTES // 2}, got {batch_bytes=} {shard_bytes=}"
             )
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         self.disabled = ""
         self._limits = (max_bytes, shard_bytes, batch_bytes)
         self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
         self._fsync = fsync
-        self._on_seal = on_seal
+        self._mirror: Mirror | None = None
         self._lock = threading.RLock()
         self._pending: list[Record] = []
         self._pending_bytes = 0
@@ -76,11 +80,17 @@ class CacheWriter:
         self._unchecked_bytes = 0
         self._pid = os.getpid()
         try:
+            if is_remote(directory):
+                self._mirror = Mirror(str(directory), staging=staging, storage_options=storage_options)
+                self._mirror.pull_head()
+                self.directory = self._mirror.staging
             self._manifest = create_manifest(
                 self.directory, fingerprint, provenance=provenance or {}, id_model=id_model
             )
-            for sealed in recover(self.directory, self._manifest):
-                self._sealed(sealed)
+            recover(self.directory, self._manifest)
+            if self._mirror is not None:
+                self._mirror.push_head()
+                self._mirror.push_missing()
             self._look_around()
         except OSError as error:
             self._disable(f"{error}")
@@ -131,6 +141,8 @@ class CacheWriter:
             self.flush()
             self._seal()
             self.disabled = self.disabled or "closed"
+            if self._mirror is not None:
+                self._mirror.close()
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -188,12 +200,8 @@ class CacheWriter:
             self._disable(f"sealing {shard.path}: {error}")
             return
         self._others_bytes += _sealed_bytes(shard)
-        if sealed is not None:
-            self._sealed(sealed)
-
-    def _sealed(self, path: Path) -> None:
-        if self._on_seal is not None:
-            self._on_seal(path)
+        if sealed is not None and self._mirror is not None:
+            self._mirror.push_later(sealed)
 
     def _disable(self, reason: str) -> None:
         if self.disabled:

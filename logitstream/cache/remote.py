@@ -1,0 +1,244 @@
+"""Caches in object stores: sealed shards go up in the background and come down when they are read.
+
+All writing and reading happens in a local staging folder; fsspec moves whole files. An object store has no atomic
+rename, so a shard's sidecars go up before it: a shard that is listed is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from logitstream import metrics
+from logitstream.cache.manifest import ID_MODEL, MANIFEST, manifest_fingerprint, parse, read_manifest
+from logitstream.errors import CacheError
+
+ATTEMPTS = 8
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 10.0
+CLOSE_SECONDS = 600.0
+"""How long `close` waits for uploads; what is left goes up when the cache is next opened for writing."""
+PREFETCHED_SHARDS = 2
+STAGING_BYTES = 16 << 30
+LIST_SECONDS = 10.0
+SIDECARS = (".index", ".json")
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def is_remote(directory: str | Path) -> bool:
+    return "://" in str(directory) and not str(directory).startswith("file://")
+
+
+def local_path(directory: str | Path) -> Path:
+    """A local directory, given as a path or as file://…"""
+    return Path(str(directory).removeprefix("file://"))
+
+
+def has_manifest(directory: str | Path) -> bool:
+    """Whether there is a cache."""
+    if not is_remote(directory):
+        return (local_path(directory) / MANIFEST).exists()
+    fs, root = fsspec.core.url_to_fs(str(directory))
+    return bool(fs.exists(f"{root}/{MANIFEST}"))
+
+
+def fetched(directory: str) -> Path:
+    """A local folder with all shards of a cache, for tools that read it as a whole."""
+    if not is_remote(directory):
+        return local_path(directory)
+    mirror = Mirror(directory, staging_bytes=1 << 62)
+    mirror.pull_head()
+    for path in mirror.shards():
+        mirror.fetch(path)
+    mirror.close()
+    return mirror.staging
+
+
+def staging_folder(url: str) -> Path:
+    """Where a remote cache is staged by default: below LOGITSTREAM_STAGING, or ~/.cache/logitstream/staging."""
+    root = Path(os.environ.get("LOGITSTREAM_STAGING", Path.home() / ".cache" / "logitstream" / "staging"))
+    return root / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
+
+
+class Mirror:
+    """A remote directory and its staging folder; safe from several threads. Raises OSError once retries are used up."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        staging: str | Path | None = None,
+        storage_options: dict[str, Any] | None = None,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        self.staging = Path(staging) if staging is not None else staging_folder(url)
+        self.staging.mkdir(parents=True, exist_ok=True)
+        self._fs, self._root = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        self._staging_bytes = staging_bytes
+        self._pool = ThreadPoolExecutor(PREFETCHED_SHARDS + 1, thread_name_prefix="cache-mirror")
+        self._lock = threading.Lock()
+        self._fetching: dict[str, Future[None]] = {}
+        self._uploads: set[Future[None]] = set()
+        self.sizes: dict[str, int] = {}
+        self._listed = 0.0
+
+    def pull_head(self) -> None:
+        """The manifest and the id model, where the remote has them; CacheError where another cache is staged there."""
+        self.list()
+        for name in (ID_MODEL, MANIFEST):
+            if name in self.sizes and not (self.staging / name).exists():
+                self._download(name)
+        if MANIFEST in self.sizes:
+            theirs = self._try(lambda: self._fs.cat_file(f"{self._root}/{MANIFEST}"))
+            mine = manifest_fingerprint(read_manifest(self.staging), self.staging)
+            found = manifest_fingerprint(parse(theirs, self.staging / MANIFEST), self.staging / MANIFEST)
+            if mine != found:
+                raise CacheError(
+                    f"{self.staging} holds the staged shards of another cache than {self._root} (there against "
+                    f"here): {mine.differences(found)}: remove it or choose another staging folder"
+                )
+
+    def push_head(self) -> None:
+        for name in (ID_MODEL, MANIFEST):
+            if name not in self.sizes and (self.staging / name).exists():
+                self._upload(name)
+
+    def list(self) -> None:
+        """Look up what is there now, and fetch the sidecars of new shards."""
+        self._listed = time.monotonic()
+        self.sizes = self._try(self._list)
+        for name in self.sizes:
+            if name.endswith(".arrow"):
+                for suffix in SIDECARS:
+                    sidecar = name.removesuffix(".arrow") + suffix
+                    if sidecar in self.sizes and not (self.staging / sidecar).exists():
+                        self._download(sidecar)
+
+    def list_again(self) -> None:
+        """As `list`, but not too often; what was known stays known while the remote cannot be reached."""
+        if time.monotonic() - self._listed < LIST_SECONDS:
+            return
+        try:
+            self.list()
+        except OSError as error:
+            logger.warning("new shards cannot be looked for: %s", error)
+
+    def _list(self) -> dict[str, int]:
+        self._fs.invalidate_cache()
+        try:
+            entries = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rsplit("/", 1)[-1]: entry["size"] or 0 for entry in entries if entry["type"] == "file"}
+
+    def shards(self) -> dict[Path, int]:
+        """Sealed shards of the remote as their paths in the staging folder, and their sizes."""
+        return {self.staging / name: size for name, size in self.sizes.items() if name.endswith(".arrow")}
+
+    def fetch(self, path: Path, *, ahead: Path | None = None) -> None:
+        """Make a shard be in the staging folder; begin with the one that is read after it."""
+        if ahead is not None:
+            self._fetch(ahead)
+        self._fetch(path).result()
+
+    def _fetch(self, path: Path) -> Future[None]:
+        with self._lock:
+            found = self._fetching.get(path.name)
+            if found is None or (found.done() and (found.exception() is not None or not path.exists())):
+                found = self._fetching[path.name] = self._pool.submit(self._fetch_now, path)
+            return found
+
+    def _fetch_now(self, path: Path) -> None:
+        if not path.exists():
+            self._make_room(self.sizes.get(path.name, 0))
+            self._download(path.name)
+
+    def push_later(self, path: Path) -> None:
+        """Upload a sealed shard in the background."""
+        future = self._pool.submit(self._push, path)
+        with self._lock:
+            self._uploads.add(future)
+
+    def push_missing(self) -> None:
+        """Upload what an earlier run has sealed and not uploaded."""
+        for path in sorted(self.staging.glob("*.arrow")):
+            if path.name not in self.sizes:
+                self.push_later(path)
+
+    def _push(self, path: Path) -> None:
+        try:
+            for suffix in (*SIDECARS, ".arrow"):
+                self._upload(path.with_suffix(suffix).name)
+        except Exception as error:
+            metrics.CACHE_WRITE_ERRORS.inc()
+            logger.warning("%s stays in the staging folder until the cache is opened again: %s", path, error)
+            return
+        self._make_room(0)
+
+    def close(self) -> None:
+        """Wait for uploads."""
+        with self._lock:
+            uploads = list(self._uploads)
+        unfinished = wait_for(uploads, timeout=CLOSE_SECONDS).not_done
+        if unfinished:
+            logger.warning("%d shards of %s are not uploaded yet: open the cache again", len(unfinished), self._root)
+        self._pool.shutdown(wait=not unfinished, cancel_futures=True)
+
+    def _make_room(self, more: int) -> None:
+        """Drop the shards that were staged longest ago and lie in the remote, to keep to the bound."""
+        with self._lock:
+            staged = [(path.stat().st_mtime, path, path.stat().st_size) for path in self.staging.glob("*.arrow")]
+            total = sum(size for *_, size in staged) + more
+            for _, path, size in sorted(staged):
+                if total <= self._staging_bytes:
+                    break
+                if self.sizes.get(path.name) == size:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    def _download(self, name: str) -> None:
+        partial = self.staging / f".{name}.{uuid.uuid4().hex}"
+        try:
+            self._try(lambda: self._get(name, partial))
+            partial.replace(self.staging / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _get(self, name: str, partial: Path) -> None:
+        self._fs.get_file(f"{self._root}/{name}", str(partial))
+        if partial.stat().st_size != self.sizes.get(name):
+            raise OSError(f"{name} came with {partial.stat().st_size} bytes, expected {self.sizes.get(name)}")
+
+    def _upload(self, name: str) -> None:
+        path = self.staging / name
+        self._try(lambda: self._fs.put_file(str(path), f"{self._root}/{name}"))
+        self.sizes[name] = path.stat().st_size
+
+    def _try(self, operation: Callable[[], T]) -> T:
+        """Object stores fail now and then: pause and try again, a bounded number of times."""
+        pause = FIRST_PAUSE_SECONDS
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return operation()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:
+                if not left:
+                    raise OSError(f"{self._root}: {error}") from error
+                logger.info("%s: %s; trying again", self._root, error)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        raise AssertionError("the last attempt returns or raises")
