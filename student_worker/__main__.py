@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from logitstream import metrics
 from logitstream.cache import CacheReader
@@ -236,9 +237,18 @@ def train(trainer: DistillationTrainer, arguments: TrainingArguments) -> dict[st
     run_report = RunReport()
     trainer.add_callback(run_report)
     losses = {"heldout_loss_before": heldout_loss(trainer)}
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
     losses["heldout_loss_after"] = heldout_loss(trainer)
     return losses | run_report.figures()
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """What `resume_from_checkpoint` names; `latest`: the newest checkpoint in output_dir, None before the first."""
+    named, folder = arguments.resume_from_checkpoint, output_folder(arguments)
+    if named != "latest" or not folder.exists():
+        return None if named == "latest" else named
+    newest: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
+    return newest
 
 
 def heldout_loss(trainer: DistillationTrainer) -> float | None:

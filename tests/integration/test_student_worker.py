@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,3 +144,28 @@ def test_a_student_with_another_tokenizer_is_refused_at_once(home: Path, tmp_pat
         done = run(settings(home, tmp_path / "run", text=text, teacher=[address], tokenizer=str(other)))
     assert done.returncode != 0
     assert "tokenizer" in done.stderr.splitlines()[-1]
+
+
+def test_a_killed_worker_goes_on_from_its_latest_checkpoint(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "resumed"
+    with teacher_process(home / "teacher") as (_, address):
+        again_and_again = settings(
+            home,
+            output,
+            text=[str(home / "corpus.txt")],
+            teacher=[address],
+            resume_from_checkpoint="latest",
+            save_strategy="steps",
+            save_steps=5,
+            heldout_sequences=0,
+        )
+        with subprocess.Popen([sys.executable, "-m", "student_worker", again_and_again], env=ENVIRONMENT) as process:
+            while not (output / "checkpoint-5" / "trainer_state.json").exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+        done = run(again_and_again)
+        assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (output / "progress.jsonl").read_text().splitlines()]
+    assert set(steps) == set(range(1, steps[-1] + 1))
+    assert report_of(output)["tokens_trained"] <= (steps[-1] - 5) * 2 * 32, "the resumed run trains on what was left"
