@@ -159,9 +159,16 @@ def open_channel(
         keepalive_seconds=keepalive_seconds,
         keepalive_timeout_seconds=keepalive_timeout_seconds,
     )
+    if _is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))  # $http_proxy is for the way out of this machine
     if tls is None:
         return aio.insecure_channel(address, options=options)
     return aio.secure_channel(address, client_credentials(tls), options=options)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def bearer_metadata(token: str | None) -> Sequence[tuple[str, str]]:

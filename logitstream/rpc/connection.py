@@ -173,7 +173,7 @@ class TeacherConnection:
             await self._call.write(message)
         except aio.AioRpcError as error:
             raise self._error(error.code(), error.details()) from None
-        except aio.InternalError as error:  # the stream has just ended; reading says why
+        except (aio.InternalError, asyncio.InvalidStateError) as error:  # the stream has just ended; reading says why
             raise TeacherUnavailable(f"{self._address}: {error}") from None
 
     def _error(self, code: grpc.StatusCode, details: str | None) -> Exception:

@@ -250,7 +250,7 @@ def check_memory(settings: WorkerSettings) -> None:
     quarter = len(rss) // 4
     early, late = statistics.median(rss[quarter : 2 * quarter]), statistics.median(rss[-quarter:])
     print(f"memory: {early / 1e6:.1f} MB early, {late / 1e6:.1f} MB late")
-    assert late - early < 0.05 * early
+    assert late - early < 0.03 * early
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import re
 import signal
 import socket
@@ -431,7 +432,7 @@ def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
             client.submit(make_sequences(1)[0])
 
 
-def test_a_client_left_open_does_not_keep_the_process_alive() -> None:
+def test_a_client_left_open_does_not_keep_the_process_alive_and_needs_no_proxy_to_its_own_machine() -> None:
     script = (
         "from student_worker.teacher_client import GrpcTeacherClient\n"
         "from tests.fake_teacher import SPEC, VOCAB_SIZE\n"
@@ -441,5 +442,6 @@ def test_a_client_left_open_does_not_keep_the_process_alive() -> None:
     )
     with fake_teacher() as (_, address):
         command = [sys.executable, "-c", script, address]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        proxied = os.environ | {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": ""}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=proxied)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fake\n", "")

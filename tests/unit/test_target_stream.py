@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from torch.utils.data import DataLoader
 
 from logitstream import codec
@@ -445,6 +447,51 @@ def test_a_slow_consumer_spills_to_disk_within_bounds_and_gets_the_same_targets(
         assert_same(batch["targets"], expected(source))
     assert len(teacher.asked) == 60  # nothing is paid for twice
     cache.close()
+
+
+def held_in_memory() -> int:
+    """Received targets that anything still refers to."""
+    return sum(type(one) is ReceivedTargets for one in gc.get_objects())
+
+
+def test_targets_are_held_no_longer_than_needed_without_the_garbage_collector(tmp_path: Path) -> None:
+    teacher = HandTeacher()
+    cache = open_cache(tmp_path, teacher)
+    gc.collect()
+    before = held_in_memory()
+    gc.disable()
+    try:
+        plain = TargetStream(make_batches(60), teacher, prefetch_batches=3)
+        spilling = TargetStream(make_batches(60), teacher, cache=cache, prefetch_batches=3, spill_batches=20)
+        for stream, at_most in ((plain, 2 * 4), (spilling, 2 * 5)):
+            iterator = iter(stream)
+            for _ in range(30):
+                next(iterator)
+            wait_until(lambda at_most=at_most: held_in_memory() - before <= at_most)  # type: ignore[misc]
+            stream.close()
+    finally:
+        gc.enable()
+    cache.close()
+
+
+def test_what_the_stream_does_is_counted() -> None:
+    def value(metric: str) -> float:
+        return REGISTRY.get_sample_value(f"logitstream_student_{metric}") or 0.0
+
+    names = ("entries_total", "waiting_seconds_total", "decoding_seconds_total")
+    before = {name: value(name) for name in names}
+    stream = TargetStream(make_batches(10), HandTeacher(), prefetch_batches=4)
+    iterator = iter(stream)
+    next(iterator)
+    wait_until(lambda: value("queue_batches") == 4 == stream.queue_depth)
+    list(iterator)
+    grown = {name: value(name) - before[name] for name in names}
+    stats = stream.stats
+    assert (stats.batches, stats.sequences, stats.rows, stats.entries) == (10, 20, 120, 120)
+    assert grown["entries_total"] == 120
+    assert grown["waiting_seconds_total"] == pytest.approx(stream.waiting_seconds) > 0
+    assert grown["decoding_seconds_total"] == pytest.approx(stream.decoding_seconds) > 0
+    assert value("queue_batches") == 0
 
 
 def test_without_room_on_disk_nothing_spills_and_training_goes_on(tmp_path: Path) -> None:
