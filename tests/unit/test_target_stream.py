@@ -489,8 +489,9 @@ def test_what_the_stream_does_is_counted() -> None:
     stats = stream.stats
     assert (stats.batches, stats.sequences, stats.rows, stats.entries) == (10, 20, 120, 120)
     assert grown["entries_total"] == 120
-    assert grown["waiting_seconds_total"] == pytest.approx(stream.waiting_seconds) > 0
-    assert grown["decoding_seconds_total"] == pytest.approx(stream.decoding_seconds) > 0
+    assert grown["waiting_seconds_total"] == pytest.approx(stream.waiting_seconds)
+    assert grown["decoding_seconds_total"] == pytest.approx(stream.decoding_seconds)
+    assert min(grown.values()) > 0
     assert value("queue_batches") == 0
 
 
