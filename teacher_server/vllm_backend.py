@@ -355,9 +355,11 @@ def engine_args(
         "additional_config": {**options.get("additional_config", {}), CHUNK_BYTES: logits_chunk_bytes},
     }
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
-    sized = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options) or "VLLM_CPU_KVCACHE_SPACE" in os.environ
-    if current_platform.is_cpu() and not sized:
-        defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    if current_platform.is_cpu():
+        defaults["enforce_eager"] = True  # compiling takes minutes
+        sized = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options)
+        if not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     args = AsyncEngineArgs(**{**defaults, **options, **ours})
     args.max_model_len = _max_model_len(args, max_sequence_tokens)
     return args
