@@ -25,6 +25,8 @@ from logitstream.cache.manifest import ID_MODEL, MANIFEST, manifest_fingerprint,
 from logitstream.errors import CacheError
 
 ATTEMPTS = 8
+LIST_ATTEMPTS = 2
+"""Of listing, which somebody waits for."""
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 10.0
 CLOSE_SECONDS = 600.0
@@ -119,7 +121,7 @@ class Mirror:
     def list(self) -> None:
         """Look up what is there now, and fetch the sidecars of new shards."""
         self._listed = time.monotonic()
-        self.sizes = self._try(self._list)
+        self.sizes = self._try(self._list, attempts=LIST_ATTEMPTS)
         for name in self.sizes:
             if name.endswith(".arrow"):
                 for suffix in SIDECARS:
@@ -227,10 +229,10 @@ class Mirror:
         self._try(lambda: self._fs.put_file(str(path), f"{self._root}/{name}"))
         self.sizes[name] = path.stat().st_size
 
-    def _try(self, operation: Callable[[], T]) -> T:
+    def _try(self, operation: Callable[[], T], attempts: int = ATTEMPTS) -> T:
         """Object stores fail now and then: pause and try again, a bounded number of times."""
         pause = FIRST_PAUSE_SECONDS
-        for left in reversed(range(ATTEMPTS)):
+        for left in reversed(range(attempts)):
             try:
                 return operation()
             except (FileNotFoundError, PermissionError):
