@@ -72,7 +72,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_queue_tokens: int,
         client_weights: Mapping[str, float] | None = None,
-        num_encoders: int = 1,
+        num_encoders: int = 2,
         stored: StoredTargets | None = None,
     ) -> None:
         self._backend = backend

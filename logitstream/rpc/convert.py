@@ -52,7 +52,7 @@ def sequence_from_message(message: pb.TargetRequest, *, vocab_size: int, max_seq
     num_tokens = len(message.token_ids)
     if not 0 < num_tokens <= max_sequence_tokens:  # before anything is made of its length
         raise InvalidSequence(f"sequence of {num_tokens} tokens: expected 1 to {max_sequence_tokens}")
-    token_ids = np.array(message.token_ids, dtype=np.int64)
+    token_ids = np.array(message.token_ids, dtype=np.uint32)
     largest = int(token_ids.max())
     if largest >= vocab_size:
         raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")
@@ -65,7 +65,7 @@ def sequence_from_message(message: pb.TargetRequest, *, vocab_size: int, max_seq
         if bits[num_tokens:].any():
             raise InvalidSequence(f"loss_mask has bits set beyond the sequence's {num_tokens} tokens")
         loss_mask = bits[:num_tokens].astype(bool)
-    return TokenSequence(token_ids=token_ids.astype(np.int32), loss_mask=loss_mask)
+    return TokenSequence(token_ids=token_ids.view(np.int32), loss_mask=loss_mask)  # all are below 2^24
 
 
 def error_to_message(error: RequestError) -> pb.RequestError:

@@ -1,0 +1,155 @@
+"""A teacher server whose backend answers at once, and a bare grpc.aio server that moves the same bytes: what
+benchmarks/serving.py measures the server's own cost with. Each is a process of its own, so that a client never shares
+its interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc import aio
+
+from logitstream import codec
+from logitstream.errors import RequestError
+from logitstream.rpc.channel import server_options
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from teacher_server import logs, server
+from teacher_server.backend import ScoreRequest
+from teacher_server.config import TeacherConfig
+from teacher_server.encoding import Encode
+
+VOCAB_SIZE = 49_152
+MAX_MESSAGE_BYTES = 16 << 20
+BARE_METHOD = "/bare.Bare/Stream"
+BARE_HEADER = struct.Struct("<III")  # requests to come, responses to give, bytes of each
+
+
+def typical_targets(num_rows: int, *, seed: int = 0) -> SparseTargets:
+    """Systematic draws (N = 50) from Zipf-like rows of as many entropies as English text has."""
+    from logitstream.sampling import sample
+
+    rng = np.random.default_rng(seed)
+    import torch
+
+    rank = np.log(np.arange(1, VOCAB_SIZE + 1))
+    exponents = rng.uniform(0.8, 3.0, num_rows)
+    logits = torch.from_numpy(np.stack([-s * rank[rng.permutation(VOCAB_SIZE)] for s in exponents]).astype(np.float32))
+    sequence = TokenSequence(token_ids=rng.integers(0, VOCAB_SIZE, num_rows).astype(np.int32))
+    return sample(logits, TargetSpec(num_samples=50), sequence)
+
+
+class InstantBackend:
+    """Rows of the same prepared targets for every sequence; `seconds_per_token` makes it a slow one."""
+
+    def __init__(self, prepared: SparseTargets, *, seconds_per_token: float) -> None:
+        self._prepared = prepared
+        self._seconds_per_token = seconds_per_token
+        self._by_length: dict[int, SparseTargets] = {}
+
+    def describe(self) -> TeacherInfo:
+        return TeacherInfo(
+            model="instant",
+            weights_digest="00" * 32,
+            tokenizer_digest="00" * 32,
+            vocab_size=VOCAB_SIZE,
+            dtype="float32",
+            max_sequence_tokens=4096,
+            backend="instant",
+        )
+
+    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        if self._seconds_per_token:
+            time.sleep(self._seconds_per_token * sum(len(request.sequence) for request in batch))
+        return [self._of_length(len(request.sequence)) for request in batch]
+
+    def _of_length(self, length: int) -> SparseTargets:
+        if length not in self._by_length:
+            rows = self._prepared.num_rows
+            repeated = SparseTargets.concatenate([self._prepared] * -(-length // rows))
+            self._by_length[length] = repeated.slice_rows(0, length)
+        return self._by_length[length]
+
+    def healthy(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def encoded_before(_id_model: bytes, _max_bytes: int) -> Encode:
+    """An encoder that encodes targets of each length once: what is left is the server's own work."""
+    known: dict[int, bytes] = {}
+
+    def encode(targets: SparseTargets, spec: TargetSpec) -> bytes:
+        if targets.num_rows not in known:
+            known[targets.num_rows] = codec.encode(targets, version=spec.codec_version)
+        return known[targets.num_rows]
+
+    return encode
+
+
+class BareHandler(grpc.GenericRpcHandler):
+    """Messages of given sizes for messages of any: the least that a grpc.aio server can do."""
+
+    def service(self, details: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(self._answer) if details.method == BARE_METHOD else None
+
+    async def _answer(self, _requests: Any, context: aio.ServicerContext) -> None:
+        num_requests, num_responses, num_bytes = BARE_HEADER.unpack(await context.read())
+        payload = bytes(num_bytes)
+        sent = 0
+        for received in range(1, num_requests + 1):
+            await context.read()
+            while sent * num_requests < num_responses * received:
+                await context.write(payload)
+                sent += 1
+
+
+async def serve_bare(address_file: Path) -> None:
+    bare = aio.server(options=server_options(MAX_MESSAGE_BYTES))
+    bare.add_generic_rpc_handlers((BareHandler(),))
+    port = bare.add_insecure_port("127.0.0.1:0")
+    await bare.start()
+    partial = address_file.with_suffix(f".{os.getpid()}")
+    partial.write_text(f"127.0.0.1:{port}")
+    partial.rename(address_file)
+    await bare.wait_for_termination()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("address_file", type=Path)
+    parser.add_argument("--bare", action="store_true")
+    parser.add_argument("--encoded-before", action="store_true")
+    parser.add_argument("--seconds-per-token", type=float, default=0.0)
+    parser.add_argument("--max-batch-tokens", type=int, default=4096)
+    args = parser.parse_args()
+    if args.bare:
+        asyncio.run(serve_bare(args.address_file))
+        return
+    logs.configure(level="WARNING", as_json=False)
+    backend = InstantBackend(typical_targets(512), seconds_per_token=args.seconds_per_token)
+    config = TeacherConfig(
+        model="instant",
+        address="127.0.0.1:0",
+        address_file=str(args.address_file),
+        max_batch_tokens=args.max_batch_tokens,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        max_in_flight_tokens=1 << 22,
+        max_queue_tokens=1 << 22,
+        drain_seconds=2.0,
+    )
+    server.serve(config, lambda: backend, make_encoder=encoded_before if args.encoded_before else server.encoder)
+
+
+if __name__ == "__main__":
+    main()

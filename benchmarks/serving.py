@@ -1,0 +1,332 @@
+"""What serving costs: tokens/s against the bare forward, goodput against a bare gRPC stream, fairness, memory.
+
+    python -m benchmarks.serving [teacher|goodput|fairness|memory …]   all, without a name
+    python -m benchmarks.serving soak --minutes 30
+
+Writes benchmarks/results/serving.json, a part at a time. Servers are processes of their own; what is compared is
+measured in turn, several times, and medians are given, so that ratios survive a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from grpc import aio
+
+from benchmarks.instant_teacher import BARE_HEADER, BARE_METHOD, MAX_MESSAGE_BYTES, VOCAB_SIZE
+from benchmarks.load import SPEC, Client, instant, process, random_sequences, tokens_per_second
+from logitstream.rpc import convert
+from logitstream.rpc.channel import open_channel
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from teacher_server.gate import SERVICE
+
+STREAM_METHOD = f"/{SERVICE}/StreamTargets"
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+
+
+def measure_teacher(args: argparse.Namespace) -> dict[str, Any]:
+    """Served tokens/s over those of the model's forward on the same batches; real tokens, padding is not counted."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from demo.assets import teacher_folder
+    from teacher_server.batching import split_by_length
+    from teacher_server.transformers_backend import PASS_OVERHEAD_TOKENS
+
+    folder, budget = teacher_folder(), args.max_batch_tokens
+    lengths = np.random.default_rng(1).integers(32, 257, args.num_sequences).tolist()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    batches: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(batches[-1]) + length > budget:
+            batches.append([])
+        batches[-1].append(length)
+    overhead = PASS_OVERHEAD_TOKENS["cpu"]
+    shapes = [
+        (len(one), max(batch[index] for index in one))
+        for batch in batches
+        for one in split_by_length(batch, pass_overhead_tokens=overhead, max_padded_tokens=budget)
+    ]
+    unsorted = [(len(batch), max(batch)) for batch in batches]
+    padded = sum(rows * width for rows, width in shapes)
+
+    @torch.inference_mode()
+    def bare(of: list[tuple[int, int]]) -> float:
+        start = time.perf_counter()
+        for rows, width in of:
+            model(input_ids=torch.randint(0, VOCAB_SIZE, (rows, width)), use_cache=False)
+        return sum(lengths) / (time.perf_counter() - start)
+
+    command = ["-m", "teacher_server", "--model", str(folder), "--dtype", "float32", "--device", "cpu"]
+    command += ["--address", "127.0.0.1:0", "--address_file", "ADDRESS_FILE", "--max_batch_tokens", str(budget)]
+    rates: dict[str, list[float]] = {"bare": [], "bare_unsorted": []}
+    with process(*command) as (address, _):
+        bare(shapes[:2])
+        asyncio.run(tokens_per_second(address, random_sequences([64] * 4), num_clients=1, window=65_536))
+        for repeat in range(args.repeats):
+            rates["bare"].append(bare(shapes))
+            for num_clients in (1, 4, 16):
+                sequences = random_sequences(lengths, seed=100 * repeat + num_clients)
+                served = asyncio.run(tokens_per_second(address, sequences, num_clients=num_clients, window=65_536))
+                rates.setdefault(f"served_{num_clients}_clients", []).append(served)
+        rates["bare_unsorted"].append(bare(unsorted))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "tokens_per_second": medians,
+        "over_bare": {name: value / medians["bare"] for name, value in medians.items() if name.startswith("served")},
+        "padding_share": 1 - sum(lengths) / padded,
+        "padding_share_unsorted": 1 - sum(lengths) / sum(rows * width for rows, width in unsorted),
+        "lengths": f"{args.num_sequences} uniform in 32..256",
+        "dtype": "float32",
+        "device": "cpu",
+        "max_batch_tokens": budget,
+        "runs": rates,
+    }
+
+
+async def raw_run(address: str, method: str, requests: list[bytes]) -> tuple[float, list[int]]:
+    """Seconds to send all and read to the end of the stream, and the sizes of what came; bytes are not looked into."""
+    async with open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES) as channel:
+        call = channel.stream_stream(method)()
+        start = time.perf_counter()
+
+        async def read() -> list[int]:
+            sizes = []
+            while (message := await call.read()) is not aio.EOF:
+                sizes.append(len(message))
+            return sizes
+
+        reading = asyncio.ensure_future(read())
+        for request in requests:
+            await call.write(request)
+        await call.done_writing()
+        sizes = await reading
+        return time.perf_counter() - start, sizes
+
+
+def measure_goodput(args: argparse.Namespace) -> dict[str, Any]:
+    """Payload bytes/s of a backend that answers at once over those of a bare stream of equal messages."""
+    sequences = random_sequences([512] * args.num_requests)
+    messages = [convert.request_to_message(number, one) for number, one in enumerate(sequences)]
+    groups = [convert.requests_to_message(messages[i : i + 8]) for i in range(0, len(messages), 8)]
+    hello = pb.Open(client_id="goodput", vocab_size=1 << 24, spec=convert.spec_to_message(SPEC))
+    requests = [message.SerializeToString() for message in (pb.StreamTargetsRequest(open=hello), *groups)]
+    num_tokens = sum(map(len, sequences))
+    found: dict[str, list[float]] = {"bare": [], "encoded_before": [], "encoding": []}
+    cpu: dict[str, list[float]] = {name: [] for name in found}
+    sizes = [0]
+
+    def run(name: str, address: str, server: psutil.Process, method: str, messages: list[bytes]) -> None:
+        nonlocal sizes
+        before = sum(server.cpu_times()[:2])
+        seconds, sizes = asyncio.run(raw_run(address, method, messages))
+        found[name].append(seconds)
+        cpu[name].append((sum(server.cpu_times()[:2]) - before) / len(sequences))
+
+    with instant("--bare") as bare, instant("--encoded-before") as ready, instant() as encoding:
+        for _ in range(args.repeats + 1):
+            run("encoding", *encoding, STREAM_METHOD, requests)
+            run("encoded_before", *ready, STREAM_METHOD, requests)
+            plan = BARE_HEADER.pack(len(requests), len(sizes), sum(sizes) // len(sizes))
+            run("bare", *bare, BARE_METHOD, [plan, *requests])
+    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
+    return {
+        "targets_tokens_per_second": {name: num_tokens / seconds for name, seconds in medians.items()},
+        "goodput_over_bare": {name: medians["bare"] / medians[name] for name in ("encoded_before", "encoding")},
+        "response_bytes_per_token": sum(sizes) / num_tokens,
+        "messages": {"requests": len(requests), "responses": len(sizes), "response_bytes": sum(sizes) // len(sizes)},
+        "server_cpu_microseconds_per_sequence": {
+            name: 1e6 * statistics.median(values[1:]) for name, values in cpu.items()
+        },
+        "seconds": found,
+    }
+
+
+async def fairness(address: str, *, batch_seconds: float, seconds: float) -> dict[str, Any]:
+    """A greedy client with ten times the window of a steady one, both always waiting; a small one, one at a time."""
+    stop = time.perf_counter() + seconds
+    rng = np.random.default_rng(0)
+
+    async def backlog(client: Client, seed: int) -> None:
+        sequences = random_sequences(np.random.default_rng(seed).integers(32, 257, 4000).tolist(), seed=seed)
+        with contextlib.suppress(asyncio.CancelledError):
+            await client.run(sequences, group=4)
+
+    async def one_at_a_time(client: Client) -> None:
+        number = 0
+        while time.perf_counter() < stop:
+            (one,) = random_sequences([int(rng.integers(32, 257))], seed=number)
+            await client.run_messages([[convert.request_to_message(number, one)]])
+            number += 1
+
+    async with (
+        Client(address, "greedy", window_tokens=60_000) as greedy,
+        Client(address, "steady", window_tokens=6_000) as steady,
+        Client(address, "small", window_tokens=6_000) as small,
+    ):
+        tasks = [asyncio.ensure_future(backlog(client, seed)) for seed, client in enumerate((greedy, steady), 1)]
+        await one_at_a_time(small)
+        begin = stop - 0.8 * seconds
+        taken = {
+            name: sum(tokens for when, tokens in client.times if begin < when < stop)
+            for name, client in (("greedy", greedy), ("steady", steady), ("small", small))
+        }
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    fair = (taken["greedy"] + taken["steady"]) / 2
+    latencies = np.array(small.latencies[3:])
+    return {
+        "tokens_taken": taken,
+        "greedy_over_fair_share": taken["greedy"] / fair,
+        "offered_ratio": 10,
+        "batch_seconds": batch_seconds,
+        "small_client_batches_p50": float(np.quantile(latencies, 0.5)) / batch_seconds,
+        "small_client_batches_p99": float(np.quantile(latencies, 0.99)) / batch_seconds,
+        "small_client_requests": len(latencies),
+    }
+
+
+def measure_fairness(args: argparse.Namespace) -> dict[str, Any]:
+    """Shares and latencies at a teacher of 20,000 tokens/s with batches of 2,048 tokens."""
+    seconds_per_token, batch_tokens = 5e-5, 2048
+    with instant("--seconds-per-token", str(seconds_per_token), "--max-batch-tokens", str(batch_tokens)) as (
+        address,
+        _,
+    ):
+        return asyncio.run(fairness(address, batch_seconds=seconds_per_token * batch_tokens, seconds=args.seconds))
+
+
+async def steady_rss(address: str, server: psutil.Process, *, num_clients: int, seconds: float) -> int:
+    """The server's resident bytes under load from that many clients, the median of the last half."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(Client(address, f"client {i}", window_tokens=4096))
+            for i in range(num_clients)
+        ]
+        sequences = random_sequences([256] * 4000, seed=num_clients)
+        tasks = [asyncio.ensure_future(client.run(sequences)) for client in clients]
+        seen: list[int] = []
+        stop = time.perf_counter() + seconds
+        while time.perf_counter() < stop:
+            await asyncio.sleep(seconds / 20)
+            seen.append(server.memory_info().rss)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return int(statistics.median(seen[len(seen) // 2 :]))
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Resident bytes from 1 to 64 clients: of a real teacher, and of the server alone."""
+    from demo.assets import teacher_folder
+
+    command = ["-m", "teacher_server", "--model", str(teacher_folder()), "--dtype", "float32", "--device", "cpu"]
+    command += ["--address", "127.0.0.1:0", "--address_file", "ADDRESS_FILE", "--max_batch_tokens", "1024"]
+    found: dict[str, Any] = {}
+    for name, started in (("teacher", process(*command)), ("instant", instant())):
+        with started as (address, server):
+            asyncio.run(steady_rss(address, server, num_clients=1, seconds=args.seconds / 2))
+            rss = {
+                str(count): asyncio.run(steady_rss(address, server, num_clients=count, seconds=args.seconds))
+                for count in (1, 64)
+            }
+            found[name] = {"rss_bytes": rss, "growth": rss["64"] / rss["1"] - 1}
+    return found
+
+
+def measure_soak(args: argparse.Namespace) -> dict[str, Any]:
+    """Full load with clients that come and go; the slope of the server's memory and its 95 % interval."""
+
+    async def load(address: str, server: psutil.Process) -> list[tuple[float, int]]:
+        samples: list[tuple[float, int]] = []
+        begin = time.perf_counter()
+        lengths = np.random.default_rng(0).integers(16, 513, 64)
+
+        async def come_and_go(number: int) -> None:
+            turn = 0
+            while time.perf_counter() - begin < args.minutes * 60:
+                turn += 1
+                async with Client(address, f"client {number} {turn}", window_tokens=16_384) as client:
+                    for _ in range(20):
+                        await client.run(random_sequences(np.roll(lengths, turn).tolist(), seed=turn))
+
+        async def watch() -> None:
+            while time.perf_counter() - begin < args.minutes * 60:
+                await asyncio.sleep(1.0)
+                samples.append((time.perf_counter() - begin, server.memory_info().rss))
+
+        await asyncio.gather(watch(), *(come_and_go(number) for number in range(4)))
+        return samples
+
+    with instant() as (address, server):
+        samples = asyncio.run(load(address, server))
+    return {"minutes": args.minutes, "samples": len(samples)} | slope(samples)
+
+
+def slope(samples: list[tuple[float, int]], *, num_blocks: int = 20) -> dict[str, float]:
+    """Least squares through the means of blocks, which are nearly independent, after the first fifth (warming up)."""
+    kept = np.array(samples[len(samples) // 5 :], dtype=float)
+    blocks = np.array([block.mean(axis=0) for block in np.array_split(kept, num_blocks)])
+    hours, mib = blocks[:, 0] / 3600, blocks[:, 1] / 2**20
+    (rate, start), covariance = np.polyfit(hours, mib, 1, cov=True)
+    return {
+        "mib_per_hour": float(rate),
+        "mib_per_hour_interval": 2.1 * float(np.sqrt(covariance[0, 0])),  # Student's t, 18 degrees of freedom
+        "rss_mib": float(start),
+    }
+
+
+PARTS = {
+    "teacher": measure_teacher,
+    "goodput": measure_goodput,
+    "fairness": measure_fairness,
+    "memory": measure_memory,
+    "soak": measure_soak,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all but the soak")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num-sequences", type=int, default=48, help="of the part `teacher`")
+    parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of the part `teacher`")
+    parser.add_argument("--num-requests", type=int, default=4000, help="of the part `goodput`")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the parts `fairness` and `memory`")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of the part `soak`")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in args.parts or [name for name in PARTS if name != "soak"]:
+        print(f"{part}: {PARTS[part].__doc__}", flush=True)
+        results[part] = PARTS[part](args) | {"machine": machine()}
+        print(json.dumps(results[part], indent=2), flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    packages = ("torch", "transformers", "grpcio", "protobuf", "numpy")
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+if __name__ == "__main__":
+    main()
