@@ -88,8 +88,12 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
 
 def adopt_cache_spec(config: StudentConfig) -> None:
     """A run from the cache alone takes the targets as they were drawn: its own sampler settings give way to theirs."""
-    for name, value in CacheReader(config.cache).fingerprint.spec.items():
+    cache = CacheReader(config.cache)
+    for name, value in cache.fingerprint.spec.items():
         setattr(config, "target_seed" if name == "seed" else name, value)
+    if config.draws == "fresh" and len(np.unique(cache.draw_sets())) == 1:
+        logger.info("the cache holds one draw set: every epoch trains on it (draws: reuse)")
+        config.draws = "reuse"
     logger.info("targets of the cache %s were drawn by %s", config.cache, config.target_spec().canonical())
 
 
