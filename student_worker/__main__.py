@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,8 @@ logger = logging.getLogger("student_worker")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if not torch.accelerator.is_available():  # else accelerate takes each of torchrun's processes for the only one
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     config, arguments = parse_settings(
         (StudentConfig, TrainingArguments),
         command="student-worker",

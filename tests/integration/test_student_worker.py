@@ -122,7 +122,14 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
 
     samples = {"num_samples": resolved["num_samples"]}
     two = settings(
-        home, tmp_path / "two", text=text, cache=cache, targets="cache", per_device_train_batch_size=1, **samples
+        home,
+        tmp_path / "two",
+        text=text,
+        cache=cache,
+        targets="cache",
+        per_device_train_batch_size=1,
+        use_cpu=False,  # workers find each other where there is no accelerator, told so or not
+        **samples,
     )
     done = run(two, workers=2)
     assert done.returncode == 0, done.stderr[-3000:]
