@@ -95,7 +95,7 @@ def _run(cluster: Cluster) -> Run:
     refused = cluster.compose("exec", "-T", "student-0", "python", "-c", REFUSED_CALLS).split()
     steps_at = _disturb(cluster)
     _wait_for_the_end(cluster)
-    online, progress = _read(cluster, "report.json"), _read(cluster, "progress.jsonl")
+    online, progress = _read(cluster, "first/report.json"), _read(cluster, "first/progress.jsonl")
     online_states = [cluster.state(cluster.containers(name)[0]) for name in STUDENTS]
     series = {expression: cluster.samples(expression, start=started) for expression in _expressions()}
     expiry = cluster.samples("logitstream_teacher_certificate_expiry_timestamp_seconds", start=started)
@@ -103,7 +103,7 @@ def _run(cluster: Cluster) -> Run:
     cluster.compose("stop", "--timeout", str(STOP_SECONDS), "teacher")
     teacher_states = [cluster.state(container) for container in cluster.containers("teacher")]
     cluster.compose("down")
-    cluster.compose("up", "--detach", "--no-deps", *STUDENTS, TARGETS="cache")
+    cluster.compose("up", "--detach", "--no-deps", *STUDENTS, TARGETS="cache", RUN="second")
     _wait_for_the_end(cluster)
     return Run(
         cluster=cluster,
@@ -117,7 +117,7 @@ def _run(cluster: Cluster) -> Run:
         teacher_states=teacher_states,
         series=series,
         shown_overhead=float(shown[0]["value"][1]),
-        replayed=_read(cluster, "report.json")[0],
+        replayed=_read(cluster, "second/report.json")[0],
         replayed_states=[cluster.state(cluster.containers(name)[0]) for name in STUDENTS],
     )
 
@@ -160,7 +160,7 @@ def _wait_for_the_end(cluster: Cluster) -> None:
 def _read(cluster: Cluster, name: str) -> list[Any]:
     """The JSON lines, or the one JSON object, of a file that the run left."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / name
+        copy = Path(folder) / "copy"
         cluster.compose("cp", f"student-0:/runs/{name}", str(copy), seconds=60)
         body = copy.read_text()
     return [json.loads(body)] if name.endswith(".json") else [json.loads(line) for line in body.splitlines()]
