@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from logitstream import metrics
@@ -25,6 +25,7 @@ from logitstream.errors import (
 )
 from logitstream.rpc.connection import Answer, TeacherConnection, request_bytes
 from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens, request_key
+from student_worker.fleet import Fleet
 from student_worker.known_teacher import Identity, KnownTeacher
 from student_worker.replica import Replica, Request
 
@@ -62,16 +63,21 @@ class Dispatcher:
         connect: Callable[[str], TeacherConnection],
     ) -> None:
         self.teacher = teacher
+        new_replica = functools.partial(
+            Replica,
+            dispatcher=self,
+            identity=identity,
+            teacher=teacher,
+            connect=connect,
+            stalled_seconds=settings.stalled_seconds,
+        )
+        self.fleet = Fleet(new_replica, self.lost)
         self._identity = identity
         self._settings = settings
-        self._connect = connect
         self._requests: dict[int, Request] = {}
         self._waiting: list[tuple[int, int, int]] = []
         self._order = itertools.count()
-        self._replicas: dict[str, tuple[Replica, asyncio.Task[None]]] = {}
-        self._changed = asyncio.Event()
         self._last_progress = 0.0
-        self._resolve_error: TeacherUnavailable | None = None
 
     # What the client asks for
 
@@ -91,56 +97,18 @@ class Dispatcher:
         try:
             async with asyncio.timeout(timeout_seconds):
                 while self.teacher.info is None:
-                    if error := self._all_refused():
+                    if error := self.fleet.all_refused():
                         raise error
-                    self._changed.clear()
-                    await self._changed.wait()
+                    self.fleet.changed.clear()
+                    await self.fleet.changed.wait()
                 return self.teacher.info
         except TimeoutError:
             raise TeacherUnavailable(
-                f"no teacher came up within {timeout_seconds:g} s at {self._where()}; {self._last_error()}"
+                f"no teacher came up within {timeout_seconds:g} s {self.fleet.condition()}"
             ) from None
 
-    # Replicas
-
-    def set_addresses(self, addresses: Sequence[str]) -> None:
-        """Connect to new addresses; send nothing more to those that have vanished."""
-        for address in addresses:
-            if address not in self._replicas:
-                replica = Replica(
-                    address,
-                    self,
-                    identity=self._identity,
-                    teacher=self.teacher,
-                    connect=self._connect,
-                    stalled_seconds=self._settings.stalled_seconds,
-                )
-                task = asyncio.ensure_future(replica.run())
-                task.add_done_callback(functools.partial(self._replica_ended, address))
-                self._replicas[address] = (replica, task)
-        for address, (replica, task) in list(self._replicas.items()):
-            replica.gone = address not in addresses
-            if replica.gone and not replica.in_flight:
-                task.cancel()
-        self._changed.set()
-
-    def _replica_ended(self, address: str, task: asyncio.Task[None]) -> None:
-        replica, _ = self._replicas.pop(address)
-        if not task.cancelled() and (error := task.exception()):  # a bug of ours; the next look-up starts it anew
-            logger.error("serving teacher %s failed", address, exc_info=error)
-            self.lost(replica, list(replica.in_flight.values()), TeacherUnavailable(f"{address}: {error}"))
-
-    def unresolved(self, address: str, error: OSError) -> None:
-        """A look-up failed; the replicas known so far are kept."""
-        if self._resolve_error is None:
-            logger.warning("cannot resolve %s: %s", address, error)
-        self._resolve_error = TeacherUnavailable(f"cannot resolve {address}: {error}")
-
     async def close(self) -> None:
-        tasks = [task for _, task in self._replicas.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.fleet.close()
         for request in self._requests.values():
             request.future.cancel()
         self._requests.clear()
@@ -148,14 +116,11 @@ class Dispatcher:
     def tick(self) -> None:
         """Enforce deadlines; call it about once a second."""
         now = time.monotonic()
-        ready = {replica for replica, _ in self._replicas.values() if replica.state == "ready"}
-        for replica in ready:
-            if replica.stalled(now) and len(ready) > 1:
-                replica.break_off()
+        self.fleet.break_stalled(now)
         for request in list(self._requests.values()):
             if now > self._expiry(request):
                 self._fail(request, self._timeout_error(request))
-        if error := self._all_refused():
+        if error := self.fleet.all_refused():
             for request in list(self._requests.values()):
                 self._fail(request, error)
         self._pump()
@@ -163,7 +128,7 @@ class Dispatcher:
     # What replicas report
 
     def ready(self, replica: Replica) -> None:
-        self._changed.set()
+        self.fleet.changed.set()
         self._pump()
 
     def answered(self, replica: Replica, answer: Answer) -> None:
@@ -172,14 +137,13 @@ class Dispatcher:
         request = self._requests.get(answer.request_id)
         if request is not None:
             if answer.error is not None:
-                if request.replica is replica or not answer.error.retryable:  # another replica may still succeed
-                    self._refused(replica, request, answer.error)
+                self._refused(replica, request, answer.error)
             else:
                 self._received(replica, request, answer)
         self._pump()
 
     def lost(self, replica: Replica, requests: list[Request], error: LogitstreamError) -> None:
-        self._changed.set()
+        self.fleet.changed.set()
         for request in requests:
             if request.request_id not in self._requests or request.replica is not replica:
                 continue
@@ -198,7 +162,8 @@ class Dispatcher:
         weights_digest = answer.weights_digest or replica.described
         fingerprint = self.teacher.fingerprint_digest(weights_digest)
         if fingerprint is None:  # replaced twice between two answers: what made these targets cannot be told any more
-            self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
+            if request.replica is replica:
+                self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
             return
         if self.teacher.is_stale(answer.teacher_version):
             lag = self.teacher.lag(answer.teacher_version)
@@ -219,13 +184,16 @@ class Dispatcher:
             request.future.set_result(received)
 
     def _refused(self, replica: Replica, request: Request, error: RequestError | StaleTeacher) -> None:
+        may_try_again = isinstance(error, StaleTeacher) or error.retryable
+        if may_try_again and request.replica is not replica:
+            return  # a late answer: the request is on its way to another replica by now
         outrun = isinstance(error, TooManyInFlight) and request.num_tokens <= replica.credit
         if not outrun and not isinstance(error, ServerDraining):  # else its state changed with the request on its way
             request.tries += 1
-        if request.tries < MAX_TRIES and (isinstance(error, StaleTeacher) or error.retryable):
+        if may_try_again and request.tries < MAX_TRIES:
             self._retry(request, replica, type(error).__name__)
         else:
-            self._fail(request, error)
+            self._fail(request, error, answered_by=replica)
 
     def _retry(self, request: Request, replica: Replica, reason: str, *, delay_seconds: float | None = None) -> None:
         metrics.STUDENT_RETRIES.labels(reason=reason).inc()
@@ -253,20 +221,14 @@ class Dispatcher:
                 continue
             if request.num_tokens == 0 and not self._fits(request, info):
                 continue
-            replica = self._choose(request)
+            replica = self.fleet.choose(request)
             if replica is None:
                 break
             heapq.heappop(self._waiting)
             self._send(request, replica)
-        replicas = [replica for replica, _ in self._replicas.values()]
+        replicas = self.fleet.replicas
         metrics.STUDENT_IN_FLIGHT_TOKENS.set(sum(replica.in_flight_tokens for replica in replicas))
         metrics.STUDENT_CREDIT_TOKENS.set(sum(replica.credit for replica in replicas if replica.state == "ready"))
-
-    def _choose(self, request: Request) -> Replica | None:
-        """The replica that would answer first; not the one that just failed it, if another has room."""
-        able = [replica for replica, _ in self._replicas.values() if replica.has_room(request)]
-        others = [replica for replica in able if replica is not request.avoid]
-        return min(others or able, key=lambda replica: replica.expected_seconds(request.num_tokens), default=None)
 
     def _fits(self, request: Request, info: TeacherInfo) -> bool:
         """Whether a teacher can take it at all; if not, it fails here, before it is sent."""
@@ -297,18 +259,11 @@ class Dispatcher:
         where = f"sent to {request.replica.address}" if request.replica else "not sent"
         return TeacherUnavailable(
             f"no targets within {self._settings.deadline_seconds:g} s ({where}, {request.losses} connections lost, "
-            f"{request.tries} refusals) at {self._where()}; {self._last_error()}"
+            f"{request.tries} refusals) {self.fleet.condition()}"
         )
 
-    def _all_refused(self) -> LogitstreamError | None:
-        """Why no replica will ever answer, where all of them serve something else."""
-        replicas = [replica for replica, _ in self._replicas.values()]
-        if replicas and all(replica.state == "refused" for replica in replicas):
-            return replicas[0].last_error
-        return None
-
-    def _fail(self, request: Request, error: LogitstreamError) -> None:
-        self._forget(request, None)
+    def _fail(self, request: Request, error: LogitstreamError, *, answered_by: Replica | None = None) -> None:
+        self._forget(request, answered_by)
         if request.future.set_running_or_notify_cancel():
             request.future.set_exception(error)
 
@@ -316,11 +271,3 @@ class Dispatcher:
         self._requests.pop(request.request_id, None)
         if request.replica is not None and request.replica is not answered_by:
             request.replica.cancel(request)
-
-    def _where(self) -> str:
-        return ", ".join(self._replicas) or "no address"
-
-    def _last_error(self) -> str:
-        errors = [replica.last_error for replica, _ in self._replicas.values() if replica.last_error]
-        error = errors[-1] if errors else self._resolve_error
-        return f"last error: {error}" if error else "no error seen"

@@ -73,8 +73,8 @@ class Replica:
     def __init__(
         self,
         address: str,
-        dispatcher: Dispatcher,
         *,
+        dispatcher: Dispatcher,
         identity: Identity,
         teacher: KnownTeacher,
         connect: Callable[[str], TeacherConnection],

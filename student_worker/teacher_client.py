@@ -238,8 +238,8 @@ class GrpcTeacherClient:
                 try:
                     self._resolved[address] = await self._resolve(address)
                 except OSError as error:
-                    self._dispatcher.unresolved(address, error)
-            self._dispatcher.set_addresses([ip for ips in self._resolved.values() for ip in ips])
+                    self._dispatcher.fleet.unresolved(address, error)
+            self._dispatcher.fleet.set_addresses([ip for ips in self._resolved.values() for ip in ips])
             await asyncio.sleep(self._resolve_seconds)
 
     def _server_name(self, address: str) -> str:
