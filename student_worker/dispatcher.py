@@ -165,8 +165,8 @@ class Dispatcher:
             if request.replica is replica:
                 self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
             return
-        if self.teacher.is_stale(answer.teacher_version):
-            lag = self.teacher.lag(answer.teacher_version)
+        lag = self.teacher.lag(answer.teacher_version, weights_digest)
+        if self.teacher.is_stale(answer.teacher_version, weights_digest):
             error = StaleTeacher(f"targets {lag} versions old, at most {self.teacher.max_teacher_lag} are allowed")
             self._refused(replica, request, error)
             return
@@ -176,7 +176,7 @@ class Dispatcher:
             teacher_version=answer.teacher_version,
             weights_digest=weights_digest,
         )
-        metrics.STUDENT_TEACHER_LAG.set(self.teacher.lag(answer.teacher_version))
+        metrics.STUDENT_TEACHER_LAG.set(lag)
         metrics.STUDENT_RECEIVED_BYTES.inc(answer.wire_bytes)
         metrics.STUDENT_ROWS.inc(len(request.sequence))
         self._forget(request, replica)

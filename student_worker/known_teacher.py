@@ -31,8 +31,9 @@ class KnownTeacher:
         self._student = student
         self._expected = fingerprint
         self._digests: dict[bytes, str] = {}
+        self._serving: dict[str, TeacherInfo] = {}
 
-    def accept(self, info: TeacherInfo) -> bytes:
+    def accept(self, address: str, info: TeacherInfo) -> bytes:
         """The weights' wire digest; FingerprintMismatch where targets of this teacher must not be used."""
         self._check_student(info)
         try:
@@ -47,9 +48,13 @@ class KnownTeacher:
         if differences := self._expected.differences(seen):
             raise FingerprintMismatch(f"not the teacher that this run trains from (its value first): {differences}")
         self._digests[wire_digest] = fingerprint.digest
-        if self.info is None or info.teacher_version >= self.info.teacher_version:
-            self.info = info
+        self._serving[address] = info
+        self.info = max(self._serving.values(), key=lambda one: one.teacher_version)
         return wire_digest
+
+    def left(self, address: str) -> None:
+        """A replica is gone; its version counts no more: a server that starts again counts from zero."""
+        self._serving.pop(address, None)
 
     def fingerprint_digest(self, wire_digest: bytes) -> str | None:
         """Of the weights that answered; None where no replica has described them."""
@@ -59,12 +64,14 @@ class KnownTeacher:
         """For the handshake; empty: whatever is served."""
         return info.weights_digest if self.max_teacher_lag == 0 else ""
 
-    def lag(self, teacher_version: int) -> int:
-        """How many versions older than the newest one seen."""
-        return 0 if self.info is None else self.info.teacher_version - teacher_version
+    def lag(self, teacher_version: int, wire_digest: bytes) -> int:
+        """How many versions older than the newest one served; 0 for the same weights under another replica's count."""
+        if self.info is None or bytes.fromhex(self.info.weights_digest)[:8] == wire_digest:
+            return 0
+        return max(self.info.teacher_version - teacher_version, 0)
 
-    def is_stale(self, teacher_version: int) -> bool:
-        return 0 < self.max_teacher_lag < self.lag(teacher_version)
+    def is_stale(self, teacher_version: int, wire_digest: bytes) -> bool:
+        return 0 < self.max_teacher_lag < self.lag(teacher_version, wire_digest)
 
     def _check_student(self, info: TeacherInfo) -> None:
         mine = self._student

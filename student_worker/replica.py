@@ -196,7 +196,7 @@ class Replica:
 
     async def _handshake(self, connection: TeacherConnection) -> None:
         info = await connection.describe()
-        self.described = self._teacher.accept(info)
+        self.described = self._teacher.accept(self.address, info)
         self.credit = await connection.open(
             self._identity.spec,
             client_id=self._identity.client_id,
@@ -211,7 +211,7 @@ class Replica:
     async def _take(self, connection: TeacherConnection, answer: Answer) -> None:
         """Weights that changed while serving are described again before their first targets are used."""
         if answer.error is None and self._teacher.fingerprint_digest(answer.weights_digest or self.described) is None:
-            self.described = self._teacher.accept(await connection.describe())
+            self.described = self._teacher.accept(self.address, await connection.describe())
         now = time.monotonic()
         self._last_progress = now
         if request := self.in_flight.get(answer.request_id):
@@ -262,6 +262,7 @@ class Replica:
         rotating = isinstance(error, AccessDenied) and self._was_ready  # the token file may follow the server's soon
         self.state = "connecting" if isinstance(error, TeacherUnavailable) or rotating else "refused"
         self.last_error = error
+        self._teacher.left(self.address)
         requests = list(self.in_flight.values())
         self.in_flight.clear()
         self._outbox, self._cancelled = [], []

@@ -207,7 +207,7 @@ class GrpcTeacherClient:
         return request.future
 
     def is_stale(self, received: ReceivedTargets) -> bool:
-        return self._teacher.is_stale(received.teacher_version)
+        return self._teacher.is_stale(received.teacher_version, received.weights_digest)
 
     def close(self) -> None:
         if self._closed.is_set():

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from logitstream.errors import FingerprintMismatch
+from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
+from student_worker.known_teacher import Identity, KnownTeacher
+from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, fake_info
+
+STUDENT = Identity(client_id="test", vocab_size=1000, tokenizer_digest=TOKENIZER_DIGEST, spec=SPEC)
+
+
+def digest_of(info: TeacherInfo) -> bytes:
+    return bytes.fromhex(info.weights_digest)[:8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights_digest": "cd" * 32}, "weights_digest: '.*' against 'cdcd"),
+        ({"weights_digest": "no hex"}, "expected a hex digest of the weights, got 'no hex'"),
+        ({"tokenizer_digest": "cd" * 32}, "tokenizers differ"),
+        ({"vocab_size": 1001}, "student's vocabulary of 1000, the teacher's has 1001"),
+        ({"vocab_size": 999}, "vocab_size: 1000 against 999"),
+        ({"dtype": "bfloat16"}, "dtype: 'float32' against 'bfloat16'"),
+        ({"id_model": b"another"}, "id_model_digest: '' against '"),
+        ({"samplers": ("top_k",)}, "expected sampler systematic .* the teacher offers top_k"),
+        ({"codec_versions": (2,)}, "codec version 1, the teacher offers .* versions 2"),
+    ],
+)
+def test_a_replica_that_differs_is_refused_with_the_difference(change: dict[str, object], message: str) -> None:
+    teacher = KnownTeacher(STUDENT)
+    teacher.accept("first", fake_info())
+    with pytest.raises(FingerprintMismatch, match=message):
+        teacher.accept("second", replace(fake_info(), **change))  # type: ignore[arg-type]
+    assert teacher.info == fake_info()
+
+
+def test_an_expected_fingerprint_decides_before_the_first_replica() -> None:
+    teacher = KnownTeacher(STUDENT, fingerprint=Fingerprint.of(fake_info(weights="other"), SPEC))
+    with pytest.raises(FingerprintMismatch, match="weights_digest"):
+        teacher.accept("first", fake_info())
+    teacher = KnownTeacher(STUDENT, fingerprint=Fingerprint.of(fake_info(), TargetSpec(num_samples=9, codec_version=1)))
+    with pytest.raises(FingerprintMismatch, match=r"'num_samples': 9.*'num_samples': 8"):
+        teacher.accept("first", fake_info())
+
+
+def test_while_the_teacher_learns_only_its_weights_may_change() -> None:
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=3)
+    digests = [teacher.accept("first", fake_info(version=version)) for version in range(3)]
+    found = [teacher.fingerprint_digest(digest) for digest in digests]
+    assert found == [Fingerprint.of(fake_info(version=version), SPEC).digest for version in range(3)]
+    with pytest.raises(FingerprintMismatch, match="dtype"):
+        teacher.accept("first", replace(fake_info(version=3), dtype="bfloat16"))
+    assert teacher.weights_to_ask_for(fake_info()) == ""
+
+
+def test_lag_counts_from_the_newest_version_that_is_served() -> None:
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
+    old, new = fake_info(version=1), fake_info(version=5)
+    teacher.accept("old", old)
+    teacher.accept("new", new)
+    assert (teacher.lag(1, digest_of(old)), teacher.lag(5, digest_of(new))) == (4, 0)
+    assert teacher.is_stale(1, digest_of(old))
+    assert not teacher.is_stale(3, digest_of(fake_info(version=3)))
+
+
+def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() -> None:
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=1)
+    newest = fake_info(version=7)
+    teacher.accept("long up", newest)
+    teacher.accept("just started", replace(newest, teacher_version=1))
+    assert teacher.lag(1, digest_of(newest)) == 0
+
+
+def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=1)
+    teacher.accept("only one", fake_info(version=7))
+    teacher.left("only one")
+    restarted = fake_info(weights="newer", version=0)
+    teacher.accept("only one", restarted)
+    assert not teacher.is_stale(0, digest_of(restarted))
+    assert teacher.info == restarted
+
+
+def test_any_version_is_taken_where_asked_to() -> None:
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=-1)
+    teacher.accept("old", fake_info(version=0))
+    teacher.accept("new", fake_info(version=90))
+    assert not teacher.is_stale(0, digest_of(fake_info(version=0)))
