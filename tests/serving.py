@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,8 @@ from teacher_server.config import TeacherConfig
 from teacher_server.server import TeacherServer
 
 SPEC = TargetSpec(num_samples=8, codec_version=1)
+COMMAND = [sys.executable, "-m", "teacher_server"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @asynccontextmanager
@@ -108,3 +113,18 @@ class WireClient:
         except aio.AioRpcError:
             pass
         return await self.call.code(), await self.call.details()
+
+
+@contextmanager
+def teacher_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running server and its address."""
+    command = [*COMMAND, "--address", "127.0.0.1:0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving on "), process.communicate(timeout=10)
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,26 +21,8 @@ from teacher_server.calibration import id_model_from
 from teacher_server.config import TeacherConfig
 from teacher_server.weights import weights_digest
 from tests.fakes import FakeBackend
-from tests.serving import WireClient, sequence
+from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, teacher_process
 from tests.tiny_models import save_tiny_teacher
-
-COMMAND = [sys.executable, "-m", "teacher_server"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@contextmanager
-def teacher_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running server and its address."""
-    command = [*COMMAND, "--address", "127.0.0.1:0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("serving on "), process.communicate(timeout=10)
-        yield process, line.split()[-1]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
