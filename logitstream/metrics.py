@@ -96,6 +96,7 @@ for _reason in REQUEST_ERRORS:  # a counter that appears only with its first inc
     TEACHER_REJECTS.labels(_reason)
 for _stage in STAGES:
     TEACHER_STAGE_SECONDS.labels(_stage)
+STUDENT_RETRIES.labels("lost")
 
 
 def value(name: str, **labels: str) -> float | None:

@@ -16,7 +16,6 @@ ROW = re.compile(
     r"^\| `(?P<name>\w+)` \| (?P<type>\w+) \| (?P<unit>[\w ]+) \| (?P<labels>[^|]*) \| (?P<meaning>[^|]+) \|$"
 )
 LABELLED = {
-    metrics.STUDENT_RETRIES: "timeout",
     metrics.STUDENT_OVERHEAD: "total",
     metrics.CACHE_DISK_FREE: "/cache",
 }
