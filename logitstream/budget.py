@@ -89,10 +89,10 @@ def choose_for_bytes(
     def size_of(index: int) -> float:
         return measure(draw, sequences, _with_index(spec, index), with_noise=False, id_model=id_model).bytes_per_token
 
-    below, _ = _bracket(size_of, bytes_per_token, _index_of(spec), _index_range(spec), TYPICAL_EXPONENT)
-    if below is None:
+    index = _nearest(size_of, bytes_per_token, _index_of(spec), _index_range(spec), TYPICAL_EXPONENT, from_below=True)
+    if index is None:
         raise ValueError(f"{bytes_per_token:g} bytes a token are too few for any {spec.sampler} targets of this text")
-    chosen = _with_index(spec, below)
+    chosen = _with_index(spec, index)
     with_noise = spec.sampler in ("systematic", "multinomial", "threshold")
     measured = measure(draw, sequences, chosen, with_noise=with_noise, id_model=id_model)
     return _choice(chosen, measured, f"at most {bytes_per_token:g} bytes a token", sequences)
@@ -114,10 +114,12 @@ def choose_for_noise(
         measured = measure(draw, sequences, _with_index(spec, index), with_noise=True, id_model=id_model)
         return 1.0 / max(measured.noise or 0.0, 1e-12)
 
-    _, above = _bracket(precision_of, 1.0 / noise, _index_of(spec), _index_range(spec), 2 * TYPICAL_EXPONENT)
-    if above is None:
+    index = _nearest(
+        precision_of, 1.0 / noise, _index_of(spec), _index_range(spec), 2 * TYPICAL_EXPONENT, from_below=False
+    )
+    if index is None:
         raise ValueError(f"no {spec.sampler} targets come within a noise of {noise:g}")
-    chosen = _with_index(spec, above)
+    chosen = _with_index(spec, index)
     measured = measure(draw, sequences, chosen, with_noise=True, id_model=id_model)
     return _choice(chosen, measured, f"noise of at most {noise:g}", sequences)
 
@@ -156,12 +158,18 @@ def _index_range(spec: TargetSpec) -> tuple[int, int]:
     return 1, (MAX_VOCAB_SIZE if spec.sampler.startswith("top_k") else PROBABILITY_UNITS)
 
 
-def _bracket(
-    value_of: Callable[[int], float], target: float, start: int, bounds: tuple[int, int], exponent: float
-) -> tuple[int | None, int | None]:
-    """The nearest indices found whose (rising) values are at most the target, and at least it.
+def _nearest(
+    value_of: Callable[[int], float],
+    target: float,
+    start: int,
+    bounds: tuple[int, int],
+    exponent: float,
+    *,
+    from_below: bool,
+) -> int | None:
+    """The nearest index found whose (rising) value is at most the target or, not from below, at least it.
 
-    Steps along a power law through the two ends known; ends at neighbours, or at a value within CLOSE_ENOUGH.
+    Steps along a power law through the two ends known; ends at neighbours, or within CLOSE_ENOUGH on the right side.
     """
     below: tuple[int, float] | None = None
     above: tuple[int, float] | None = None
@@ -172,12 +180,14 @@ def _bracket(
             below = (index, value)
         if value >= target:
             above = (index, value)
-        if abs(value / target - 1) <= CLOSE_ENOUGH or (below and above and above[0] - below[0] <= 1):
+        is_close = abs(value / target - 1) <= CLOSE_ENOUGH and (value <= target if from_below else value >= target)
+        if is_close or (below and above and above[0] - below[0] <= 1):
             break
         index = _next_index(below, above, target, bounds, exponent)
         if index in (below and below[0], above and above[0]):
             break
-    return below and below[0], above and above[0]
+    found = below if from_below else above
+    return found and found[0]
 
 
 def _next_index(

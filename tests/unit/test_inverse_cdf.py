@@ -1,0 +1,52 @@
+"""The blocked search against a running sum over the whole vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logitstream.inverse_cdf import at_least, locate, locate_plain, relative_probs, scratch, without
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(0, 1 << 32), st.floats(0.1, 30), st.floats(0, 0.95))
+def test_locate_finds_what_the_plain_search_finds(vocab_size: int, seed: int, scale: float, share_cut: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, vocab_size, generator=generator) * scale
+    cut = torch.rand(6, vocab_size, generator=generator) < share_cut
+    cut[:, seed % vocab_size] = False
+    logits[cut] = -torch.inf
+    distribution = relative_probs(logits, 1.0, np.arange(6), scratch(logits))
+    points = 1 - torch.rand(6, 50, generator=generator, dtype=torch.float64)
+    points[:, 0] = 1.0
+    found, plain = locate(distribution, points), locate_plain(distribution, points)
+    # A point on the border of two ids may fall on either side, by the rounding of a block's float32 sum.
+    assert (found != plain)[:, 1:].double().mean() < 0.01
+    assert distribution.values.gather(1, found).min() > 0
+
+
+@pytest.mark.parametrize("vocab_size", [49_152, 151_936, 262_144])
+def test_locate_at_real_vocabulary_sizes(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, vocab_size, generator=generator) * 4
+    distribution = relative_probs(logits, 1.0, np.arange(3), scratch(logits))
+    points = 1 - torch.rand(3, 5000, generator=generator, dtype=torch.float64)
+    assert (locate(distribution, points) != locate_plain(distribution, points)).double().mean() < 1e-3
+
+
+def test_entries_of_a_share_are_found_and_taken_out() -> None:
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(1)) * 3
+    probs = torch.softmax(logits.double(), dim=-1)
+    distribution = relative_probs(logits, 1.0, np.arange(20), scratch(logits))
+    rows, ids, shares = at_least(distribution, 0.03)
+    expected_rows, expected_ids = (probs >= 0.03).nonzero(as_tuple=True)
+    torch.testing.assert_close(rows, expected_rows)
+    torch.testing.assert_close(ids, expected_ids)
+    torch.testing.assert_close(shares, probs[rows, ids], rtol=1e-5, atol=0)
+    before = distribution.total().clone()
+    rest = without(distribution, rows, ids)
+    left = torch.where(probs >= 0.03, 0.0, probs).sum(dim=1)
+    torch.testing.assert_close(rest.total() / before, left, rtol=1e-4, atol=1e-9)
