@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -213,15 +213,16 @@ class TeacherServicer:
             if kind == "requests":
                 self._take(stream, message.requests.requests, len(data))
             elif kind == "cancel":
+                _check_number(message.cancel.request_ids)
                 for request_id in message.cancel.request_ids:
                     stream.cancel(request_id)
             else:
                 raise ProtocolViolation(f"expected `requests` or `cancel`, got {kind}")
+            await stream.wait_for_room()
         stream.half_close()
 
     def _take(self, stream: ClientStream, requests: Any, num_bytes: int) -> None:
-        if len(requests) > MAX_MESSAGE_REQUESTS:
-            raise ProtocolViolation(f"{len(requests)} requests in one message: the limit is {MAX_MESSAGE_REQUESTS}")
+        _check_number(requests)
         limits = self._limits
         for request in requests:
             stream.check_new(request.request_id)
@@ -247,6 +248,11 @@ class TeacherServicer:
                 stream.written(outcomes)
                 metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
             _check_weights(wanted_weights, self._scheduler.info.weights_digest)
+
+
+def _check_number(requests: Sized) -> None:
+    if len(requests) > MAX_MESSAGE_REQUESTS:
+        raise ProtocolViolation(f"{len(requests)} requests in one message: the limit is {MAX_MESSAGE_REQUESTS}")
 
 
 def _check_weights(wanted: str, served: str) -> None:

@@ -73,6 +73,7 @@ class ClientStream:
         self._in_flight_tokens = 0
         self._events: deque[Event] = deque()
         self._wake = asyncio.Event()
+        self._room = asyncio.Event()
         self._half_closed = False
 
     @property
@@ -126,6 +127,12 @@ class ClientStream:
         self._half_closed = True
         self._wake.set()
 
+    async def wait_for_room(self) -> None:
+        """Until few enough answers wait to be sent: a client that asks and does not read is not read from either."""
+        while len(self._events) > MAX_STREAM_REQUESTS:
+            self._room.clear()
+            await self._room.wait()
+
     async def next_events(self) -> list[Event]:
         """What has to be sent, at least one event; empty when the stream is over."""
         while not self._events:
@@ -135,6 +142,7 @@ class ClientStream:
             await self._wake.wait()
         events = list(self._events)
         self._events.clear()
+        self._room.set()
         return events
 
     def written(self, outcomes: list[Outcome]) -> None:

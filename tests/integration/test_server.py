@@ -239,6 +239,28 @@ async def test_a_client_that_does_not_read_holds_back_only_itself() -> None:
         assert len(await slow.receive(20)) == 20
 
 
+async def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        await client.open()
+        servicer = server._gate.servicer
+        assert servicer is not None
+        (stream,) = servicer._streams
+        bad = [[pb.TargetRequest(request_id=4000 * turn + number) for number in range(4000)] for turn in range(50)]
+
+        async def flood() -> None:
+            for messages in bad:
+                await client.send(messages)
+
+        flooding = asyncio.ensure_future(flood())
+        most = 0
+        for _ in range(50):
+            await asyncio.sleep(0.02)
+            most = max(most, stream.num_unsent)
+        assert most < 40_000
+        await client.receive(200_000, seconds=60)
+        await flooding
+
+
 async def test_a_sequence_the_backend_fails_on_is_reported_without_the_backend_s_words() -> None:
     def fault(batch: Sequence[ScoreRequest]) -> RequestError | None:
         if any(one.sequence.token_ids[0] == 13 for one in batch):
