@@ -30,6 +30,7 @@ from teacher_server.servicer import StreamLimits, TeacherServicer
 from teacher_server.stored_targets import StoredTargets
 
 HOUSEKEEPING_SECONDS = 1.0
+DEFAULT_SEQUENCE_TOKENS = 8192
 STOP_SECONDS = 1.0
 """After draining, what gRPC itself may still take."""
 EXIT_STUCK = 75
@@ -235,7 +236,7 @@ def serve(
 def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
     longest = backend.describe().max_sequence_tokens
     return StreamLimits(
-        max_sequence_tokens=min(config.max_sequence_tokens or longest, longest),
+        max_sequence_tokens=min(config.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS, longest),
         max_in_flight_tokens=config.max_in_flight_tokens,
         max_queue_tokens=config.max_queue_tokens,
         max_message_bytes=config.max_message_bytes,
