@@ -55,7 +55,7 @@ async def works(address: str, **options: Any) -> bool:
         return bool((await client.receive(1))[1].targets)
 
 
-async def refusal(address: str, *, seconds: float = 3.0, **options: Any) -> grpc.StatusCode:
+async def refusal(address: str, *, seconds: float = 15.0, **options: Any) -> grpc.StatusCode:
     """The status of a Describe and of a stream that must both fail, and tell nothing."""
     async with WireClient(address, **options) as client:
         with pytest.raises(aio.AioRpcError) as caught:
