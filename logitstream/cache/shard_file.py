@@ -1,28 +1,24 @@
-"""Reading a shard: single records with pread, many in order through a memory map.
+"""Reading a shard: single records, or many in order block by block.
 
-A page that cannot be read (a failing disk, a file cut off by somebody) would raise SIGBUS where it is touched, which
-kills the process. So each block of the map is populated first: MADV_POPULATE_READ (Linux 5.14) answers with an error
-instead. Where there is no such call, or it fails, records are read singly. Pages are let go of block by block, so that
-the resident size stays flat.
+All reading is pread: a page of a memory map that cannot be read (a failing disk, a file that somebody cuts off) kills
+the process with SIGBUS, a failing pread is an error like any other, and what was read stays out of the resident size.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.manifest import INDEX_HEADER
 from logitstream.cache.shard import HEAD, SPAN, Record, Spans, checksum, unpack_record
 from logitstream.errors import CorruptRecord
 
-MADV_POPULATE_READ = 22
-"""Of Linux; Python 3.11's mmap does not name it."""
 BLOCK_BYTES = 1 << 20
-PAGE_MASK = ~(mmap.PAGESIZE - 1)
 
 Parts = tuple[bytes, bytes, bytes]
 """Token bytes, mask bytes and payload of a record."""
@@ -66,38 +62,32 @@ class ShardFile:
 
     def records(self, spans: Spans) -> Iterator[tuple[bytes, Record | None]]:
         """Each span's key and record, or None where that is damaged; fastest in the file's order."""
-        size = os.fstat(self._fd).st_size
-        content = mmap.mmap(self._fd, size, prot=mmap.PROT_READ) if size else None
+        block, ends = memoryview(bytearray(BLOCK_BYTES)), _batch_ends(spans)
         start = stop = 0
         for span in SPAN.iter_unpack(spans.tobytes()):
             key, at, num_bytes, tokens_at, num_tokens, mask_at, mask_bytes, draw_set, version, wanted = span
-            end = at + num_bytes
-            if content is not None and not start <= tokens_at <= end <= stop:
-                start, stop = tokens_at, min(max(end, tokens_at + BLOCK_BYTES), size)
-                if not _populate(content, start, stop):
-                    content = None
-            if content is not None and start <= tokens_at <= end <= stop:
-                tokens = content[tokens_at : tokens_at + 4 * num_tokens]
-                mask = content[mask_at : mask_at + mask_bytes] if mask_bytes else b""
-                payload = content[at:end]
-                head = key + HEAD.pack(draw_set, version, 4 * num_tokens, mask_bytes)
-                if xxh3(payload, xxh3(mask, xxh3(tokens, xxh3(head)))) == wanted:  # `checksum`, without the call
-                    yield key, unpack_record(span, tokens, mask, payload)
-                    continue
             try:
-                yield key, unpack_record(span, *self.record(span))
+                if not start <= tokens_at <= at + num_bytes <= stop and at + num_bytes - tokens_at <= BLOCK_BYTES:
+                    i = bisect_right(ends, tokens_at + BLOCK_BYTES) - 1
+                    size = ends[i] - tokens_at if i >= 0 and ends[i] >= at + num_bytes else BLOCK_BYTES
+                    start, stop = tokens_at, tokens_at + os.preadv(self._fd, [block[:size]], tokens_at)
+                if start <= tokens_at <= at + num_bytes <= stop:
+                    tokens = bytes(block[tokens_at - start : tokens_at - start + 4 * num_tokens])
+                    mask = bytes(block[mask_at - start : mask_at - start + mask_bytes]) if mask_bytes else b""
+                    payload = bytes(block[at - start : at - start + num_bytes])
+                    head = key + HEAD.pack(draw_set, version, 4 * num_tokens, mask_bytes)
+                    if xxh3(payload, xxh3(mask, xxh3(tokens, xxh3(head)))) == wanted:  # `checksum`, without the call
+                        yield key, unpack_record(span, tokens, mask, payload)
+                        continue
+                record: Record | None = unpack_record(span, *self.record(span))
             except (CorruptRecord, OSError):
-                yield key, None
+                record = None
+            yield key, record
 
 
-def _populate(content: mmap.mmap, start: int, stop: int) -> bool:
-    """Let go of the pages before a block and bring the block's in; whether that was possible."""
-    first = start & PAGE_MASK
-    if stop <= start:
-        return False
-    try:
-        content.madvise(mmap.MADV_DONTNEED)
-        content.madvise(MADV_POPULATE_READ, first, stop - first)
-    except (OSError, ValueError):
-        return False
-    return True
+def _batch_ends(spans: Spans) -> list[int]:
+    """Where the record batches end: blocks that end there too hold nothing that the next one needs again."""
+    ends = spans["payload_start"].astype(np.int64) + spans["payload_count"]
+    last = np.append(spans["tokens_start"][1:] >= ends[:-1], True)[: len(ends)]
+    found: list[int] = ends[last].tolist()
+    return found

@@ -1,0 +1,275 @@
+"""What is left of a shard that was cut off, shared, forked over, pruned or damaged while somebody reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logitstream.cache import CacheReader, CacheWriter, Record
+from logitstream.cache.index import KeyIndex
+from logitstream.cache.rewrite import prune
+from logitstream.cache.shard import scan
+from logitstream.errors import CacheError, FingerprintMismatch
+from tests.unit.test_cache import fingerprint, make_records, put_all
+
+FINGERPRINT = fingerprint()
+RECORDS = make_records(24)
+
+
+def flush_in_threes(directory: Path, records: list[Record] = RECORDS) -> tuple[CacheWriter, Path, list[int]]:
+    """A writer that is still open, its shard, and the shard's size after each flush."""
+    writer = CacheWriter(directory, FINGERPRINT)
+    sizes = []
+    for start in range(0, len(records), 3):
+        put_all(writer, records[start : start + 3])
+        assert writer.flush()
+        (path,) = directory.glob("*.open")
+        sizes.append(path.stat().st_size)
+    return writer, path, sizes
+
+
+@pytest.fixture(scope="module")
+def open_shard() -> tuple[bytes, str, bytes, list[int]]:
+    """Manifest, name and content of an open shard, and its size after each flush."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer, path, sizes = flush_in_threes(Path(folder))
+        found = (Path(folder) / "manifest.json").read_bytes(), path.name, path.read_bytes(), sizes
+        writer.close()
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_shard_cut_off_at_any_byte_keeps_every_whole_batch(
+    data: st.DataObject, open_shard: tuple[bytes, str, bytes, list[int]]
+) -> None:
+    manifest, name, content, sizes = open_shard
+    cut = data.draw(st.integers(0, len(content)))
+    tail = data.draw(st.binary(max_size=40))
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "manifest.json").write_bytes(manifest)
+        (directory / name).write_bytes(content[:cut] + tail)
+        kept = {r.key for r in RECORDS[: 3 * sum(size <= cut for size in sizes)]}
+        before = CacheReader(directory, FINGERPRINT)
+        _check(before, kept)
+        CacheWriter(directory, FINGERPRINT).close()
+        assert not list(directory.glob("*.open"))
+        _check(CacheReader(directory, FINGERPRINT), kept)
+        before.refresh()
+        _check(before, kept)
+
+
+def _check(reader: CacheReader, kept: set[bytes]) -> None:
+    """The kept records are there; of a batch that the tail makes look whole, those that are undamaged may be."""
+    found = {r.key: r.payload for r in reader.records()}
+    assert kept <= found.keys()
+    assert len(found) <= len(kept) + 3
+    assert found.items() <= {r.key: r.payload for r in RECORDS}.items()
+
+
+def test_a_torn_tail_is_cut_off_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer, path, sizes = flush_in_threes(tmp_path)
+    os.truncate(path, sizes[-1] - 5)
+    writer._shard.abandon()  # type: ignore[union-attr]  # as the death of its process does
+    CacheWriter(tmp_path, FINGERPRINT).close()
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"cut off a torn tail of {sizes[-1] - 5 - sizes[-2]} bytes" in message
+
+
+def test_a_live_writers_shard_is_left_alone(tmp_path: Path) -> None:
+    writer, path, _ = flush_in_threes(tmp_path, RECORDS[:6])
+    CacheWriter(tmp_path, FINGERPRINT).close()
+    assert path.exists()
+    put_all(writer, RECORDS[6:])
+    writer.close()
+    assert len(CacheReader(tmp_path)) == len(RECORDS)
+
+
+def test_batches_around_damage_in_an_open_shard_are_kept(tmp_path: Path) -> None:
+    writer, path, _ = flush_in_threes(tmp_path)
+    writer._shard.abandon()  # type: ignore[union-attr]
+    messages = list(scan(path))
+    content = bytearray(path.read_bytes())
+    content[messages[2].start : messages[2].start + 40] = bytes(40)
+    path.write_bytes(content)
+    CacheWriter(tmp_path, FINGERPRINT).close()
+    expected = {r.key: r.payload for r in RECORDS[:6] + RECORDS[9:]}
+    assert {r.key: r.payload for r in CacheReader(tmp_path).records()} == expected
+
+
+def test_a_forked_writer_has_a_shard_of_its_own(tmp_path: Path) -> None:
+    writer = CacheWriter(tmp_path, FINGERPRINT)
+    put_all(writer, RECORDS[:8])
+    writer.flush()
+    put_all(writer, RECORDS[8:12])
+    child = os.fork()
+    if child == 0:
+        try:
+            put_all(writer, RECORDS[12:])
+            writer.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    writer.close()
+    reader = CacheReader(tmp_path)
+    assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in RECORDS}
+    assert reader.num_records == len(RECORDS)
+
+
+def test_first_writers_at_the_same_moment_agree_on_one_manifest(tmp_path: Path) -> None:
+    outcomes: list[object] = []
+    barrier = threading.Barrier(8)
+
+    def begin(number: int) -> None:
+        barrier.wait()
+        try:
+            CacheWriter(tmp_path, fingerprint(vocab_size=1000 + number % 2)).close()
+            outcomes.append(number % 2)
+        except FingerprintMismatch as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winner = CacheReader(tmp_path).fingerprint.vocab_size - 1000
+    assert [outcome for outcome in outcomes if isinstance(outcome, int)] == [winner] * 4
+    assert len(outcomes) == 8
+
+
+def test_the_id_model_lies_beside_the_shards_and_is_checked(tmp_path: Path) -> None:
+    id_model = b"\x01some model"
+    known = fingerprint(id_model_digest=hashlib.sha256(id_model).hexdigest())
+    with pytest.raises(ValueError, match="needs the teacher's id model"):
+        CacheWriter(tmp_path, known)
+    with pytest.raises(ValueError, match="the fingerprint names"):
+        CacheWriter(tmp_path, known, id_model=b"another")
+    CacheWriter(tmp_path, known, id_model=id_model).close()
+    CacheWriter(tmp_path, known).close()  # it is there by now
+    assert CacheReader(tmp_path).id_model == id_model
+    (tmp_path / "id_model.bin").write_bytes(b"\x01some Model")
+    with pytest.raises(CacheError, match=r"id_model\.bin is damaged: expected SHA-256"):
+        CacheReader(tmp_path)
+
+
+def test_a_file_cut_off_while_it_is_read_gives_missing_records_not_a_crash(tmp_path: Path) -> None:
+    records = make_records(400, tokens=2500)
+    with CacheWriter(tmp_path, FINGERPRINT, batch_bytes=2_000) as writer:
+        put_all(writer, records)
+    (path,) = tmp_path.glob("*.arrow")
+    reader = CacheReader(tmp_path)
+    iterator = reader.records()
+    found = [next(iterator)]
+    os.truncate(path, path.stat().st_size // 3)
+    found.extend(iterator)
+    assert 1 < len(found) < len(records)
+    expected = {r.key: r.payload for r in records}
+    assert all(expected[r.key] == r.payload for r in found)
+    answers = [reader.get(r.key) for r in records]
+    assert all(answer in (None, r.payload) for answer, r in zip(answers, records, strict=True))
+    assert None in answers
+    with pytest.raises(CacheError, match="every copy"):
+        reader.get_record(next(r.key for r, answer in zip(records, answers, strict=True) if answer is None))
+
+
+def test_a_missing_or_foreign_index_is_made_good_by_the_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(2):
+        with CacheWriter(tmp_path, FINGERPRINT) as writer:
+            put_all(writer, RECORDS[12 * number : 12 * number + 12])
+    first, second = sorted(tmp_path.glob("*.index"))
+    shutil.copy(second, first)
+    second.unlink()
+    reader = CacheReader(tmp_path)
+    assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in RECORDS}
+    assert [reader.get(r.key) for r in RECORDS] == [r.payload for r in RECORDS]
+    assert len([r for r in caplog.records if "is scanned instead" in r.getMessage()]) == 2
+
+
+def test_a_shard_of_another_cache_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CacheWriter(tmp_path / "other", replace(FINGERPRINT, vocab_size=7)) as writer:
+        put_all(writer, RECORDS)
+    CacheWriter(tmp_path / "mine", FINGERPRINT).close()
+    (shard,) = (tmp_path / "other").glob("*.arrow")
+    shutil.copy(shard, tmp_path / "mine")
+    assert len(CacheReader(tmp_path / "mine")) == 0
+    assert "no shard of this cache" in caplog.text
+
+
+def test_readers_go_on_while_shards_are_written_sealed_and_pruned(tmp_path: Path) -> None:
+    records = make_records(300)
+    expected = {r.key: r.payload for r in records}
+    reader = CacheReaderInThreads(tmp_path, expected)
+    with CacheWriter(tmp_path, FINGERPRINT, shard_bytes=4_000, batch_bytes=500) as writer:
+        for number, one in enumerate(records):
+            put_all(writer, [one])
+            if number % 50 == 49:
+                writer.flush()
+                reader.refresh()
+            if number == 150:
+                prune(tmp_path, before_draw_set=1)
+    reader.finish()
+    assert reader.wrong == []
+    assert reader.found > 0
+
+
+class CacheReaderInThreads:
+    """Two threads that ask for random keys until they are told to finish."""
+
+    def __init__(self, directory: Path, expected: dict[bytes, bytes]) -> None:
+        CacheWriter(directory, FINGERPRINT).close()
+        self.wrong: list[bytes] = []
+        self.found = 0
+        self._reader = CacheReader(directory, FINGERPRINT)
+        self.refresh = self._reader.refresh
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(seed, expected)) for seed in range(2)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, seed: int, expected: dict[bytes, bytes]) -> None:
+        rng, keys = np.random.default_rng(seed), list(expected)
+        while not self._done.is_set() or not self.found:
+            key = keys[rng.integers(len(keys))]
+            payload = self._reader.get(key)
+            if payload is not None:
+                self.found += 1
+                if payload != expected[key]:
+                    self.wrong.append(key)
+
+    def finish(self) -> None:
+        self.refresh()
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+        assert not self._reader.damaged
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_keys_that_share_their_first_half_are_told_apart(data: st.DataObject) -> None:
+    halves = st.sampled_from([bytes(8), b"\xff" * 8, b"12345678"])
+    key_lists = st.lists(st.tuples(halves, halves).map(b"".join), max_size=12)
+    index, all_keys = KeyIndex.empty(), []
+    for _ in range(3):
+        keys = data.draw(key_lists)
+        index = index.extended([np.frombuffer(b"".join(keys), "V16")], len(all_keys))
+        all_keys += keys
+    for key in {*all_keys, b"12345678" + bytes(8)}:
+        assert sorted(index.find(key)) == [i for i, other in enumerate(all_keys) if other == key]
+    assert [index.key(i) for i in range(len(all_keys))] == sorted(all_keys)
+    firsts = index.first_of_each()
+    assert len(all_keys if firsts is None else firsts) == len(set(all_keys))
