@@ -1,7 +1,7 @@
 """Random faults in real processes: training completes, and every sequence of every epoch is trained on exactly once.
 
-Three teacher processes stand behind proxies, two worker processes train from them; LOGITSTREAM_CHAOS_FAULTS (200) and
-LOGITSTREAM_CHAOS_SEED change the run.
+Two real servers around a backend without a model and one that answers everything twice stand behind proxies, two worker
+processes train from them; LOGITSTREAM_CHAOS_FAULTS (200) and LOGITSTREAM_CHAOS_SEED change the run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.chaos_teacher import run_real_server
 from tests.chaos.chaos_worker import NUM_SEQUENCES, WorkerSettings, read_audit, shard, work
 from tests.fake_teacher import run_fake_teacher
 from tests.fault_proxy import FaultProxy
@@ -33,7 +34,7 @@ FINISH_SECONDS = 60.0
 """After the last fault, within the deadline of one request, all workers must have finished their epoch."""
 
 SPAWN = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything and runs nothing
-SPAWN.set_forkserver_preload(["tests.chaos.chaos_worker", "tests.fake_teacher"])
+SPAWN.set_forkserver_preload(["tests.chaos.chaos_worker", "tests.chaos.chaos_teacher"])
 
 
 class Actor:
@@ -88,7 +89,8 @@ class Chaos:
         self.random = random.Random(SEED)
         self.counts: Counter[str] = Counter()
         ports = [free_port() for _ in range(3)]
-        self.teachers = [Actor(start(run_fake_teacher, teacher_options(port))) for port in ports]
+        self.teachers = [Actor(start(run_real_server, port)) for port in ports[1:]]
+        self.teachers.append(Actor(start(run_fake_teacher, answering_twice(ports[0]))))
         self.proxies = [FaultProxy(f"127.0.0.1:{port}") for port in ports]
         self.settings = [
             WorkerSettings(
@@ -196,7 +198,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def teacher_options(port: int) -> Namespace:
+def answering_twice(port: int) -> Namespace:
     return Namespace(
         port=port, weights="a", version=0, credit=4096, seconds=0.0005, flaky=0, seed=port, copies=2, grace=1.0
     )
