@@ -1,0 +1,100 @@
+"""Messages to types and back, and the table of errors and statuses."""
+
+from __future__ import annotations
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logitstream import errors
+from logitstream.errors import REQUEST_ERRORS, InvalidSpec
+from logitstream.rpc import convert
+from logitstream.rpc.status import RETRYABLE, error_of, status_of
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.types import SAMPLERS, TargetSpec, TeacherInfo, TokenSequence
+
+
+@given(
+    st.sampled_from(SAMPLERS),
+    st.integers(1, 1 << 16),
+    st.floats(2**-16, 1.0),
+    st.integers(1, 1 << 24),
+    st.floats(0.01, 100.0),
+    st.integers(0, (1 << 64) - 1),
+)
+def test_a_spec_survives_the_wire(
+    sampler: str, num_samples: int, threshold: float, top_k: int, temperature: float, seed: int
+) -> None:
+    spec = TargetSpec(
+        sampler=sampler, num_samples=num_samples, threshold=threshold, top_k=top_k, temperature=temperature, seed=seed
+    )
+    sent = convert.spec_to_message(spec).SerializeToString()
+    assert convert.spec_from_message(pb.TargetSpec.FromString(sent)) == spec
+
+
+def test_a_spec_with_fields_left_out_is_refused_by_name() -> None:
+    with pytest.raises(InvalidSpec, match="num_samples must lie in"):
+        convert.spec_from_message(pb.TargetSpec(sampler="systematic"))
+
+
+def test_what_a_teacher_says_of_itself_survives_the_wire() -> None:
+    info = TeacherInfo(
+        model="m",
+        revision="r",
+        weights_digest="ab",
+        tokenizer_digest="cd",
+        vocab_size=7,
+        dtype="bfloat16",
+        max_sequence_tokens=9,
+        id_model=b"\1\2",
+        teacher_version=3,
+        server_version="1",
+        backend="b",
+    )
+    sent = convert.info_to_message(info).SerializeToString()
+    assert convert.info_from_message(pb.DescribeResponse.FromString(sent)) == info
+
+
+@given(st.lists(st.tuples(st.integers(0, (1 << 24) - 1), st.booleans()), min_size=1, max_size=100), st.booleans())
+def test_a_sequence_survives_the_wire(rows: list[tuple[int, bool]], masked: bool) -> None:
+    mask = np.array([wanted for _, wanted in rows]) if masked else None
+    one = TokenSequence(token_ids=np.array([token_id for token_id, _ in rows], np.int32), loss_mask=mask)
+    sent = convert.request_to_message(5, one, draw_set=6, priority=7).SerializeToString()
+    message = pb.TargetRequest.FromString(sent)
+    found = convert.sequence_from_message(message, vocab_size=1 << 24, max_sequence_tokens=100)
+    assert (message.request_id, message.draw_set, message.priority) == (5, 6, 7)
+    np.testing.assert_array_equal(found.token_ids, one.token_ids)
+    assert found.token_ids.dtype == np.int32
+    assert found.digest() == one.digest()
+
+
+@pytest.mark.parametrize("name", REQUEST_ERRORS)
+def test_in_band_errors_keep_their_class_and_whether_another_try_may_help(name: str) -> None:
+    error = REQUEST_ERRORS[name]("what came")
+    found = convert.error_from_message(convert.error_to_message(error))
+    assert (type(found), str(found), found.retryable) == (type(error), "what came", error.retryable)
+
+
+def test_an_error_of_a_newer_server_is_still_a_request_error() -> None:
+    found = convert.error_from_message(pb.RequestError(code="Unheard", message="of", retryable=True))
+    assert (type(found), found.retryable) == (errors.RequestError, True)
+    assert not errors.RequestError("another").retryable
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.AccessDenied("x"), grpc.StatusCode.UNAUTHENTICATED),
+        (errors.FingerprintMismatch("x"), grpc.StatusCode.FAILED_PRECONDITION),
+        (errors.InvalidSpec("x"), grpc.StatusCode.INVALID_ARGUMENT),
+        (errors.ProtocolViolation("x"), grpc.StatusCode.INVALID_ARGUMENT),
+        (errors.ServerDraining("x"), grpc.StatusCode.UNAVAILABLE),
+        (errors.TooManyInFlight("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errors.CodecError("x"), grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_errors_and_statuses_agree(error: errors.LogitstreamError, code: grpc.StatusCode) -> None:
+    assert status_of(error) is code
+    assert isinstance(error_of(code, "x"), errors.TeacherUnavailable) == (code in RETRYABLE)
