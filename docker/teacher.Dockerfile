@@ -6,28 +6,34 @@
 # checkov:skip=CKV_DOCKER_7: the argument's default has a tag
 ARG PYTHON_IMAGE=python:3.11-slim
 
+# The same stages down to `package` as in student.Dockerfile: the packages are installed once for both images.
 FROM ${PYTHON_IMAGE} AS requirements
 WORKDIR /build
 COPY pyproject.toml requirements.lock ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-      > runtime.txt \
- && python -m venv --without-pip /opt/venv
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    pip install --no-cache-dir "$(grep '^setuptools==' requirements.lock)"
+      > runtime.txt
 
-# The student's file has the same stages down to here, so both images share these layers.
-FROM requirements AS dependencies-cpu
+# Only what these two files hold decides whether packages are installed anew.
+FROM ${PYTHON_IMAGE} AS dependencies-cpu
+WORKDIR /build
+COPY --from=requirements /build/requirements.lock /build/runtime.txt ./
 ARG TORCH_LOCAL=+cpu
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    pip --python /opt/venv/bin/python install --no-cache-dir "$(grep '^torch==' requirements.lock)${TORCH_LOCAL}" \
+    python -m venv --without-pip /opt/venv \
+ && pip --python /opt/venv/bin/python install --no-cache-dir "$(grep '^torch==' requirements.lock)${TORCH_LOCAL}" \
       -r runtime.txt -c requirements.lock \
  && rm -rf /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
 
-FROM requirements AS dependencies-cuda
+FROM ${PYTHON_IMAGE} AS dependencies-cuda
+WORKDIR /build
+COPY --from=requirements /build/requirements.lock /build/runtime.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    PIP_FIND_LINKS='' pip --python /opt/venv/bin/python install --no-cache-dir -r runtime.txt -c requirements.lock
+    python -m venv --without-pip /opt/venv \
+ && PIP_FIND_LINKS='' pip --python /opt/venv/bin/python install --no-cache-dir -r runtime.txt -c requirements.lock
 
 FROM requirements AS package
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    pip install --no-cache-dir "$(grep '^setuptools==' requirements.lock)"
 COPY README.md ./
 COPY logitstream logitstream
 COPY teacher_server teacher_server
