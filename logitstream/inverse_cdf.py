@@ -1,8 +1,8 @@
 """Finds the ids at points of a distribution's running sum without a running sum over the vocabulary.
 
 One pass leaves exp(logit - peak) and the sums of its blocks; float64 running sums are taken over the block sums and,
-for each point, within the one block that it falls into. `locate_plain` says what is computed. Suffixes: R rows,
-V vocabulary, B ids of a block, P points of a row.
+for each point, within the one block that it falls into: in torch on any device, compiled on the CPU. `locate_plain`
+says what is computed. Suffixes: R rows, V vocabulary, P points of a row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from logitstream.errors import NonFiniteLogits
+from logitstream.range_coder import kernel
 
 BLOCK = 64
 CPU_CHUNK = 1 << 20
@@ -77,7 +78,47 @@ def relative_probs(
 
 
 def locate(distribution: Distribution, points: Tensor) -> Tensor:
-    """The first id whose share of the running sum reaches each point: int64 [R, P] for float64 points in (0, 1]."""
+    """The first id whose share of the running sum reaches each point: int64 [R, P].
+
+    points: float64 [R, P] in (0, 1], rising in each row.
+    """
+    if points.device.type != "cpu":
+        return locate_blocked(distribution, points)
+    found = torch.empty(points.shape, dtype=torch.int64)
+    _walk(distribution.values.numpy(), distribution.sums.numpy(), points.numpy(), found.numpy())
+    return found
+
+
+@kernel
+def _walk(
+    values: npt.NDArray[np.float32],
+    sums: npt.NDArray[np.float64],
+    points: npt.NDArray[np.float64],
+    found: npt.NDArray[np.int64],
+) -> None:
+    for row in range(len(points)):
+        total = 0.0
+        for block in range(sums.shape[1]):
+            total += sums[row, block]
+        block, start, end, column, last, running = 0, 0.0, sums[row, 0], 0, 0, float(values[row, 0])
+        for i in range(points.shape[1]):
+            target = points[row, i] * total
+            if end < target:
+                while end < target and block + 1 < sums.shape[1]:
+                    block += 1
+                    start = end
+                    end += sums[row, block]
+                column, last, running = block * BLOCK, block * BLOCK, float(values[row, block * BLOCK])
+            while running < target - start and column + 1 < (block + 1) * BLOCK:
+                column += 1
+                running += values[row, column]
+                # A block's float32 sum may exceed its running sum by a rounding: its last id with mass takes the point.
+                last = column if values[row, column] > 0 else last
+            found[row, i] = last
+
+
+def locate_blocked(distribution: Distribution, points: Tensor) -> Tensor:
+    """As `locate`, in torch alone."""
     num_rows, num_blocks = distribution.sums.shape
     ends = distribution.sums.cumsum(dim=-1)
     targets = points * ends[:, -1:]
@@ -86,7 +127,6 @@ def locate(distribution: Distribution, points: Tensor) -> Tensor:
     row_starts = torch.arange(0, num_rows * num_blocks, num_blocks, device=points.device)[:, None]
     hit = distribution.values.view(-1, BLOCK).index_select(0, (block + row_starts).view(-1))
     inside = hit.cumsum(dim=-1, dtype=torch.float64)
-    # A block's float32 sum may exceed its float64 running sum by a rounding: its last id with mass takes the point.
     rest = torch.minimum((targets - starts.gather(1, block)).view(-1), inside[:, -1])
     return block * BLOCK + torch.searchsorted(inside, rest[:, None]).view(block.shape)
 

@@ -52,7 +52,7 @@ _CONTEXT = np.array(
 )
 
 
-def _kernel(function: F) -> F:
+def kernel(function: F) -> F:
     """Compiled at the first call; kept on disk where numba finds a writable folder (NUMBA_CACHE_DIR names one)."""
     try:
         return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
@@ -369,7 +369,7 @@ def _get_count(
     return 1 + more, code, width, position
 
 
-@_kernel
+@kernel
 def encode_block(out: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> int:
     """One block's rows into `out`; row_sum: what the counts of each row sum to, or -1. The number of bytes written."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
@@ -390,7 +390,7 @@ def encode_block(out: Array, lengths: Array, token_ids: Array, counts: Array, ro
     return _finish(out, low, width, position)
 
 
-@_kernel
+@kernel
 def decode_block(data: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> bool:
     """What encode_block wrote, into arrays as long as the rows and entries are; whether the bytes hold just that."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
