@@ -93,9 +93,10 @@ class Prefetch:
             self._closed.set()
             self._changed.notify_all()
         self._received.put(None)
-        while any(thread.is_alive() for thread in self._threads):
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        while any(thread.is_alive() for thread in others):
             self._cancel_pending()  # again and again: a request may just be on its way to its slot
-            for thread in self._threads:
+            for thread in others:
                 thread.join(0.05)
         self._cancel_pending()
         self._pending.clear()
