@@ -1,0 +1,185 @@
+"""DistillationTrainer in one process: real stream and codec, a teacher that is a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from logitstream import metrics
+from logitstream.loss import sparse_kl
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from student_worker.supervision import next_token_labels, supervised_mask
+from student_worker.target_stream import TargetStream
+from student_worker.teacher_client import LocalTeacherClient
+from student_worker.trainer import DistillationTrainer
+from tests.distributed_training import VOCAB_SIZE, make_model, targets_of
+
+SPEC = TargetSpec(num_samples=10, codec_version=1)
+INFO = TeacherInfo(
+    model="function",
+    weights_digest="ab" * 32,
+    tokenizer_digest="cd" * 32,
+    vocab_size=VOCAB_SIZE,
+    dtype="float32",
+    max_sequence_tokens=64,
+)
+NUM_SEQUENCES = 24
+
+
+class Asked:
+    """A teacher that remembers what it was asked: (first token, draw set)."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[int, int]] = []
+        self.client = LocalTeacherClient(self.score, info=INFO, spec=SPEC)
+
+    def score(self, sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        self.requests.append((int(sequence.token_ids[0]), draw_set))
+        return targets_of([*sequence.token_ids.tolist(), draw_set]).slice_rows(0, len(sequence))
+
+
+@pytest.fixture
+def teacher() -> Iterator[Asked]:
+    asked = Asked()
+    yield asked
+    asked.client.close()
+
+
+def dataset() -> Dataset:
+    """Each sequence begins with its own number."""
+    rng = np.random.default_rng(1)
+    rows = rng.integers(0, VOCAB_SIZE, (NUM_SEQUENCES, 10))
+    rows[:, 0] = np.arange(NUM_SEQUENCES)
+    return Dataset.from_dict({"input_ids": rows.tolist()})
+
+
+def trainer_of(folder: Path, teacher: Asked, *, model: Any = None, **options: Any) -> DistillationTrainer:
+    arguments = {name: options.pop(name) for name in ("save_steps", "max_steps", "num_train_epochs") if name in options}
+    if model is None:
+        make_model(folder / "model", tied=True, dropout=0.2)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_pretrained(folder / "model")
+    return DistillationTrainer(
+        model,
+        TrainingArguments(
+            str(folder / "out"),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            save_strategy="steps" if "save_steps" in arguments else "no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=dataset(),
+        eval_dataset=dataset().select(range(6)),
+        wrap_dataloader=lambda dataloader: TargetStream(dataloader, teacher.client, spec=SPEC, prefetch_batches=1),
+        **options,
+    )
+
+
+def losses_of(trainer: DistillationTrainer) -> list[float]:
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_measuring_the_overhead_leaves_no_trace_in_the_training(tmp_path: Path, teacher: Asked) -> None:
+    """With dropout, so that a random number taken would show; gradients accumulate over two micro-batches."""
+    plain = trainer_of(tmp_path / "a", teacher, num_train_epochs=1)
+    plain.train()
+    measured = trainer_of(tmp_path / "b", teacher, num_train_epochs=1, overhead_every=1)
+    measured.train()
+    assert measured.figures.meter.num_measured == 4
+    assert losses_of(measured) == losses_of(plain)
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(measured.model.state_dict()[name], tensor), name
+    last = [row for row in measured.state.log_history if "loss" in row][-1]
+    parts = {part: metrics.value(metrics.STUDENT_OVERHEAD._name, part=part) for part in metrics.OVERHEAD_PARTS}
+    assert parts["total"] == pytest.approx(parts["waiting"] + parts["decoding"] + parts["computing"])
+    assert {"overhead_vs_cross_entropy", "overhead_vs_cross_entropy_without_waiting"} <= last.keys()
+
+
+def test_a_run_resumed_within_its_second_epoch_goes_on_as_if_never_stopped(tmp_path: Path, teacher: Asked) -> None:
+    """The batches of the epoch that were trained on before are not asked for again; draws are the epoch's own."""
+    whole = trainer_of(tmp_path, teacher, num_train_epochs=2, save_steps=8)
+    whole.train()
+    teacher.requests.clear()
+    make_model(tmp_path / "other", tied=True, dropout=0.2)
+    resumed = trainer_of(tmp_path, teacher, num_train_epochs=2, save_steps=100)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert {draw_set for _, draw_set in teacher.requests} == {1}
+    assert len(teacher.requests) == NUM_SEQUENCES - 2 * 4
+
+
+def test_the_step_loss_is_the_mean_over_all_its_supervised_rows(tmp_path: Path, teacher: Asked) -> None:
+    """Micro-batches with different numbers of supervised rows weigh by rows."""
+    trainer = trainer_of(tmp_path, teacher, max_steps=1, ce_weight=0.5)
+    trainer.model.eval()
+    mask = torch.arange(40).view(4, 10) % 7 > torch.tensor([[0], [5], [3], [1]])
+    batches = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        input_ids = torch.tensor(dataset()[rows]["input_ids"])
+        targets = SparseTargets.concatenate([targets_of(row) for row in input_ids.tolist()])
+        batches.append({"input_ids": input_ids, "loss_mask": mask[rows], "targets": targets})
+    num_items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    assert num_items == mask.sum()
+    got = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items) for batch in batches)
+    whole = {"input_ids": torch.tensor(dataset()[:4]["input_ids"]), "loss_mask": mask}
+    expected = sparse_kl(
+        trainer.model(input_ids=whole["input_ids"]).logits,
+        SparseTargets.concatenate([batch["targets"] for batch in batches]),
+        labels=next_token_labels(whole),
+        ce_weight=0.5,
+        loss_mask=mask,
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_evaluation_is_the_models_own_cross_entropy_and_the_saved_student_loads(tmp_path: Path, teacher: Asked) -> None:
+    trainer = trainer_of(tmp_path, teacher, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    auto: Any = AutoModelForCausalLM
+    saved = auto.from_pretrained(tmp_path / "out").eval()
+    input_ids = torch.tensor(dataset()[:6]["input_ids"])
+    with torch.no_grad():
+        expected = saved(input_ids=input_ids, labels=input_ids).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_student_that_cannot_be_split_trains_on_its_logits(tmp_path: Path, teacher: Asked) -> None:
+    make_model(tmp_path / "model", tied=False)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path / "model")
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    fallback = trainer_of(tmp_path, teacher, model=model, max_steps=2)
+    assert not fallback.is_fused
+    fused = trainer_of(tmp_path, teacher, model=auto.from_pretrained(tmp_path / "model"), max_steps=2)
+    assert fused.is_fused
+    fallback.train()
+    fused.train()
+    assert losses_of(fallback) == pytest.approx(losses_of(fused), rel=1e-5)
+
+
+def test_supervised_rows_follow_mask_labels_and_padding() -> None:
+    input_ids = torch.tensor([[5, 6, 7, 8]])
+    everything = {"input_ids": input_ids, "targets": object()}
+    assert supervised_mask(everything).tolist() == [[True, True, True, True]]
+    assert supervised_mask({"input_ids": input_ids}).tolist() == [[True, True, True, False]]
+    labels = {"labels": torch.tensor([[-100, -100, 7, 8]])}
+    assert supervised_mask(everything | labels).tolist() == [[False, True, True, False]]
+    assert next_token_labels(everything | labels).tolist() == [[-100, 7, 8, -100]]
+    padded = {"attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    assert supervised_mask(everything | padded).tolist() == [[True, True, True, False]]
+    assert next_token_labels(everything | padded).tolist() == [[6, 7, -100, -100]]
+    masked = {"loss_mask": torch.tensor([[1, 0, 0, 1]])}
+    assert supervised_mask(everything | masked | labels).tolist() == [[True, False, False, True]]
