@@ -22,23 +22,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `project` below is sent to the worker
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
-from load import SPEC, Client
-from transformers import AutoTokenizer
 
-from demo.assets import teacher_folder, text_file
-from logitstream.types import TokenSequence
-from teacher_server.config import TeacherConfig
-from teacher_server.server import TeacherServer
-from teacher_server.vllm_backend import VllmBackend
+if TYPE_CHECKING:
+    from logitstream.types import TokenSequence
+    from teacher_server.vllm_backend import VllmBackend
 
+# vLLM's worker runs this module's imports again, and vLLM 0.32 on a CPU cannot start where numba is imported by then:
+# what imports it is imported inside functions.
 RESULTS = Path(__file__).parent / "results" / "vllm_backend.json"
 
 
@@ -78,22 +72,35 @@ def prefill(backend: VllmBackend, sequences: list[TokenSequence], **params: Any)
 
 
 @contextmanager
-def serving(backend: VllmBackend, folder: Path) -> Iterator[str]:
-    """The address of a server around this engine, on a loop of its own."""
-    config = TeacherConfig(model=str(folder), address="127.0.0.1:0", backend="vllm")
-    server = TeacherServer(config, lambda: backend)
+def serving(backend: VllmBackend, folder: Path) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """The address of a server around this engine, and the loop that it runs on."""
+    from teacher_server.config import TeacherConfig
+    from teacher_server.server import TeacherServer
+
+    async def start() -> TeacherServer:
+        server = TeacherServer(TeacherConfig(model=str(folder), address="127.0.0.1:0", backend="vllm"), lambda: backend)
+        running.append(asyncio.ensure_future(server.run()))
+        while server.scheduler is None:
+            if running[0].done():
+                running[0].result()
+            await asyncio.sleep(0.01)
+        return server
+
+    running: list[asyncio.Future[None]] = []
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_until_complete, args=(server.run(),))
-    thread.start()
-    while server.scheduler is None:
-        time.sleep(0.01)
-    yield server.address
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    yield server.address, loop
     loop.call_soon_threadsafe(server.stop)
-    thread.join()
+    while not running[0].done():
+        time.sleep(0.01)
+    loop.call_soon_threadsafe(loop.stop)
 
 
 async def delivered(address: str, sequences: list[TokenSequence]) -> tuple[float, float]:
     """Seconds until the last target is at the client, and payload bytes a token."""
+    from load import Client
+
     async with Client(address, "benchmark", window_tokens=65_536) as client:
         start = time.perf_counter()
         await client.run(sequences)
@@ -111,6 +118,8 @@ def peak_bytes(processes: list[psutil.Process]) -> int:
 
 
 def measure(folder: Path, sequences: list[TokenSequence], dtype: str, repeats: int) -> dict[str, Any]:
+    from teacher_server.vllm_backend import VllmBackend
+
     num_tokens = sum(map(len, sequences))
     backend = VllmBackend(
         str(folder),
@@ -118,17 +127,16 @@ def measure(folder: Path, sequences: list[TokenSequence], dtype: str, repeats: i
         tokenizer_digest="0" * 64,
         dtype=dtype,
         max_sequence_tokens=512,
-        engine_options={"enforce_eager": True},
     )
     seconds: dict[str, list[float]] = {"plain": [], "prompt_logprobs_0": [], "targets": [], "projection": []}
     peaks: dict[str, int] = {}
     payload = 0.0
-    with serving(backend, folder) as address:
+    with serving(backend, folder) as (address, loop):
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 
         def targets() -> float:
             nonlocal payload
-            taken, payload = asyncio.run(delivered(address, sequences))
+            taken, payload = asyncio.run_coroutine_threadsafe(delivered(address, sequences), loop).result()
             return taken
 
         paths: dict[str, Callable[[], float]] = {
@@ -167,6 +175,19 @@ def main() -> None:
     parser.add_argument("--num-sequences", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
     args = parser.parse_args()
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `project` is sent to the worker
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    from load import SPEC
+    from transformers import AutoTokenizer
+
+    from demo.assets import teacher_folder, text_file
+    from logitstream.types import TokenSequence
+
     folder = teacher_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     needed = args.num_sequences * args.tokens

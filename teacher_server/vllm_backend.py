@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from logitstream import metrics
 from logitstream.errors import InvalidSequence, RequestError
 from logitstream.types import SparseTargets, TeacherInfo
 from teacher_server.backend import ScoreRequest
@@ -234,8 +236,11 @@ class VllmBackend:
     def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
         """See TeacherBackend; an engine that dies meanwhile is started again and EngineDeadError raised."""
         self._revive()
+        start = time.perf_counter()
         try:
-            return self._run(self._score(batch))
+            results = self._run(self._score(batch))
+            metrics.TEACHER_STAGE_SECONDS.labels("forward").observe(time.perf_counter() - start)
+            return results
         except EngineDeadError:
             self._revive()
             raise
