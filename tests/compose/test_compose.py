@@ -25,6 +25,7 @@ NUM_STEPS = EPOCHS * NUM_SEQUENCES // SEQUENCES_PER_STEP
 ONLINE_STEPS = NUM_SEQUENCES // SEQUENCES_PER_STEP
 STOP_SECONDS = 45
 STUDENTS = ("student-0", "student-1")
+OVERHEAD = 'logitstream_student_overhead_vs_cross_entropy_ratio{part="total"}'
 REFUSED_CALLS = """
 import grpc
 from logitstream.rpc.v1 import teacher_pb2, teacher_pb2_grpc
@@ -68,14 +69,18 @@ def cluster(docker_environment: dict[str, str], tmp_path_factory: pytest.TempPat
 
 
 def _smaller(folder: Path) -> Path:
-    """A compose file that gives the students fewer sequences."""
+    """A compose file that gives the students fewer sequences and lets Prometheus look more often."""
     settings = yaml.safe_load((ROOT / "docker/student.yaml").read_text())
     settings |= {"max_sequences": NUM_SEQUENCES, "num_train_epochs": EPOCHS, "overhead_every": 4}
     assert settings["sequence_tokens"] == SEQUENCE_TOKENS
     assert settings["per_device_train_batch_size"] * len(STUDENTS) == SEQUENCES_PER_STEP
     (folder / "student.yaml").write_text(yaml.safe_dump(settings))
+    prometheus = yaml.safe_load((ROOT / "deploy/monitoring/prometheus.yaml").read_text())
+    prometheus["global"] = {"scrape_interval": "1s", "evaluation_interval": "2s"}
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(prometheus))
     override = folder / "compose.test.yaml"
-    override.write_text(yaml.safe_dump({"configs": {"student.yaml": {"file": str(folder / "student.yaml")}}}))
+    files = {name: {"file": str(folder / name)} for name in ("student.yaml", "prometheus.yaml")}
+    override.write_text(yaml.safe_dump({"configs": files}))
     return override
 
 
@@ -99,7 +104,7 @@ def _run(cluster: Cluster) -> Run:
     online_states = [cluster.state(cluster.containers(name)[0]) for name in STUDENTS]
     series = {expression: cluster.samples(expression, start=started) for expression in _expressions()}
     expiry = cluster.samples("logitstream_teacher_certificate_expiry_timestamp_seconds", start=started)
-    shown = cluster.query('last_over_time(logitstream:student_overhead_vs_cross_entropy:ratio{part="total"}[10m])')
+    shown = cluster.query(f"avg(last_over_time({OVERHEAD}[10m]))")  # of both students, the moment each ended
     cluster.compose("stop", "--timeout", str(STOP_SECONDS), "teacher")
     teacher_states = [cluster.state(container) for container in cluster.containers("teacher")]
     cluster.compose("down")
