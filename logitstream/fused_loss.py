@@ -2,7 +2,7 @@
 
 `loss.sparse_kl` on `hidden @ weight.T + bias` is the specification. The backward pass is made in the forward one, while
 a chunk's softmax is at hand: three matrix products as in the unfused loss, where recomputing would take a fourth. With
-ce_weight=1 and no targets this is a fused cross-entropy.
+ce_weight=1 and no targets this is a fused cross-entropy. Nothing here was ever run on a GPU.
 
 Legend: N supervised rows, C rows of a chunk, V ids, H hidden size, K kept entries.
 """
@@ -157,8 +157,7 @@ def _chunk_by_chunk(
         if grad_hidden is not None:
             _write_grad_hidden(grad_hidden[start : start + chunk_rows], logits_CV, factor_C, products_weight)
         if grad_weight is not None:
-            scaled_CH = hidden_CH.to(dtype) * factor_C[:, None]
-            grad_weight.addmm_(logits_CV.t(), scaled_CH, beta=float(start > 0))
+            _add_grad_weight(grad_weight, logits_CV, factor_C, hidden_CH, is_first=start == 0)
         if grad_bias is not None:
             grad_bias.addmv_(logits_CV.t(), factor_C)
     if num_rows == 0 and grad_weight is not None:
@@ -173,6 +172,18 @@ def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV
     else:
         out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
     return out_CV if bias_V is None else out_CV.add_(bias_V)
+
+
+def _add_grad_weight(
+    out_VH: Tensor, gradient_CV: Tensor, factor_C: Tensor, hidden_CH: Tensor, *, is_first: bool
+) -> None:
+    """In the accumulator's dtype; on a GPU low-precision products are added up in float32 by the product itself."""
+    if hidden_CH.dtype == out_VH.dtype or out_VH.device.type != "cuda":
+        out_VH.addmm_(gradient_CV.t(), hidden_CH.to(out_VH.dtype) * factor_C[:, None], beta=0.0 if is_first else 1.0)
+        return
+    scaled_CV = (gradient_CV * factor_C[:, None]).to(hidden_CH.dtype)
+    product_VH = torch.mm(scaled_CV.t(), hidden_CH, out_dtype=out_VH.dtype)
+    out_VH.copy_(product_VH) if is_first else out_VH.add_(product_VH)
 
 
 def _write_grad_hidden(out_CH: Tensor, gradient_CV: Tensor, factor_C: Tensor, weight_VH: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A small student trained for a few steps: `python distributed_training.py SETTINGS.json`, alone or under torchrun.
 
-SETTINGS: strategy (`ddp`, also for one process, or `fsdp2`), model (folder), output (file), overhead_every, train_steps,
-gradient_accumulation_steps, evaluate_first. The main process writes losses and each step's gradients.
+SETTINGS: strategy (`ddp`, also for one process, or `fsdp2`), model (folder), output (file), overhead_every,
+train_steps, gradient_accumulation_steps, evaluate_first. The main process writes losses and each step's gradients.
 """
 
 from __future__ import annotations

@@ -33,6 +33,15 @@ INFO = TeacherInfo(
 NUM_SEQUENCES = 24
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by being shared out."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 class Asked:
     """A teacher that remembers what it was asked: (first token, draw set)."""
 
