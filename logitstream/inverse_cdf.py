@@ -1,26 +1,31 @@
 """Finds the ids at points of a distribution's running sum without a running sum over the vocabulary.
 
 One pass leaves exp(logit - peak) and the sums of its blocks; float64 running sums are taken over the block sums and,
-for each point, within the one block that it falls into: in torch on any device, compiled on the CPU. `locate_plain`
-says what is computed. Suffixes: R rows, V vocabulary, P points of a row.
+for each point, within the one block that it falls into: in torch on any device, compiled on the CPU (cpu_kernels.py).
+`locate_plain` says what is computed. Suffixes: R rows, V vocabulary, P points of a row.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from logitstream.cpu_kernels import BLOCK, fill_and_locate_rows, fill_rows, locate_rows
 from logitstream.errors import NonFiniteLogits
-from logitstream.range_coder import kernel
 
-BLOCK = 64
-CPU_CHUNK = 1 << 20
-"""Elements that a CPU chunk may have: 4 MB, about a core's cache."""
+CPU_CHUNK = 1 << 22
 DEVICE_CHUNK = 1 << 26
+"""Elements of the scratch memory that rows are drawn from at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,63 +67,94 @@ def relative_probs(
     logits: Tensor, temperature: float, row_names: npt.NDArray[np.int64], buffer: Tensor
 ) -> Distribution:
     """exp((logit - the row's largest) / temperature), in the buffer's first rows; raises NonFiniteLogits."""
+    values = buffer[: logits.shape[0]]
+    if logits.device.type == "cpu":
+        sums = torch.empty(len(values), values.shape[1] // BLOCK, dtype=torch.float64)
+        arrays = (values.numpy(), sums.numpy())
+        _check(_over_rows(fill_rows, _float_rows(logits), temperature, *arrays), row_names)
+        return Distribution(values, sums)
+    return relative_probs_plain(logits, temperature, row_names, values)
+
+
+def relative_probs_plain(
+    logits: Tensor, temperature: float, row_names: npt.NDArray[np.int64], values: Tensor
+) -> Distribution:
+    """As `relative_probs`, in torch alone."""
     peak = logits.amax(dim=-1, keepdim=True).float()
     bad = (~torch.isfinite(peak[:, 0])).nonzero()[:, 0].tolist()
-    if bad:
-        raise NonFiniteLogits(
-            f"logits of row {row_names[bad[0]]} hold NaN, +inf or nothing finite ({len(bad)} such rows in this chunk)"
-        )
-    values = buffer[: logits.shape[0]]
+    _check(bad[0] if bad else -1, row_names)
     used = values[:, : logits.shape[1]]
     torch.sub(logits, peak, out=used)
-    if temperature != 1.0:
-        used.div_(temperature)
-    used.exp_()
+    used.div_(temperature).exp_()
     return Distribution.of(values)
 
 
-def locate(distribution: Distribution, points: Tensor) -> Tensor:
+def _check(bad_row: int, row_names: npt.NDArray[np.int64]) -> None:
+    if bad_row >= 0:
+        raise NonFiniteLogits(f"logits of row {row_names[bad_row]} hold NaN, +inf or nothing finite")
+
+
+def _float_rows(logits: Tensor) -> npt.NDArray[np.float32]:
+    rows: npt.NDArray[np.float32] = logits.detach().float().contiguous().numpy()
+    return rows
+
+
+def _over_rows(
+    function: Callable[..., int], logits: npt.NDArray[np.float32], temperature: float, *arrays: npt.NDArray[Any]
+) -> int:
+    """A kernel over ranges of rows, in torch's number of threads; the first row that is not finite, or -1."""
+    num_threads = min(torch.get_num_threads(), len(logits))
+    scale = np.float32(1.0 / temperature)
+    if num_threads < 2:
+        return function(logits, scale, *arrays)
+    starts = [len(logits) * i // num_threads for i in range(num_threads + 1)]
+    futures = [
+        _threads(os.getpid()).submit(function, logits[a:b], scale, *(array[a:b] for array in arrays))
+        for a, b in itertools.pairwise(starts)
+    ]
+    bad = [start + future.result() for start, future in zip(starts, futures, strict=False) if future.result() >= 0]
+    return bad[0] if bad else -1
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(process_id: int) -> ThreadPoolExecutor:
+    """Of this process: a forked one has no threads of its parent's."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sampling")
+
+
+def locate_in_logits(
+    logits: Tensor, temperature: float, row_names: npt.NDArray[np.int64], points: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """The ids at rising points [R, P] of the logits' distributions, int64 [R, P]; raises NonFiniteLogits."""
+    if logits.device.type == "cpu":
+        found = np.empty(points.shape, np.int64)
+        _check(_over_rows(fill_and_locate_rows, _float_rows(logits), temperature, points, found), row_names)
+        return found
+    buffer, step = scratch(logits), chunk_rows(logits)
+    parts = []
+    for i in range(0, len(logits), step):
+        distribution = relative_probs(logits[i : i + step], temperature, row_names[i : i + step], buffer)
+        parts.append(locate(distribution, points[i : i + step]))
+    return np.concatenate([np.zeros((0, points.shape[1]), np.int64), *parts])
+
+
+def locate(distribution: Distribution, points: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """The first id whose share of the running sum reaches each point: int64 [R, P].
 
     points: float64 [R, P] in (0, 1], rising in each row.
     """
-    if points.device.type != "cpu":
-        return locate_blocked(distribution, points)
-    found = torch.empty(points.shape, dtype=torch.int64)
-    _walk(distribution.values.numpy(), distribution.sums.numpy(), points.numpy(), found.numpy())
-    return found
-
-
-@kernel
-def _walk(
-    values: npt.NDArray[np.float32],
-    sums: npt.NDArray[np.float64],
-    points: npt.NDArray[np.float64],
-    found: npt.NDArray[np.int64],
-) -> None:
-    for row in range(len(points)):
-        total = 0.0
-        for block in range(sums.shape[1]):
-            total += sums[row, block]
-        block, start, end, column, last, running = 0, 0.0, sums[row, 0], 0, 0, float(values[row, 0])
-        for i in range(points.shape[1]):
-            target = points[row, i] * total
-            if end < target:
-                while end < target and block + 1 < sums.shape[1]:
-                    block += 1
-                    start = end
-                    end += sums[row, block]
-                column, last, running = block * BLOCK, block * BLOCK, float(values[row, block * BLOCK])
-            while running < target - start and column + 1 < (block + 1) * BLOCK:
-                column += 1
-                running += values[row, column]
-                # A block's float32 sum may exceed its running sum by a rounding: its last id with mass takes the point.
-                last = column if values[row, column] > 0 else last
-            found[row, i] = last
+    if distribution.values.device.type == "cpu":
+        found = np.empty(points.shape, np.int64)
+        locate_rows(distribution.values.numpy(), distribution.sums.numpy(), points, found)
+        return found
+    blocked: npt.NDArray[np.int64] = (
+        locate_blocked(distribution, torch.from_numpy(points).to(distribution.values.device)).cpu().numpy()
+    )
+    return blocked
 
 
 def locate_blocked(distribution: Distribution, points: Tensor) -> Tensor:
-    """As `locate`, in torch alone."""
+    """As `locate`, in torch alone, on any device."""
     num_rows, num_blocks = distribution.sums.shape
     ends = distribution.sums.cumsum(dim=-1)
     targets = points * ends[:, -1:]
@@ -127,6 +163,7 @@ def locate_blocked(distribution: Distribution, points: Tensor) -> Tensor:
     row_starts = torch.arange(0, num_rows * num_blocks, num_blocks, device=points.device)[:, None]
     hit = distribution.values.view(-1, BLOCK).index_select(0, (block + row_starts).view(-1))
     inside = hit.cumsum(dim=-1, dtype=torch.float64)
+    # A block's float32 sum may exceed its running sum by a rounding: its last id with mass takes the point.
     rest = torch.minimum((targets - starts.gather(1, block)).view(-1), inside[:, -1])
     return block * BLOCK + torch.searchsorted(inside, rest[:, None]).view(block.shape)
 

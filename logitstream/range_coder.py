@@ -60,13 +60,13 @@ def kernel(function: F) -> F:
         return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
-def _part(function: F) -> F:
+def part(function: F) -> F:
     """Part of a kernel, put in its place; without numba's reference counts, whose atomic steps would cost more."""
     options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "_nrt": False}
     return cast(F, numba.njit(**options)(function))
 
 
-@_part
+@part
 def _bit_length(value: int) -> int:
     length = 0
     while value:
@@ -75,7 +75,7 @@ def _bit_length(value: int) -> int:
     return length
 
 
-@_part
+@part
 def _put(out: Array, low: int, width: int, position: int, start: int, size: int) -> State:
     """Narrow the interval to [start, start + size) of it, both already in the coder's units."""
     low += start
@@ -89,7 +89,7 @@ def _put(out: Array, low: int, width: int, position: int, start: int, size: int)
     return low, size, position
 
 
-@_part
+@part
 def _carry(out: Array, last: int) -> None:
     while out[last] == 255:
         out[last] = 0
@@ -97,7 +97,7 @@ def _carry(out: Array, last: int) -> None:
     out[last] += 1
 
 
-@_part
+@part
 def _finish(out: Array, low: int, width: int, position: int) -> int:
     """The shortest number in [low, low + width), of no more than 16 bits; the reader appends zeros to it."""
     num_bytes, step = 0, 1 << 48
@@ -115,7 +115,7 @@ def _finish(out: Array, low: int, width: int, position: int) -> int:
     return position + num_bytes
 
 
-@_part
+@part
 def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, index: int, bit: int) -> State:
     state = int(contexts[index])
     p0 = state >> 8
@@ -126,7 +126,7 @@ def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, i
     return _put(out, low, width, position, 0, bound)
 
 
-@_part
+@part
 def _adapted(state: int, bit: int) -> int:
     p0, seen = state >> 8, state & 255
     rate = int(_RATES[seen])
@@ -138,7 +138,7 @@ def _adapted(state: int, bit: int) -> int:
     return (p0 << 8) | min(seen + 1, 15)
 
 
-@_part
+@part
 def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_bits: int) -> State:
     """num_bits equiprobable bits, at most 16 at once."""
     while num_bits > 0:
@@ -149,7 +149,7 @@ def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_
     return low, width, position
 
 
-@_part
+@part
 def _put_value(out: Array, low: int, width: int, position: int, contexts: Array, base: int, value: int) -> State:
     """A number below 2^31: its bit length in unary, the two bits below its top bit adaptively, the rest plainly."""
     length = _bit_length(value)
@@ -168,7 +168,7 @@ def _put_value(out: Array, low: int, width: int, position: int, contexts: Array,
     return low, width, position
 
 
-@_part
+@part
 def _more(data: Array, code: int, width: int, position: int) -> State:
     if width < _LEAST_WIDTH:
         code = ((code << 16) & _MASK) | (_byte(data, position) << 8) | _byte(data, position + 1)
@@ -176,13 +176,13 @@ def _more(data: Array, code: int, width: int, position: int) -> State:
     return code, width, position
 
 
-@_part
+@part
 def _byte(data: Array, position: int) -> int:
     """Zero past the end."""
     return int(data[position]) if position < len(data) else 0
 
 
-@_part
+@part
 def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array, index: int) -> Decoded:
     state = int(contexts[index])
     bound = (width >> 12) * ((state >> 8) >> 4)
@@ -198,7 +198,7 @@ def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array,
     return bit, code, width, position
 
 
-@_part
+@part
 def _get_plain(data: Array, code: int, width: int, position: int, num_bits: int) -> Decoded:
     value = 0
     while num_bits > 0:
@@ -211,7 +211,7 @@ def _get_plain(data: Array, code: int, width: int, position: int, num_bits: int)
     return value, code, width, position
 
 
-@_part
+@part
 def _get_value(data: Array, code: int, width: int, position: int, contexts: Array, base: int) -> Decoded:
     length = 0
     bit = 1
@@ -234,13 +234,13 @@ def _get_value(data: Array, code: int, width: int, position: int, contexts: Arra
     return value, code, width, position
 
 
-@_part
+@part
 def _quotient(a: int, b: int) -> int:
     """a // b of numbers that are not negative, as one machine instruction."""
     return int(np.int64(np.uint64(a) // np.uint64(b)))
 
 
-@_part
+@part
 def _put_id(
     out: Array,
     low: int,
@@ -279,7 +279,7 @@ def _put_id(
     return low, width, position, bucket, end
 
 
-@_part
+@part
 def _get_id(
     data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int
 ) -> tuple[int, int, int, int, int, int]:
@@ -325,7 +325,7 @@ def _get_id(
     return token_id, code, width, position, bucket, end
 
 
-@_part
+@part
 def _put_count(
     out: Array, low: int, width: int, position: int, contexts: Array, num_left: int, excess: int, count: int
 ) -> State:
@@ -346,7 +346,7 @@ def _put_count(
     return low, width, position
 
 
-@_part
+@part
 def _get_count(
     data: Array, code: int, width: int, position: int, contexts: Array, num_left: int, excess: int
 ) -> Decoded:

@@ -14,7 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.inverse_cdf import Distribution, at_least, chunk_rows, locate, relative_probs, scratch, without
+from logitstream.inverse_cdf import (
+    Distribution,
+    at_least,
+    chunk_rows,
+    locate,
+    locate_in_logits,
+    relative_probs,
+    scratch,
+    without,
+)
 from logitstream.types import FULL_UNITS, PROBABILITY_UNITS, SparseTargets, TargetSpec, TokenSequence
 
 Int64s = npt.NDArray[np.int64]
@@ -83,6 +92,9 @@ def draw(
     if uniforms.shape != (num_rows, uniforms_per_row(spec)):
         raise ValueError(f"expected uniforms of shape {(num_rows, uniforms_per_row(spec))}, got {uniforms.shape}")
     names = np.arange(num_rows) if row_names is None else row_names
+    if (points := _points(spec, uniforms)) is not None:
+        entries = _count(locate_in_logits(logits, spec.temperature, names, points))
+        return _targets(spec, vocab_size, num_rows, entries)
     buffer, step = scratch(logits), chunk_rows(logits)
     parts: list[Entries] = []
     for i in range(0, num_rows, step):
@@ -128,22 +140,26 @@ def tail_units_of(spec: TargetSpec) -> int:
     return STEPS_PER_SAMPLE if spec.sampler == "threshold" else 0
 
 
-def _systematic(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
-    """counts = ⌊N·C_i + u⌋ - ⌊N·C_(i-1) + u⌋: how many of the points (j - u)/N, j = 1..N, id i's share holds."""
-    points = (np.arange(1, spec.num_samples + 1) - uniforms) / spec.num_samples
-    return _count(_locate(distribution, points))
+def _points(spec: TargetSpec, uniforms: Float64s) -> Float64s | None:
+    """Where the samplers that need no more look into each row's running sum C: float64 [R, N] in (0, 1], rising.
+
+    systematic: (j - u)/N, j = 1..N, so that id i's count is ⌊N·C_i + u⌋ - ⌊N·C_(i-1) + u⌋; multinomial at τ = 1: N
+    independent points (RS-KD, section 3).
+    """
+    if spec.sampler == "systematic":
+        return (np.arange(1, spec.num_samples + 1) - uniforms) / spec.num_samples
+    if spec.sampler == "multinomial" and spec.proposal_temperature == 1.0:
+        return np.sort(1.0 - uniforms, axis=1)
+    return None
 
 
-def _multinomial(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
-    """N independent draws (RS-KD, section 3); at τ ≠ 1 from q ∝ t^τ, with weights t_i·count_i/(N·q_i)."""
-    num_samples, tau = spec.num_samples, spec.proposal_temperature
-    points = np.sort(1.0 - uniforms[:, :num_samples], axis=1)
-    if tau == 1.0:
-        return _count(_locate(distribution, points))
-    proposal = Distribution.of(distribution.values**tau)
-    rows, ids, counts = _count(_locate(proposal, points))
-    weights = _shares(distribution, rows, ids) / _shares(proposal, rows, ids) * counts / num_samples
-    return _drop_zeros(rows, ids, _round_rows(rows, weights, uniforms[:, num_samples], units_of(spec)))
+def _tempered(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
+    """N independent draws from q ∝ t^τ, with weights t_i·count_i/(N·q_i) (RS-KD, section 3)."""
+    points = np.sort(1.0 - uniforms[:, : spec.num_samples], axis=1)
+    proposal = Distribution.of(distribution.values**spec.proposal_temperature)
+    rows, ids, counts = _count(locate(proposal, points))
+    weights = _shares(distribution, rows, ids) / _shares(proposal, rows, ids) * counts / spec.num_samples
+    return _drop_zeros(rows, ids, _round_rows(rows, weights, uniforms[:, spec.num_samples], units_of(spec)))
 
 
 def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
@@ -164,7 +180,7 @@ def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s)
     num_points = _tail_points(left, tail_units_of(spec), largest_tail, tail_share, uniforms[:, 1]) * has_tail
     j = np.arange(1, num_points.max(initial=0) + 1)
     points = np.minimum((j - uniforms[:, 2:]) / np.maximum(num_points, 1)[:, None], 1.0)
-    tail_rows, tail_ids, _ = _count(_locate(tail, points), used=j <= num_points[:, None])
+    tail_rows, tail_ids, _ = _count(locate(tail, points), used=j <= num_points[:, None])
     return _by_row_and_id(_concatenate([_drop_zeros(rows, ids, units), (tail_rows, tail_ids, 0 * tail_ids)]))
 
 
@@ -205,19 +221,12 @@ def _full(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> E
 
 
 _DRAW = {
-    "systematic": _systematic,
-    "multinomial": _multinomial,
+    "multinomial": _tempered,
     "threshold": _threshold,
     "top_k": _top_k,
     "top_k_ghost": _top_k,
     "full": _full,
 }
-
-
-def _locate(distribution: Distribution, points: Float64s) -> Int64s:
-    on_device = torch.from_numpy(np.ascontiguousarray(points)).to(distribution.values.device)
-    found: Int64s = locate(distribution, on_device).cpu().numpy()
-    return found
 
 
 def _shares(distribution: Distribution, rows: Int64s, ids: Int64s) -> Float64s:

@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitstream.inverse_cdf import at_least, locate, locate_plain, relative_probs, scratch, without
+from logitstream.inverse_cdf import (
+    at_least,
+    locate,
+    locate_blocked,
+    locate_in_logits,
+    locate_plain,
+    relative_probs,
+    relative_probs_plain,
+    scratch,
+    without,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -20,12 +30,13 @@ def test_locate_finds_what_the_plain_search_finds(vocab_size: int, seed: int, sc
     cut[:, seed % vocab_size] = False
     logits[cut] = -torch.inf
     distribution = relative_probs(logits, 1.0, np.arange(6), scratch(logits))
-    points = 1 - torch.rand(6, 50, generator=generator, dtype=torch.float64)
-    points[:, 0] = 1.0
-    found, plain = locate(distribution, points), locate_plain(distribution, points)
-    # A point on the border of two ids may fall on either side, by the rounding of a block's float32 sum.
-    assert (found != plain)[:, 1:].double().mean() < 0.01
-    assert distribution.values.gather(1, found).min() > 0
+    points = (1 - torch.rand(6, 50, generator=generator, dtype=torch.float64)).sort(dim=1).values
+    points[:, -1] = 1.0
+    plain = locate_plain(distribution, points)
+    for found in (torch.from_numpy(locate(distribution, points.numpy())), locate_blocked(distribution, points)):
+        # A point on the border of two ids may fall on either side, by the rounding of a block's float32 sum.
+        assert (found != plain)[:, :-1].double().mean() < 0.01
+        assert distribution.values.gather(1, found).min() > 0
 
 
 @pytest.mark.parametrize("vocab_size", [49_152, 151_936, 262_144])
@@ -33,8 +44,31 @@ def test_locate_at_real_vocabulary_sizes(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, vocab_size, generator=generator) * 4
     distribution = relative_probs(logits, 1.0, np.arange(3), scratch(logits))
-    points = 1 - torch.rand(3, 5000, generator=generator, dtype=torch.float64)
-    assert (locate(distribution, points) != locate_plain(distribution, points)).double().mean() < 1e-3
+    points = (1 - torch.rand(3, 5000, generator=generator, dtype=torch.float64)).sort(dim=1).values
+    plain = locate_plain(distribution, points)
+    assert (locate_blocked(distribution, points) != plain).double().mean() < 1e-3
+    assert np.mean(locate(distribution, points.numpy()) != plain.numpy()) < 1e-3
+    fused = locate_in_logits(logits, 1.0, np.arange(3), points.numpy())
+    assert np.mean(fused != plain.numpy()) < 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 1 << 32), st.floats(0.01, 40), st.floats(0.3, 3))
+def test_compiled_probabilities_err_no_more_than_torchs(
+    vocab_size: int, seed: int, scale: float, temperature: float
+) -> None:
+    logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+    logits[0, seed % vocab_size] = -torch.inf if vocab_size > 1 else 0.0
+    exact = (logits.double() - logits.double().amax(dim=-1, keepdim=True)).div(temperature).exp()
+    compiled = relative_probs(logits, temperature, np.arange(3), scratch(logits))
+    plain = relative_probs_plain(logits, temperature, np.arange(3), scratch(logits))
+    seen = exact > 1e-30
+    for one in (compiled, plain):
+        values = one.values[:, :vocab_size].double()
+        # Relative: a rounding of the exponent (below 70) and one or two of the exponential.
+        assert ((values / exact)[seen] - 1).abs().max() < 1e-5
+        assert values[exact == 0].abs().sum() == 0
+        torch.testing.assert_close(one.total(), exact.sum(dim=1), rtol=1e-6, atol=0)
 
 
 def test_entries_of_a_share_are_found_and_taken_out() -> None:
