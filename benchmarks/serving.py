@@ -27,6 +27,7 @@ from grpc import aio
 
 from benchmarks.instant_teacher import BARE_HEADER, BARE_METHOD, MAX_MESSAGE_BYTES, VOCAB_SIZE
 from benchmarks.load import SPEC, Client, instant, process, random_sequences, tokens_per_second
+from benchmarks.serving_memory import measure_memory, measure_soak
 from logitstream.rpc import convert
 from logitstream.rpc.channel import open_channel
 from logitstream.rpc.v1 import teacher_pb2 as pb
@@ -207,86 +208,6 @@ def measure_fairness(args: argparse.Namespace) -> dict[str, Any]:
         _,
     ):
         return asyncio.run(fairness(address, batch_seconds=seconds_per_token * batch_tokens, seconds=args.seconds))
-
-
-async def steady_rss(address: str, server: psutil.Process, *, num_clients: int, seconds: float) -> int:
-    """The server's resident bytes under load from that many clients, the median of the last half."""
-    async with contextlib.AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(Client(address, f"client {i}", window_tokens=4096))
-            for i in range(num_clients)
-        ]
-        sequences = random_sequences([256] * 4000, seed=num_clients)
-        tasks = [asyncio.ensure_future(client.run(sequences)) for client in clients]
-        seen: list[int] = []
-        stop = time.perf_counter() + seconds
-        while time.perf_counter() < stop:
-            await asyncio.sleep(seconds / 20)
-            seen.append(server.memory_info().rss)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return int(statistics.median(seen[len(seen) // 2 :]))
-
-
-def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Resident bytes from 1 to 64 clients: of a real teacher, and of the server alone."""
-    from demo.assets import teacher_folder
-
-    command = ["-m", "teacher_server", "--model", str(teacher_folder()), "--dtype", "float32", "--device", "cpu"]
-    command += ["--address", "127.0.0.1:0", "--address_file", "ADDRESS_FILE", "--max_batch_tokens", "1024"]
-    found: dict[str, Any] = {}
-    for name, started in (("teacher", process(*command)), ("instant", instant())):
-        with started as (address, server):
-            asyncio.run(steady_rss(address, server, num_clients=1, seconds=args.seconds / 2))
-            rss = {
-                str(count): asyncio.run(steady_rss(address, server, num_clients=count, seconds=args.seconds))
-                for count in (1, 64)
-            }
-            found[name] = {"rss_bytes": rss, "growth": rss["64"] / rss["1"] - 1}
-    return found
-
-
-def measure_soak(args: argparse.Namespace) -> dict[str, Any]:
-    """Full load with clients that come and go; the slope of the server's memory and its 95 % interval."""
-
-    async def load(address: str, server: psutil.Process) -> list[tuple[float, int]]:
-        samples: list[tuple[float, int]] = []
-        begin = time.perf_counter()
-        lengths = np.random.default_rng(0).integers(16, 513, 64)
-
-        async def come_and_go(number: int) -> None:
-            turn = 0
-            while time.perf_counter() - begin < args.minutes * 60:
-                turn += 1
-                async with Client(address, f"client {number} {turn}", window_tokens=16_384) as client:
-                    for _ in range(20):
-                        await client.run(random_sequences(np.roll(lengths, turn).tolist(), seed=turn))
-
-        async def watch() -> None:
-            while time.perf_counter() - begin < args.minutes * 60:
-                await asyncio.sleep(1.0)
-                samples.append((time.perf_counter() - begin, server.memory_info().rss))
-
-        await asyncio.gather(watch(), *(come_and_go(number) for number in range(4)))
-        return samples
-
-    with instant() as (address, server):
-        samples = asyncio.run(load(address, server))
-    return {"minutes": args.minutes, "samples": len(samples)} | slope(samples)
-
-
-def slope(samples: list[tuple[float, int]], *, num_blocks: int = 20) -> dict[str, float]:
-    """Least squares through the means of blocks, which are nearly independent, after the first fifth (warming up)."""
-    kept = np.array(samples[len(samples) // 5 :], dtype=float)
-    blocks = np.array([block.mean(axis=0) for block in np.array_split(kept, num_blocks)])
-    hours, mib = blocks[:, 0] / 3600, blocks[:, 1] / 2**20
-    (rate, start), covariance = np.polyfit(hours, mib, 1, cov=True)
-    return {
-        "mib_per_hour": float(rate),
-        "mib_per_hour_interval": 2.1 * float(np.sqrt(covariance[0, 0])),  # Student's t, 18 degrees of freedom
-        "rss_mib": float(start),
-    }
 
 
 PARTS = {

@@ -16,6 +16,10 @@ TRIES_ALONE = 2
 log = logging.getLogger(__name__)
 
 
+class BackendBroken(Exception):
+    """The backend fails on sequences that it has scored before; only a new process can help."""
+
+
 @dataclass(slots=True)
 class Trouble:
     """What went wrong on the way: numbers for metrics and for the scheduler's next batches."""

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from logitstream import metrics
@@ -21,9 +21,10 @@ from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.checkpoints import check_successor
 from teacher_server.encoding import Encode, encode_all
-from teacher_server.fair_queue import FairQueue, Ticket
-from teacher_server.isolation import Trouble, is_broken, score_isolating
+from teacher_server.fair_queue import FairQueue
+from teacher_server.isolation import BackendBroken, Trouble, is_broken, score_isolating
 from teacher_server.stored_targets import StoredTargets
+from teacher_server.work import Key, Scored, Work
 
 MAX_ENCODING_BATCHES = 2
 """Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
@@ -32,33 +33,7 @@ MAX_REMEMBERED_FAILURES = 1024
 CLOSE_SECONDS = 5.0
 """How long the running batch may take once nobody waits for it."""
 
-Key = tuple[TargetSpec, bytes, int]
-
 log = logging.getLogger(__name__)
-
-
-class BackendBroken(Exception):
-    """The backend fails on sequences that it has scored before; only a new process can help."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """Encoded targets of one request and the weights that made them; weights_digest is hex."""
-
-    payload: bytes
-    teacher_version: int
-    weights_digest: str
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """One (spec, sequence, draw set) that is waiting or being scored, for everybody who asked for it."""
-
-    key: Key
-    request: ScoreRequest
-    arrived: float
-    waiters: dict[asyncio.Future[Scored], Ticket[_Work] | None] = field(default_factory=dict)
-    running: bool = False
 
 
 class Scheduler:
@@ -80,8 +55,8 @@ class Scheduler:
         self._budget_tokens = max_batch_tokens
         self._max_batch_tokens = max_batch_tokens
         self._max_queue_tokens = max_queue_tokens
-        self._queue: FairQueue[_Work] = FairQueue(client_weights)
-        self._works: OrderedDict[Key, _Work] = OrderedDict()
+        self._queue: FairQueue[Work] = FairQueue(client_weights)
+        self._works: OrderedDict[Key, Work] = OrderedDict()
         self._failures: OrderedDict[Key, ScoringFailed] = OrderedDict()
         self._wake = asyncio.Event()
         self._backend_thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
@@ -107,7 +82,7 @@ class Scheduler:
         work = self._works.get(key)
         if work is None:
             self._check_room(client_id, cost)
-            work = self._works[key] = _Work(key, request, time.monotonic())
+            work = self._works[key] = Work(key, request, time.monotonic())
             if self._stored is not None and self._stored.holds(request, self.info):
                 work.running = True
                 self._spawn(self._read(self._stored, work, client_id=client_id, cost=cost, priority=priority))
@@ -175,7 +150,7 @@ class Scheduler:
         self._finishing.add(task)
         task.add_done_callback(self._finishing.discard)
 
-    async def _read(self, stored: StoredTargets, work: _Work, *, client_id: str, cost: int, priority: int) -> None:
+    async def _read(self, stored: StoredTargets, work: Work, *, client_id: str, cost: int, priority: int) -> None:
         """Answer from the disk; what is damaged there is queued."""
         info = self.info
         payload = await asyncio.get_running_loop().run_in_executor(self._disk, stored.get, work.request, info)
@@ -189,7 +164,7 @@ class Scheduler:
             self._works.pop(work.key, None)
         self._wake.set()
 
-    async def _score(self, batch: list[_Work]) -> list[SparseTargets | RequestError]:
+    async def _score(self, batch: list[Work]) -> list[SparseTargets | RequestError]:
         """What the backend makes of a batch, in its thread."""
         loop = asyncio.get_running_loop()
         trouble = Trouble()
@@ -223,9 +198,9 @@ class Scheduler:
         self._backend_thread.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
-    def _next_batch(self) -> list[_Work]:
+    def _next_batch(self) -> list[Work]:
         """Work in fair order up to the token budget; at least one where anything waits."""
-        batch: list[_Work] = []
+        batch: list[Work] = []
         num_tokens = 0
         while (ticket := self._queue.peek()) is not None and (
             not batch or num_tokens + ticket.cost <= self._budget_tokens
@@ -242,7 +217,7 @@ class Scheduler:
             self._gauge()
         return batch
 
-    async def _finish(self, batch: list[_Work], results: list[SparseTargets | RequestError], info: TeacherInfo) -> None:
+    async def _finish(self, batch: list[Work], results: list[SparseTargets | RequestError], info: TeacherInfo) -> None:
         """Encode a scored batch and answer everybody who waits for it."""
         loop = asyncio.get_running_loop()
         try:
@@ -261,14 +236,14 @@ class Scheduler:
             ]
             await loop.run_in_executor(self._disk, self._stored.put, scored, info)
 
-    def _answer(self, work: _Work, payload: bytes, info: TeacherInfo) -> None:
+    def _answer(self, work: Work, payload: bytes, info: TeacherInfo) -> None:
         scored = Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)
         self._works.pop(work.key, None)
         for future in list(work.waiters):
             if not future.done():
                 future.set_result(scored)
 
-    def _refuse(self, work: _Work, error: RequestError) -> None:
+    def _refuse(self, work: Work, error: RequestError) -> None:
         if isinstance(error, ScoringFailed):
             self._failures[work.key] = error
             if len(self._failures) > MAX_REMEMBERED_FAILURES:
@@ -291,7 +266,7 @@ class Scheduler:
                 f"{own} tokens of client {client_id!r} wait already: its share of the queue is {share}"
             )
 
-    def _leave(self, work: _Work, future: asyncio.Future[Scored]) -> None:
+    def _leave(self, work: Work, future: asyncio.Future[Scored]) -> None:
         """A waiter is answered or has gone; work that nobody waits for any more is dropped unless it runs."""
         ticket = work.waiters.pop(future, None)
         if ticket is not None:
@@ -300,7 +275,7 @@ class Scheduler:
             del self._works[work.key]
         self._gauge()
 
-    def _adapt(self, trouble: Trouble, batch: list[_Work]) -> None:
+    def _adapt(self, trouble: Trouble, batch: list[Work]) -> None:
         """After a batch that did not fit, form smaller ones."""
         if trouble.num_out_of_memory and len(batch) > 1:
             num_tokens = sum(len(work.request.sequence) for work in batch)

@@ -14,7 +14,8 @@ from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooM
 from logitstream.types import SparseTargets
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.encoding import encoder
-from teacher_server.scheduler import BackendBroken, Scheduler
+from teacher_server.isolation import BackendBroken
+from teacher_server.scheduler import Scheduler
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, sequence
 
