@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from logitstream import metrics
 from logitstream.fused_loss import Diagnostics
 from student_worker.batches import Batch
-from student_worker.overhead import Overhead, OverheadMeter, StepTimes, overhead_of
+from student_worker.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
 from student_worker.supervision import supervised_mask
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class StepFigures(TrainerCallback):
         self._micro_batches = 0
         self._tokens: Tensor | int = 0
         self._began = self._micro_began = self._computed = 0.0
-        self._pair: tuple[float, float] | None = None
+        self._pair: Pair | None = None
         self._measuring = 0.0
 
     def follow(self, stream: TargetStream) -> None:
@@ -61,10 +61,10 @@ class StepFigures(TrainerCallback):
         self._micro_batches += 1
         return self._micro_batches == 1 and inputs.get("targets") is not None and self.meter.is_due()
 
-    def add_pair(self, *, distillation: float, cross_entropy: float) -> None:
-        """Seconds of one micro-batch both ways."""
-        self._pair = (distillation, cross_entropy)
-        self._measuring = time.perf_counter() - self._micro_began - distillation
+    def add_pair(self, pair: Pair) -> None:
+        """The micro-batch both ways; the time since its beginning that was not its own went into measuring."""
+        self._pair = pair
+        self._measuring = time.perf_counter() - self._micro_began - pair.distillation.wall
 
     def end_micro_batch(self, inputs: Batch) -> None:
         self._tokens = self._tokens + supervised_mask(inputs).sum()
@@ -84,7 +84,6 @@ class StepFigures(TrainerCallback):
         now = time.perf_counter()
         whole = now - self._began
         waiting, decoding = self._stream_seconds()
-        distillation, cross_entropy = self._pair or (None, None)
         self.meter.add(
             StepTimes(
                 epoch=self._epoch,
@@ -94,8 +93,7 @@ class StepFigures(TrainerCallback):
                 optimizer=now - self._computed,
                 whole=whole,
                 measuring=self._measuring,
-                distillation=distillation,
-                cross_entropy=cross_entropy,
+                pair=self._pair,
             )
         )
         self._count(int(self._tokens), whole - self._measuring, waiting)

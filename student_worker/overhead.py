@@ -6,13 +6,15 @@ back, so the student trains as if nothing had been measured. Clipping, optimizer
 to both. Per optimizer step of n micro-batches, in medians over the measured steps:
 
     cross-entropy step = n·(forward + backward without targets) + optimizer
-    computing          = n·median of the pairs' differences
+    computing          = n·(forward + backward without targets)·(median of the pairs' ratios − 1)
     waiting, decoding  = their means over all steps: waiting is what the step stood still for, decoding is counted whole
                          although it runs in a thread beside the step
 
-and the ratios are over the cross-entropy step. Measuring takes time in which targets arrive: it can hide at most its
-own share (`measurement`) of waiting. Under data parallelism every process measures at the same step, from a barrier on,
-and a step waits as long as the process that waits longest.
+and the figures are these over the cross-entropy step. On a CPU a pair's ratio is one of the training thread's CPU time:
+it takes part in all of a pass's work, and other processes on the same cores (the teacher's, another worker's) disturb
+it little, where they make single wall times differ by a factor of two. Measuring takes time in which targets arrive: it
+can hide at most its own share (`measurement`) of waiting. Under data parallelism every process measures at the same
+step, from a barrier on, and a step waits as long as the process that waits longest.
 """
 
 from __future__ import annotations
@@ -30,8 +32,24 @@ WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassTime:
+    """One forward and backward pass: seconds by the clock, and of the training thread (a CPU's) or again the clock."""
+
+    wall: float
+    busy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One micro-batch with its targets and as plain cross-entropy."""
+
+    distillation: PassTime
+    cross_entropy: PassTime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of one optimizer step; distillation and cross_entropy are one micro-batch's, None if not measured."""
+    """Seconds of one optimizer step. pair: its measured micro-batch both ways, None if it was not measured."""
 
     epoch: int
     micro_batches: int
@@ -40,8 +58,7 @@ class StepTimes:
     optimizer: float
     whole: float
     measuring: float = 0.0
-    distillation: float | None = None
-    cross_entropy: float | None = None
+    pair: Pair | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,22 +85,19 @@ def overhead_of(steps: Sequence[StepTimes], *, waiting: Sequence[float] | None =
 
     waiting: seconds each step stood still for the slowest process; without it, this process's own.
     """
-    pairs = [
-        (step.micro_batches, step.distillation, step.cross_entropy)
-        for step in steps
-        if step.distillation is not None and step.cross_entropy is not None
-    ]
-    if not pairs:
+    measured = [(step.micro_batches, step.pair) for step in steps if step.pair is not None]
+    if not measured:
         return None
-    optimizer = median(step.optimizer for step in steps)
-    cross_entropy_step = median(n * cross_entropy for n, _, cross_entropy in pairs) + optimizer
+    passes = median(n * pair.cross_entropy.wall for n, pair in measured)
+    cross_entropy_step = passes + median(step.optimizer for step in steps)
+    ratio = median(pair.distillation.busy / pair.cross_entropy.busy for _, pair in measured)
     whole = math.fsum(step.whole for step in steps)
     return Overhead(
         waiting=fmean(waiting or [step.waiting for step in steps]) / cross_entropy_step,
         decoding=fmean(step.decoding for step in steps) / cross_entropy_step,
-        computing=median(n * (ours - cross_entropy) for n, ours, cross_entropy in pairs) / cross_entropy_step,
+        computing=passes * (ratio - 1) / cross_entropy_step,
         measurement=math.fsum(step.measuring for step in steps) / whole if whole else 0.0,
-        num_measured=len(pairs),
+        num_measured=len(measured),
     )
 
 
@@ -105,7 +119,7 @@ class OverheadMeter:
 
     def add(self, step: StepTimes) -> None:
         self._num_steps += 1
-        self.num_measured += step.distillation is not None
+        self.num_measured += step.pair is not None
         self.steps.append(step)
 
     def of_epoch(self, epoch: int) -> list[StepTimes]:

@@ -21,6 +21,7 @@ from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
 from student_worker.batches import Batch
 from student_worker.figures import StepFigures
+from student_worker.overhead import Pair, PassTime
 from student_worker.split_model import install_fused_loss, reshard
 from student_worker.supervision import next_token_labels, supervised_mask
 
@@ -134,33 +135,34 @@ class DistillationTrainer(Trainer):
         loss, distillation = self._time_step(model, inputs, num_items_in_batch)
         if not plain_first:
             cross_entropy = self._time_cross_entropy(model, inputs, num_items_in_batch)
-        self.figures.add_pair(distillation=distillation, cross_entropy=cross_entropy)
+        self.figures.add_pair(Pair(distillation=distillation, cross_entropy=cross_entropy))
         self.figures.end_micro_batch(inputs)
         return loss
 
     def _time_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, float]:
-        """Loss and seconds of one forward and backward pass that all processes begin together."""
+    ) -> tuple[Tensor, PassTime]:
+        """Loss and time of one forward and backward pass that all processes begin together."""
         self.accelerator.wait_for_everyone()
         self._finish_device()
-        started = time.perf_counter()
+        started, thread_started = time.perf_counter(), time.thread_time()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._finish_device()
-        return loss, time.perf_counter() - started
+        wall, busy = time.perf_counter() - started, time.thread_time() - thread_started
+        return loss, PassTime(wall=wall, busy=busy if self.args.device.type == "cpu" else wall)
 
-    def _time_cross_entropy(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None) -> float:
-        """Seconds of the same pass without targets, which leaves gradients and random numbers as they were."""
+    def _time_cross_entropy(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None) -> PassTime:
+        """The same pass without targets, which leaves gradients and random numbers as they were."""
         plain = {name: value for name, value in inputs.items() if name != "targets"}
         gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
         for parameter, _ in gradients:
             parameter.grad = None
         device = self.args.device
         with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            _, seconds = self._time_step(model, plain, num_items_in_batch)
+            _, taken = self._time_step(model, plain, num_items_in_batch)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        return seconds
+        return taken
 
     def _finish_device(self) -> None:
         if self.args.device.type != "cpu":

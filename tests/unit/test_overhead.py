@@ -6,14 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from student_worker.overhead import OverheadMeter, StepTimes, overhead_of
+from student_worker.overhead import OverheadMeter, Pair, PassTime, StepTimes, overhead_of
 
 STEP = StepTimes(epoch=0, micro_batches=2, waiting=0.1, decoding=0.05, optimizer=0.2, whole=3.0)
 
 
+def pair(distillation: float, cross_entropy: float, *, wall_over_busy: float = 1.0) -> Pair:
+    ours, theirs = (PassTime(wall=busy * wall_over_busy, busy=busy) for busy in (distillation, cross_entropy))
+    return Pair(distillation=ours, cross_entropy=theirs)
+
+
 def test_parts_are_ratios_to_a_cross_entropy_step() -> None:
     """Two micro-batches of 0.9 s and 0.2 s of optimizer: a cross-entropy step takes 2 s."""
-    measured = replace(STEP, distillation=0.95, cross_entropy=0.9, measuring=0.9, whole=3.9)
+    measured = replace(STEP, pair=pair(0.95, 0.9), measuring=0.9, whole=3.9)
     overhead = overhead_of([STEP, measured, replace(STEP, waiting=0.4)])
     assert overhead is not None
     assert overhead.waiting == pytest.approx(0.2 / 2)
@@ -24,16 +29,23 @@ def test_parts_are_ratios_to_a_cross_entropy_step() -> None:
     assert overhead.measurement == pytest.approx(0.9 / 9.9)
 
 
+def test_a_crowded_machine_stretches_both_passes_alike() -> None:
+    """Passes that take thrice their CPU time: 10 % more work is 10 % of the passes' share, 2.7 s of 2.9 s."""
+    measured = replace(STEP, micro_batches=1, pair=pair(0.99, 0.9, wall_over_busy=3.0))
+    overhead = overhead_of([measured])
+    assert overhead is not None
+    assert overhead.computing == pytest.approx(0.1 * 2.7 / 2.9)
+
+
 def test_one_slow_pair_does_not_move_the_median() -> None:
-    pairs = [replace(STEP, distillation=1.0, cross_entropy=1.0)] * 4
-    pairs.append(replace(STEP, distillation=9.0, cross_entropy=1.0))
-    overhead = overhead_of(pairs)
+    steps = [replace(STEP, pair=pair(1.0, 1.0))] * 4 + [replace(STEP, pair=pair(9.0, 1.0))]
+    overhead = overhead_of(steps)
     assert overhead is not None
     assert overhead.computing == 0
 
 
 def test_the_slowest_process_decides_how_long_a_step_waits() -> None:
-    measured = replace(STEP, distillation=0.9, cross_entropy=0.9)
+    measured = replace(STEP, pair=pair(0.9, 0.9))
     overhead = overhead_of([measured], waiting=[0.6])
     assert overhead is not None
     assert overhead.waiting == pytest.approx(0.3)
