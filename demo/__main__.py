@@ -9,21 +9,19 @@ import signal
 import socket
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from demo.assets import MODEL_LICENCE, MODEL_NAME, TEXT_LICENCE, TEXT_NAME, teacher_folder, text_file
-from demo.processes import ChildFailed, child, stop, wait_for
+from demo.processes import ChildFailed
+from demo.training import NUM_WORKERS, read_progress, train
 
 SEQUENCE_TOKENS = 128
 SEQUENCES_PER_STEP = 8
-NUM_WORKERS = 2
 STUDENT = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -68,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Assets, processes, evaluation, report; everything that was started has ended when this returns or raises."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     started = time.monotonic()
     teacher, text = teacher_folder(), text_file()
     size = text.stat().st_size / 1e6
@@ -75,10 +76,12 @@ def run(options: argparse.Namespace) -> None:
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
     configs = write_configs(options, teacher, text)
-    teacher_figures = train(options, configs)
+    figures_of_teacher = train(
+        configs, options.output, num_steps=options.sequences // SEQUENCES_PER_STEP, console=console
+    )
     console.print("evaluating on held-out text …")
     report = json.loads((options.output / "student" / "report.json").read_text())
-    report |= teacher_figures | evaluate_heldout(options, teacher, text)
+    report |= figures_of_teacher | evaluate_heldout(options, teacher, text)
     report |= {"seed": options.seed, "backend": options.backend, "demo_seconds": round(time.monotonic() - started, 1)}
     write_report(report, options.output)
 
@@ -146,83 +149,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def train(options: argparse.Namespace, configs: dict[str, Path]) -> dict[str, Any]:
-    """Both epochs; the teacher is stopped when the first is over. Returns the teacher's own figures."""
-    output = options.output
-    teacher_log, student_log = output / "teacher.log", output / "student.log"
-    metrics_port = yaml.safe_load(configs["teacher"].read_text())["metrics_port"]
-    with child("teacher server", ["-m", "teacher_server", "--config", str(configs["teacher"])], teacher_log) as teacher:
-        teacher_running = {"teacher server": (teacher, teacher_log)}
-        console.print("loading the teacher …")
-        wait_for(
-            lambda: "serving on" in teacher_log.read_text(errors="replace"),
-            teacher_running,
-            seconds=300,
-            what="serving",
-        )
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_WORKERS}"]
-        command = [*launcher, "-m", "student_worker", "--config", str(configs["student"])]
-        with child("student workers", command, student_log, env={"OMP_NUM_THREADS": "1"}) as student:
-            figures: dict[str, Any] = {}
-            students = {"student workers": (student, student_log)}
-            with Progress(
-                BarColumn(20),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                console=console,
-            ) as progress:
-                task = progress.add_task("training", total=2 * options.sequences // SEQUENCES_PER_STEP, figures="")
-
-                def show() -> dict[str, Any]:
-                    row = (read_progress(output / "student") or [{"step": 0}])[-1]
-                    progress.update(task, completed=row["step"], figures=describe(row))
-                    return row
-
-                def first_epoch_done() -> bool:
-                    return bool(show()["step"] >= options.sequences // SEQUENCES_PER_STEP)
-
-                wait_for(first_epoch_done, students | teacher_running, seconds=900, what="the end of the online epoch")
-                figures = teacher_figures(metrics_port)
-                stop(teacher)
-                progress.console.print("teacher stopped; the second epoch comes from the cache")
-
-                def finished() -> bool:
-                    show()
-                    return student.poll() == 0
-
-                wait_for(finished, students, seconds=900, what="the end of training")
-            return figures
-
-
-def describe(row: dict[str, Any]) -> str:
-    """One line of the progress display."""
-    if "loss" not in row:
-        return "starting"
-    return (
-        f"loss {row['loss']:.3f} · {row['tokens_per_second']:,.0f} tokens/s · waited {row['waiting_seconds']:.1f} s"
-        f" · queue {row['queue_batches']:.0f} · {row['seconds_left']:.0f} s left"
-    )
-
-
-def read_progress(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "progress.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last piece may be half written
-    return [json.loads(line) for line in lines]
-
-
-def teacher_figures(metrics_port: int) -> dict[str, Any]:
-    """The teacher's throughput while it scored, from its own metrics."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    samples = {(s.name, s.labels.get("stage")): s.value for family in families for s in family.samples}
-    seconds = sum(samples.get(("logitstream_teacher_stage_seconds_sum", stage), 0.0) for stage in ("forward", "draw"))
-    tokens = samples[("logitstream_teacher_tokens_total", None)]
-    return {"teacher_tokens_scored": tokens, "teacher_tokens_per_second": tokens / seconds if seconds else None}
 
 
 def evaluate_heldout(options: argparse.Namespace, teacher: Path, text: Path) -> dict[str, float]:
