@@ -71,7 +71,7 @@ class Problem:
         ids = [rng.integers(0, self.vocab_size, num_tokens).astype(np.int32) for _ in range(NUM_BATCHES)]
         self.sequences = [TokenSequence(token_ids=token_ids) for token_ids in ids]
         self.inputs = [torch.from_numpy(token_ids.astype(np.int64))[None] for token_ids in ids]
-        self.labels = [torch.from_numpy(np.append(token_ids[1:], -100).astype(np.int64)) for token_ids in ids]
+        self.labels = [torch.from_numpy(np.append(token_ids[1:], token_ids[0]).astype(np.int64)) for token_ids in ids]
 
     def teacher_logits(self, batch: int) -> torch.Tensor:
         """Zipf-like next-token distributions, [T, V]."""
