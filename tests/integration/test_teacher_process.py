@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -19,6 +20,7 @@ from logitstream.types import TargetSpec
 from teacher_server.__main__ import check, main
 from teacher_server.calibration import id_model_from
 from teacher_server.config import TeacherConfig
+from teacher_server.server import EXIT_STUCK
 from teacher_server.weights import weights_digest
 from tests.fakes import FakeBackend
 from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, teacher_process
@@ -146,3 +148,22 @@ def test_a_server_told_to_stop_while_it_loads_stops(tiny_teacher: Path) -> None:
     time.sleep(1.0)
     process.terminate()
     assert process.wait(timeout=20) in (0, -signal.SIGTERM)
+
+
+async def test_a_batch_that_never_ends_does_not_hold_the_server_beyond_its_drain(tmp_path: Path) -> None:
+    address_file = tmp_path / "address"
+    command = [sys.executable, "-m", "tests.fake_backend_server", "--address-file", str(address_file)]
+    process = subprocess.Popen([*command, "--delay-seconds", "600", "--drain-seconds", "0.5"], env=ENVIRONMENT)
+    try:
+        async with asyncio.timeout(30):
+            while not address_file.exists():
+                await asyncio.sleep(0.05)
+        async with WireClient(address_file.read_text().strip()) as client:
+            await client.open()
+            await client.request({1: sequence(1)})
+            await asyncio.sleep(0.5)
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, 30) == EXIT_STUCK
+    finally:
+        process.kill()
+        process.wait()
