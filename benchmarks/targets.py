@@ -361,9 +361,11 @@ def main() -> None:
         "gradients": lambda: gradients(help_text),
     }
     path = Path(__file__).parent / "results" / "targets.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report: dict[str, Any] = {}
     for part in sys.argv[1:] or parts:
-        report[part] = parts[part]()
+        result = parts[part]()
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        report[part] = result
         report[f"{part}_made"] = {
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "versions": {name: version(name) for name in ("torch", "numpy", "numba", "transformers")},

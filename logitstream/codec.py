@@ -25,6 +25,8 @@ _PLAIN_HEADER = struct.Struct("<BxxxIIIII")  # version, vocab_size, units, tail_
 _CHECKSUM = struct.Struct("<I")
 _HAS_MODEL, _SUMS_TO_UNITS = 1, 2
 _MODEL_DIGEST_BYTES = 4
+_EXAMPLE = bytes.fromhex("0202e80705000303 05c01e8fed61 9867775c")
+"""That of docs/targets-format.md."""
 
 
 def encode(targets: SparseTargets, *, version: int = 2, id_model: IdModel | None = None) -> bytes:
@@ -65,15 +67,20 @@ def _check_rows(start: int, stop: int, num_rows: int) -> None:
 
 
 def warm_up() -> None:
-    """Compile what encode and decode need, so that it happens at start and not in the first step."""
-    one = SparseTargets(
-        vocab_size=2,
-        units=1,
-        row_offsets=np.array([0, 1], np.int64),
-        token_ids=np.zeros(1, np.int32),
-        counts=np.ones(1, np.int32),
+    """Compile what encode and decode need, so that it happens at start and not in the first step.
+
+    RuntimeError where the code does not give the bytes it must: numba's cache on disk may be another version's.
+    """
+    example = SparseTargets(
+        vocab_size=1000,
+        units=5,
+        row_offsets=np.array([0, 2, 2, 3], np.int64),
+        token_ids=np.array([3, 17, 999], np.int32),
+        counts=np.array([4, 1, 5], np.int32),
     )
-    decode(encode(one))
+    payload = encode(example)
+    if payload != _EXAMPLE or not np.array_equal(decode(payload).counts, example.counts):
+        raise RuntimeError(f"codec version 2 gives {payload.hex()}, expected {_EXAMPLE.hex()}: clear numba's cache")
 
 
 def _checked(payload: bytes) -> bytes:

@@ -71,6 +71,13 @@ def row_uniforms(spec: TargetSpec, sequence: TokenSequence, draw_set: int, first
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def warm_up() -> None:
+    """Compile what drawing on the CPU needs, so that it happens at start and not with the first request."""
+    sequence = TokenSequence(token_ids=np.zeros(2, np.int32))
+    for sampler in ("systematic", "threshold"):
+        sample(torch.zeros(2, 2), TargetSpec(sampler=sampler), sequence)
+
+
 def uniforms_per_row(spec: TargetSpec) -> int:
     """How many uniforms one row's draw takes."""
     if spec.sampler == "multinomial":

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.errors import NonFiniteLogits, RequestError
-from logitstream.sampling import draw, row_uniforms
+from logitstream.sampling import draw, row_uniforms, warm_up
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
@@ -85,6 +85,7 @@ class TransformersBackend:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is read line by line
         lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         lm = lm.to(device)
+        warm_up()
         info = TeacherInfo(
             model=model,
             revision="" if Path(model).is_dir() else revision,
