@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,12 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from logitstream.errors import InvalidSequence, RequestError
+from logitstream.sampling import sample
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.backend import ScoreRequest
+from teacher_server.prompt_draws import PromptDraws, pack_request, unpack_outcome
 from teacher_server.transformers_backend import TransformersBackend
+from teacher_server.vllm_hooks import KEY, REQUEST, hook
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -365,6 +369,34 @@ def dense(targets: SparseTargets) -> npt.NDArray[np.float64]:
 def test_this_vllm_has_what_the_hooks_need() -> None:
     """Breaks first when vLLM moves."""
     check_seam()
+
+
+def test_the_second_runners_own_class_takes_the_hook() -> None:
+    """Model runner V2 needs Triton and so never runs here; its prompt-logprob worker does."""
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    head = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
+    draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=100, chunk_bytes=4 * 4 * 100)
+    worker = PromptLogprobsWorker(4, torch.device("cpu"))
+    hook(SimpleNamespace(prompt_logprobs_worker=worker), draws)
+    (request,) = requests_of(random_ids([9], vocab_size=100))
+    extra = {KEY: "0", REQUEST: pack_request(request)}
+    worker.add_request("a", 2, SamplingParams(max_tokens=1, extra_args=extra))
+    hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
+    for first_row, num_rows in ((0, 5), (5, 4)):
+        batch = SimpleNamespace(
+            req_ids=["a"],
+            idx_mapping_np=np.array([2]),
+            num_computed_prefill_tokens_np=np.array([first_row]),
+            num_scheduled_tokens=np.array([num_rows]),
+            query_start_loc_np=np.array([0, num_rows]),
+        )
+        rows = hidden[first_row : first_row + num_rows]
+        assert worker.compute_prompt_logprobs(None, rows, batch, None, None, np.full(4, 9)) == {}
+    worker.remove_request("a")
+    found = targets_of([unpack_outcome(outcome) for outcome in draws.take(["0"])])
+    assert agreement(found, [sample(hidden @ head, SPEC, request.sequence)]) == 1
 
 
 def test_options_reach_vllm_by_their_own_names_and_mistakes_are_named(tiny_dir: Path) -> None:
