@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,9 +59,21 @@ def chunk_rows(logits: Tensor) -> int:
 
 
 def scratch(logits: Tensor) -> Tensor:
-    """A buffer for `relative_probs` over chunks of these logits: fresh memory for each would cost more than the exp."""
+    """A buffer for `relative_probs` over chunks of these logits, zero past V.
+
+    The CPU's is kept for the thread's next call: faulting in fresh pages would take as long as the exponentials.
+    """
     num_rows, vocab_size = min(chunk_rows(logits), logits.shape[0]), logits.shape[1]
-    return torch.zeros(num_rows, -(-vocab_size // BLOCK) * BLOCK, device=logits.device)
+    shape = (num_rows, -(-vocab_size // BLOCK) * BLOCK)
+    if logits.device.type != "cpu":
+        return torch.zeros(shape, device=logits.device)
+    kept: tuple[int, Tensor] | None = getattr(_kept, "buffer", None)
+    if kept is None or kept[0] != vocab_size or len(kept[1]) < num_rows:
+        kept = _kept.buffer = (vocab_size, torch.zeros(shape))
+    return kept[1]
+
+
+_kept = threading.local()
 
 
 def relative_probs(

@@ -60,8 +60,8 @@ def test_compiled_probabilities_err_no_more_than_torchs(
     logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
     logits[0, seed % vocab_size] = -torch.inf if vocab_size > 1 else 0.0
     exact = (logits.double() - logits.double().amax(dim=-1, keepdim=True)).div(temperature).exp()
-    compiled = relative_probs(logits, temperature, np.arange(3), scratch(logits))
-    plain = relative_probs_plain(logits, temperature, np.arange(3), scratch(logits))
+    compiled = relative_probs(logits, temperature, np.arange(3), scratch(logits).clone())
+    plain = relative_probs_plain(logits, temperature, np.arange(3), scratch(logits).clone())
     seen = exact > 1e-30
     for one in (compiled, plain):
         values = one.values[:, :vocab_size].double()
