@@ -14,6 +14,13 @@ from teacher_server.prompt_draws import PromptChunk, PromptDraws
 
 KEY, REQUEST = "logitstream_key", "logitstream_request"
 """Names in SamplingParams.extra_args: of a request's key, and of what pack_request packed."""
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+
+
+def check_version(found: str) -> None:
+    """Raises RuntimeError for a vLLM whose insides nobody has looked at."""
+    if not found.startswith(tuple(f"{supported}." for supported in SUPPORTED_VERSIONS)):
+        raise RuntimeError(f"the vllm backend works with vLLM {' and '.join(SUPPORTED_VERSIONS)}, found {found}")
 
 
 def hook(runner: Any, draws: PromptDraws) -> None:

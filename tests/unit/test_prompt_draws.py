@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
@@ -17,7 +20,7 @@ from logitstream.sampling import sample
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from teacher_server.backend import ScoreRequest
 from teacher_server.prompt_draws import PromptChunk, PromptDraws, pack_request, unpack_outcome, unpack_request
-from teacher_server.vllm_hooks import KEY, REQUEST, hook
+from teacher_server.vllm_hooks import KEY, REQUEST, check_version, hook
 
 VOCAB, HIDDEN = 37, 5
 HEAD = torch.randn(HIDDEN, VOCAB, generator=torch.Generator().manual_seed(0))
@@ -236,3 +239,18 @@ def test_the_hook_of_the_second_runner_draws_and_calls_the_original() -> None:
     worker.remove_request("a")
     assert seen == ["add a", "remove a"]
     assert_equal(taken(draws, 1)[0], request)
+
+
+def test_another_vllm_is_refused_by_name() -> None:
+    check_version("0.32.0")
+    check_version("0.33.1+cu130")
+    for found in ("0.31.2", "0.34.0", "0.3.3", "1.32.0"):
+        with pytest.raises(RuntimeError, match=f"works with vLLM 0.32 and 0.33, found {found}"):
+            check_version(found)
+
+
+def test_without_vllm_the_backend_says_what_it_needs() -> None:
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    with pytest.raises(RuntimeError, match="needs vLLM"):
+        import_module("teacher_server.vllm_backend")
