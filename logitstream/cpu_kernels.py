@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.range_coder import kernel, part
+from logitstream.compiled import kernel, part
 
 BLOCK = 64
 Floats = npt.NDArray[np.float32]

@@ -7,16 +7,14 @@ numba's cache on disk does not notice a change in another file's callee.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from logitstream.compiled import kernel, part
 from logitstream.id_model import DRAW_CLASSES, INNER_BITS, NEXT_BITS, SLOT_BITS, IdTables
 
-F = TypeVar("F", bound=Callable[..., Any])
 Array = npt.NDArray[Any]
 State = tuple[int, int, int]
 """Low end (or code), width and position in the bytes."""
@@ -50,20 +48,6 @@ _CONTEXT = np.array(
     ],
     dtype=np.int64,
 )
-
-
-def kernel(function: F) -> F:
-    """Compiled at the first call; kept on disk where numba finds a writable folder (NUMBA_CACHE_DIR names one)."""
-    try:
-        return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
-    except RuntimeError:  # "no locator available": a read-only file system
-        return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
-
-
-def part(function: F) -> F:
-    """Part of a kernel, put in its place; without numba's reference counts, whose atomic steps would cost more."""
-    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "_nrt": False}
-    return cast(F, numba.njit(**options)(function))
 
 
 @part

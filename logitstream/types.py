@@ -21,7 +21,7 @@ SAMPLERS = ("systematic", "multinomial", "threshold", "top_k", "top_k_ghost", "f
 CODEC_VERSIONS = (1, 2)
 MAX_VOCAB_SIZE = 1 << 24
 PROBABILITY_UNITS = 1 << 16
-"""Grid of stored probabilities (threshold's head, top_k, weights at a proposal temperature)."""
+"""Grid of top_k's probabilities, and the most samples of a row."""
 FULL_UNITS = 1 << 30
 """Grid of `full`: entries below 2^-30 round to nothing."""
 
