@@ -57,21 +57,24 @@ def install_fused_loss(model: nn.Module) -> bool:
     except NotSeparableError as error:
         logger.warning("the student's loss is computed from full logits, slower and with more memory: %s", error)
         return False
-    model_forward, head_forward = model.forward, split.head.forward
+    body_name = next(name for name, module in model.named_modules() if module is split.body)
+    head_name = next(name for name, module in model.named_modules() if module is split.head)
+    model_forward = getattr(model.forward, "__func__", None) or type(model).forward
 
     def forward(self: nn.Module, *args: Any, head_loss: HeadLoss | None = None, **kwargs: Any) -> Any:
         if head_loss is None:
-            return model_forward(*args, **kwargs)
-        hidden = split.body(*args, use_cache=False, **kwargs)[0]
-        return split.head(hidden if split.logit_scale == 1 else hidden * split.logit_scale, head_loss=head_loss)
+            return model_forward(self, *args, **kwargs)
+        hidden = self.get_submodule(body_name)(*args, use_cache=False, **kwargs)[0]
+        scaled = hidden if split.logit_scale == 1 else hidden * split.logit_scale
+        return self.get_submodule(head_name)(scaled, head_loss=head_loss)
 
     def forward_head(self: nn.Linear, hidden: Tensor, head_loss: HeadLoss | None = None) -> Any:
         if head_loss is None:
-            return head_forward(hidden)
+            return nn.Linear.forward(self, hidden)
         return head_loss(hidden, self.weight, bias=self.bias, logit_softcap=split.logit_softcap)
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
-    model.forward = MethodType(forward, model)
+    model.forward = MethodType(forward, model)  # bound, so that a deep copy gets one of its own
     split.head.forward = MethodType(forward_head, split.head)  # type: ignore[method-assign]
     return True
 
@@ -84,6 +87,8 @@ def split_model(model: nn.Module) -> SplitModel:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise NotSeparableError(f"{name} has no plain linear head")
+    if hasattr(head, "_hf_hook"):
+        raise NotSeparableError(f"{name} is spread over devices")
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise NotSeparableError(f"{name}'s own loss has a term for its router")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +29,18 @@ def run(folder: Path, name: str, *, processes: int, **settings: Any) -> dict[str
         train(json.loads(config.read_text()))
         return load(output)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(REPOSITORY / "tests" / "distributed_training.py"), str(config)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = [sys.executable, *launcher, str(REPOSITORY / "tests" / "distributed_training.py"), str(config)]
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    log = folder / f"{name}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            assert process.wait(TIMEOUT_SECONDS) == 0, log.read_text()[-4000:]
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # the launcher's children too, where it did not end them
+                os.killpg(process.pid, signal.SIGKILL)
     return load(output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,21 @@ def test_logits_are_still_there_for_who_asks() -> None:
     expected = model(input_ids=token_ids).logits
     install_fused_loss(model)
     torch.testing.assert_close(model(input_ids=token_ids).logits, expected)
+
+
+def test_a_deep_copy_computes_with_its_own_weights() -> None:
+    model = model_of("llama", {})
+    install_fused_loss(model)
+    copied = copy.deepcopy(model)
+    rng = np.random.default_rng(0)
+    token_ids = torch.from_numpy(rng.integers(0, VOCAB_SIZE, (1, 6)))
+    loss = partial(fused_linear_sparse_kl, targets=random_targets(rng, num_rows=6, vocab_size=90, max_entries=4))
+    before = copied(input_ids=token_ids, head_loss=loss).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(input_ids=token_ids, head_loss=loss).loss, before)
+    assert copied(input_ids=token_ids).logits.any()
 
 
 class _ShiftedLogits(torch.nn.Module):
