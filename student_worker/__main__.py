@@ -32,7 +32,8 @@ from logitstream.cache import CacheReader
 from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import parse_settings
 from logitstream.tokenizer import tokenizer_digest
-from logitstream.types import TargetSpec, TokenSequence
+from logitstream.types import Fingerprint, TargetSpec, TokenSequence
+from student_worker.agreement import agree_on_teacher, expected_teacher
 from student_worker.calibration import CALIBRATION_SEQUENCES, choose_spec
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
@@ -78,8 +79,12 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     with contextlib.ExitStack() as resources:
         client = None
         if config.targets != "cache":
-            client = connect(config, config.target_spec(), model.config.vocab_size, digest)
+            resumes = checkpoint_to_resume(arguments) is not None
+            expected = expected_teacher(output_folder(arguments), config.target_spec(), resumes=resumes)
+            client = connect(config, config.target_spec(), model.config.vocab_size, digest, expected)
             resources.enter_context(contextlib.closing(client))
+            if config.targets == "online":
+                agree_on_teacher(client, config.target_spec(), output_folder(arguments))
         cache = open_cache(config, client, digest, arguments.process_index, resources)
         trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set)
         report = train(trainer, arguments)
@@ -159,7 +164,9 @@ def meet_budget(
     config.bytes_per_token = config.noise = 0.0
 
 
-def connect(config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str) -> GrpcTeacherClient:
+def connect(
+    config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str, expected: Fingerprint | None = None
+) -> GrpcTeacherClient:
     """A client of the teacher's replicas."""
     tls = None
     if config.tls_ca:
@@ -175,6 +182,7 @@ def connect(config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: st
         deadline_seconds=config.deadline_seconds,
         connect_timeout_seconds=config.connect_timeout_seconds,
         max_teacher_lag=config.max_teacher_lag,
+        fingerprint=expected,
     )
 
 

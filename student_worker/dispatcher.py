@@ -24,7 +24,7 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.rpc.connection import Answer, TeacherConnection, request_bytes
-from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens, request_key
+from logitstream.types import Fingerprint, ReceivedTargets, TeacherInfo, credit_tokens, request_key
 from student_worker.fleet import Fleet
 from student_worker.known_teacher import Identity, KnownTeacher
 from student_worker.replica import Replica, Request
@@ -106,6 +106,10 @@ class Dispatcher:
             raise TeacherUnavailable(
                 f"no teacher came up within {timeout_seconds:g} s {self.fleet.condition()}"
             ) from None
+
+    async def insist_on(self, fingerprint: Fingerprint) -> None:
+        if not self.teacher.expect(fingerprint):
+            self.fleet.break_all("another teacher was agreed on")
 
     async def close(self) -> None:
         await self.fleet.close()

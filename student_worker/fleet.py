@@ -62,7 +62,12 @@ class Fleet:
         ready = [replica for replica in self.replicas if replica.state == "ready"]
         for replica in ready:
             if replica.stalled(now) and len(ready) > 1:
-                replica.break_off()
+                replica.break_off("it answers nothing, others do")
+
+    def break_all(self, reason: str) -> None:
+        """Give up every connection; they are made anew at once."""
+        for replica in self.replicas:
+            replica.break_off(reason)
 
     def all_refused(self) -> LogitstreamError | None:
         """Why no replica will ever answer, where all of them serve something else."""

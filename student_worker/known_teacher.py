@@ -41,16 +41,24 @@ class KnownTeacher:
         except ValueError:
             raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
         fingerprint = Fingerprint.of(info, self._student.spec)
-        self._expected = self._expected or fingerprint
-        seen = fingerprint
-        if self.max_teacher_lag != 0:
-            seen = replace(fingerprint, weights_digest=self._expected.weights_digest)
-        if differences := self._expected.differences(seen):
+        if self._expected is None:
+            self._expected = fingerprint
+        if differences := self._differences(self._expected, fingerprint):
             raise FingerprintMismatch(f"not the teacher that this run trains from (its value first): {differences}")
         self._digests[wire_digest] = fingerprint.digest
         self._serving[address] = info
         self.info = max(self._serving.values(), key=lambda one: one.teacher_version)
         return wire_digest
+
+    def expect(self, fingerprint: Fingerprint) -> bool:
+        """Take this teacher alone from now on; false where another one was accepted before, which is then forgotten."""
+        before, self._expected = self._expected, fingerprint
+        if before is None or not self._differences(fingerprint, before):
+            return True
+        self.info = None
+        self._digests.clear()
+        self._serving.clear()
+        return False
 
     def left(self, address: str) -> None:
         """A replica is gone; its version counts no more: a server that starts again counts from zero."""
@@ -72,6 +80,12 @@ class KnownTeacher:
 
     def is_stale(self, teacher_version: int, wire_digest: bytes) -> bool:
         return 0 < self.max_teacher_lag < self.lag(teacher_version, wire_digest)
+
+    def _differences(self, expected: Fingerprint, found: Fingerprint) -> str:
+        """Empty where they agree in all that may not change."""
+        if self.max_teacher_lag != 0:
+            found = replace(found, weights_digest=expected.weights_digest)
+        return expected.differences(found)
 
     def _check_student(self, info: TeacherInfo) -> None:
         mine = self._student

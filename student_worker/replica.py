@@ -92,6 +92,7 @@ class Replica:
         self._teacher = teacher
         self._connect = connect
         self._stalled_seconds = stalled_seconds
+        self._break_reason = ""
         self._last_progress = time.monotonic()
         self._outbox: list[Request] = []
         self._cancelled: list[int] = []
@@ -136,8 +137,9 @@ class Replica:
         self._cancelled.append(request.request_id)
         self._wake.set()
 
-    def break_off(self) -> None:
+    def break_off(self, reason: str) -> None:
         """Give the connection up; what is in flight goes elsewhere."""
+        self._break_reason = reason
         if self._reading is not None:
             self._reading.cancel()
 
@@ -168,7 +170,7 @@ class Replica:
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise
-            return TeacherUnavailable(f"{self.address}: no answer for {self._stalled_seconds:g} s")
+            return TeacherUnavailable(f"{self.address}: {self._break_reason}")
         finally:
             self._reading = None
             await connection.close()
@@ -245,7 +247,7 @@ class Replica:
         """A stream that breaks is noticed by the reading side too, which says why; anything else is a bug of ours."""
         if not writing.cancelled() and (error := writing.exception()) and not isinstance(error, LogitstreamError):
             logger.error("writing to teacher %s failed", self.address, exc_info=error)
-            self.break_off()
+            self.break_off(f"{error}")
 
     def _forget(self, request: Request) -> None:
         if self.in_flight.pop(request.request_id, None) is not None:

@@ -206,6 +206,10 @@ class GrpcTeacherClient:
         self._loop.call_soon_threadsafe(self._dispatcher.submit, request)
         return request.future
 
+    def insist_on(self, fingerprint: Fingerprint) -> None:
+        """Take targets of this teacher alone; replicas of another are let go. Call it before the first request."""
+        asyncio.run_coroutine_threadsafe(self._dispatcher.insist_on(fingerprint), self._loop).result()
+
     def is_stale(self, received: ReceivedTargets) -> bool:
         return self._teacher.is_stale(received.teacher_version, received.weights_digest)
 

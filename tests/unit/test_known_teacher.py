@@ -90,3 +90,19 @@ def test_any_version_is_taken_where_asked_to() -> None:
     teacher.accept("old", fake_info(version=0))
     teacher.accept("new", fake_info(version=90))
     assert not teacher.is_stale(0, digest_of(fake_info(version=0)))
+
+
+def test_the_teacher_that_others_agreed_on_replaces_the_one_met_first() -> None:
+    teacher = KnownTeacher(STUDENT)
+    teacher.accept("mine", fake_info())
+    assert teacher.expect(Fingerprint.of(fake_info(), SPEC))
+    assert teacher.info == fake_info()
+    theirs = fake_info(weights="b")
+    assert not teacher.expect(Fingerprint.of(theirs, SPEC))
+    assert teacher.info is None
+    with pytest.raises(FingerprintMismatch, match="weights_digest"):
+        teacher.accept("mine", fake_info())
+    teacher.accept("theirs", theirs)
+    learning = KnownTeacher(STUDENT, max_teacher_lag=1)
+    learning.accept("mine", fake_info())
+    assert learning.expect(Fingerprint.of(theirs, SPEC))
