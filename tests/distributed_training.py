@@ -146,5 +146,5 @@ def train(settings: dict[str, Any]) -> None:
 if __name__ == "__main__":
     train(json.loads(Path(sys.argv[1]).read_text()))
     dist.barrier()
-    # Freed with the GIL held, a gloo process group joins a thread that may wait for the GIL (torch 2.13): do not free it.
+    # Freed with the GIL held, a gloo process group joins a thread that may wait for the GIL (torch 2.13): do not.
     os._exit(0)
