@@ -88,14 +88,21 @@ class Mirror:
     ) -> None:
         self.staging = Path(staging) if staging is not None else staging_folder(url)
         self.staging.mkdir(parents=True, exist_ok=True)
-        self._fs, self._root = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        self._remote = (url, storage_options or {})
         self._staging_bytes = staging_bytes
+        self.sizes: dict[str, int] = {}
+        self._listed = 0.0
+        self._connect()
+
+    def _connect(self) -> None:
+        """Threads and connections of this process."""
+        url, storage_options = self._remote
+        self._pid = os.getpid()
+        self._fs, self._root = fsspec.core.url_to_fs(url, **storage_options)
         self._pool = ThreadPoolExecutor(PREFETCHED_SHARDS + 1, thread_name_prefix="cache-mirror")
         self._lock = threading.Lock()
         self._fetching: dict[str, Future[None]] = {}
         self._uploads: set[Future[None]] = set()
-        self.sizes: dict[str, int] = {}
-        self._listed = 0.0
 
     def pull_head(self) -> None:
         """The manifest and the id model, where the remote has them; CacheError where another cache is staged there."""
@@ -152,6 +159,8 @@ class Mirror:
 
     def fetch(self, path: Path, *, ahead: Path | None = None) -> None:
         """Make a shard be in the staging folder; begin with the one that is read after it."""
+        if self._pid != os.getpid():  # a loader's worker, forked off: threads and connections stayed with its parent
+            self._connect()
         if ahead is not None:
             self._fetch(ahead)
         self._fetch(path).result()

@@ -18,14 +18,13 @@ from typing import Any
 
 import fsspec
 import pytest
+from torch.utils.data import DataLoader
 
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.remote import Mirror
 from logitstream.errors import CacheError, FingerprintMismatch
+from student_worker.data import CacheDataset, collate
 from tests.integration.crashing_writer import FINGERPRINT, record
-
-pytest.importorskip("moto")
-pytest.importorskip("s3fs")
 
 RECORDS = [record(0, number) for number in range(60)]
 folders = itertools.count()
@@ -223,6 +222,16 @@ def test_a_reader_is_opened_again_in_a_loader_process(store: Any) -> None:
     fill(store, "writer", stop=5)
     with open_reader(store, "reader") as reader, pickle.loads(pickle.dumps(reader)) as again:
         assert again.get(RECORDS[0].key) == RECORDS[0].payload
+
+
+def test_a_forked_loader_reads_shards_that_its_parent_has_not_fetched(store: Any) -> None:
+    fill(store, "writer")
+    with open_reader(store, "reader") as reader:
+        dataset = CacheDataset(reader)
+        loader = DataLoader(dataset, batch_size=4, num_workers=1, collate_fn=collate, multiprocessing_context="fork")
+        batches = list(loader)
+        assert sum(len(batch["input_ids"]) for batch in batches) == 60
+        assert all(batch["loss_mask"].any(dim=1).all() for batch in batches)  # none came as damaged
 
 
 def test_staged_shards_make_room_for_others(store: Any) -> None:
