@@ -1,11 +1,11 @@
 """The student's whole step (forward, backward, AdamW) under different losses, and the memory of head and loss alone.
 
-    python -m benchmarks.student_step [--rounds 3] [--steps 4]
+    python -m benchmarks.student_step [--rounds 3] [--steps 4] [--parts …]
 
 Writes benchmarks/results/student_step.json and docs/figures/student_step.png. Every case runs in a process of its own,
 forked from one that has imported everything and computed nothing, one after the other, round by round; a ratio is the
 median over rounds of medians over steps, each over the fused cross-entropy's of the same round. `paired` steps the
-three losses that matter most in turn within one process, for ratios that a busy machine disturbs less.
+three losses that matter most in turn within one process, on one thread, for ratios that a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -304,24 +304,36 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
         process.join()
 
 
-def measure(rounds: int, steps: int) -> dict[str, Any]:
-    memory = {
-        f"V={v} H={h} T={t}": {
-            case: in_a_process(run_head_memory, v, h, t, case) for case in ("torch", "fused_cross_entropy", "ours")
+def head_memory() -> dict[str, Any]:
+    """MiB by shape and case; `gradient_apart` leaves out the head's gradient, which exists whatever the loss."""
+    memory = {}
+    for vocab_size, hidden_size, num_tokens in HEAD_SHAPES:
+        row = {
+            case: in_a_process(run_head_memory, vocab_size, hidden_size, num_tokens, case)
+            for case in ("torch", "fused_cross_entropy", "ours")
         }
-        for v, h, t in HEAD_SHAPES
-    }
-    for row in memory.values():
+        gradient = 4 * vocab_size * hidden_size / MIB
         row["ours_over_torch"] = row["ours"] / row["torch"]
-    paired, table = {}, {}
+        row["ours_over_torch_gradient_apart"] = (row["ours"] - gradient) / (row["torch"] - gradient)
+        memory[f"V={vocab_size} H={hidden_size} T={num_tokens}"] = row
+    return memory
+
+
+def paired(steps: int) -> dict[str, Any]:
+    return {name(*case): in_a_process(run_paired, *case, steps) for case in itertools.product(SIZES, TOKENS)}
+
+
+def table(rounds: int, steps: int) -> dict[str, Any]:
+    made = {}
     for size, num_tokens in itertools.product(SIZES, TOKENS):
-        name = f"{size} V={SIZES[size]['vocab_size']} T={num_tokens}"
-        paired[name] = in_a_process(run_paired, size, num_tokens, 3 * steps)
-        print(name, paired[name], flush=True)
         runs = [{case: in_a_process(run_case, size, num_tokens, case, steps) for case in CASES} for _ in range(rounds)]
-        table[name] = {case: summary([run[case] for run in runs], runs) for case in CASES}
-        print(json.dumps(table[name]), flush=True)
-    return {"head_and_loss_peak_mib": memory, "paired": paired, "own_processes": table}
+        made[name(size, num_tokens)] = {case: summary([run[case] for run in runs], runs) for case in CASES}
+        print(json.dumps(made[name(size, num_tokens)]), flush=True)
+    return made
+
+
+def name(size: str, num_tokens: int) -> str:
+    return f"{size} V={SIZES[size]['vocab_size']} T={num_tokens}"
 
 
 def summary(results: list[Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -335,13 +347,12 @@ def summary(results: list[Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw(results: dict[str, Any]) -> None:
+def draw(table: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    table = results["own_processes"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     width = 0.8 / len(CASES)
     for axis, key, label in (
@@ -371,15 +382,28 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a case in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="of `own_processes`")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a case in a round; twice as many pairs")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     options = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine(), "settings": vars(options) | {"sizes": SIZES, "dtype": "float32"}}
-    results |= measure(options.rounds, options.steps)
-    results["machine"]["load_average_after"] = os.getloadavg()[0]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    draw(results)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in options.parts:
+        before = machine()
+        figures = PARTS[part](options)
+        settings = {"rounds": options.rounds, "steps": options.steps, "sizes": SIZES, "dtype": "float32"}
+        load = {"load_average_after": os.getloadavg()[0]}
+        results[part] = {"figures": figures, "machine": before | load, "settings": settings}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    if "own_processes" in results:
+        draw(results["own_processes"]["figures"])
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "head_and_loss_peak_mib": lambda options: head_memory(),
+    "paired": lambda options: paired(2 * options.steps),
+    "own_processes": lambda options: table(options.rounds, options.steps),
+}
 
 
 if __name__ == "__main__":
