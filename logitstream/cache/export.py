@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from logitstream import codec
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import KEY_BYTES, Record, shard_schema
-from logitstream.errors import CorruptRecord
+from logitstream.errors import CacheError, CorruptRecord
 from logitstream.id_model import IdModel
 
 Progress = Callable[[int], object]
@@ -39,9 +39,11 @@ def export(
 
     Returns the files and how many damaged records were skipped. Row t of a sequence holds the entries row_offsets[t] to
     row_offsets[t + 1] and belongs to the prediction of token t + 1. The files' metadata holds the fingerprint and the
-    provenance.
+    provenance. Raises CacheError where the folder holds Parquet files already.
     """
     output.mkdir(parents=True, exist_ok=True)
+    if any(output.glob("*.parquet")):
+        raise CacheError(f"expected a folder without Parquet files, {output} holds some of an earlier export")
     schema = pa.schema(COLUMNS, metadata=shard_schema(reader.manifest).metadata)
     id_model = IdModel.from_bytes(reader.id_model) if reader.id_model else None
     files: list[Path] = []

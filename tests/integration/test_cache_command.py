@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -9,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from logitstream import codec
 from logitstream.__main__ import main
 from logitstream.cache import CacheReader, CacheWriter, Record
+from logitstream.id_model import IdModel
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TokenSequence, request_key
 
 VOCAB_SIZE = 500
@@ -213,3 +216,22 @@ def test_prune_drops_damaged_records(tmp_path: Path, records: list[Record]) -> N
     assert main(["cache", "prune", str(tmp_path), "--damaged"]) == 0
     assert main(["cache", "verify", str(tmp_path)]) == 0
     assert len(CacheReader(tmp_path)) == 59
+
+
+def test_a_cache_of_codec_2_is_exported_with_the_id_model_that_lies_in_it(tmp_path: Path) -> None:
+    id_model = IdModel.from_expected_counts(np.ones(VOCAB_SIZE))
+    spec = TargetSpec(num_samples=10, codec_version=2).canonical()
+    digest = hashlib.sha256(id_model.to_bytes()).hexdigest()
+    known = replace(FINGERPRINT, spec=spec, id_model_digest=digest)
+    made = make_records(6)
+    with CacheWriter(tmp_path / "cache", known, id_model=id_model.to_bytes()) as writer:
+        for record, drawn in made:
+            payload = codec.encode(drawn, version=2, id_model=id_model)
+            writer.put(record.key, record.token_ids, None, payload, record.draw_set)
+    assert main(["cache", "export", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]) == 0
+    rows = {row["key"]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
+    for record, drawn in made:
+        assert rows[record.key]["entry_token_ids"] == drawn.token_ids.tolist()
+        np.testing.assert_allclose(rows[record.key]["entry_weights"], drawn.counts / 10, rtol=1e-6)
+    (tmp_path / "cache" / "id_model.bin").write_bytes(b"\x01")
+    assert main(["cache", "export", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]) == 2
