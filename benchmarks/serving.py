@@ -34,67 +34,88 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.gate import SERVICE
 
 STREAM_METHOD = f"/{SERVICE}/StreamTargets"
+MANY_TOKENS = 65_536
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 
 
 def measure_teacher(args: argparse.Namespace) -> dict[str, Any]:
-    """Served tokens/s over those of the model's forward on the same batches; real tokens, padding is not counted."""
+    """Served tokens/s over those of the model's forward on the same batches; real tokens, padding is not counted.
+
+    CPU seconds a token are given as well, of the process that computes: they suffer less from a machine that is shared.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from demo.assets import teacher_folder
-    from teacher_server.batching import split_by_length
-    from teacher_server.transformers_backend import PASS_OVERHEAD_TOKENS
 
     folder, budget = teacher_folder(), args.max_batch_tokens
-    lengths = np.random.default_rng(1).integers(32, 257, args.num_sequences).tolist()
+    lengths = np.random.default_rng(1).integers(32, args.max_length + 1, args.num_sequences).tolist()
+    num_tokens = sum(lengths)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    batches: list[list[int]] = [[]]
-    for length in lengths:
-        if sum(batches[-1]) + length > budget:
-            batches.append([])
-        batches[-1].append(length)
-    overhead = PASS_OVERHEAD_TOKENS["cpu"]
-    shapes = [
-        (len(one), max(batch[index] for index in one))
-        for batch in batches
-        for one in split_by_length(batch, pass_overhead_tokens=overhead, max_padded_tokens=budget)
-    ]
-    unsorted = [(len(batch), max(batch)) for batch in batches]
-    padded = sum(rows * width for rows, width in shapes)
+    shapes, unsorted = batch_shapes(lengths, budget)
+    rates: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
 
     @torch.inference_mode()
-    def bare(of: list[tuple[int, int]]) -> float:
-        start = time.perf_counter()
+    def bare(name: str, of: list[tuple[int, int]]) -> None:
+        start, used = time.perf_counter(), time.process_time()
         for rows, width in of:
             model(input_ids=torch.randint(0, VOCAB_SIZE, (rows, width)), use_cache=False)
-        return sum(lengths) / (time.perf_counter() - start)
+        rates.setdefault(name, []).append(num_tokens / (time.perf_counter() - start))
+        cpu.setdefault(name, []).append((time.process_time() - used) / num_tokens)
+
+    def served(num_clients: int, seed: int) -> None:
+        name, used = f"served_{num_clients}_clients", sum(server.cpu_times()[:2])
+        run = tokens_per_second(
+            address, random_sequences(lengths, seed=seed), num_clients=num_clients, window=MANY_TOKENS
+        )
+        rates.setdefault(name, []).append(asyncio.run(run))
+        cpu.setdefault(name, []).append((sum(server.cpu_times()[:2]) - used) / num_tokens)
 
     command = ["-m", "teacher_server", "--model", str(folder), "--dtype", "float32", "--device", "cpu"]
     command += ["--address", "127.0.0.1:0", "--address_file", "ADDRESS_FILE", "--max_batch_tokens", str(budget)]
-    rates: dict[str, list[float]] = {"bare": [], "bare_unsorted": []}
-    with process(*command) as (address, _):
-        bare(shapes[:2])
-        asyncio.run(tokens_per_second(address, random_sequences([64] * 4), num_clients=1, window=65_536))
+    with process(*command) as (address, server):
+        bare("warm up", shapes[:2])
+        asyncio.run(tokens_per_second(address, random_sequences([64] * 4), num_clients=1, window=MANY_TOKENS))
         for repeat in range(args.repeats):
-            rates["bare"].append(bare(shapes))
             for num_clients in (1, 4, 16):
-                sequences = random_sequences(lengths, seed=100 * repeat + num_clients)
-                served = asyncio.run(tokens_per_second(address, sequences, num_clients=num_clients, window=65_536))
-                rates.setdefault(f"served_{num_clients}_clients", []).append(served)
-        rates["bare_unsorted"].append(bare(unsorted))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+                bare("bare", shapes)
+                served(num_clients, seed=100 * repeat + num_clients)
+            bare("bare_unsorted", unsorted)
+    medians = {name: statistics.median(values) for name, values in rates.items() if name != "warm up"}
+    cpu_medians = {name: statistics.median(values) for name, values in cpu.items() if name != "warm up"}
+    names = [name for name in medians if name.startswith("served")]
     return {
         "tokens_per_second": medians,
-        "over_bare": {name: value / medians["bare"] for name, value in medians.items() if name.startswith("served")},
-        "padding_share": 1 - sum(lengths) / padded,
-        "padding_share_unsorted": 1 - sum(lengths) / sum(rows * width for rows, width in unsorted),
-        "lengths": f"{args.num_sequences} uniform in 32..256",
+        "over_bare": {name: medians[name] / medians["bare"] for name in names},
+        "cpu_milliseconds_per_token": {name: 1e3 * value for name, value in cpu_medians.items()},
+        "over_bare_by_cpu_seconds": {name: cpu_medians["bare"] / cpu_medians[name] for name in names},
+        "padding_share": 1 - num_tokens / sum(rows * width for rows, width in shapes),
+        "padding_share_unsorted": 1 - num_tokens / sum(rows * width for rows, width in unsorted),
+        "lengths": f"{args.num_sequences} uniform in 32..{args.max_length}",
         "dtype": "float32",
         "device": "cpu",
         "max_batch_tokens": budget,
         "runs": rates,
     }
+
+
+def batch_shapes(lengths: list[int], budget: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(rows, width) of the passes that the server makes of these sequences, and of its batches padded as they come."""
+    from teacher_server.batching import split_by_length
+    from teacher_server.transformers_backend import PASS_OVERHEAD_TOKENS
+
+    batches: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(batches[-1]) + length > budget:
+            batches.append([])
+        batches[-1].append(length)
+    passes = [
+        (len(one), max(batch[index] for index in one))
+        for batch in batches
+        for one in split_by_length(batch, pass_overhead_tokens=PASS_OVERHEAD_TOKENS["cpu"], max_padded_tokens=budget)
+    ]
+    return passes, [(len(batch), max(batch)) for batch in batches]
 
 
 async def raw_run(address: str, method: str, requests: list[bytes]) -> tuple[float, list[int]]:
@@ -224,17 +245,19 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all but the soak")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-sequences", type=int, default=48, help="of the part `teacher`")
+    parser.add_argument("--max-length", type=int, default=256, help="of the part `teacher`")
     parser.add_argument("--max-batch-tokens", type=int, default=2048, help="of the part `teacher`")
     parser.add_argument("--num-requests", type=int, default=4000, help="of the part `goodput`")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the parts `fairness` and `memory`")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the part `soak`")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in args.parts or [name for name in PARTS if name != "soak"]:
         print(f"{part}: {PARTS[part].__doc__}", flush=True)
-        results[part] = PARTS[part](args) | {"machine": machine()}
-        print(json.dumps(results[part], indent=2), flush=True)
+        result = PARTS[part](args) | {"machine": machine()}
+        print(json.dumps(result, indent=2), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[part] = result
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
