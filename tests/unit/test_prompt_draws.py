@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -254,3 +256,9 @@ def test_without_vllm_the_backend_says_what_it_needs() -> None:
         pytest.skip("vLLM is installed here")
     with pytest.raises(RuntimeError, match="needs vLLM"):
         import_module("teacher_server.vllm_backend")
+
+
+def test_the_servers_main_module_leaves_numba_to_its_functions() -> None:
+    """vLLM's spawned workers import it again, and vLLM 0.32's CPU worker cannot start once numba is imported."""
+    check = "import sys, teacher_server.__main__; sys.exit('llvmlite' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=120, check=False).returncode == 0
