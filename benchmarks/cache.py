@@ -208,7 +208,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "replay": []}
     with tempfile.TemporaryDirectory() as folder:
         for num_tokens, bytes_per_token in SHAPES:
-            directory = Path(folder) / f"{num_tokens}"
+            directory = Path(folder) / f"{num_tokens}-{bytes_per_token}"
             results["replay"].append(replay(directory, num_tokens, bytes_per_token))
             results["replay"][-1]["in_order_growth_bytes"] = replay_memory(directory)
             print(json.dumps(results["replay"][-1]), flush=True)
