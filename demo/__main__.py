@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     """Assets, processes, evaluation, report; everything that was started has ended when this returns or raises."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
     teacher, text = teacher_folder(), text_file()
     size = text.stat().st_size / 1e6

@@ -180,6 +180,7 @@ def connect(
         tls=tls,
         token_file=config.token_file,
         deadline_seconds=config.deadline_seconds,
+        stalled_seconds=config.deadline_seconds / 2,  # leaves time for another replica
         connect_timeout_seconds=config.connect_timeout_seconds,
         max_teacher_lag=config.max_teacher_lag,
         fingerprint=expected,
