@@ -1,0 +1,100 @@
+"""The demo ends what it started, whatever happens, and says why where something failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from demo.processes import ChildFailed, child, tail, wait_for
+from demo.report import plot_loss, rows, write_html
+
+GRANDCHILD = (
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])"
+)
+
+
+def processes_naming(word: str) -> list[int]:
+    """Running processes that have a word in their command line."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "status"])
+        if any(word in part for part in process.info["cmdline"] or [])
+        and process.info["status"] != psutil.STATUS_ZOMBIE
+        and process.pid != os.getpid()
+    ]
+
+
+def wait_until_gone(word: str) -> None:
+    deadline = time.monotonic() + 30
+    while processes_naming(word):
+        assert time.monotonic() < deadline, processes_naming(word)
+        time.sleep(0.1)
+
+
+def test_a_child_and_its_children_are_ended_when_something_fails(tmp_path: Path) -> None:
+    mark = str(tmp_path / "mark")
+
+    def fail_beside_a_child() -> None:
+        with child("parent", ["-c", GRANDCHILD, mark], tmp_path / "log"):
+            deadline = time.monotonic() + 30
+            while len(processes_naming(mark)) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            raise RuntimeError("a failure elsewhere")
+
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        fail_beside_a_child()
+    wait_until_gone(mark)
+
+
+def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = "print('the reason'); print('x torch/distributed/elastic/y'); raise SystemExit(3)"
+    with (
+        child("worker", ["-c", program], log) as process,
+        pytest.raises(ChildFailed, match=r"worker ended with status 3 before serving:\n  the reason\n  \(whole log"),
+    ):
+        wait_for(lambda: False, {"worker": (process, log)}, seconds=60, what="serving")
+    assert "elastic" not in tail(log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_teacher_and_students(tmp_path: Path, teacher_dir: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "demo", "--sequences", "64", "--output", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        assert demo.stdout is not None
+        assert any("loading the teacher" in line for line in demo.stdout)
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "teacher.log").exists() or len(processes_naming(str(tmp_path))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        demo.send_signal(number)
+        assert demo.wait(60) == 130
+    wait_until_gone(str(tmp_path))
+
+
+def test_the_report_shows_what_was_measured_and_leaves_out_what_was_not(tmp_path: Path) -> None:
+    report = {
+        "heldout_loss_before": 10.8,
+        "heldout_loss_after": 6.5,
+        "teacher_heldout_loss": 3.4,
+        "entries_per_token": None,
+    }
+    progress = [{"tokens": 100 * step, "loss": 9.0 / step} for step in range(1, 5)]
+    plot_loss(progress, report, tmp_path / "loss.png")
+    write_html(report, tmp_path / "loss.png", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert ("held-out loss after", "6.500 nats") in rows(report)
+    assert len(rows(report)) == 3
+    assert "6.500 nats" in page
+    assert json.dumps(6.5) in page
+    assert 'src="data:image/png;base64,' in page
+    assert 'src="http' not in page
