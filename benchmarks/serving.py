@@ -95,6 +95,7 @@ def measure_teacher(args: argparse.Namespace) -> dict[str, Any]:
         "lengths": f"{args.num_sequences} uniform in 32..{args.max_length}",
         "dtype": "float32",
         "device": "cpu",
+        "threads": torch.get_num_threads(),
         "max_batch_tokens": budget,
         "runs": rates,
     }
