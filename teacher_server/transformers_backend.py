@@ -27,7 +27,7 @@ from teacher_server.causal_lm import SplitCausalLM
 from teacher_server.weights import weights_digest, weights_folder
 
 PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 1024}
-"""What a forward pass costs beside its tokens, in tokens of computing; measured on two CPU cores, assumed on GPUs."""
+"""What a forward pass costs beside its tokens, in tokens of computing: rough guesses, not measured."""
 LONGEST_SEQUENCE = 1 << 20
 """Where a model's configuration gives no limit."""
 
