@@ -61,7 +61,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=480, help=f"to train on, of {SEQUENCE_TOKENS} tokens")
     parser.add_argument("--heldout-sequences", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.sequences < SEQUENCES_PER_STEP:
+        parser.error(f"--sequences must be at least {SEQUENCES_PER_STEP}, one step's, got {options.sequences}")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
@@ -73,8 +76,7 @@ def run(options: argparse.Namespace) -> None:
     teacher, text = teacher_folder(), text_file()
     size = text.stat().st_size / 1e6
     console.print(f"teacher {MODEL_NAME} ({MODEL_LICENCE}); text: {TEXT_NAME} ({TEXT_LICENCE}, {size:.1f} MB)")
-    shutil.rmtree(options.output, ignore_errors=True)
-    options.output.mkdir(parents=True)
+    make_room(options.output)
     configs = write_configs(options, teacher, text)
     figures_of_teacher = train(
         configs, options.output, num_steps=options.sequences // SEQUENCES_PER_STEP, console=console
@@ -84,6 +86,14 @@ def run(options: argparse.Namespace) -> None:
     report |= figures_of_teacher | evaluate_heldout(options, teacher, text)
     report |= {"seed": options.seed, "backend": options.backend, "demo_seconds": round(time.monotonic() - started, 1)}
     write_report(report, options.output)
+
+
+def make_room(output: Path) -> None:
+    """An empty folder; what stands there is removed where an earlier demo made it, and refused otherwise."""
+    if output.exists() and any(output.iterdir()) and not (output / "student.yaml").exists():
+        raise ChildFailed(f"{output} is not empty and no earlier demo's: choose another --output")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
 
 
 def write_configs(options: argparse.Namespace, teacher: Path, text: Path) -> dict[str, Path]:
