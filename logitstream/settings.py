@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -51,8 +51,11 @@ def parse_settings(
         path, arguments = _take_config(list(sys.argv[1:] if argv is None else argv))
         values = _read_yaml(path) if path else {}
         _refuse_unknown(values, known, f"in {path}")
+        lists = _unspeakable_lists(values, classes)
+        parser.set_defaults(**lists)
+        words = _as_arguments({name: value for name, value in values.items() if name not in lists})
         *instances, unknown = parser.parse_args_into_dataclasses(
-            args=_as_arguments(values) + arguments, return_remaining_strings=True, look_for_args_file=False
+            args=words + arguments, return_remaining_strings=True, look_for_args_file=False
         )
         options = [word.split("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("--")]
         _refuse_unknown(options or unknown, known, "on the command line")
@@ -66,6 +69,19 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return value
+
+
+def _unspeakable_lists(values: dict[str, Any], classes: Sequence[type]) -> dict[str, list[Any]]:
+    """A file's lists that no words on a command line say: empty ones, and those of settings that take a word there.
+
+    ValueError where a setting takes no list.
+    """
+    types = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    lists: dict[str, list[Any]] = {name: value for name, value in values.items() if isinstance(value, list)}
+    for name in lists:
+        if list not in (get_origin(types[name]), *map(get_origin, get_args(types[name]))):
+            raise ValueError(f"{name} takes no list, got {lists[name]}")
+    return {name: value for name, value in lists.items() if not value or list[str] in get_args(types[name])}
 
 
 def _as_arguments(values: dict[str, Any]) -> list[str]:

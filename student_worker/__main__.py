@@ -71,9 +71,9 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     with arguments.main_process_first(desc="packing the text"):
         train_set, heldout_set = load_data(config, arguments, tokenizer)
     model = load_model(config, arguments)
-    digest = tokenizer_digest(tokenizer)
+    vocab_size, digest = model.config.get_text_config().vocab_size, tokenizer_digest(tokenizer)
     if config.targets != "cache" and (config.bytes_per_token or config.noise):
-        meet_budget(config, train_set, lambda spec: connect(config, spec, model.config.vocab_size, digest))
+        meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, digest))
     if arguments.process_index == 0:
         write_resolved(config, arguments)
     with contextlib.ExitStack() as resources:
@@ -81,7 +81,7 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
         if config.targets != "cache":
             resumes = checkpoint_to_resume(arguments) is not None
             expected = expected_teacher(output_folder(arguments), config.target_spec(), resumes=resumes)
-            client = connect(config, config.target_spec(), model.config.vocab_size, digest, expected)
+            client = connect(config, config.target_spec(), vocab_size, digest, expected)
             resources.enter_context(contextlib.closing(client))
             if config.targets == "online":
                 agree_on_teacher(client, config.target_spec(), output_folder(arguments))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from logitstream.settings import parse_settings, setting
+from student_worker.__main__ import write_resolved
+from student_worker.config import StudentConfig
 
 
 @dataclass(kw_only=True)
@@ -75,3 +79,37 @@ def test_a_dict_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         parse("--shares", "7")
     assert "expected a JSON object, got '7'" in capsys.readouterr().err
+
+
+def test_an_empty_list_in_the_file_is_one_and_may_be_overridden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config(tmp_path, "names: []\nnum_samples: 7\n")
+    assert parse(file) == Example(num_samples=7)
+    assert parse(file, "--names", "a") == Example(num_samples=7, names=["a"])
+    with pytest.raises(SystemExit):
+        parse(config(tmp_path, "num_samples: []\n"))
+    assert "num_samples takes no list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "m", "--text", "a.txt", "b.jsonl"],
+        ["--model_config", "c.json", "--targets", "cache", "--cache", "k", "--cache_provenance", '{"licence": "x"}'],
+    ],
+)
+def test_the_resolved_settings_of_a_student_are_a_config_that_says_the_same(tmp_path: Path, words: list[str]) -> None:
+    def resolve(*argv: str) -> list[Any]:
+        return list(parse_settings([StudentConfig, TrainingArguments], command="student", description=".", argv=argv))
+
+    folder = tmp_path / "run"
+    config, arguments = resolve(*words, "--report_to", "none", "--use_cpu", "--output_dir", str(folder))
+    write_resolved(config, arguments)
+    assert resolve("--config", str(folder / "config.yaml")) == [config, arguments]
+
+
+def test_a_list_of_a_setting_that_takes_a_word_or_a_list_is_taken_whole(tmp_path: Path) -> None:
+    file = config(tmp_path, "optim_target_modules: [q_proj, v_proj]\nreport_to: none\nuse_cpu: true\n")
+    (arguments,) = parse_settings([TrainingArguments], command="trainer", description=".", argv=[file])
+    assert arguments.optim_target_modules == ["q_proj", "v_proj"]
