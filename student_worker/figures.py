@@ -79,6 +79,8 @@ class StepFigures(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epoch += 1
+        metrics.STUDENT_OVERHEAD.clear()  # an epoch's overhead is what it measured itself: none until then
+        metrics.STUDENT_OVERHEAD_COST.set(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.perf_counter()

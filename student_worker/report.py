@@ -29,12 +29,14 @@ class RunReport(TrainerCallback):
     """Reads the counters at each epoch's end; add it after the trainer's own callbacks."""
 
     def __init__(self) -> None:
+        self.first_step = 0
         self.marks: list[dict[str, float]] = []
         self.overheads: list[dict[str, float]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.first_step = state.global_step
         self.marks, self.overheads = [_read()], []
 
     def on_epoch_end(
@@ -46,29 +48,35 @@ class RunReport(TrainerCallback):
     def figures(self) -> dict[str, Any]:
         """Call on every process: counts are sums over the processes, seconds and ratios are means.
 
-        Overheads are those of the last epoch that received targets from a teacher and, as `offline_…`, of the last one
-        that needed none; `replay_over_online_throughput` compares these two.
+        Overheads are those of the last epoch that measured one and received targets from a teacher and, as `offline_…`,
+        of the last one that measured one and needed none; `replay_over_online_throughput` compares the last epoch of
+        either kind. resumed_at_step: of a resumed run; all figures count what it did from that step on.
         """
+        resumed = {"resumed_at_step": self.first_step} if self.first_step else {}
         epochs: list[dict[str, Any]] = []
         for (before, after), overhead in zip(itertools.pairwise(self.marks), self.overheads, strict=True):
             sums = _over_processes({name: value - before[name] for name, value in after.items()})
             epochs.append(sums | _rates(sums) | _over_processes(overhead))
         if not epochs:
-            return {"epochs": []}
+            return resumed | {"epochs": []}
         total = {name: sum(epoch[name] for epoch in epochs) for name in (*COUNTS, *SECONDS)}
-        report = _rates(total) | {"tokens_trained": int(total["tokens"])}
+        report = resumed | _rates(total) | {"tokens_trained": int(total["tokens"])}
         report["seconds_waiting_for_targets"] = total["waiting_seconds"]
         online = [epoch for epoch in epochs if epoch["received_bytes"]]
         offline = [epoch for epoch in epochs if not epoch["received_bytes"]]
-        if online:
-            report |= {name: value for name, value in online[-1].items() if name.startswith("overhead_")}
-        if offline:
-            report |= {f"offline_{name}": value for name, value in offline[-1].items() if name.startswith("overhead_")}
+        report |= _last_overhead(online)
+        report |= {f"offline_{name}": value for name, value in _last_overhead(offline).items()}
         if online and offline:
             report["replay_over_online_throughput"] = (
                 offline[-1]["student_tokens_per_second"] / online[-1]["student_tokens_per_second"]
             )
         return report | {"epochs": epochs}
+
+
+def _last_overhead(epochs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the last epoch that measured one; empty where none did."""
+    measured = [{name: value for name, value in epoch.items() if name.startswith("overhead_")} for epoch in epochs]
+    return next((overhead for overhead in reversed(measured) if overhead), {})
 
 
 def _rates(sums: dict[str, float]) -> dict[str, Any]:
