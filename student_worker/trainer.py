@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -19,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from logitstream import metrics
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
-from student_worker.batches import Batch
+from student_worker.batches import Batch, leave_out
 from student_worker.figures import StepFigures
 from student_worker.overhead import Pair, PassTime
 from student_worker.split_model import install_fused_loss, reshard
@@ -73,6 +75,8 @@ class DistillationTrainer(Trainer):
         self.add_callback(self.figures)
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
+        self._heldout = torch.zeros(2, dtype=torch.float64)
+        """Of the evaluation that runs: the sum of cross-entropy over supervised tokens, and their number."""
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's; the target stream is closed whatever happens."""
@@ -209,9 +213,23 @@ class DistillationTrainer(Trainer):
             "ghost": self.ghost,
         }
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's, after which FSDP2 scatters its weights again."""
-        output = super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, but the loss is the mean over all supervised tokens; NaN where there is none.
+
+        The Trainer's is a mean of batches' means. Afterwards FSDP2 scatters its weights again.
+        """
+        self._heldout.zero_()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total, num_rows = self.accelerator.reduce(self._heldout.to(self.args.device), "sum").tolist()
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_loss"] = total / num_rows if num_rows else math.nan
         assert isinstance(self.model, nn.Module)
         reshard(self.model)
         return output
@@ -222,13 +240,32 @@ class DistillationTrainer(Trainer):
         """Cross-entropy of held-out text; logits only where something asks for them."""
         inputs = self._prepare_inputs(inputs)
         inputs = {name: value for name, value in inputs.items() if name != "targets"}
+        counted = self._without_repeats(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(model, inputs).detach()
+            loss: Tensor = self.compute_loss(model, counted).detach()
+            num_rows = int(supervised_mask(counted).sum())
+            self._heldout += torch.tensor([float(loss) * num_rows, num_rows], dtype=torch.float64)
             if prediction_loss_only:
                 return loss, None, None
             logits = model(**{name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}).logits
         labels = inputs.get("labels")
         return loss, logits.detach(), inputs["input_ids"] if labels is None else labels
+
+    def _without_repeats(self, inputs: Batch) -> Batch:
+        """Of the last batches of all processes, those sequences out of the loss that only fill them up.
+
+        As accelerate's gather_for_metrics does: the processes' sequences in turn, of which the first `remainder` count.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        num_sequences, num_tokens = inputs["input_ids"].shape
+        num_counted = max(state.remainder - self.args.process_index * num_sequences, 0)
+        if num_counted >= num_sequences:
+            return inputs
+        counted = dict(inputs)
+        leave_out(counted, np.arange(num_counted * num_tokens, num_sequences * num_tokens))
+        return counted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with `figures` over all processes beside each training loss."""

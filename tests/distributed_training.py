@@ -1,7 +1,8 @@
 """A small student trained for a few steps: `python distributed_training.py SETTINGS.json`, alone or under torchrun.
 
 SETTINGS: strategy (`ddp`, also for one process, or `fsdp2`), model (folder), output (file), overhead_every,
-train_steps, gradient_accumulation_steps, evaluate_first. The main process writes losses and each step's gradients.
+train_steps, gradient_accumulation_steps, evaluate_first. The main process writes losses, each step's gradients and the
+evaluation's loss.
 """
 
 from __future__ import annotations
@@ -133,14 +134,14 @@ def train(settings: dict[str, Any]) -> None:
         callbacks=[gradients],
     )
     assert trainer.is_fused
-    if settings.get("evaluate_first"):
-        trainer.evaluate(make_dataset())
+    evaluated = trainer.evaluate(make_dataset())["eval_loss"] if settings.get("evaluate_first") else None
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     trainer.save_model()
     if trainer.args.process_index == 0:
         measured = trainer.figures.meter.num_measured
-        torch.save({"losses": losses, "gradients": gradients.steps, "measured": measured}, output)
+        result = {"losses": losses, "gradients": gradients.steps, "measured": measured, "evaluated": evaluated}
+        torch.save(result, output)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,15 @@ def test_two_processes_train_as_one(tmp_path: Path, tied: bool, accumulation: in
     """The measured overhead's cross-entropy steps leave no trace either, where they are measured."""
     make_model(tmp_path / "model", tied=tied)
     common = {"gradient_accumulation_steps": accumulation, "train_steps": 3}
-    alone = run(tmp_path, "alone", processes=1, strategy="ddp", overhead_every=0, **common)
+    alone = run(tmp_path, "alone", processes=1, strategy="ddp", overhead_every=0, evaluate_first=True, **common)
     ddp = run(tmp_path, "ddp", processes=2, strategy="ddp", overhead_every=1, **common)
     fsdp2 = run(tmp_path, "fsdp2", processes=2, strategy="fsdp2", overhead_every=1, evaluate_first=True, **common)
     assert ddp["measured"] == 1
     assert fsdp2["measured"] == (0 if accumulation > 1 else 1)
     for together in (ddp, fsdp2):
         assert together["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert fsdp2["evaluated"] == pytest.approx(alone["evaluated"], abs=1e-5)  # of 24 sequences in batches of 8 each
+    for together in (ddp, fsdp2):
         for step, expected in zip(together["gradients"], alone["gradients"], strict=True):
             for name, gradient in expected.items():
                 torch.testing.assert_close(step[name], gradient, rtol=1e-5, atol=1e-7, msg=name)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from logitstream import metrics
 from logitstream.loss import sparse_kl
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from student_worker.data import collate
+from student_worker.report import OVERHEAD, RunReport
 from student_worker.supervision import next_token_labels, supervised_mask
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import LocalTeacherClient
@@ -70,7 +72,8 @@ def dataset() -> Dataset:
 
 
 def trainer_of(folder: Path, teacher: Asked, *, model: Any = None, **options: Any) -> DistillationTrainer:
-    arguments = {name: options.pop(name) for name in ("save_steps", "max_steps", "num_train_epochs") if name in options}
+    names = ("save_steps", "max_steps", "num_train_epochs")
+    arguments = {name: options.pop(name) for name in names if name in options}
     if model is None:
         make_model(folder / "model", tied=True, dropout=0.2)
         auto: Any = AutoModelForCausalLM
@@ -80,6 +83,7 @@ def trainer_of(folder: Path, teacher: Asked, *, model: Any = None, **options: An
         TrainingArguments(
             str(folder / "out"),
             per_device_train_batch_size=2,
+            per_device_eval_batch_size=options.pop("eval_batch_size", 8),
             gradient_accumulation_steps=2,
             logging_steps=1,
             learning_rate=1e-2,
@@ -163,6 +167,57 @@ def test_evaluation_is_the_models_own_cross_entropy_and_the_saved_student_loads(
     with torch.no_grad():
         expected = saved(input_ids=input_ids, labels=input_ids).loss
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
+def test_evaluation_weighs_by_supervised_tokens_whatever_the_batches(
+    tmp_path: Path, teacher: Asked, batch_size: int
+) -> None:
+    """Sequences of 2 to 9 tokens, some prompts, one with no label at all; against torch's cross-entropy of each."""
+    rng = np.random.default_rng(4)
+    rows = [{"input_ids": rng.integers(0, VOCAB_SIZE, length).tolist()} for length in (9, 2, 5, 3, 8, 4, 6)]
+    for row, num_prompt in zip(rows, (5, 0, 1, 3, 2, 1, 4), strict=True):
+        row["labels"] = [-100] * num_prompt + row["input_ids"][num_prompt:]
+    trainer = trainer_of(tmp_path, teacher, eval_batch_size=batch_size, data_collator=collate)
+    trainer.model.eval()
+    losses = []
+    for row in rows:
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")[labels != -100])
+    assert len(losses[3]) == 0
+    found = trainer.evaluate(rows)["eval_loss"]  # type: ignore[arg-type]
+    assert found == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+
+
+def test_evaluation_without_a_supervised_token_has_no_loss(tmp_path: Path, teacher: Asked) -> None:
+    trainer = trainer_of(tmp_path, teacher)
+    assert np.isnan(trainer.evaluate([{"input_ids": [1, 2], "labels": [-100, -100]}])["eval_loss"])  # type: ignore[arg-type]
+
+
+def test_an_epochs_overhead_in_the_report_is_what_it_measured_itself(tmp_path: Path, teacher: Asked) -> None:
+    """Six steps an epoch, of which the third, the eleventh and the nineteenth are measured; none in the third epoch."""
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=4, overhead_every=8)
+    report = RunReport()
+    trainer.add_callback(report)
+    trainer.train()
+    figures = report.figures()
+    assert [("overhead_vs_cross_entropy" in epoch) for epoch in figures["epochs"]] == [True, True, False, True]
+    assert not any(epoch["received_bytes"] for epoch in figures["epochs"])  # a teacher in the process: no message
+    assert figures["offline_overhead_vs_cross_entropy"] == figures["epochs"][3]["overhead_vs_cross_entropy"]
+    assert metrics.value(OVERHEAD, part="total") == figures["offline_overhead_vs_cross_entropy"]
+    assert "resumed_at_step" not in figures
+
+
+def test_the_report_of_a_resumed_run_says_where_it_began(tmp_path: Path, teacher: Asked) -> None:
+    trainer_of(tmp_path, teacher, max_steps=4, save_steps=4).train()
+    resumed = trainer_of(tmp_path, teacher, max_steps=6, overhead_every=100)
+    report = RunReport()
+    resumed.add_callback(report)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert report.figures()["resumed_at_step"] == 4
+    assert metrics.value(OVERHEAD, part="total") is None  # an earlier run's does not stay
 
 
 def test_a_student_that_cannot_be_split_trains_on_its_logits(tmp_path: Path, teacher: Asked) -> None:
