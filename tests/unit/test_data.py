@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from student_worker.data import _pack, collate, load_sequences, split_heldout
+from student_worker.data import _pack, check_datasets_cache, collate, load_sequences, split_heldout
 
 WORDS = {"<end>": 0, "<unknown>": 1} | {f"w{index}": index for index in range(2, 30)}
 
@@ -57,6 +58,60 @@ def test_rows_of_tokens_pass_through_with_their_labels(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [[2, 3], [5, 0]]
     assert batch["labels"].tolist() == [[-100, 3], [5, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_padding_of_rows_of_tokens_is_dropped_and_their_loss_mask_kept(tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [0, 5, 6, 7], "loss_mask": [0, 0, 1, 1], "attention_mask": [0, 1, 1, 1]},
+        {"input_ids": [8, 9, 0, 0], "loss_mask": [1, 0, 0, 0], "attention_mask": [1, 1, 0, 0]},
+        {"input_ids": [0, 0], "loss_mask": [0, 0], "attention_mask": [0, 0]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sequences = load_sequences([str(tmp_path / "rows.jsonl")], tokenizer(), sequence_tokens=2)
+    assert sequences[:] == {"input_ids": [[5, 6], [8, 9]], "loss_mask": [[0, 1], [1, 0]]}
+    assert collate([sequences[0], sequences[1]])["loss_mask"].tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"input_ids": [2, 3], "loss_mask": [1]}], "row 0: .*one length.*'input_ids': 2, 'loss_mask': 1"),
+        ([{"input_ids": [2], "labels": [2]}, {"input_ids": [3]}], "row 1: .*'labels': None"),
+        ([{"input_ids": [[2, 3]]}], "rows.jsonl: expected input_ids to hold a list of whole numbers a row"),
+        ([{"input_ids": [0.5]}], "rows.jsonl: expected input_ids to hold a list of whole numbers a row"),
+        ([{"input_ids": []}], "no row holds a token"),
+    ],
+)
+def test_rows_of_tokens_of_other_shapes_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=message):
+        load_sequences([str(tmp_path / "rows.jsonl")], tokenizer(), sequence_tokens=8)
+
+
+@pytest.mark.parametrize("other", [{"text": "w2"}, {"input_ids": [3]}])
+def test_files_with_and_without_token_columns_are_not_mixed(tmp_path: Path, other: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"input_ids": [2], "labels": [2]}))
+    (tmp_path / "b.jsonl").write_text(json.dumps(other))
+    with pytest.raises(
+        ValueError, match=r"same of input_ids.*a.jsonl has input_ids, labels; .*b.jsonl has (text|input)"
+    ):
+        load_sequences([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], tokenizer(), sequence_tokens=1)
+
+
+def test_files_of_several_kinds_share_a_text_column_and_rows_without_text_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("w2 w3\n\nw4")
+    documents = [{"content": "w5", "id": 1}, {"content": None, "id": 2}, {"content": "w6", "id": 3}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    packed = load_sequences(files, tokenizer(), sequence_tokens=2, text_column="content")
+    assert packed["input_ids"] == [[2, 3], [4, 0], [5, 0], [6, 0]]
+
+
+def test_a_datasets_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path: Path) -> None:
+    check_datasets_cache(tmp_path / "home" / "datasets")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/datasets cannot be written .*set HF_HOME"):
+        check_datasets_cache(tmp_path / "file" / "datasets")
 
 
 def test_training_and_heldout_sequences_are_disjoint_and_chosen_by_seed() -> None:
