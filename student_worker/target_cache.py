@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from logitstream.cache import CacheReader, CacheWriter, has_manifest
-from logitstream.errors import FingerprintMismatch
+from logitstream.cache.open_shard import tree_bytes
+from logitstream.cache.remote import is_remote, local_path
+from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TokenSequence, request_key
 from student_worker.teacher_client import TeacherClient
 
@@ -50,14 +52,22 @@ class TargetCache:
         self._digest = fingerprint.digest
         self.id_model = id_model
         self._warned_of_others = False
-        self._reader: CacheReader | None = None
-        if self._writer is None or not self._writer.disabled:
-            self._reader = CacheReader(directory, fingerprint)
+        self._reader = self._open_reader(directory)
 
     @property
     def writable(self) -> bool:
         """Whether what is received is kept; false also once the disk or the budget was full."""
         return self._writer is not None and not self._writer.disabled
+
+    def _open_reader(self, directory: str | Path) -> CacheReader | None:
+        """Where nothing can be written, a full disk for one, what is there is read all the same."""
+        if self._writer is None or not self._writer.disabled:
+            return CacheReader(directory, self.fingerprint)
+        try:
+            return CacheReader(directory, self.fingerprint) if has_manifest(directory) else None
+        except (CacheError, OSError) as error:
+            logger.warning("cache %s cannot be read either: %s", directory, error)
+            return None
 
     def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
         return request_key(self._digest, sequence, draw_set)
@@ -130,7 +140,8 @@ def open_target_cache(
         info = client.info
         fingerprint = Fingerprint.of(info, spec)
         provenance = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
-        directory = _of_version(directory, fingerprint, info.teacher_version)
+        top, directory = directory, _of_version(directory, fingerprint, info.teacher_version)
+        options["max_bytes"] = _left(max_bytes, top, directory)
         return TargetCache(directory, fingerprint, id_model=info.id_model, provenance=provenance, **options)
     cache = TargetCache(directory, write=client is not None, provenance=provenance, **options)
     found = cache.fingerprint
@@ -152,3 +163,11 @@ def _of_version(directory: str | Path, fingerprint: Fingerprint, teacher_version
     if found == fingerprint or not same_line:
         return directory
     return f"{str(directory).rstrip('/')}/versions/{fingerprint.digest[:16]}"
+
+
+def _left(max_bytes: int, top: str | Path, directory: str | Path) -> int:
+    """What the bound of the top folder leaves to a cache in it as things are; at least a byte: 0 means no bound."""
+    if not max_bytes or directory == top or is_remote(top):
+        return max_bytes
+    others = tree_bytes(local_path(top)) - tree_bytes(local_path(directory))
+    return max(1, max_bytes - others)

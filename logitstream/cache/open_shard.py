@@ -147,11 +147,17 @@ def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, A
 
 
 def directory_bytes(directory: Path) -> int:
-    """Bytes of all files of a cache directory."""
-    total = 0
-    for entry in os.scandir(directory):
-        try:
-            total += entry.stat().st_size if entry.is_file() else 0
-        except FileNotFoundError:  # renamed or removed meanwhile
-            continue
-    return total
+    """Bytes of a cache's own files, without those of the caches below it."""
+    return sum(map(_file_bytes, directory.iterdir()))
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of a cache and of those below it: newer weights have theirs in `versions`."""
+    return sum(_file_bytes(Path(folder, name)) for folder, _, names in os.walk(directory) for name in names)
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:  # renamed or removed meanwhile
+        return 0

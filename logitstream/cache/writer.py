@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from logitstream import metrics
 from logitstream.cache.manifest import create_manifest
-from logitstream.cache.open_shard import OpenShard, directory_bytes, recover
+from logitstream.cache.open_shard import OpenShard, recover, tree_bytes
 from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, Record, encode_batch
 from logitstream.types import Fingerprint
@@ -177,7 +177,7 @@ class CacheWriter:
     def _look_around(self) -> None:
         """Look up what other writers wrote, and how full the disk is."""
         self._unchecked_bytes = 0
-        self._others_bytes = directory_bytes(self.directory) - (self._shard.size if self._shard is not None else 0)
+        self._others_bytes = tree_bytes(self.directory) - (self._shard.size if self._shard is not None else 0)
         usage = shutil.disk_usage(self.directory)
         metrics.CACHE_DISK_FREE.labels(str(self.directory)).set(usage.free / usage.total)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import resource
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from logitstream.cache import CacheReader, CacheWriter
+from logitstream.cache.open_shard import OpenShard
+from logitstream.cache.shard import encode_batch
 from logitstream.errors import FingerprintMismatch
 from logitstream.sampling import sample
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
@@ -292,6 +297,60 @@ def test_a_full_disk_at_the_start_leaves_an_online_run_alone(tmp_path: Path, cli
     assert len(list(TargetStream(batches, client, cache=cache, spill_batches=2))) == 3
     assert not cache.writable
     cache.close()
+
+
+@contextlib.contextmanager
+def no_room_on_disk() -> Iterator[None]:
+    """Every write to a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_cache_that_cannot_be_written_from_the_start_is_read_all_the_same(
+    tmp_path: Path, client: LocalTeacherClient
+) -> None:
+    """A full disk has no room for what sealing a dead writer's shard takes."""
+    batches = [collate([{"input_ids": ids}]) for ids in make_sequences(3)["input_ids"]]
+    cache = open_cache(tmp_path, client, online=True)
+    list(TargetStream(batches[:2], client, cache=cache, draw_set=0))
+    cache.close()
+    reader = CacheReader(tmp_path)
+    dead = OpenShard.create(tmp_path, "dead", reader.manifest)
+    dead.append(encode_batch([reader.record(0)], dead.schema))
+    dead.abandon()
+    with no_room_on_disk():
+        cache = open_cache(tmp_path, client)
+    assert not cache.writable
+    stream = TargetStream(batches, client, cache=cache, mode="cache_then_online", draw_set=0)
+    assert len(list(stream)) == 3
+    assert stream.stats.cached_sequences == 2
+    cache.close()
+
+
+def test_the_bound_holds_for_the_whole_folder_with_the_caches_of_newer_weights(tmp_path: Path) -> None:
+    for version in range(2):
+        digest = hashlib.sha256(str(version).encode()).hexdigest()
+        info = replace(INFO, weights_digest=digest, teacher_version=version)
+        client = LocalTeacherClient(score, info=info, spec=SPEC)
+        fill(tmp_path, client, 8, online=True)
+        client.close()
+    held = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    sequence = TokenSequence(token_ids=np.arange(TOKENS, dtype=np.int32))
+    for version in range(2):
+        digest = hashlib.sha256(str(version).encode()).hexdigest()
+        info = replace(INFO, weights_digest=digest, teacher_version=version)
+        client = LocalTeacherClient(score, info=info, spec=SPEC)
+        for max_bytes, room in ((held + 500, False), (held + 50_000, True)):
+            cache = open_cache(tmp_path, client, online=True, max_bytes=max_bytes)
+            assert cache.put(sequence, max_bytes, client.submit(sequence, draw_set=max_bytes).result())
+            cache.refresh()
+            assert cache.writable == room
+            cache.close()
+        client.close()
 
 
 def test_a_writer_with_the_same_fingerprint_continues_the_cache(tmp_path: Path, client: LocalTeacherClient) -> None:
