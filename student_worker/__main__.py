@@ -34,6 +34,7 @@ from logitstream.settings import parse_settings
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence
 from student_worker.agreement import agree_on_teacher, expected_teacher
+from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import CALIBRATION_SEQUENCES, choose_spec
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
@@ -72,8 +73,9 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
         train_set, heldout_set = load_data(config, arguments, tokenizer)
     model = load_model(config, arguments)
     vocab_size, digest = model.config.get_text_config().vocab_size, tokenizer_digest(tokenizer)
-    if config.targets != "cache" and (config.bytes_per_token or config.noise):
+    if config.bytes_per_token or config.noise:
         meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, digest))
+    draw_set = choose_draw_set(config, arguments, len(train_set))
     if arguments.process_index == 0:
         write_resolved(config, arguments)
     with contextlib.ExitStack() as resources:
@@ -86,23 +88,12 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
             if config.targets == "online":
                 agree_on_teacher(client, config.target_spec(), output_folder(arguments))
         cache = open_cache(config, client, digest, arguments.process_index, resources)
-        trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set)
+        trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
         report = train(trainer, arguments)
     trainer.save_model()
     if arguments.process_index == 0:
         tokenizer.save_pretrained(output_folder(arguments))
         (output_folder(arguments) / "report.json").write_text(json.dumps(report, indent=2))
-
-
-def adopt_cache_spec(config: StudentConfig) -> None:
-    """A run from the cache alone takes the targets as they were drawn: its own sampler settings give way to theirs."""
-    cache = CacheReader(config.cache)
-    for name, value in cache.fingerprint.spec.items():
-        setattr(config, "target_seed" if name == "seed" else name, value)
-    if config.draws == "fresh" and len(np.unique(cache.draw_sets())) == 1:
-        logger.info("the cache holds one draw set: every epoch trains on it (draws: reuse)")
-        config.draws = "reuse"
-    logger.info("targets of the cache %s were drawn by %s", config.cache, config.target_spec().canonical())
 
 
 def load_data(
@@ -151,14 +142,15 @@ def load_model(config: StudentConfig, arguments: TrainingArguments) -> PreTraine
 def meet_budget(
     config: StudentConfig, train_set: Dataset | CacheDataset, connect: Callable[[TargetSpec], GrpcTeacherClient]
 ) -> None:
-    """Put N, θ or k in place of a budget in bytes or noise."""
+    """Put N, θ or k in place of a budget in bytes or noise; from the cache alone those of the cache."""
     first = [train_set[index]["input_ids"] for index in range(min(CALIBRATION_SEQUENCES, len(train_set)))]
     spec = choose_spec(
-        connect,
+        connect if config.targets != "cache" else None,
         [TokenSequence(token_ids=np.asarray(token_ids, dtype=np.int32)) for token_ids in first],
         config.target_spec(),
         bytes_per_token=config.bytes_per_token,
         noise=config.noise,
+        cache=config.cache,
     )
     config.num_samples, config.threshold, config.top_k = spec.num_samples, spec.threshold, spec.top_k
     config.bytes_per_token = config.noise = 0.0
@@ -218,9 +210,8 @@ def build_trainer(
     cache: TargetCache | None,
     train_set: Dataset | CacheDataset,
     heldout_set: Dataset | CacheDataset,
+    draw_set: int | None,
 ) -> DistillationTrainer:
-    first_draw_set = train_set.draw_set if isinstance(train_set, CacheDataset) else 0
-
     def stream(dataloader: DataLoader[Any]) -> TargetStream:
         return TargetStream(
             dataloader,
@@ -230,7 +221,7 @@ def build_trainer(
             mode=config.targets,
             prefetch_batches=config.prefetch_batches,
             spill_batches=config.spill_batches,
-            draw_set=None if config.draws == "fresh" else first_draw_set,
+            draw_set=draw_set,
         )
 
     return DistillationTrainer(

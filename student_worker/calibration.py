@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
 
 from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
+from logitstream.cache import CacheReader, has_manifest
+from logitstream.errors import RequestError
 from logitstream.id_model import IdModel
 from logitstream.types import TargetSpec, TokenSequence
 from student_worker.teacher_client import TeacherClient
@@ -21,16 +25,30 @@ Connect = Callable[[TargetSpec], TeacherClient]
 
 
 def choose_spec(
-    connect: Connect, sequences: Sequence[TokenSequence], spec: TargetSpec, *, bytes_per_token: float, noise: float
+    connect: Connect | None,
+    sequences: Sequence[TokenSequence],
+    spec: TargetSpec,
+    *,
+    bytes_per_token: float,
+    noise: float,
+    cache: str = "",
 ) -> TargetSpec:
-    """The spec that meets the budget, the same on every process; only the main one asks the teacher."""
+    """The spec that meets the budget, the same on every process; only the main one asks the teacher.
+
+    A cache that holds targets already has had its budget: its N, θ or k is taken, and no teacher is asked. connect
+    None: no teacher is asked in any case. Raises RequestError where the teacher refuses every sequence.
+    """
     chosen: list[TargetSpec | Exception] = [spec]
     distributed = dist.is_available() and dist.is_initialized()
-    if not distributed or dist.get_rank() == 0:
+    if not distributed or dist.get_rank() == 0:  # the cache too: another process may look when this one has made it
         try:
-            choice = _choose(connect, sequences, spec, bytes_per_token=bytes_per_token, noise=noise)
-            logger.info("%s", choice.sentence)
-            chosen = [choice.spec]
+            known = _spec_of_cache(cache, spec) if cache and has_manifest(cache) else None
+            if known is not None or connect is None:
+                chosen = [known or spec]
+            else:
+                choice = _choose(connect, sequences, spec, bytes_per_token=bytes_per_token, noise=noise)
+                logger.info("%s", choice.sentence)
+                chosen = [choice.spec]
         except Exception as error:  # raised on every process, so that none waits for the others
             chosen = [error]
     if distributed:
@@ -38,6 +56,17 @@ def choose_spec(
     if isinstance(chosen[0], Exception):
         raise chosen[0]
     return chosen[0]
+
+
+def _spec_of_cache(directory: str, spec: TargetSpec) -> TargetSpec | None:
+    """The spec with N, θ or k of the targets in a cache; None where another sampler drew them."""
+    with CacheReader(directory) as cache:
+        found = cache.fingerprint.spec
+    if found["sampler"] != spec.sampler:
+        return None
+    sizes: dict[str, Any] = {name: found[name] for name in ("num_samples", "threshold", "top_k") if name in found}
+    logger.info("the cache %s holds targets already: %s in place of the budget", directory, sizes)
+    return replace(spec, **sizes)
 
 
 def _choose(
@@ -50,7 +79,26 @@ def _choose(
 
     with contextlib.closing(connect(spec)) as client:
         content = client.info.id_model
+        sequences = _accepted(client, sequences)
     id_model = IdModel.from_bytes(content) if content else None
     if bytes_per_token:
         return choose_for_bytes(draw, sequences, spec, bytes_per_token, id_model=id_model)
     return choose_for_noise(draw, sequences, spec, noise, id_model=id_model)
+
+
+def _accepted(client: TeacherClient, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """The sequences that the teacher answers; as in training, one that it refuses is left out."""
+    futures = [client.submit(sequence) for sequence in sequences]
+    accepted: list[TokenSequence] = []
+    refusals: list[RequestError] = []
+    for sequence, future in zip(sequences, futures, strict=True):
+        try:
+            future.result()
+            accepted.append(sequence)
+        except RequestError as error:
+            refusals.append(error)
+    if refusals:
+        logger.warning("the teacher refuses %d of %d sequences: %s", len(refusals), len(sequences), refusals[0])
+    if not accepted:
+        raise refusals[0]
+    return accepted

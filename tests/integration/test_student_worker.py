@@ -120,7 +120,6 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "online")
     assert torch.isfinite(student(torch.tensor([[3, 4, 5]])).logits).all()
 
-    samples = {"num_samples": resolved["num_samples"]}
     two = settings(
         home,
         tmp_path / "two",
@@ -129,13 +128,15 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
         targets="cache",
         per_device_train_batch_size=1,
         use_cpu=False,  # workers find each other where there is no accelerator, told so or not
-        **samples,
+        bytes_per_token=12.0,  # the cache's number of samples is taken: nobody is there to be asked
+        draws="fresh",  # the cache holds one draw set for two epochs
     )
     done = run(two, workers=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [epoch["cache_hits"] for epoch in report_of(tmp_path / "two")["epochs"]] == [SEQUENCES, SEQUENCES]
+    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["num_samples"] == resolved["num_samples"]
 
-    alone = settings(home, tmp_path / "alone", cache=cache, targets="cache", heldout_sequences=0)
+    alone = settings(home, tmp_path / "alone", cache=cache, targets="cache", heldout_sequences=0, draws="fresh")
     done = run(alone)
     assert done.returncode == 0, done.stderr[-3000:]
     assert report_of(tmp_path / "alone")["tokens_trained"] == 2 * SEQUENCES * 32

@@ -1,0 +1,102 @@
+"""From the cache alone every epoch trains on draws that are there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import TrainingArguments
+
+from logitstream.cache import CacheWriter
+from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
+from student_worker.cached_draws import adopt_cache_spec, choose_draw_set, count_epochs
+from student_worker.config import StudentConfig
+
+SPEC = TargetSpec(sampler="threshold", threshold=0.125, seed=7)
+FINGERPRINT = Fingerprint(
+    weights_digest="ab" * 32,
+    tokenizer_digest="cd" * 32,
+    vocab_size=100,
+    dtype="float32",
+    id_model_digest="",
+    spec=SPEC.canonical(),
+)
+
+
+def cache_with(folder: Path, records: dict[int, int]) -> str:
+    """So many records of each draw set."""
+    writer = CacheWriter(folder, FINGERPRINT, provenance={})
+    for draw_set, num_records in records.items():
+        for index in range(num_records):
+            sequence = TokenSequence(token_ids=np.array([index], np.int32))
+            key = request_key(FINGERPRINT.digest, sequence, draw_set)
+            writer.put(key, sequence.token_ids, None, b"payload", draw_set)
+    writer.close()
+    return str(folder)
+
+
+def student(cache: str, **changes: Any) -> StudentConfig:
+    return StudentConfig(**{"model": "m", "targets": "cache", "cache": cache} | changes)
+
+
+def arguments(**changes: Any) -> TrainingArguments:
+    return TrainingArguments(use_cpu=True, report_to="none", per_device_train_batch_size=2, **changes)
+
+
+@pytest.mark.parametrize("text", [[], ["a.txt"]])
+@pytest.mark.parametrize(
+    ("records", "epochs", "draw_set"),
+    [
+        ({0: 3, 1: 3}, 2, None),
+        ({0: 3, 1: 3}, 3, 0),
+        ({0: 3, 1: 2}, 2, 0),
+        ({0: 3}, 1, None),
+        ({4: 3, 5: 3}, 2, 4),
+        ({}, 1, 0),
+    ],
+)
+def test_draws_are_fresh_only_where_each_epoch_has_a_whole_draw_set(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    text: list[str],
+    records: dict[int, int],
+    epochs: int,
+    draw_set: int | None,
+) -> None:
+    config = student(cache_with(tmp_path, records), text=text)
+    with caplog.at_level(logging.INFO):
+        assert choose_draw_set(config, arguments(num_train_epochs=epochs), 3) == draw_set
+    assert config.draws == ("fresh" if draw_set is None else "reuse")
+    assert ("draws: reuse" in caplog.text) == (draw_set is not None)
+
+
+def test_reused_draws_are_the_caches_first_or_the_teachers_draw_set_0(tmp_path: Path) -> None:
+    cache = cache_with(tmp_path, {4: 3})
+    assert choose_draw_set(student(cache, draws="reuse"), arguments(), 3) == 4
+    online = {"targets": "online", "text": ["a.txt"]}
+    assert choose_draw_set(student(cache, draws="reuse", **online), arguments(), 3) == 0
+    assert choose_draw_set(student(cache, draws="fresh", **online), arguments(), 3) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_train_epochs": 2.5}, 3),
+        ({"max_steps": 6}, 1),
+        ({"max_steps": 7}, 2),
+        ({"max_steps": 6, "gradient_accumulation_steps": 4}, 3),
+        ({"max_steps": 6, "dataloader_drop_last": True}, 2),
+    ],
+)
+def test_epochs_are_counted_as_the_trainer_begins_them(changes: dict[str, Any], expected: int) -> None:
+    assert count_epochs(arguments(**changes), 11) == expected
+
+
+def test_a_run_from_the_cache_alone_takes_its_spec_in_place_of_a_budget(tmp_path: Path) -> None:
+    config = student(cache_with(tmp_path, {0: 1}), noise=0.01)
+    adopt_cache_spec(config)
+    assert config.target_spec().canonical() == SPEC.canonical()
+    assert (config.bytes_per_token, config.noise) == (0.0, 0.0)

@@ -1,0 +1,86 @@
+"""A budget becomes the sampler's one number: asked of a teacher, or taken from a cache that holds targets already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from logitstream.cache import CacheWriter
+from logitstream.errors import InvalidSequence
+from logitstream.sampling import sample
+from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from student_worker.calibration import choose_spec
+from student_worker.teacher_client import LocalTeacherClient
+
+VOCAB_SIZE = 200
+INFO = TeacherInfo(
+    model="random",
+    weights_digest="ab" * 32,
+    tokenizer_digest="cd" * 32,
+    vocab_size=VOCAB_SIZE,
+    dtype="float32",
+    max_sequence_tokens=64,
+)
+SPEC = TargetSpec(num_samples=50, codec_version=1)
+LOGITS = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def connect(spec: TargetSpec) -> LocalTeacherClient:
+    """A teacher whose distribution depends on the last token alone; ids outside its vocabulary are refused."""
+
+    def score(sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        return sample(LOGITS[torch.from_numpy(sequence.token_ids).long()], spec, sequence, draw_set=draw_set)
+
+    return LocalTeacherClient(score, info=INFO, spec=spec)
+
+
+def sequences(*first_ids: int) -> list[TokenSequence]:
+    return [TokenSequence(token_ids=np.array([first, *range(31)], np.int32)) for first in first_ids]
+
+
+def cache_of(folder: Path, spec: TargetSpec) -> str:
+    CacheWriter(folder, Fingerprint.of(INFO, spec), provenance={}).close()
+    return str(folder)
+
+
+@pytest.mark.parametrize("budget", [{"bytes_per_token": 20.0, "noise": 0.0}, {"bytes_per_token": 0.0, "noise": 0.01}])
+def test_a_refused_sequence_is_left_out_of_the_measurement(budget: dict[str, Any]) -> None:
+    chosen = choose_spec(connect, sequences(3, VOCAB_SIZE, 4), SPEC, **budget)
+    assert chosen.num_samples != SPEC.num_samples
+    assert chosen == choose_spec(connect, sequences(3, 4), SPEC, **budget)
+
+
+def test_only_where_every_sequence_is_refused_does_the_run_end() -> None:
+    with pytest.raises(InvalidSequence, match="outside the teacher's vocabulary"):
+        choose_spec(connect, sequences(VOCAB_SIZE, VOCAB_SIZE + 1), SPEC, bytes_per_token=20.0, noise=0.0)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        replace(SPEC, num_samples=17),
+        replace(SPEC, sampler="threshold", threshold=0.125),
+        replace(SPEC, sampler="top_k"),
+    ],
+)
+def test_a_cache_of_the_sampler_has_had_its_budget_and_no_teacher_is_asked(tmp_path: Path, drawn: TargetSpec) -> None:
+    def refuse(spec: TargetSpec) -> LocalTeacherClient:
+        raise AssertionError("no teacher is to be asked")
+
+    asked = replace(drawn, num_samples=50, threshold=0.02, top_k=3)
+    chosen = choose_spec(refuse, sequences(3), asked, bytes_per_token=9.0, noise=0.0, cache=cache_of(tmp_path, drawn))
+    assert chosen.canonical() == drawn.canonical()
+
+
+def test_a_cache_of_another_sampler_leaves_the_budget_to_the_teacher_if_there_is_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bytes_per_token": 20.0, "noise": 0.0}
+    cache = cache_of(tmp_path, replace(SPEC, sampler="top_k"))
+    assert choose_spec(None, sequences(3), SPEC, **options, cache=cache) == SPEC
+    assert choose_spec(connect, sequences(3), SPEC, **options, cache=cache) == choose_spec(
+        connect, sequences(3), SPEC, **options
+    )
