@@ -52,7 +52,9 @@ TEACHER_STAGE_SECONDS = Histogram(
 STUDENT_TOKENS = Counter("logitstream_student_tokens_total", "Tokens trained on")
 STUDENT_STEPS = Counter("logitstream_student_steps_total", "Optimizer steps")
 STUDENT_WAITING_SECONDS = Counter("logitstream_student_waiting_seconds_total", "Seconds a step waited for targets")
-STUDENT_DECODING_SECONDS = Counter("logitstream_student_decoding_seconds_total", "Seconds spent decoding targets")
+STUDENT_DECODING_SECONDS = Counter(
+    "logitstream_student_decoding_seconds_total", "CPU seconds of decoding targets, beside the steps"
+)
 STUDENT_COMPUTING_SECONDS = Counter(
     "logitstream_student_computing_seconds_total", "Seconds of training steps, waiting apart"
 )

@@ -7,8 +7,8 @@ to both. Per optimizer step of n micro-batches, in medians over the measured ste
 
     cross-entropy step = n·(forward + backward without targets) + optimizer
     computing          = n·(forward + backward without targets)·(median of the pairs' ratios − 1)
-    waiting, decoding  = their means over all steps: waiting is what the step stood still for, decoding is counted whole
-                         although it runs in a thread beside the step
+    waiting, decoding  = their means over all steps: waiting is what the step stood still for, decoding its CPU seconds,
+                         counted whole although it runs in a thread beside the step
 
 and the figures are these over the cross-entropy step. On a CPU a pair's ratio is one of the training thread's CPU time:
 it takes part in all of a pass's work, and other processes on the same cores (the teacher's, another worker's) disturb

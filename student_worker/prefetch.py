@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from logitstream import metrics
-from logitstream.errors import LogitstreamError, RequestError, TeacherUnavailable
+from logitstream.errors import CorruptRecord, LogitstreamError, RequestError, TeacherUnavailable
 from logitstream.types import SparseTargets
 from student_worker.batches import Batch, Rows, leave_out, place_rows, split_batch
 from student_worker.target_source import Slot, StreamStats, TargetSource
@@ -22,7 +22,7 @@ from student_worker.target_source import Slot, StreamStats, TargetSource
 logger = logging.getLogger(__name__)
 
 MIN_REFUSED = 8
-"""Refusals from which on the stream ends if more than half of all sequences were refused."""
+"""Refused or damaged sequences from which on the stream ends if they are more than half of all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -225,14 +225,14 @@ class Prefetch:
         return has_room and bool(self._pending) and self._pending[0].asked
 
     def _complete(self, pending: _Pending) -> Batch:
-        """Wait for a batch's targets; refused sequences are left out of the loss."""
+        """Wait for a batch's targets; refused sequences and damaged records are left out of the loss."""
         parts: list[tuple[Rows, SparseTargets]] = []
         refused: list[Rows] = []
         for slot in pending.slots:
             self._stats.sequences += 1
             try:
                 parts.append((slot.rows, self._source.fetch(slot)))
-            except RequestError as error:
+            except (RequestError, CorruptRecord) as error:
                 self._count_refused(slot, error)
                 refused.append(slot.rows)
         batch = dict(pending.batch)
@@ -243,7 +243,7 @@ class Prefetch:
         self._count_rows(parts, batch["targets"])
         return batch
 
-    def _count_refused(self, slot: Slot, error: RequestError) -> None:
+    def _count_refused(self, slot: Slot, error: RequestError | CorruptRecord) -> None:
         """Raises where refusals are errors, or where so many mean that something is wrong with the run."""
         stats = self._stats
         stats.refused_sequences += 1
@@ -252,7 +252,7 @@ class Prefetch:
         logger.warning("a sequence of %d tokens is left out of the loss: %s", len(slot.sequence), error)
         if stats.refused_sequences > MIN_REFUSED and 2 * stats.refused_sequences > stats.sequences:
             raise LogitstreamError(
-                f"{stats.refused_sequences} of {stats.sequences} sequences were refused; the last: {error}"
+                f"{stats.refused_sequences} of {stats.sequences} sequences are refused or damaged; the last: {error}"
             ) from error
 
     def _count_rows(self, parts: list[tuple[Rows, SparseTargets]], targets: SparseTargets) -> None:

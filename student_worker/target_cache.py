@@ -76,6 +76,10 @@ class TargetCache:
         """Whether a look-up is worth it; the record may still turn out damaged."""
         return self._reader is not None and self.key(sequence, draw_set) in self._reader
 
+    def is_damaged(self, sequence: TokenSequence, draw_set: int) -> bool:
+        """Whether a look-up has found the record damaged."""
+        return self._reader is not None and self.key(sequence, draw_set) in self._reader.damaged
+
     def get(self, sequence: TokenSequence, draw_set: int) -> ReceivedTargets | None:
         """The targets as they were received; what this process has just written is found too."""
         key = self.key(sequence, draw_set)

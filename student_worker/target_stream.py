@@ -27,12 +27,12 @@ class TargetStream:
     next epoch, unless set_epoch says otherwise.
 
     mode: `online` asks the teacher for everything and writes it to the cache, if there is one; `cache_then_online` asks
-        it for what the cache does not hold; `cache` never asks it, and raises CacheMiss.
+        it for what the cache does not hold; `cache` never asks it, and raises CacheMiss for what is not there.
     draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch.
     prefetch_batches: batches asked for ahead of the caller and held in memory; spill_batches: further ones, whose
         targets wait in the cache on disk.
-    on_refused: `skip` leaves a sequence that the teacher refuses out of the loss, logs and counts it; `raise` ends the
-        stream with its error.
+    on_refused: `skip` leaves a sequence that the teacher refuses, or whose record is damaged in mode `cache`, out of
+        the loss, logs and counts it; `raise` ends the stream with its error.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TargetStream:
 
     @property
     def decoding_seconds(self) -> float:
-        """How long decoding has taken, in a thread beside the caller's, in all."""
+        """CPU seconds that decoding has taken, in a thread beside the caller's, in all."""
         return self.stats.decoding_seconds
 
     @property

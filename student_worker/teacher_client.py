@@ -56,6 +56,11 @@ class TeacherClient(Protocol):
         """What the teacher serves, as of the handshake or the newest version seen."""
         ...
 
+    @property
+    def max_teacher_lag(self) -> int:
+        """As in KnownTeacher; other than 0: the teacher may replace its weights while a student trains."""
+        ...
+
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
         """Ask for one sequence's targets; never blocks on the network.
 
@@ -75,6 +80,8 @@ class TeacherClient(Protocol):
 
 class LocalTeacherClient:
     """A teacher in this process: `score(sequence, draw_set)` runs in one thread of the client's own."""
+
+    max_teacher_lag = 0
 
     def __init__(
         self, score: Callable[[TokenSequence, int], SparseTargets], *, info: TeacherInfo, spec: TargetSpec
@@ -188,6 +195,10 @@ class GrpcTeacherClient:
             raise TeacherUnavailable("the client is closed")
         waiting = self._dispatcher.wait_ready(self._connect_timeout)
         return asyncio.run_coroutine_threadsafe(waiting, self._loop).result()
+
+    @property
+    def max_teacher_lag(self) -> int:
+        return self._teacher.max_teacher_lag
 
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
         """As TeacherClient.submit; the smaller the priority, the sooner."""

@@ -41,6 +41,10 @@ class Watched:
         future.add_done_callback(lambda done: self._note(sequence, done))
         return future
 
+    @property
+    def max_teacher_lag(self) -> int:
+        return self.client.max_teacher_lag
+
     def is_stale(self, received: ReceivedTargets) -> bool:
         return self.client.is_stale(received)
 

@@ -19,7 +19,14 @@ from prometheus_client import REGISTRY
 from torch.utils.data import DataLoader
 
 from logitstream import codec
-from logitstream.errors import CacheMiss, FingerprintMismatch, InvalidSequence, LogitstreamError, TeacherUnavailable
+from logitstream.errors import (
+    CacheMiss,
+    CorruptRecord,
+    FingerprintMismatch,
+    InvalidSequence,
+    LogitstreamError,
+    TeacherUnavailable,
+)
 from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TokenSequence, request_key
 from student_worker.batches import Batch
 from student_worker.target_cache import TargetCache, open_target_cache
@@ -40,6 +47,7 @@ class HandTeacher:
         self.open: list[tuple[TokenSequence, int, Future[ReceivedTargets]]] = []
         self.damage = 0
         self.stale = 0
+        self.max_teacher_lag = 0
         self.info = INFO
 
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
@@ -62,7 +70,8 @@ class HandTeacher:
             self.damage -= 1
             payload = payload[:-1] + bytes([payload[-1] ^ 1])
         key = request_key(Fingerprint.of(self.info, SPEC).digest, sequence, draw_set)
-        future.set_result(ReceivedTargets(payload=payload, key=key))
+        weights_digest = bytes.fromhex(self.info.weights_digest)[:8]
+        future.set_result(ReceivedTargets(payload=payload, key=key, weights_digest=weights_digest))
 
     def is_stale(self, received: ReceivedTargets) -> bool:
         self.stale -= 1
@@ -224,7 +233,7 @@ def test_a_refused_sequence_ends_the_stream_where_asked_to_after_the_batches_bef
 
 
 def test_a_run_whose_sequences_are_mostly_refused_ends() -> None:
-    with pytest.raises(LogitstreamError, match="9 of 9 sequences were refused; the last: told to refuse"):
+    with pytest.raises(LogitstreamError, match="9 of 9 sequences are refused or damaged; the last: told to refuse"):
         list(TargetStream(make_batches(10), HandTeacher(refuse=lambda sequence: True)))
 
 
@@ -371,12 +380,12 @@ def test_what_the_cache_alone_does_not_hold_is_an_error_that_says_so(tmp_path: P
     cache.close()
 
 
-def flip_payload_bytes(directory: Path, batch: Batch) -> None:
+def flip_payload_bytes(directory: Path, batch: Batch, draw_set: int = 0) -> None:
     """Damage the records of one batch's sequences in the sealed shards."""
     for shard in directory.glob("*.arrow"):
         content = bytearray(shard.read_bytes())
         for sequence in sequences_of(batch):
-            payload = codec.encode(expected_targets(sequence, 0), version=1)
+            payload = codec.encode(expected_targets(sequence, draw_set), version=1)
             position = content.find(payload)
             assert position >= 0
             content[position + len(payload) // 2] ^= 0x40
@@ -400,14 +409,27 @@ def test_damaged_records_are_asked_for_again_and_never_trained_on(tmp_path: Path
     cache.close()
 
 
-def test_damaged_records_end_a_run_without_a_teacher(tmp_path: Path) -> None:
+def test_damaged_records_are_left_out_of_the_loss_without_a_teacher(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In every draw set; a record that is not there at all still ends the run."""
     batches, teacher = make_batches(5), HandTeacher()
     cache = open_cache(tmp_path, teacher)
-    list(TargetStream(batches, teacher, cache=cache, draw_set=0))
+    list(TargetStream(batches[:4], teacher, cache=cache, draw_set=1))
     cache.close()
-    flip_payload_bytes(tmp_path, batches[2])
+    flip_payload_bytes(tmp_path, batches[2], draw_set=1)
     cache = open_cache(tmp_path, None)
-    assert take_until(CacheMiss, TargetStream(batches, None, cache=cache, mode="cache", draw_set=0)) == 2
+    corrupt = REGISTRY.get_sample_value("logitstream_cache_corrupt_total")
+    stream = TargetStream(batches, None, cache=cache, mode="cache", draw_set=1)
+    got: list[Batch] = []
+    with pytest.raises(CacheMiss, match="draw set 1"):
+        got.extend(stream)
+    assert [int(batch["targets"].num_entries) for batch in got] == [12, 12, 0, 12]
+    assert not got[2]["loss_mask"].any()
+    assert REGISTRY.get_sample_value("logitstream_cache_corrupt_total") == corrupt + 2  # type: ignore[operator]
+    assert sum("its record in the cache is damaged" in record.message for record in caplog.records) == 2
+    raising = TargetStream(batches, None, cache=cache, mode="cache", draw_set=1, on_refused="raise")
+    assert take_until(CorruptRecord, raising) == 2
     cache.close()
 
 
@@ -421,6 +443,27 @@ def test_a_cache_of_another_teacher_or_sampler_is_refused(tmp_path: Path) -> Non
     cache.close()
     with pytest.raises(FingerprintMismatch, match=r"'num_samples': 8.*'num_samples': 9"):
         open_target_cache(tmp_path, None, replace(SPEC, num_samples=9))
+
+
+def test_targets_of_replaced_weights_are_trained_on_and_not_kept_where_the_client_allows_for_them(
+    tmp_path: Path,
+) -> None:
+    batches, teacher = make_batches(4), HandTeacher()
+    teacher.max_teacher_lag = 1
+    cache = open_cache(tmp_path, teacher)
+    list(TargetStream(batches[:2], teacher, cache=cache, draw_set=0))
+    teacher.info = replace(INFO, weights_digest="cd" * 32)
+    for _ in range(2):
+        stream = TargetStream(batches, teacher, cache=cache, mode="cache_then_online", draw_set=0)
+        for got, source in zip(stream, batches, strict=True):
+            assert_same(got["targets"], expected(source))
+        assert stream.stats.cached_sequences == 4
+    held = [cache.holds(sequence, 0) for batch in batches for sequence in sequences_of(batch)]
+    assert held == [True] * 4 + [False] * 4
+    teacher.info = replace(INFO, weights_digest="ef" * 32, dtype="bfloat16")
+    with pytest.raises(FingerprintMismatch, match="dtype"):
+        list(TargetStream(batches, teacher, cache=cache, mode="cache_then_online", draw_set=0))
+    cache.close()
 
 
 def test_targets_of_replaced_weights_are_not_written_to_the_cache_of_the_first(tmp_path: Path) -> None:
