@@ -17,7 +17,8 @@ class StudentConfig:
     model_config: str = setting("config.json of a student that starts untrained, instead of `model`.", "")
     tokenizer: str = setting("Tokenizer shared with the teacher: a folder or a hub name (default: the model's).", "")
     text: list[str] = setting(
-        "Training text: .txt, .jsonl, .parquet files or datasets folders; rows with input_ids are used as they are.",
+        "Training text: .txt, .jsonl, .parquet files or datasets folders; rows with input_ids are used as they are, "
+        "with their labels or loss_mask and without padding.",
         factory=list,
     )
     text_column: str = setting("Column that holds the text of .jsonl, .parquet and datasets input.", "text")
@@ -29,7 +30,10 @@ class StudentConfig:
         "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
     )
     targets: Literal["online", "cache", "cache_then_online"] = setting("Where targets come from.", "online")
-    draws: Literal["fresh", "reuse"] = setting("Fresh draws each epoch, or the first epoch's again.", "fresh")
+    draws: Literal["fresh", "reuse"] = setting(
+        "Fresh draws each epoch, or the first epoch's again (also where the cache alone lacks an epoch's draws).",
+        "fresh",
+    )
     prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
     spill_batches: int = setting("Further batches asked for ahead and kept in the cache on disk; needs `cache`.", 0)
     cache: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
@@ -53,8 +57,14 @@ class StudentConfig:
     temperature: float = setting("Softmax temperature of teacher and student in the distillation loss.", 1.0)
     target_seed: int = setting("Seed of the draws; with the same one every student gets the same draws.", 0)
     codec_version: int = setting("Version of the encoded targets.", 2)
-    bytes_per_token: float = setting("Choose N or θ so that targets take about this many bytes a token; 0: no.", 0.0)
-    noise: float = setting("Choose N or θ so that the targets' MSE per position is about this; 0: no.", 0.0)
+    bytes_per_token: float = setting(
+        "Choose N or θ so that targets take about this many bytes a token; 0: no. A cache that exists keeps its own.",
+        0.0,
+    )
+    noise: float = setting(
+        "Choose N or θ so that the targets' MSE per position is about this; 0: no. A cache that exists keeps its own.",
+        0.0,
+    )
 
     ce_weight: float = setting("Share of the loss that is cross-entropy against the text, 0 to 1.", 0.0)
     overhead_every: int = setting("Time a cross-entropy step beside every n-th step; 0: never.", 10)
