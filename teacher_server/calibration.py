@@ -30,9 +30,13 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
     """The id model in the file `path`, made from `text` where there is no such file yet; empty where neither is given.
 
     Replicas must share the file: models of two calibrations differ in a few levels, which the students would refuse.
+    Raises ValueError where the file was made for another vocabulary.
     """
     if path is not None and path.exists():
-        return IdModel.from_bytes(path.read_bytes()).to_bytes()
+        found, expected = IdModel.from_bytes(path.read_bytes()), backend.describe().vocab_size
+        if found.vocab_size != expected:
+            raise ValueError(f"id_model {path} is of {found.vocab_size} ids, the teacher has {expected}: make another")
+        return found.to_bytes()
     if text is None or tokenizer is None:
         return b""
     encoded = calibrate(backend, tokenizer.encode(text.read_text(encoding="utf-8"))).to_bytes()

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from logitstream import codec
@@ -109,6 +110,15 @@ async def test_an_id_model_is_made_once_and_then_shared(tiny_teacher: Path, tmp_
         targets = codec.decode(payload, id_model=IdModel.from_bytes(encoded))
         assert targets.num_rows == 30
     assert id_model_from(tmp_path / "ids", None, None, FakeBackend(vocab_size=96)) == encoded
+
+
+def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "ids"
+    path.write_bytes(IdModel.from_expected_counts(np.ones(128)).to_bytes())
+    with pytest.raises(SystemExit, match=r"teacher-server: id_model .*ids is of 128 ids, the teacher has 96"):
+        check(TeacherConfig(model=str(tiny_teacher), device="cpu", id_model=str(path)))
 
 
 def test_check_validates_without_serving(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
