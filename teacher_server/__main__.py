@@ -92,12 +92,12 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
 
         from logitstream.tokenizer import tokenizer_digest
         from teacher_server.vllm_backend import VllmBackend
-        from teacher_server.weights import weights_digest, weights_folder
+        from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
         folder = weights_folder(config.model, config.revision)
         return VllmBackend(
             str(folder),
-            weights_digest=weights_digest(folder),
+            weights_digest=digest_with_options(weights_digest(folder), config.backend_options),
             tokenizer_digest=tokenizer_digest(AutoTokenizer.from_pretrained(config.tokenizer or folder)),
             dtype=config.dtype,
             revision=config.revision,

@@ -4,13 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 WHOLE_FILE_BYTES = 4 << 30
 """Files up to this size are hashed whole; of larger ones the header and evenly spaced pieces."""
 NUM_PIECES = 4096
 PIECE_BYTES = 64 << 10
+VOLATILE_SETTINGS = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"})
+"""Of a config.json: they change no logit, or are told elsewhere (the dtype that is served)."""
+PERFORMANCE_OPTIONS = frozenset(
+    {
+        "block_size",
+        "cpu_offload_gb",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "pipeline_parallel_size",
+        "skip_tokenizer_init",
+        "swap_space",
+        "tensor_parallel_size",
+        "use_tqdm_on_load",
+    }
+)
+"""vLLM's options that change speed and memory alone; any other may change what is served."""
 
 
 def weights_folder(model: str, revision: str) -> Path:
@@ -24,10 +50,11 @@ def weights_folder(model: str, revision: str) -> Path:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256, hex, over the names and contents of the safetensors files.
+    """SHA-256, hex, over the names and contents of the safetensors files and what config.json makes of them.
 
-    A file over WHOLE_FILE_BYTES counts with its size, its first and last pieces and NUM_PIECES evenly spaced ones, so
-    that a model of hundreds of GB is named within seconds. Raises FileNotFoundError where there is no safetensors file.
+    Of config.json its values count, not how they are written, without VOLATILE_SETTINGS at any depth. A weights file
+    over WHOLE_FILE_BYTES counts with its size, its first and last pieces and NUM_PIECES evenly spaced ones, so that a
+    model of hundreds of GB is named within seconds. Raises FileNotFoundError where there is no safetensors file.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -37,7 +64,27 @@ def weights_digest(folder: Path) -> str:
     h = hashlib.sha256()
     for path, digest in zip(files, digests, strict=True):
         h.update(f"{path.name}\0".encode() + digest)
+    config = folder / "config.json"
+    if config.is_file():
+        h.update(f"{config.name}\0{_canonical(_lasting(json.loads(config.read_bytes())))}".encode())
     return h.hexdigest()
+
+
+def digest_with_options(digest: str, options: Mapping[str, Any]) -> str:
+    """The digest of weights that an engine serves with these options: the same where only its speed is concerned."""
+    relevant = {name: value for name, value in options.items() if name not in PERFORMANCE_OPTIONS}
+    return hashlib.sha256(f"{digest}\0{_canonical(relevant)}".encode()).hexdigest() if relevant else digest
+
+
+def _lasting(value: Any) -> Any:
+    """A JSON value without VOLATILE_SETTINGS."""
+    if isinstance(value, dict):
+        return {name: _lasting(inner) for name, inner in value.items() if name not in VOLATILE_SETTINGS}
+    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def _file_digest(path: Path) -> bytes:
