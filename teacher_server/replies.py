@@ -15,8 +15,11 @@ RESULTS_BYTES = 1 << 20
 """A message of results is sent when it holds this much, so that it never comes near the message limit by number."""
 
 
-def reply_messages(events: list[Event]) -> Iterator[tuple[pb.StreamTargetsResponse, list[Outcome]]]:
-    """Events as messages of bounded size, each with the outcomes it carries."""
+def reply_messages(
+    events: list[Event], *, max_message_bytes: int
+) -> Iterator[tuple[pb.StreamTargetsResponse, list[Outcome]]]:
+    """Events as messages, each with the outcomes it carries; results share one up to the smaller of both bounds."""
+    most_bytes = min(RESULTS_BYTES, max_message_bytes)
     results: list[pb.Result] = []
     outcomes: list[Outcome] = []
     num_bytes = 0
@@ -27,7 +30,7 @@ def reply_messages(events: list[Event]) -> Iterator[tuple[pb.StreamTargetsRespon
             yield pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=event.grace_seconds)), []
         else:
             size = len(event.answer.payload) if isinstance(event.answer, Scored) else 0
-            if results and num_bytes + size > RESULTS_BYTES:
+            if results and num_bytes + size > most_bytes:
                 yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
                 results, outcomes, num_bytes = [], [], 0
             results.append(_result(event))

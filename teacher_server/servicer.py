@@ -59,14 +59,10 @@ class StreamLimits:
 class TeacherServicer:
     """Takes raw bytes, so that what is no message is refused as such and sizes are known before decoding."""
 
-    def __init__(
-        self, scheduler: Scheduler, limits: StreamLimits, *, id_model: bytes = b"", server_version: str = ""
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, limits: StreamLimits, *, id_model: bytes = b"") -> None:
         self._scheduler = scheduler
         self._limits = limits
         self._id_model = id_model
-        self._id_model = id_model
-        self._server_version = server_version
         self._streams: set[ClientStream] = set()
         self._stream_ids = itertools.count(1)
 
@@ -242,7 +238,7 @@ class TeacherServicer:
 
     async def _send(self, stream: ClientStream, wanted_weights: str, context: Context) -> None:
         while events := await stream.next_events():
-            for message, outcomes in reply_messages(events):
+            for message, outcomes in reply_messages(events, max_message_bytes=self._limits.max_message_bytes):
                 start = time.perf_counter()
                 await context.write(message)
                 stream.written(outcomes)
