@@ -181,10 +181,10 @@ def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s)
     rows, ids, shares = rows[head], ids[head], shares[head]
     units = _round_rows(rows, shares, uniforms[:, 0], units_of(spec))
     left = units_of(spec) - np.bincount(rows, weights=units, minlength=num_rows).astype(np.int64)
+    total = distribution.total()
     tail = without(distribution, torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device))
-    tail_share = (1.0 - np.bincount(rows, weights=shares, minlength=num_rows)).astype(np.float64)
-    has_tail = (tail.total() > 0).cpu().numpy()
-    num_points = _tail_points(left, tail_units_of(spec), largest_tail, tail_share, uniforms[:, 1]) * has_tail
+    tail_share: Float64s = (tail.total() / total).cpu().numpy()
+    num_points = _tail_points(left, tail_units_of(spec), largest_tail, tail_share, uniforms[:, 1]) * (tail_share > 0)
     j = np.arange(1, num_points.max(initial=0) + 1)
     points = np.minimum((j - uniforms[:, 2:]) / np.maximum(num_points, 1)[:, None], 1.0)
     tail_rows, tail_ids, _ = _count(locate(tail, points), used=j <= num_points[:, None])
@@ -200,12 +200,13 @@ def _tail_points(
 ) -> Int64s:
     """How many points share the `left` units of each row's tail: left/θ, rounded stochastically.
 
-    Below θ that is one point (which then weighs θ) with probability left/θ. Any number is unbiased from θ on, so that
-    it is rounded down where one more point could hit an id twice, whose weight one tail entry could not tell.
+    Below θ that is one point (which then weighs θ) with probability left/θ. From θ on any number m that does not depend
+    on where the points fall is unbiased while no id can be hit twice, whose weight one tail entry could not tell: the
+    points lie tail_share/m apart, so m stays below tail_share/largest_tail, and is 1 where one id is the whole tail.
     """
-    num_points = np.floor(left / theta_units + uniforms).astype(np.int64)
-    could_repeat = (left >= theta_units) & (num_points * largest_tail >= tail_share)
-    return np.where(could_repeat, left // theta_units, num_points)
+    num_points = np.floor(left / theta_units + uniforms)
+    most = np.ceil(tail_share / np.maximum(largest_tail, 1e-300)) - 1.0
+    return np.where(left >= theta_units, np.minimum(num_points, np.maximum(most, 1.0)), num_points).astype(np.int64)
 
 
 def _top_k(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
