@@ -52,7 +52,9 @@ class ServerDraining(RequestError):
 
 
 class ScoringFailed(RequestError):
-    """The backend failed on this sequence after bounded tries."""
+    """The backend failed on this sequence after bounded tries; `lasting` says whether the same server would again."""
+
+    lasting = True
 
 
 class NonFiniteLogits(RequestError):

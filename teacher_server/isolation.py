@@ -12,6 +12,8 @@ from teacher_server.backend import ScoreRequest, TeacherBackend
 
 TRIES_ALONE = 2
 """How often a sequence is tried by itself before it is given up."""
+ENGINE_DEAD = "EngineDeadError"
+"""vLLM's error of an engine that died, told by name; it is started again, and need not die of the same sequence."""
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def score_isolating(
             return results
         except Exception as error:
             out_of_memory = is_out_of_memory(error)
+            lasting = not out_of_memory and type(error).__name__ != ENGINE_DEAD
             _note(trouble, batch, error, out_of_memory=out_of_memory)
     if len(batch) > 1:
         middle = len(batch) // 2
@@ -52,7 +55,9 @@ def score_isolating(
         return score_isolating(backend, first, trouble) + score_isolating(backend, second, trouble)
     trouble.num_given_up += 1
     reason = "it does not fit into the teacher's memory" if out_of_memory else "the teacher failed on it"
-    return [ScoringFailed(f"sequence of {len(batch[0].sequence)} tokens given up after {tries} tries: {reason}")]
+    failure = ScoringFailed(f"sequence of {len(batch[0].sequence)} tokens given up after {tries} tries: {reason}")
+    failure.lasting = lasting
+    return [failure]
 
 
 def is_broken(backend: TeacherBackend, good: ScoreRequest) -> bool:

@@ -19,6 +19,7 @@ from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
+from teacher_server.batch_budget import BatchBudget
 from teacher_server.checkpoints import check_successor
 from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue
@@ -52,8 +53,7 @@ class Scheduler:
     ) -> None:
         self._backend = backend
         self._encode = encode
-        self._budget_tokens = max_batch_tokens
-        self._max_batch_tokens = max_batch_tokens
+        self._budget = BatchBudget(max_batch_tokens)
         self._max_queue_tokens = max_queue_tokens
         self._queue: FairQueue[Work] = FairQueue(client_weights)
         self._works: OrderedDict[Key, Work] = OrderedDict()
@@ -177,7 +177,8 @@ class Scheduler:
                 raise BackendBroken("the backend fails on sequences that it has scored before")
         elif not trouble.num_failures:
             self._good = requests[-1]
-        self._adapt(trouble, batch)
+        num_tokens = sum(len(request.sequence) for request in requests)
+        self._budget.adapt(trouble, num_sequences=len(batch), num_tokens=num_tokens)
         return results
 
     async def close(self) -> None:
@@ -203,7 +204,7 @@ class Scheduler:
         batch: list[Work] = []
         num_tokens = 0
         while (ticket := self._queue.peek()) is not None and (
-            not batch or num_tokens + ticket.cost <= self._budget_tokens
+            not batch or num_tokens + ticket.cost <= self._budget.tokens
         ):
             work = self._queue.pop().item
             work.running = True
@@ -213,7 +214,7 @@ class Scheduler:
             num_tokens += ticket.cost
             batch.append(work)
         if batch:
-            metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._max_batch_tokens)
+            metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._budget.max_tokens)
             self._gauge()
         return batch
 
@@ -244,7 +245,7 @@ class Scheduler:
                 future.set_result(scored)
 
     def _refuse(self, work: Work, error: RequestError) -> None:
-        if isinstance(error, ScoringFailed):
+        if isinstance(error, ScoringFailed) and error.lasting:
             self._failures[work.key] = error
             if len(self._failures) > MAX_REMEMBERED_FAILURES:
                 self._failures.popitem(last=False)
@@ -275,20 +276,13 @@ class Scheduler:
             del self._works[work.key]
         self._gauge()
 
-    def _adapt(self, trouble: Trouble, batch: list[Work]) -> None:
-        """After a batch that did not fit, form smaller ones."""
-        if trouble.num_out_of_memory and len(batch) > 1:
-            num_tokens = sum(len(work.request.sequence) for work in batch)
-            self._budget_tokens = max(1, min(self._budget_tokens, num_tokens // 2))
-            log.warning("batches hold at most %d tokens from now on", self._budget_tokens)
-
     async def _swap_backend(self, backend: TeacherBackend) -> None:
         loop = asyncio.get_running_loop()
         old, self._backend, self._next_backend = self._backend, backend, None
         version = self.info.teacher_version + 1
         self.info = replace(backend.describe(), teacher_version=version)
         self._failures.clear()
-        self._budget_tokens = self._max_batch_tokens
+        self._budget = BatchBudget(self._budget.max_tokens)
         metrics.TEACHER_VERSION.set(version)
         log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
         await loop.run_in_executor(self._backend_thread, old.close)

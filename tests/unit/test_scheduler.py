@@ -178,6 +178,45 @@ async def test_after_a_batch_that_did_not_fit_batches_are_smaller() -> None:
         assert [len(batch) for batch in backend.batches] == [1, 10, 5, 5, 5, 5, 5, 5]
 
 
+async def test_batches_grow_again_once_there_is_room() -> None:
+    is_full = True
+
+    def limited(batch: Sequence[ScoreRequest]) -> None:
+        if is_full and sum(len(one.sequence) for one in batch) > 50:
+            raise MemoryError
+
+    backend = GatedBackend(fault=limited)
+    async with scheduling(backend) as scheduler:
+        futures = [await hold(scheduler, backend)]
+        futures += [scheduler.submit(request(number), client_id="x") for number in range(10)]
+        backend.gate.set()
+        await asyncio.gather(*futures)
+        is_full = False
+        await asyncio.gather(*[scheduler.submit(request(1000 + number), client_id="x") for number in range(600)])
+        sizes = [len(batch) for batch in backend.batches[4:]]
+        assert sizes == sorted(sizes[:-1]) + sizes[-1:]
+        assert (sizes[0], max(sizes)) == (5, 10)
+
+
+class EngineDeadError(Exception):
+    """Named like vLLM's."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, EngineDeadError])
+async def test_a_sequence_that_failed_for_want_of_memory_or_of_an_engine_is_tried_again(error: type[Exception]) -> None:
+    is_bad = True
+
+    def fault(_batch: Sequence[ScoreRequest]) -> None:
+        if is_bad:
+            raise error
+
+    async with scheduling(FakeBackend(fault=fault)) as scheduler:
+        with pytest.raises(ScoringFailed):
+            await scheduler.submit(request(1), client_id="x")
+        is_bad = False
+        assert (await scheduler.submit(request(1), client_id="x")).payload
+
+
 async def test_a_backend_that_fails_on_everything_ends_the_server_and_blames_no_sequence() -> None:
     broken = threading.Event()
 
