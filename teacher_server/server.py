@@ -128,7 +128,11 @@ class TeacherServer:
         )
         servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend), id_model=id_model)
         running = asyncio.ensure_future(scheduler.run())
-        tasks = [asyncio.ensure_future(self._keep_house(scheduler)), *self._watch(scheduler)]
+        tasks = [
+            asyncio.ensure_future(self._keep_house(scheduler)),
+            asyncio.ensure_future(self._refresh_stored(scheduler)),
+            *self._watch(scheduler),
+        ]
         try:
             await self._set_health(serving=True)
             self._announce()
@@ -160,11 +164,16 @@ class TeacherServer:
         healthy = True
         while True:
             scheduler.measure_age()
-            await scheduler.refresh_stored()
             if scheduler.is_healthy != healthy and not scheduler.is_draining:
                 healthy = not healthy
                 log.warning("the backend is %s", "healthy again" if healthy else "not healthy")
                 await self._set_health(serving=healthy)
+            await asyncio.sleep(HOUSEKEEPING_SECONDS)
+
+    async def _refresh_stored(self, scheduler: Scheduler) -> None:
+        """Apart from `_keep_house`: a slow disk must not hold up health."""
+        while True:
+            await scheduler.refresh_stored()
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     def _watch(self, scheduler: Scheduler) -> list[asyncio.Future[None]]:

@@ -114,8 +114,8 @@ class TeacherServicer:
         try:
             message = await self._read_open(context)
             spec = self._check_open(message)
-            await self._scheduler.open_stored(spec)
-            with self._stream(message.client_id, spec) as stream:
+            with self._stream(message.client_id, spec) as stream:  # before anything is awaited: it counts at once
+                await self._scheduler.open_stored(spec)
                 await self._serve(stream, message, context)
         except LogitstreamError as error:
             await _abort(context, error)

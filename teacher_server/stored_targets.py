@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logitstream import metrics
 from logitstream.cache import CacheReader, CacheWriter
+from logitstream.cache.manifest import MANIFEST
 from logitstream.cache.open_shard import directory_bytes
 from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo, request_key
 from teacher_server.backend import ScoreRequest
 
+MAX_OPEN = 16
+"""Caches that are open at a time; each (weights, spec, seed) has one of its own, so clients can ask for any number."""
+MAX_FINGERPRINTS = 1024
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Cache:
+    """One directory, as far as it is open: the writer from the first put on."""
+
+    reader: CacheReader | None = None
+    writer: CacheWriter | None = None
+    broken: bool = False
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.reader is not None:
+            self.reader.close()
 
 
 class StoredTargets:
     """A cache for each (weights, spec) that is served, DIRECTORY/<fingerprint>: students may read it as well.
 
-    `holds` looks into memory alone; everything else reads or writes files and belongs into a thread. Nothing raises: a
-    cache that cannot be used is logged once and passed over.
+    `holds` looks into memory alone; everything else reads or writes files and belongs into one thread. Nothing raises:
+    a cache that cannot be used is logged once and passed over. Beyond MAX_OPEN the one used longest ago is closed.
     """
 
     def __init__(self, directory: str, *, id_model: bytes = b"", max_bytes: int = 0) -> None:
@@ -30,24 +51,26 @@ class StoredTargets:
         self._id_model = id_model
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._fingerprints: dict[tuple[TargetSpec, str], tuple[str, Fingerprint]] = {}
-        self._caches: dict[str, tuple[CacheReader, CacheWriter] | None] = {}
+        self._fingerprints: OrderedDict[tuple[TargetSpec, str], tuple[str, Fingerprint]] = OrderedDict()
+        self._caches: OrderedDict[str, _Cache] = OrderedDict()
 
     def open(self, spec: TargetSpec, info: TeacherInfo) -> None:
-        """Find what is stored for a spec, so that `holds` knows."""
-        self._cache(spec, info)
+        """Find what is stored for a spec, so that `holds` knows; makes nothing where there is nothing."""
+        digest, _ = self._fingerprint(spec, info)
+        if (self._folder(digest) / MANIFEST).exists():
+            self._cache(spec, info, for_writing=False)
 
     def holds(self, request: ScoreRequest, info: TeacherInfo) -> bool:
         """Whether targets of these weights are stored, as far as `open`, `put` and `refresh` have seen."""
         digest, _ = self._fingerprint(request.spec, info)
-        cache = self._caches.get(digest)
-        return cache is not None and request_key(digest, request.sequence, request.draw_set) in cache[0]
+        reader = self._reader(digest)
+        return reader is not None and request_key(digest, request.sequence, request.draw_set) in reader
 
     def get(self, request: ScoreRequest, info: TeacherInfo) -> bytes | None:
-        """Encoded targets, or None where they turn out to be damaged."""
+        """Encoded targets, or None where they turn out to be damaged, or their cache was closed for another."""
         digest, _ = self._fingerprint(request.spec, info)
-        cache = self._caches.get(digest)
-        payload = cache[0].get(request_key(digest, request.sequence, request.draw_set)) if cache is not None else None
+        reader = self._reader(digest)
+        payload = reader.get(request_key(digest, request.sequence, request.draw_set)) if reader is not None else None
         if payload is not None:
             metrics.TEACHER_CACHE_HITS.inc()
         return payload
@@ -55,62 +78,86 @@ class StoredTargets:
     def put(self, scored: Sequence[tuple[ScoreRequest, bytes]], info: TeacherInfo) -> None:
         """Keep what was scored."""
         for request, payload in scored:
-            cache = self._cache(request.spec, info)
-            if cache is not None:
+            cache = self._cache(request.spec, info, for_writing=True)
+            if cache.writer is not None and not cache.broken:
                 sequence, draw_set = request.sequence, request.draw_set
                 key = request_key(self._fingerprint(request.spec, info)[0], sequence, draw_set)
                 ids, mask, version = sequence.token_ids, sequence.loss_mask, info.teacher_version
-                cache[1].put(key, ids, mask, payload, draw_set, teacher_version=version)
+                cache.writer.put(key, ids, mask, payload, draw_set, teacher_version=version)
 
     def refresh(self) -> None:
         """Acknowledge what was put, and find what other replicas have written."""
         with self._lock:
-            caches = [cache for cache in self._caches.values() if cache is not None]
-        for reader, writer in caches:
-            writer.flush()
-            try:
-                reader.refresh()
-            except (CacheError, OSError) as error:
-                log.warning("the cache %s cannot be looked through: %s", reader.directory, error)
+            caches = list(self._caches.values())
+        for cache in caches:
+            if cache.writer is not None:
+                cache.writer.flush()
+            if cache.reader is not None:
+                try:
+                    cache.reader.refresh()
+                except (CacheError, OSError) as error:
+                    log.warning("the cache %s cannot be looked through: %s", cache.reader.directory, error)
 
     def close(self) -> None:
         with self._lock:
-            caches, self._caches = self._caches, {}
+            caches, self._caches = self._caches, OrderedDict()
         for cache in caches.values():
-            if cache is not None:
-                cache[1].close()
-                cache[0].close()
+            cache.close()
 
     def _fingerprint(self, spec: TargetSpec, info: TeacherInfo) -> tuple[str, Fingerprint]:
-        """With its digest; computed once, it reads the whole id model."""
-        found = self._fingerprints.get((spec, info.weights_digest))
-        if found is None:
-            fingerprint = Fingerprint.of(replace(info, id_model=self._id_model), spec)
-            found = self._fingerprints[spec, info.weights_digest] = fingerprint.digest, fingerprint
-        return found
+        """With its digest; remembered, since it reads the whole id model."""
+        key = (spec, info.weights_digest)
+        with self._lock:
+            found = self._fingerprints.get(key)
+            if found is None:
+                fingerprint = Fingerprint.of(replace(info, id_model=self._id_model), spec)
+                found = self._fingerprints[key] = fingerprint.digest, fingerprint
+                if len(self._fingerprints) > MAX_FINGERPRINTS:
+                    self._fingerprints.popitem(last=False)
+            return found
 
-    def _cache(self, spec: TargetSpec, info: TeacherInfo) -> tuple[CacheReader, CacheWriter] | None:
+    def _folder(self, digest: str) -> Path:
+        return self._directory / digest[:16]
+
+    def _reader(self, digest: str) -> CacheReader | None:
+        with self._lock:
+            cache = self._caches.get(digest)
+            if cache is None:
+                return None
+            self._caches.move_to_end(digest)
+            return cache.reader
+
+    def _cache(self, spec: TargetSpec, info: TeacherInfo, *, for_writing: bool) -> _Cache:
+        """The open cache; what is missing of it is opened, and others are closed where there are too many."""
         digest, fingerprint = self._fingerprint(spec, info)
         with self._lock:
-            if digest not in self._caches:
-                self._caches[digest] = self._open(fingerprint, info)
-            return self._caches[digest]
-
-    def _open(self, fingerprint: Fingerprint, info: TeacherInfo) -> tuple[CacheReader, CacheWriter] | None:
-        directory = self._directory / fingerprint.digest[:16]
+            cache = self._caches.setdefault(digest, _Cache())
+            self._caches.move_to_end(digest)
+            excess = [self._caches.popitem(last=False)[1] for _ in range(len(self._caches) - MAX_OPEN)]
+        for old in excess:
+            old.close()
+        if cache.broken:
+            return cache
+        directory = self._folder(digest)
         try:
-            writer = CacheWriter(
-                directory,
-                fingerprint,
-                id_model=self._id_model,
-                provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
-                max_bytes=self._left(directory),
-                writer_id="server",
-            )
-            return CacheReader(directory, fingerprint), writer
+            if for_writing and cache.writer is None:
+                cache.writer = self._new_writer(directory, fingerprint, info)
+            if cache.reader is None:
+                cache.reader = CacheReader(directory, fingerprint)
         except (CacheError, OSError) as error:
+            cache.broken = True
             log.warning("the cache %s is not used: %s", directory, error)
-            return None
+        return cache
+
+    def _new_writer(self, directory: Path, fingerprint: Fingerprint, info: TeacherInfo) -> CacheWriter:
+        return CacheWriter(
+            directory,
+            fingerprint,
+            id_model=self._id_model,
+            provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
+            max_bytes=self._left(directory),
+            writer_id="server",
+        )
 
     def _left(self, directory: Path) -> int:
         """What the bound leaves to one of the caches, as things are now; at least a byte, since 0 means no bound."""

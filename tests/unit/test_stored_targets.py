@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
+
+from grpc import aio
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from logitstream import metrics
 from logitstream.cache import CacheReader
@@ -11,7 +18,8 @@ from logitstream.types import Fingerprint
 from teacher_server.backend import ScoreRequest
 from teacher_server.encoding import encoder
 from teacher_server.scheduler import Scheduler
-from teacher_server.stored_targets import StoredTargets
+from teacher_server.server import HOUSEKEEPING_SECONDS
+from teacher_server.stored_targets import MAX_OPEN, StoredTargets
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, WireClient, sequence, serving
 
@@ -109,3 +117,46 @@ async def test_a_server_with_a_cache_answers_a_second_stream_from_it(tmp_path: P
             await server.scheduler.refresh_stored()  # as the server does once a second
         assert targets[0] == targets[1]
         assert num_scored(backend) == 4
+
+
+def test_a_spec_has_a_directory_only_once_something_is_kept_and_few_caches_are_open(tmp_path: Path) -> None:
+    info = FakeBackend().describe()
+    stored = StoredTargets(str(tmp_path))
+    requests = [replace(request(1), spec=replace(SPEC, seed=seed)) for seed in range(MAX_OPEN + 4)]
+    for one in requests:
+        stored.open(one.spec, info)
+    assert not list(tmp_path.iterdir())
+    for one in requests:
+        stored.put([(one, b"payload")], info)
+    stored.refresh()
+    assert len(list(tmp_path.iterdir())) == len(requests)
+    assert len(list(tmp_path.glob("*/*.arrow.open"))) == MAX_OPEN
+    assert [stored.holds(one, info) for one in requests] == [False] * 4 + [True] * MAX_OPEN
+    stored.open(requests[0].spec, info)
+    assert stored.get(requests[0], info) == b"payload"
+    stored.close()
+
+
+async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_streams(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    async with serving(backend, cache=str(tmp_path), max_streams=2) as server:
+        assert server.scheduler is not None
+        disk_is_free = threading.Event()
+        server.scheduler._disk.submit(disk_is_free.wait, 20)
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(WireClient(server.address)) for _ in range(6)]
+            opening = [asyncio.ensure_future(client.open()) for client in clients]
+            await asyncio.sleep(HOUSEKEEPING_SECONDS * 1.1)  # refresh_stored waits for the disk by now
+            backend.closed = True
+            async with asyncio.timeout(5):
+                while await health(server.address) != health_pb2.HealthCheckResponse.NOT_SERVING:
+                    await asyncio.sleep(0.05)
+            backend.closed = False
+            disk_is_free.set()
+            outcomes = await asyncio.gather(*opening, return_exceptions=True)
+            assert sum(not isinstance(outcome, BaseException) for outcome in outcomes) == 2
+
+
+async def health(address: str) -> int:
+    async with aio.insecure_channel(address) as channel:
+        return int((await HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)).status)
