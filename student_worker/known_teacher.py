@@ -90,7 +90,10 @@ class KnownTeacher:
     def _check_student(self, info: TeacherInfo) -> None:
         mine = self._student
         if mine.vocab_size < info.vocab_size:
-            raise FingerprintMismatch(f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}")
+            raise FingerprintMismatch(
+                f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}; where only padding "
+                f"differs, start teacher-server with --vocab_size {mine.vocab_size}"
+            )
         if mine.tokenizer_digest and mine.tokenizer_digest != info.tokenizer_digest:
             raise FingerprintMismatch(
                 f"tokenizers differ: the student's {mine.tokenizer_digest}, the teacher's {info.tokenizer_digest}"

@@ -83,6 +83,7 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
             tokenizer=config.tokenizer,
             dtype=config.dtype,
             device=config.device,
+            vocab_size=config.vocab_size,
             max_padded_tokens=config.max_batch_tokens,
             logits_chunk_bytes=config.logits_chunk_bytes,
         )
@@ -92,16 +93,20 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
 
         from logitstream.tokenizer import tokenizer_digest
         from teacher_server.vllm_backend import VllmBackend
+        from teacher_server.vocabulary import check_vocab_size
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
         folder = weights_folder(config.model, config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or folder)
+        check_vocab_size(config.vocab_size, tokenizer)
         return VllmBackend(
             str(folder),
             weights_digest=digest_with_options(weights_digest(folder), config.backend_options),
-            tokenizer_digest=tokenizer_digest(AutoTokenizer.from_pretrained(config.tokenizer or folder)),
+            tokenizer_digest=tokenizer_digest(tokenizer),
             dtype=config.dtype,
             revision=config.revision,
             max_sequence_tokens=config.max_sequence_tokens or None,
+            vocab_size=config.vocab_size,
             logits_chunk_bytes=config.logits_chunk_bytes,
             engine_options=config.backend_options,
             engine_restarts=config.engine_restarts,

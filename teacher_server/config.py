@@ -19,6 +19,7 @@ class TeacherConfig:
     model: str = setting("Folder or hub name of a causal language model with safetensors weights.", "")
     revision: str = setting("Revision of the model on the hub; ignored for a folder.", "main")
     tokenizer: str = setting("Folder or hub name of the tokenizer; empty: the model's own.", "")
+    vocab_size: int = setting("Serve only the first so many ids, as the student has; 0: all rows of the head.", 0)
     backend: str = setting("What runs the model.", "transformers", choices=BACKENDS)
     backend_options: dict[str, Any] = setting(
         "vLLM engine options by their own names, as JSON; for the vllm backend.", factory=dict
@@ -87,8 +88,10 @@ class TeacherConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_message_bytes < LEAST_MESSAGE_BYTES:
             raise ValueError(f"max_message_bytes must be at least {LEAST_MESSAGE_BYTES}, got {self.max_message_bytes}")
-        if self.drain_seconds < 0 or self.watch_seconds <= 0 or self.max_sequence_tokens < 0:
-            raise ValueError("drain_seconds and max_sequence_tokens must not be negative, watch_seconds positive")
+        if self.drain_seconds < 0 or self.watch_seconds <= 0 or min(self.max_sequence_tokens, self.vocab_size) < 0:
+            raise ValueError(
+                "drain_seconds, max_sequence_tokens and vocab_size must not be negative, watch_seconds positive"
+            )
         if any(weight <= 0 for weight in self.weights_by_client().values()):
             raise ValueError(f"client_weights must be positive, got {self.client_weights}")
 

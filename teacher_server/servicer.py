@@ -158,7 +158,8 @@ class TeacherServicer:
             )
         if message.vocab_size < info.vocab_size:
             raise FingerprintMismatch(
-                f"the student's vocabulary of {message.vocab_size} is smaller than the teacher's {info.vocab_size}"
+                f"the student's vocabulary of {message.vocab_size} is smaller than the teacher's {info.vocab_size}; "
+                "where only padding differs, start teacher-server with vocab_size as the student has"
             )
         if message.tokenizer_digest and message.tokenizer_digest != info.tokenizer_digest:
             raise FingerprintMismatch(

@@ -24,6 +24,7 @@ from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
 from teacher_server.batching import split_by_length
 from teacher_server.causal_lm import SplitCausalLM
+from teacher_server.vocabulary import check_vocab_size, served_vocab_size
 from teacher_server.weights import weights_digest, weights_folder
 
 PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 1024}
@@ -58,12 +59,19 @@ class TransformersBackend:
     """Scores batches with a loaded model; see TeacherBackend."""
 
     def __init__(
-        self, model: Any, info: TeacherInfo, *, max_padded_tokens: int = 8192, logits_chunk_bytes: int = 64 << 20
+        self,
+        model: Any,
+        info: TeacherInfo,
+        *,
+        vocab_size: int = 0,
+        max_padded_tokens: int = 8192,
+        logits_chunk_bytes: int = 64 << 20,
     ) -> None:
+        num_rows = model.get_output_embeddings().weight.shape[0]
+        self._info = replace(info, vocab_size=served_vocab_size(vocab_size, num_rows=num_rows))
         self._lm: SplitCausalLM | None = SplitCausalLM(model.eval().requires_grad_(False))
-        self._info = replace(info, vocab_size=model.get_output_embeddings().weight.shape[0])
         self._max_padded_tokens = max_padded_tokens
-        self._chunk_rows = max(1, logits_chunk_bytes // (4 * self._info.vocab_size))
+        self._chunk_rows = max(1, logits_chunk_bytes // (4 * num_rows))
         self._pass_overhead_tokens = PASS_OVERHEAD_TOKENS.get(model.device.type, 1024)
 
     @classmethod
@@ -75,11 +83,17 @@ class TransformersBackend:
         tokenizer: str = "",
         dtype: str = "auto",
         device: str = "auto",
+        vocab_size: int = 0,
         max_padded_tokens: int = 8192,
         logits_chunk_bytes: int = 64 << 20,
     ) -> TransformersBackend:
-        """Load safetensors weights from a folder or the hub; code that comes with a model is never run."""
+        """Load safetensors weights from a folder or the hub; code that comes with a model is never run.
+
+        vocab_size: serve only the first so many ids, those past the tokenizer's being padding; 0: all rows of the head.
+        """
         folder = weights_folder(model, revision)
+        words = AutoTokenizer.from_pretrained(tokenizer or folder)
+        check_vocab_size(vocab_size, words)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         started = time.monotonic()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is read line by line
@@ -90,14 +104,20 @@ class TransformersBackend:
             model=model,
             revision="" if Path(model).is_dir() else revision,
             weights_digest=weights_digest(folder),
-            tokenizer_digest=tokenizer_digest(AutoTokenizer.from_pretrained(tokenizer or folder)),
+            tokenizer_digest=tokenizer_digest(words),
             vocab_size=lm.config.get_text_config().vocab_size,
             dtype=str(lm.dtype).removeprefix("torch."),
             max_sequence_tokens=getattr(lm.config.get_text_config(), "max_position_embeddings", LONGEST_SEQUENCE),
             backend="transformers",
         )
         log.info("loaded %s in %s on %s, %.1f s", model, info.dtype, device, time.monotonic() - started)
-        return cls(lm, info, max_padded_tokens=max_padded_tokens, logits_chunk_bytes=logits_chunk_bytes)
+        return cls(
+            lm,
+            info,
+            vocab_size=vocab_size,
+            max_padded_tokens=max_padded_tokens,
+            logits_chunk_bytes=logits_chunk_bytes,
+        )
 
     def describe(self) -> TeacherInfo:
         return self._info
@@ -147,7 +167,7 @@ class TransformersBackend:
         row_of = np.concatenate(rows)
         for first in range(0, len(row_of), self._chunk_rows):
             start = time.perf_counter()
-            logits = self._lm.logits(hidden_NH[first : first + self._chunk_rows])
+            logits = self._lm.logits(hidden_NH[first : first + self._chunk_rows])[:, : self._info.vocab_size]
             middle = time.perf_counter()
             chunk = slice(first, first + self._chunk_rows)
             _draw_chunk(logits, _jobs(uniques, owner[chunk], row_of[chunk], drawings), self._chunk_rows)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from teacher_server.vllm_hooks import KEY, REQUEST, check_version, hook
 
 try:
@@ -31,7 +33,7 @@ except ModuleNotFoundError as error:
 check_version(vllm.__version__)
 
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
@@ -52,6 +54,7 @@ from teacher_server.prompt_draws import (
     pack_request,
     unpack_outcome,
 )
+from teacher_server.vocabulary import served_vocab_size
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -67,6 +70,8 @@ WATCH_SECONDS = 1.0
 
 CHUNK_BYTES = "logitstream_chunk_bytes"
 """The name under which logits_chunk_bytes travels to the worker."""
+VOCAB_SIZE = "logitstream_vocab_size"
+"""Likewise of vocab_size."""
 
 OUR_OPTIONS = {
     "worker_cls": "the draws live in our worker",
@@ -94,9 +99,15 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
         self.prompt_draws: PromptDraws | None = None
         if get_pp_group().is_last_rank:
             runner = self.model_runner
+            vocab_size = int(self.vllm_config.additional_config[VOCAB_SIZE]) or self.model_config.get_vocab_size()
+
+            def project(hidden_states: Tensor) -> Tensor | None:
+                logits: Tensor | None = runner.model.compute_logits(hidden_states)
+                return None if logits is None else logits[:, :vocab_size]
+
             self.prompt_draws = PromptDraws(
-                lambda hidden_states: runner.model.compute_logits(hidden_states),
-                vocab_size=self.model_config.get_vocab_size(),
+                project,
+                vocab_size=vocab_size,
                 chunk_bytes=_chunk_bytes(self.vllm_config),
                 is_drawing=get_tp_group().rank_in_group == 0,
             )
@@ -175,9 +186,10 @@ def _seam() -> Iterator[tuple[str, bool]]:
 class VllmBackend:
     """TeacherBackend over a vLLM engine in a process of its own.
 
-    max_sequence_tokens: None for the model's context, at most 8192; logits_chunk_bytes: of float32 logits made at a
-    time, whose copies are taken off what is left for the KV cache; engine_options: passed to vLLM by their own names;
-    engine_restarts: how often an engine that died is started again before `exit` is called with EXIT_ENGINE_DEAD.
+    max_sequence_tokens: None for the model's context, at most 8192; vocab_size: only the first so many ids are served,
+    0: all of the head; logits_chunk_bytes: of float32 logits made at a time, whose copies are taken off what is left
+    for the KV cache; engine_options: passed to vLLM by their own names; engine_restarts: how often an engine that died
+    is started again before `exit` is called with EXIT_ENGINE_DEAD.
     Raises ValueError for options that vLLM does not know or that are ours, RuntimeError for a vLLM of another version.
     """
 
@@ -190,6 +202,7 @@ class VllmBackend:
         dtype: str = "auto",
         revision: str | None = None,
         max_sequence_tokens: int | None = None,
+        vocab_size: int = 0,
         logits_chunk_bytes: int = 64 << 20,
         engine_options: Mapping[str, Any] | None = None,
         engine_restarts: int = 3,
@@ -202,9 +215,11 @@ class VllmBackend:
             dtype=dtype,
             revision=revision,
             max_sequence_tokens=max_sequence_tokens,
+            vocab_size=vocab_size,
             logits_chunk_bytes=logits_chunk_bytes,
             options=engine_options or {},
         )
+        self._vocab_size = vocab_size
         self._digests = (weights_digest, tokenizer_digest)
         self._restarts_left = engine_restarts
         self._exit = exit
@@ -228,7 +243,7 @@ class VllmBackend:
             revision=config.revision or "",
             weights_digest=self._digests[0],
             tokenizer_digest=self._digests[1],
-            vocab_size=config.get_vocab_size(),
+            vocab_size=self._vocab_size or config.get_vocab_size(),
             dtype=str(config.dtype).removeprefix("torch."),
             max_sequence_tokens=config.max_model_len - 1,
             backend=f"vllm {vllm.__version__}",
@@ -347,6 +362,7 @@ def engine_args(
     max_sequence_tokens: int | None,
     logits_chunk_bytes: int,
     options: Mapping[str, Any],
+    vocab_size: int = 0,
 ) -> AsyncEngineArgs:
     """Our own settings and the user's options as vLLM's arguments; ValueError where they do not go together."""
     known = {f.name for f in fields(AsyncEngineArgs)}
@@ -362,7 +378,11 @@ def engine_args(
         "revision": revision if not os.path.isdir(model) else None,
         "worker_cls": f"{__name__}.{DrawingWorker.__qualname__}",
         "enable_prefix_caching": False,
-        "additional_config": {**options.get("additional_config", {}), CHUNK_BYTES: logits_chunk_bytes},
+        "additional_config": {
+            **options.get("additional_config", {}),
+            CHUNK_BYTES: logits_chunk_bytes,
+            VOCAB_SIZE: vocab_size,
+        },
     }
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
     if current_platform.is_cpu():
@@ -371,13 +391,14 @@ def engine_args(
         if not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     args = AsyncEngineArgs(**{**defaults, **options, **ours})
-    args.max_model_len = _max_model_len(args, max_sequence_tokens)
+    config = args.create_model_config()
+    served_vocab_size(vocab_size, num_rows=config.get_vocab_size())
+    args.max_model_len = _max_model_len(args, config, max_sequence_tokens)
     return args
 
 
-def _max_model_len(args: AsyncEngineArgs, max_sequence_tokens: int | None) -> int:
+def _max_model_len(args: AsyncEngineArgs, config: ModelConfig, max_sequence_tokens: int | None) -> int:
     """One position more than the longest sequence, for the token that vLLM must generate and never computes."""
-    config = args.create_model_config()
     context = int(config.max_model_len)
     wanted = max_sequence_tokens or min(context, DEFAULT_MAX_SEQUENCE_TOKENS)
     if wanted > context:

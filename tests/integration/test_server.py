@@ -100,7 +100,7 @@ async def test_a_message_over_the_limit_is_refused_in_band_and_the_stream_goes_o
         (
             {"vocab_size": 999},
             grpc.StatusCode.FAILED_PRECONDITION,
-            "vocabulary of 999 is smaller than the teacher's 1000",
+            "999 is smaller than the teacher's 1000; where only padding differs, start teacher-server with vocab_size",
         ),
         ({"tokenizer_digest": "ab" * 32}, grpc.StatusCode.FAILED_PRECONDITION, "tokenizer abab"),
         ({"weights_digest": "cd" * 32}, grpc.StatusCode.FAILED_PRECONDITION, f"this server serves {FAKE_DIGEST}"),

@@ -72,7 +72,7 @@ def start(folder: Path, **settings: Any) -> VllmBackend:
     return VllmBackend(str(folder), weights_digest=DIGEST, tokenizer_digest=DIGEST, engine_options=options, **settings)
 
 
-def reference(folder: Path) -> TransformersBackend:
+def reference(folder: Path, *, vocab_size: int = 0) -> TransformersBackend:
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     info = TeacherInfo(
         model=str(folder),
@@ -82,7 +82,7 @@ def reference(folder: Path) -> TransformersBackend:
         dtype="float32",
         max_sequence_tokens=model.config.max_position_embeddings,
     )
-    return TransformersBackend(model, info)
+    return TransformersBackend(model, info, vocab_size=vocab_size)
 
 
 def requests_of(token_ids: list[npt.NDArray[np.int32]], *, spec: TargetSpec = SPEC, **more: Any) -> list[ScoreRequest]:
@@ -214,6 +214,18 @@ def test_two_ranks_share_the_vocabulary_and_draw_each_row_once(tiny_dir: Path) -
         results = backend.score(requests)
         assert_one_row_each(results, requests)
         assert agreement(targets_of(results), targets_of(reference(tiny_dir).score(requests))) > 0.995
+    finally:
+        backend.close()
+
+
+def test_ids_past_vocab_size_are_served_as_if_the_head_had_no_others(tiny_dir: Path) -> None:
+    backend = start(tiny_dir, dtype="float32", vocab_size=400)
+    try:
+        assert backend.describe().vocab_size == 400
+        requests = requests_of(random_ids([150, 3], vocab_size=400))
+        results = backend.score(requests)
+        assert_one_row_each(results, requests)
+        assert agreement(targets_of(results), targets_of(reference(tiny_dir, vocab_size=400).score(requests))) > 0.995
     finally:
         backend.close()
 
@@ -410,6 +422,11 @@ def test_options_reach_vllm_by_their_own_names_and_mistakes_are_named(tiny_dir: 
         args(max_num_seq=3)
     with pytest.raises(ValueError, match="a cached position has no logits"):
         args(enable_prefix_caching=True)
+
+
+def test_more_ids_than_the_head_has_are_refused(tiny_dir: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size must be at most 500, the rows of the teacher's head, got 501"):
+        start(tiny_dir, vocab_size=501)
 
 
 def test_a_sequence_length_past_the_context_is_refused(tiny_dir: Path) -> None:

@@ -169,6 +169,28 @@ def test_a_saved_model_is_loaded_with_its_digests_and_its_limits(tmp_path: Path)
     assert weights_digest(again) == info.weights_digest != weights_digest(other)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_ids_past_vocab_size_are_served_as_if_the_head_had_no_others(family: str) -> None:
+    model = tiny_model(family)
+    backend = backend_of(model, vocab_size=80, logits_chunk_bytes=7 * 4 * VOCAB_SIZE)
+    assert backend.describe().vocab_size == 80
+    (one,) = ragged([20])
+    one.token_ids[:] %= 80
+    full, drawn = scored(backend, [ScoreRequest(sequence=one, spec=spec) for spec in (FULL, TargetSpec())])
+    expected = torch.softmax(reference_logits(model, one)[:, :80].double(), -1).numpy()
+    np.testing.assert_allclose(dense(full), expected, atol=2e-5)
+    assert drawn.vocab_size == 80
+    with pytest.raises(ValueError, match="vocab_size must be at most 96, the rows of the teacher's head, got 97"):
+        backend_of(model, vocab_size=97)
+
+
+def test_no_id_of_the_tokenizer_is_cut_off(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "a")
+    with pytest.raises(ValueError, match="vocab_size must be above 95, the tokenizer's largest id, got 95"):
+        TransformersBackend.load(str(folder), device="cpu", vocab_size=95)
+    assert TransformersBackend.load(str(folder), device="cpu", vocab_size=96).describe().vocab_size == 96
+
+
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path / "a")
     (folder / "model.safetensors").unlink()
