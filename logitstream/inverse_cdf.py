@@ -28,6 +28,8 @@ CPU_CHUNK = 1 << 21
 DEVICE_CHUNK = 1 << 26
 """Elements of the scratch memory that rows are drawn from at once. On the CPU their block sums are too few for torch to
 spread over threads, whose waiting for each other would cost more."""
+GATHER_BYTES = 1 << 26
+"""Of the blocks that `locate_blocked` looks into at once, in float32 and float64 running sums; one row's at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +171,19 @@ def locate(distribution: Distribution, points: npt.NDArray[np.float64]) -> npt.N
 
 def locate_blocked(distribution: Distribution, points: Tensor) -> Tensor:
     """As `locate`, in torch alone, on any device."""
-    num_rows, num_blocks = distribution.sums.shape
-    ends = distribution.sums.cumsum(dim=-1)
+    step = max(1, GATHER_BYTES // max(1, points.shape[1] * BLOCK * (4 + 8)))
+    parts = [slice(i, i + step) for i in range(0, max(1, len(points)), step)]
+    return torch.cat([_locate_blocked(distribution.values[p], distribution.sums[p], points[p]) for p in parts])
+
+
+def _locate_blocked(values: Tensor, sums: Tensor, points: Tensor) -> Tensor:
+    num_rows, num_blocks = sums.shape
+    ends = sums.cumsum(dim=-1)
     targets = points * ends[:, -1:]
     block = torch.searchsorted(ends, targets).clamp_max_(num_blocks - 1)
     starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
     row_starts = torch.arange(0, num_rows * num_blocks, num_blocks, device=points.device)[:, None]
-    hit = distribution.values.view(-1, BLOCK).index_select(0, (block + row_starts).view(-1))
+    hit = values.view(-1, BLOCK).index_select(0, (block + row_starts).view(-1))
     inside = hit.cumsum(dim=-1, dtype=torch.float64)
     # A block's float32 sum may exceed its running sum by a rounding: its last id with mass takes the point.
     rest = torch.minimum((targets - starts.gather(1, block)).view(-1), inside[:, -1])

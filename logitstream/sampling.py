@@ -1,12 +1,11 @@
 """Draws sparse targets from logits: systematic, multinomial, threshold (all unbiased), top_k, top_k_ghost, full.
 
-Suffixes: R rows (positions), V vocabulary, P points of a row. Uniforms come from the host, keyed by what is drawn and
-not by who draws it, so that replicas, retries and chunks of any size agree.
+Suffixes: R rows (positions), V vocabulary, P points of a row. Uniforms come from the host (uniforms.py).
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +24,7 @@ from logitstream.inverse_cdf import (
     without,
 )
 from logitstream.types import FULL_UNITS, PROBABILITY_UNITS, SparseTargets, TargetSpec, TokenSequence
+from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
@@ -32,6 +32,8 @@ Float64s = npt.NDArray[np.float64]
 MAX_COUNT = (1 << 31) - 1
 STEPS_PER_SAMPLE = 4
 """Units of what one sample stands for (1/N or θ), where weights are rounded."""
+MAX_POINTS = 1 << 20
+"""Points of the rows that are drawn at once; with uniforms, ids and counts each takes about 100 bytes for a while."""
 
 
 def sample(
@@ -44,31 +46,35 @@ def sample(
     num_rows = logits.shape[0]
     if first_row < 0 or first_row + num_rows > len(sequence):
         raise ValueError(f"rows {first_row} to {first_row + num_rows} of a sequence of {len(sequence)} tokens")
-    uniforms = row_uniforms(spec, sequence, draw_set, first_row, num_rows)
-    if sequence.loss_mask is None:
-        return draw(logits, spec, uniforms, row_names=np.arange(first_row, first_row + num_rows))
-    wanted = np.flatnonzero(sequence.loss_mask[first_row : first_row + num_rows])
-    if len(wanted) < num_rows:
-        logits = logits[torch.from_numpy(wanted).to(logits.device)]
-    drawn = draw(logits, spec, uniforms[wanted], row_names=wanted + first_row)
+    rows = np.arange(first_row, first_row + num_rows)
+    if sequence.loss_mask is not None:
+        rows = rows[sequence.loss_mask[rows]]
+    if len(rows) < num_rows:
+        logits = logits[torch.from_numpy(rows - first_row).to(logits.device)]
+    key, step = draw_key(spec, sequence, draw_set), rows_at_once(spec, logits.shape[1])
+    parts = []
+    for i in range(0, max(1, len(rows)), step):
+        names = rows[i : i + step]
+        parts.append(draw(logits[i : i + step], spec, row_uniforms(spec, key, names), row_names=names))
+    return among_rows(SparseTargets.concatenate(parts), rows - first_row, num_rows)
+
+
+def among_rows(drawn: SparseTargets, rows: Int64s, num_rows: int) -> SparseTargets:
+    """The drawn rows as these of num_rows rows, the others empty."""
     lengths = np.zeros(num_rows, np.int64)
-    lengths[wanted] = np.diff(drawn.row_offsets)
+    lengths[rows] = np.diff(drawn.row_offsets)
     return replace(drawn, row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
 
 
-def row_uniforms(spec: TargetSpec, sequence: TokenSequence, draw_set: int, first_row: int, num_rows: int) -> Float64s:
-    """Uniforms in [0, 1) of rows first_row.., float64 [num_rows, uniforms_per_row(spec)].
-
-    Philox4x64 keyed by (seed, draw set, sequence content), its counter by the row.
-    """
-    h = hashlib.blake2b(digest_size=16, person=b"ls-uniforms")
-    h.update(spec.seed.to_bytes(8, "little") + draw_set.to_bytes(8, "little") + sequence.digest())
-    per_row = uniforms_per_row(spec)
-    blocks = -(-per_row // 4)
-    key = np.frombuffer(h.digest(), dtype="<u8").astype(np.uint64)
-    generator = np.random.Philox(key=key, counter=np.array([first_row * blocks, 0, 0, 0], np.uint64))
-    raw = generator.random_raw(num_rows * blocks * 4).reshape(num_rows, blocks * 4)[:, :per_row]
-    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def rows_at_once(spec: TargetSpec, vocab_size: int) -> int:
+    """How many rows to make uniforms for and draw at once, so that memory stays small whatever a spec asks for."""
+    points = {
+        "threshold": 2 * math.ceil(1 / spec.threshold),
+        "top_k": min(spec.top_k, vocab_size),
+        "top_k_ghost": min(spec.top_k, vocab_size),
+        "full": vocab_size,
+    }.get(spec.sampler, spec.num_samples)
+    return max(1, MAX_POINTS // points)
 
 
 def warm_up() -> None:
@@ -76,13 +82,6 @@ def warm_up() -> None:
     sequence = TokenSequence(token_ids=np.zeros(2, np.int32))
     for sampler in ("systematic", "threshold"):
         sample(torch.zeros(2, 2), TargetSpec(sampler=sampler), sequence)
-
-
-def uniforms_per_row(spec: TargetSpec) -> int:
-    """How many uniforms one row's draw takes."""
-    if spec.sampler == "multinomial":
-        return spec.num_samples + (spec.proposal_temperature != 1.0)
-    return {"systematic": 1, "threshold": 3}.get(spec.sampler, 0)
 
 
 def draw(
@@ -93,7 +92,7 @@ def draw(
     row_names: Int64s | None = None,
 ) -> SparseTargets:
     """Targets of logits [R, V] from their uniforms [R, uniforms_per_row(spec)]; rows may be of many sequences
-    (row_names only name them in NonFiniteLogits).
+    (row_names only name them in NonFiniteLogits). Callers keep to `rows_at_once`, for their uniforms too.
     """
     num_rows, vocab_size = logits.shape
     if uniforms.shape != (num_rows, uniforms_per_row(spec)):

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from logitstream.errors import REQUEST_ERRORS, NonFiniteLogits, RequestError, ScoringFailed
-from logitstream.sampling import draw, row_uniforms, tail_units_of, units_of
+from logitstream.sampling import draw, rows_at_once, tail_units_of, units_of
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
+from logitstream.uniforms import draw_key, row_uniforms
 from teacher_server.backend import ScoreRequest
 
-COPIES_OF_LOGITS = 3
-"""Of one chunk in float32 that may exist at a time: the projection, what a gather or a soft cap makes of it, and the
-float32 of a 16-bit one; the draw's own temporaries are a few MB whatever the chunk."""
+COPIES_OF_LOGITS = 5
+"""Of one chunk in float32 that may exist at a time: the projection, what a gather or a soft cap makes of it, the
+float32 of a 16-bit one, and in the draw the relative probabilities and multinomial's tempered ones. What comes on top
+is bounded by inverse_cdf.GATHER_BYTES and sampling.MAX_POINTS."""
 
 Outcome = dict[str, Any]
 """What leaves the worker for one request, of plain types alone: `error` and `message`, or the arrays of its targets."""
@@ -43,10 +45,11 @@ class PromptChunk:
 
 @dataclass(slots=True)
 class _Progress:
-    """One request and its wanted rows drawn so far."""
+    """One request, its wanted rows drawn so far and the key of their uniforms."""
 
     request: ScoreRequest
     wanted: npt.NDArray[np.int64]
+    draw_key: bytes
     rows_done: int = 0
     parts: list[SparseTargets] = field(default_factory=list)
     error: RequestError | None = None
@@ -95,7 +98,8 @@ class PromptDraws:
             request = unpack_request(packed)
             mask = request.sequence.loss_mask
             wanted = np.arange(len(request.sequence)) if mask is None else np.flatnonzero(mask)
-            self._progress[key] = _Progress(request, wanted)
+            uniforms_key = draw_key(request.spec, request.sequence, request.draw_set)
+            self._progress[key] = _Progress(request, wanted, uniforms_key)
 
     def step(self, hidden_states: Tensor, chunks: Iterable[PromptChunk]) -> None:
         """Draw the wanted rows of one step from its hidden states [R, H]."""
@@ -135,10 +139,11 @@ class PromptDraws:
             if logits is None or logits.shape != (len(places), self._vocab_size):
                 found = None if logits is None else tuple(logits.shape)
                 raise RuntimeError(f"expected logits of shape {(len(places), self._vocab_size)}, got {found}")
-            try:
-                _append(draw(logits, spec, np.concatenate([_uniforms(piece) for piece in group])), group)
-            except NonFiniteLogits:
-                _draw_apart(logits, group)
+            start = 0
+            for part in _split(group, rows_at_once(spec, self._vocab_size)):
+                num_rows = sum(len(piece.rows) for piece in part)
+                _draw_part(logits[start : start + num_rows], spec, part)
+                start += num_rows
 
     def take(self, keys: Iterable[str]) -> list[Outcome]:
         """The outcome of each request, nothing on a rank that does not draw; the requests are forgotten."""
@@ -172,11 +177,15 @@ def _select(hidden_states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
     return hidden_states[torch.from_numpy(places).to(hidden_states.device)]
 
 
+def _draw_part(logits: Tensor, spec: TargetSpec, part: Sequence[_Piece]) -> None:
+    try:
+        _append(draw(logits, spec, np.concatenate([_uniforms(piece) for piece in part])), part)
+    except NonFiniteLogits:
+        _draw_apart(logits, part)
+
+
 def _uniforms(piece: _Piece) -> npt.NDArray[np.float64]:
-    request, first = piece.progress.request, int(piece.rows[0])
-    span = int(piece.rows[-1]) - first + 1
-    uniforms = row_uniforms(request.spec, request.sequence, request.draw_set, first, span)
-    return uniforms if span == len(piece.rows) else uniforms[piece.rows - first]
+    return row_uniforms(piece.progress.request.spec, piece.progress.draw_key, piece.rows)
 
 
 def _append(drawn: SparseTargets, group: Sequence[_Piece]) -> None:

@@ -18,9 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.errors import NonFiniteLogits, RequestError
-from logitstream.sampling import draw, row_uniforms, warm_up
+from logitstream.sampling import among_rows, draw, rows_at_once, warm_up
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
+from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 from teacher_server.backend import ScoreRequest
 from teacher_server.batching import split_by_length
 from teacher_server.causal_lm import SplitCausalLM
@@ -46,11 +47,11 @@ class _Unique:
 
 @dataclass(slots=True, eq=False)
 class _Drawing:
-    """One request while its rows are drawn: wanted rows, their uniforms, what was drawn so far."""
+    """One request while its rows are drawn: wanted rows, the key of their uniforms, what was drawn so far."""
 
     request: ScoreRequest
     rows: npt.NDArray[np.int64]
-    uniforms: npt.NDArray[np.float64]
+    key: bytes
     parts: list[SparseTargets] = field(default_factory=list)
     error: RequestError | None = None
 
@@ -192,8 +193,7 @@ def _distinct(batch: Sequence[ScoreRequest]) -> list[_Unique]:
 def _drawing(request: ScoreRequest) -> _Drawing:
     sequence = request.sequence
     rows = np.arange(len(sequence)) if sequence.loss_mask is None else np.flatnonzero(sequence.loss_mask)
-    uniforms = row_uniforms(request.spec, sequence, request.draw_set, 0, len(sequence))
-    return _Drawing(request, rows, uniforms[rows])
+    return _Drawing(request, rows, draw_key(request.spec, sequence, request.draw_set))
 
 
 Job = tuple[_Drawing, npt.NDArray[np.int64], slice]
@@ -215,27 +215,37 @@ def _jobs(
 
 
 def _draw_chunk(logits: Tensor, jobs: Iterator[Job], max_rows: int) -> None:
-    """Draw requests of one spec together, at most max_rows rows at a time."""
+    """Draw requests of one spec together, at most max_rows rows at a time and no more than the spec allows."""
     by_spec: dict[TargetSpec, list[Job]] = {}
     for job in jobs:
-        waiting = by_spec.setdefault(job[0].request.spec, [])
-        if waiting and sum(len(at) for _, at, _ in waiting) + len(job[1]) > max_rows:
-            _draw_jobs(logits, waiting)
-            waiting.clear()
-        waiting.append(job)
+        spec = job[0].request.spec
+        most = min(max_rows, rows_at_once(spec, logits.shape[1]))
+        waiting = by_spec.setdefault(spec, [])
+        for piece in _pieces(job, most):
+            if waiting and sum(len(at) for _, at, _ in waiting) + len(piece[1]) > most:
+                _draw_jobs(logits, waiting)
+                waiting.clear()
+            waiting.append(piece)
     for waiting in by_spec.values():
         _draw_jobs(logits, waiting)
+
+
+def _pieces(job: Job, most: int) -> Iterator[Job]:
+    drawing, at, wanted = job
+    for i in range(0, len(at), most):
+        yield drawing, at[i : i + most], slice(wanted.start + i, min(wanted.start + i + most, wanted.stop))
 
 
 def _draw_jobs(logits: Tensor, jobs: list[Job]) -> None:
     """One draw for all; where it fails, one each, so that bad logits fail their own sequence alone."""
     at = np.concatenate([job[1] for job in jobs])
-    uniforms = np.concatenate([drawing.uniforms[wanted] for drawing, _, wanted in jobs])
+    spec = jobs[0][0].request.spec
+    uniforms = np.concatenate([row_uniforms(spec, drawing.key, drawing.rows[wanted]) for drawing, _, wanted in jobs])
     names = np.concatenate([drawing.rows[wanted] for drawing, _, wanted in jobs])
     whole = len(at) == len(logits) and bool((at == np.arange(len(at))).all())
     rows = logits if whole else logits[torch.from_numpy(at).to(logits.device)]
     try:
-        drawn = draw(rows, jobs[0][0].request.spec, uniforms, row_names=names)
+        drawn = draw(rows, spec, uniforms, row_names=names)
     except NonFiniteLogits as error:
         if len(jobs) == 1:
             jobs[0][0].error = error
@@ -251,11 +261,9 @@ def _draw_jobs(logits: Tensor, jobs: list[Job]) -> None:
 
 def _all_rows(drawing: _Drawing, vocab_size: int) -> SparseTargets:
     """The drawn rows among all rows of the sequence, the others empty."""
-    num_rows = len(drawing.request.sequence)
+    request = drawing.request
     if drawing.parts:
         drawn = SparseTargets.concatenate(drawing.parts)
     else:
-        drawn = draw(torch.empty(0, vocab_size), drawing.request.spec, drawing.uniforms)
-    lengths = np.zeros(num_rows, np.int64)
-    lengths[drawing.rows] = np.diff(drawn.row_offsets)
-    return replace(drawn, row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+        drawn = draw(torch.empty(0, vocab_size), request.spec, np.empty((0, uniforms_per_row(request.spec))))
+    return among_rows(drawn, drawing.rows, len(request.sequence))

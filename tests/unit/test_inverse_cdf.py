@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from logitstream.inverse_cdf import (
+    GATHER_BYTES,
     at_least,
     locate,
     locate_blocked,
@@ -84,3 +88,25 @@ def test_entries_of_a_share_are_found_and_taken_out() -> None:
     rest = without(distribution, rows, ids)
     left = torch.where(probs >= 0.03, 0.0, probs).sum(dim=1)
     torch.testing.assert_close(rest.total() / before, left, rtol=1e-4, atol=1e-9)
+
+
+class LargestResult(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation gives."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+            self.num_bytes = max(self.num_bytes, tensor.nbytes if isinstance(tensor, torch.Tensor) else 0)
+        return result
+
+
+def test_the_torch_search_gathers_a_bounded_number_of_blocks() -> None:
+    logits = torch.randn(9, 500, generator=torch.Generator().manual_seed(0))
+    distribution = relative_probs(logits, 1.0, np.arange(9), scratch(logits))
+    points = (1 - torch.rand(9, 40_000, dtype=torch.float64)).sort(dim=1).values
+    with LargestResult() as largest:
+        found = locate_blocked(distribution, points)
+    assert largest.num_bytes < GATHER_BYTES < 9 * 40_000 * 64 * 12
+    assert (found != locate_plain(distribution, points)).double().mean() < 1e-3

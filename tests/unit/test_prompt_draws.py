@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -169,6 +170,36 @@ def test_a_rank_that_does_not_draw_projects_as_often_as_the_one_that_does() -> N
         step(draws, [request], [(0, 0, 11)])
         assert len(draws.take(["0"])) == is_drawing
     assert calls[True] == calls[False] != []
+
+
+def test_uniforms_are_made_for_wanted_rows_alone() -> None:
+    """The first and the last of 200 rows, 65,536 samples each: all rows' uniforms would take 100 MiB."""
+    mask = np.arange(200) % 199 == 0
+    sequence = TokenSequence(token_ids=np.arange(200, dtype=np.int32) % VOCAB, loss_mask=mask)
+    request = ScoreRequest(sequence=sequence, spec=TargetSpec(sampler="multinomial", num_samples=65_536))
+    draws = make_draws([request], chunk_rows=100)
+    tracemalloc.start()
+    try:
+        step(draws, [request], [(0, 0, 200)])
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert_equal(taken(draws, 1)[0], request)
+    assert peak_bytes < 16 << 20
+
+
+def test_a_spec_of_many_samples_is_drawn_a_few_rows_at_a_time() -> None:
+    """Two numbers of 8 bytes for each of 65,536 points: 120 MiB for 120 rows at once."""
+    request = make_request(120, spec=TargetSpec(num_samples=65_536))
+    draws = make_draws([request], chunk_rows=120)
+    tracemalloc.start()
+    try:
+        step(draws, [request], [(0, 0, 120)])
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert_equal(taken(draws, 1)[0], request)
+    assert peak_bytes < 48 << 20
 
 
 def test_a_request_travels_unchanged() -> None:

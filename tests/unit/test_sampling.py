@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.errors import NonFiniteLogits
-from logitstream.sampling import draw, row_uniforms, sample, tail_units_of, uniforms_per_row, units_of
+from logitstream.sampling import draw, sample, tail_units_of, units_of
 from logitstream.types import FULL_UNITS, SAMPLERS, SparseTargets, TargetSpec, TokenSequence
+from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 
 SPECS = [
     TargetSpec(num_samples=50),
@@ -30,6 +31,10 @@ def sequence_of(length: int, mask: list[bool] | None = None) -> TokenSequence:
     return TokenSequence(
         token_ids=np.arange(length, dtype=np.int32), loss_mask=None if mask is None else np.array(mask, np.bool_)
     )
+
+
+def uniforms_of(spec: TargetSpec, sequence: TokenSequence, draw_set: int = 0) -> npt.NDArray[np.float64]:
+    return row_uniforms(spec, draw_key(spec, sequence, draw_set), np.arange(len(sequence)))
 
 
 def made_up_logits(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -74,7 +79,7 @@ def test_systematic_counts_are_the_floor_or_ceiling_and_sum_to_n(num_samples: in
 
 def test_systematic_equals_the_formula_on_the_running_sum() -> None:
     logits, spec = made_up_logits(50, 300), TargetSpec(num_samples=37)
-    u = row_uniforms(spec, sequence_of(50), 0, 0, 50)
+    u = uniforms_of(spec, sequence_of(50))
     running = np.cumsum(probs_of(logits), axis=1)
     steps = np.floor(running * 37 + u)
     expected = np.diff(steps, axis=1, prepend=0)
@@ -85,7 +90,7 @@ def test_systematic_equals_the_formula_on_the_running_sum() -> None:
 
 def test_multinomial_draws_what_its_uniforms_say() -> None:
     logits, spec = made_up_logits(10, 300), TargetSpec(sampler="multinomial", num_samples=40)
-    u = row_uniforms(spec, sequence_of(10), 0, 0, 10)
+    u = uniforms_of(spec, sequence_of(10))
     running = np.cumsum(probs_of(logits), axis=1)
     expected = np.stack(
         [np.bincount(np.searchsorted(c, 1 - row), minlength=300) for c, row in zip(running, u, strict=True)]
@@ -252,9 +257,11 @@ def test_draws_depend_on_seed_draw_set_content_and_row_alone() -> None:
 
 def test_uniforms_are_uniform_and_their_rows_do_not_depend_on_the_chunk() -> None:
     spec, sequence = TargetSpec(sampler="multinomial", num_samples=7), sequence_of(5000)
-    uniforms = row_uniforms(spec, sequence, 3, 0, 5000)
+    uniforms = uniforms_of(spec, sequence, 3)
     assert uniforms.shape == (5000, uniforms_per_row(spec)) == (5000, 7)
-    np.testing.assert_array_equal(row_uniforms(spec, sequence, 3, 1234, 10), uniforms[1234:1244])
+    for rows in (range(1234, 1244), [4999], [], [0, 1, 3, 900, 902, 4000], range(1, 5000, 2)):
+        chosen = np.array(rows, np.int64)
+        np.testing.assert_array_equal(row_uniforms(spec, draw_key(spec, sequence, 3), chosen), uniforms[chosen])
     counts = np.histogram(uniforms, bins=50, range=(0, 1))[0]
     # Chi-square with 49 degrees of freedom: 120 is exceeded once in 10^7 runs.
     assert np.square(counts - 700).sum() / 700 < 120
@@ -263,7 +270,7 @@ def test_uniforms_are_uniform_and_their_rows_do_not_depend_on_the_chunk() -> Non
 
 def test_uniforms_are_the_documented_ones() -> None:
     """Fixed for good: targets in caches were drawn with them."""
-    uniforms = row_uniforms(TargetSpec(seed=7), TokenSequence(token_ids=np.array([1, 2, 3], np.int32)), 2, 0, 3)
+    uniforms = uniforms_of(TargetSpec(seed=7), TokenSequence(token_ids=np.array([1, 2, 3], np.int32)), 2)
     np.testing.assert_allclose(
         uniforms[:, 0], [0.20871563472154153, 0.9354698259899298, 0.6297129592199506], rtol=0, atol=1e-15
     )
@@ -317,7 +324,7 @@ def test_rows_past_the_end_of_the_sequence_are_refused() -> None:
 def test_rows_of_many_sequences_are_drawn_in_one_call() -> None:
     spec, logits = TargetSpec(sampler="threshold"), made_up_logits(9, 300)
     a, b = sequence_of(4), TokenSequence(token_ids=np.arange(100, 105, dtype=np.int32))
-    uniforms = np.concatenate([row_uniforms(spec, a, 0, 0, 4), row_uniforms(spec, b, 5, 0, 5)])
+    uniforms = np.concatenate([uniforms_of(spec, a), uniforms_of(spec, b, 5)])
     together = draw(logits, spec, uniforms)
     assert same(together.slice_rows(0, 4), sample(logits[:4], spec, a))
     assert same(together.slice_rows(4, 9), sample(logits[4:], spec, b, draw_set=5))

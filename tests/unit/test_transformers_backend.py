@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,24 @@ def test_a_mask_that_wants_nothing_gives_empty_rows() -> None:
     (targets,) = scored(backend_of(tiny_model("llama")), [ScoreRequest(sequence=sequence, spec=TargetSpec())])
     assert targets.num_rows == 3
     assert targets.num_entries == 0
+
+
+@pytest.mark.parametrize("num_wanted", [1, 100])
+def test_a_draws_memory_depends_on_the_rows_wanted_and_not_on_what_they_ask_for(num_wanted: int) -> None:
+    """65,536 uniforms a row: 50 MiB for a hundred rows, several times while they are made and sorted."""
+    spec = TargetSpec(sampler="multinomial", num_samples=65_536)
+    sequence = TokenSequence(
+        token_ids=np.arange(100, dtype=np.int32) % 50, loss_mask=np.arange(100) >= 100 - num_wanted
+    )
+    backend = backend_of(tiny_model("llama"))
+    tracemalloc.start()
+    try:
+        (targets,) = scored(backend, [ScoreRequest(sequence=sequence, spec=spec)])
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(np.diff(targets.row_offsets) > 0, sequence.loss_mask)
+    assert peak_bytes < (8 << 20 if num_wanted == 1 else 100 << 20)
 
 
 def test_logits_that_are_not_finite_fail_their_own_sequence_alone() -> None:
