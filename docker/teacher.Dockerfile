@@ -62,7 +62,9 @@ RUN install -d -o 10001 -g 10001 /secrets
 WORKDIR /tmp
 EXPOSE 50051 50052 9100
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 CMD ["python", "/opt/check_health.py", "127.0.0.1:50052"]
+# At health_address as the settings in docker/ and deploy/ have it, or at the default address, where that is plaintext.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 \
+  CMD ["python", "/opt/check_health.py", "127.0.0.1:50052", "127.0.0.1:50051"]
 ENTRYPOINT ["python", "-m", "teacher_server"]
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="logitstream teacher server" \

@@ -26,10 +26,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def exit_status(address: str) -> int:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(CHECK_HEALTH), address, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-    )
+async def exit_status(*addresses: str) -> int:
+    command = [sys.executable, str(CHECK_HEALTH), *addresses]
+    nowhere = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(*command, stdout=nowhere, stderr=nowhere)
     return await process.wait()
 
 
@@ -45,3 +45,12 @@ async def test_health_is_answered_at_an_address_of_its_own_and_nothing_else_is()
         assert await exit_status(address) == 0
         server.stop()
     assert await exit_status(address) == 1
+
+
+async def test_a_teacher_without_an_address_for_health_is_healthy_at_its_own_where_that_is_plaintext() -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    async with serving(FakeBackend()) as server:
+        assert await exit_status(nobody, server.address) == 0
+        assert await exit_status(nobody) == 1
+        server.stop()
+    assert await exit_status(nobody, server.address) == 1

@@ -39,3 +39,38 @@ def test_compose_gives_a_teacher_the_time_it_may_take_to_end() -> None:
     service = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]["teacher"]
     drain_seconds = yaml.safe_load((ROOT / "docker/teacher.yaml").read_text())["drain_seconds"]
     assert float(service["stop_grace_period"].removesuffix("s")) >= drain_seconds + 2 * (STOP_SECONDS + CLOSE_SECONDS)
+
+
+def test_the_image_probes_where_a_teacher_answers_by_default_and_in_compose() -> None:
+    lines = (ROOT / "docker/teacher.Dockerfile").read_text().replace("\\\n", "").splitlines()
+    (probe,) = [line for line in lines if line.startswith("HEALTHCHECK")]
+    configured = yaml.safe_load((ROOT / "docker/teacher.yaml").read_text())["health_address"]
+    for address in (TeacherConfig(model="m").address, configured):
+        assert f'"{address}"' in probe
+
+
+def test_a_gpu_takes_more_memory_than_the_cpu_example() -> None:
+    files = [yaml.safe_load((ROOT / "docker" / name).read_text()) for name in ("compose.yaml", "compose.gpu.yaml")]
+    for name in ("teacher", "student-0", "student-1"):
+        cpu, gpu = (file["services"][name]["deploy"]["resources"]["limits"]["memory"] for file in files)
+        assert gpu.startswith("${GPU_MEMORY:-")
+        assert int(gpu.removeprefix("${GPU_MEMORY:-").removesuffix("G}")) > 4 * int(cpu.removesuffix("G"))
+
+
+def test_half_of_what_the_shipped_students_keep_in_flight_scales_the_teachers_out() -> None:
+    folder = ROOT / "deploy/kubernetes"
+    student, _ = parse_settings(
+        [StudentConfig, TrainingArguments],
+        command="student",
+        description="",
+        argv=["--config", str(folder / "base/settings/student.yaml")],
+    )
+    documents = yaml.safe_load_all((folder / "base/students.yaml").read_text())
+    (job,) = [document for document in documents if document["kind"] == "Job"]
+    batch_size = yaml.safe_load((folder / "base/settings/student.yaml").read_text())["per_device_train_batch_size"]
+    batch_tokens = batch_size * student.sequence_tokens
+    in_flight = job["spec"]["parallelism"] * student.prefetch_batches * batch_tokens
+    scaler = yaml.safe_load((folder / "overlays/multi-teacher/autoscaler.yaml").read_text())["spec"]
+    threshold = int(scaler["metrics"][0]["pods"]["target"]["averageValue"])
+    assert in_flight / 2 / threshold > scaler["minReplicas"] * 1.1  # the autoscaler ignores a tenth
+    assert threshold >= batch_tokens  # one batch of one student is no queue
