@@ -52,17 +52,23 @@ def measure(
 ) -> Measured:
     """Bytes and entries per token; noise from two independent draw sets, as E |t̂ - t̂'|² / 2."""
     payloads = draw(sequences, spec, 0)
-    targets = [decode(payload, id_model=id_model) for payload in payloads]
+    targets = _decoded(payloads, sequences, id_model)
     num_tokens = sum(map(len, sequences))
     noise = None
     if with_noise:
-        others = [decode(payload, id_model=id_model) for payload in draw(sequences, spec, 1)]
+        others = _decoded(draw(sequences, spec, 1), sequences, id_model)
         noise = sum(map(_squared_distance, targets, others)) / 2 / max(1, _num_wanted(sequences))
     return Measured(
         bytes_per_token=sum(map(len, payloads)) / num_tokens,
         entries_per_token=sum(part.num_entries for part in targets) / num_tokens,
         noise=noise,
     )
+
+
+def _decoded(
+    payloads: Sequence[bytes], sequences: Sequence[TokenSequence], id_model: IdModel | None
+) -> list[SparseTargets]:
+    return [decode(p, id_model=id_model, num_rows=len(s)) for p, s in zip(payloads, sequences, strict=True)]
 
 
 def _num_wanted(sequences: Sequence[TokenSequence]) -> int:

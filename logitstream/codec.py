@@ -20,6 +20,8 @@ BLOCK_ROWS = 256
 """Rows of a version 2 block, which decodes alone."""
 MAX_ENTRIES_PER_BYTE = 64
 """Bounds what a payload of a given length can make its reader allocate; the writer pads with zeros to keep to it."""
+MAX_ROWS = 1 << 20
+"""Of a payload whose number of rows the reader does not know; two bytes can stand for a whole block of empty rows."""
 
 _PLAIN_HEADER = struct.Struct("<BxxxIIIII")  # version, vocab_size, units, tail_units, rows, entries
 _CHECKSUM = struct.Struct("<I")
@@ -38,23 +40,27 @@ def encode(targets: SparseTargets, *, version: int = 2, id_model: IdModel | None
     return body + _CHECKSUM.pack(zlib.crc32(body))
 
 
-def decode(payload: bytes, *, id_model: IdModel | None = None) -> SparseTargets:
-    """What was encoded; CodecError where the bytes are damaged, of an unknown version or need another id model."""
+def decode(payload: bytes, *, id_model: IdModel | None = None, num_rows: int | None = None) -> SparseTargets:
+    """What was encoded; CodecError where the bytes are damaged, of an unknown version, need another id model or hold
+    other than num_rows rows (None: more than MAX_ROWS).
+    """
     body = _checked(payload)
     if body[0] == 1:
-        return _decode_plain(body)
-    header = _parse_header(body, id_model)
+        return _decode_plain(body, num_rows)
+    header = _parse_header(body, id_model, num_rows)
     return _decode_blocks(body, header, 0, len(header.block_entries), id_model)
 
 
-def decode_rows(payload: bytes, start: int, stop: int, *, id_model: IdModel | None = None) -> SparseTargets:
+def decode_rows(
+    payload: bytes, start: int, stop: int, *, id_model: IdModel | None = None, num_rows: int | None = None
+) -> SparseTargets:
     """Rows start to stop of what was encoded; version 2 decodes no more than the blocks that hold them."""
     body = _checked(payload)
     if body[0] == 1:
-        targets = _decode_plain(body)
+        targets = _decode_plain(body, num_rows)
         _check_rows(start, stop, targets.num_rows)
         return targets.slice_rows(start, stop)
-    header = _parse_header(body, id_model)
+    header = _parse_header(body, id_model, num_rows)
     _check_rows(start, stop, header.num_rows)
     first, last = start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)
     targets = _decode_blocks(body, header, min(first, last), last, id_model)
@@ -64,6 +70,13 @@ def decode_rows(payload: bytes, start: int, stop: int, *, id_model: IdModel | No
 def _check_rows(start: int, stop: int, num_rows: int) -> None:
     if not 0 <= start <= stop <= num_rows:
         raise ValueError(f"expected rows within the {num_rows} that were encoded, got {start} to {stop}")
+
+
+def _check_num_rows(found: int, expected: int | None) -> None:
+    if expected is not None and found != expected:
+        raise CodecError(f"expected {expected} rows, got {found}")
+    if expected is None and found > MAX_ROWS:
+        raise CodecError(f"expected at most {MAX_ROWS} rows, got {found}")
 
 
 def warm_up() -> None:
@@ -102,12 +115,13 @@ def _encode_plain(targets: SparseTargets) -> bytes:
     return header + b"".join(a.astype("<u4").tobytes() for a in (lengths, targets.token_ids, targets.counts))
 
 
-def _decode_plain(body: bytes) -> SparseTargets:
+def _decode_plain(body: bytes, expected_rows: int | None) -> SparseTargets:
     if len(body) < _PLAIN_HEADER.size:
         raise CodecError(f"{len(body)} bytes are too few for the header of version 1")
     _, vocab_size, units, tail_units, num_rows, num_entries = _PLAIN_HEADER.unpack_from(body)
     if len(body) != _PLAIN_HEADER.size + 4 * num_rows + 8 * num_entries:
         raise CodecError(f"{num_rows} rows and {num_entries} entries do not fit {len(body)} bytes")
+    _check_num_rows(num_rows, expected_rows)
     values = np.frombuffer(body, "<u4", offset=_PLAIN_HEADER.size)
     lengths, token_ids, counts = np.split(values, [num_rows, num_rows + num_entries])
     if num_entries and max(token_ids.max(), counts.max()) > np.iinfo(np.int32).max:
@@ -188,7 +202,7 @@ class _Header:
     block_ends: list[int]
 
 
-def _parse_header(body: bytes, id_model: IdModel | None) -> _Header:
+def _parse_header(body: bytes, id_model: IdModel | None, expected_rows: int | None) -> _Header:
     flags = body[1] if len(body) > 1 else -1
     if not 0 <= flags <= (_HAS_MODEL | _SUMS_TO_UNITS):
         raise CodecError(f"unknown flags {flags} in the header of version 2")
@@ -201,6 +215,7 @@ def _parse_header(body: bytes, id_model: IdModel | None) -> _Header:
         raise CodecError(f"vocabulary of {vocab_size}, {units} units or {tail_units} tail units out of bounds")
     if flags & _HAS_MODEL and id_model is not None and vocab_size != id_model.vocab_size:
         raise CodecError(f"targets over {vocab_size} ids coded with a model of {id_model.vocab_size}")
+    _check_num_rows(num_rows, expected_rows)
     index, position = _read_varints(body, position, 2 * -(-num_rows // BLOCK_ROWS))
     ends = list(accumulate(index[1::2], initial=position))
     num_entries = sum(index[::2])

@@ -123,7 +123,7 @@ class TargetSource:
             stale = self._client is not None and not received.from_cache and self._client.is_stale(received)
             try:
                 if not stale or last:
-                    targets = self._decode(received)
+                    targets = self._decode(received, len(slot.sequence))
                     self.keep(slot)
                     slot.future = None  # its callback holds the slot: the payload would wait for the garbage collector
                     return targets
@@ -197,9 +197,9 @@ class TargetSource:
         slot.future = self._client.submit(slot.sequence, draw_set=self._draw_set, priority=slot.priority)
         return slot.future
 
-    def _decode(self, received: ReceivedTargets) -> SparseTargets:
+    def _decode(self, received: ReceivedTargets, num_rows: int) -> SparseTargets:
         started = time.thread_time()  # by the clock, a crowded machine's other work would count
-        targets = codec.decode(received.payload, id_model=self._id_model)
+        targets = codec.decode(received.payload, id_model=self._id_model, num_rows=num_rows)
         seconds = time.thread_time() - started
         self._stats.decoding_seconds += seconds
         metrics.STUDENT_DECODING_SECONDS.inc(seconds)

@@ -89,7 +89,8 @@ def _entries(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]
             record = reader.record(int(i))
         except CorruptRecord:
             continue
-        per_row = np.diff(codec.decode(record.payload, id_model=id_model).row_offsets)
+        targets = codec.decode(record.payload, id_model=id_model, num_rows=len(record.token_ids))
+        per_row = np.diff(targets.row_offsets)
         if record.loss_mask is not None:
             per_row = per_row[record.loss_mask]
         counts = np.bincount(per_row, minlength=len(histogram))

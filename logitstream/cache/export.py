@@ -71,7 +71,7 @@ def _whole(reader: CacheReader, first: int, last: int) -> Iterator[Record]:
 
 
 def _decoded(record: Record, id_model: IdModel | None) -> dict[str, Any]:
-    targets = codec.decode(record.payload, id_model=id_model)
+    targets = codec.decode(record.payload, id_model=id_model, num_rows=len(record.token_ids))
     mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
     return {
         "key": record.key,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -136,6 +137,37 @@ def test_long_runs_of_empty_rows_take_next_to_nothing() -> None:
     payload = encode(targets)
     assert len(payload) < 100_000 / 50
     assert_same(decode(payload), targets)
+
+
+@pytest.mark.parametrize("version", CODEC_VERSIONS)
+def test_more_or_fewer_rows_than_the_reader_knows_of_are_refused(version: int) -> None:
+    targets = targets_of([{3: 1}] * 300, 10, 1)
+    payload = encode(targets, version=version)
+    assert_same(decode(payload, num_rows=300), targets)
+    assert_same(decode_rows(payload, 5, 7, num_rows=300), targets.slice_rows(5, 7))
+    for wrong in (0, 299, 301):
+        with pytest.raises(CodecError, match=f"expected {wrong} rows, got 300"):
+            decode(payload, num_rows=wrong)
+        with pytest.raises(CodecError, match=f"expected {wrong} rows, got 300"):
+            decode_rows(payload, 0, 0, num_rows=wrong)
+
+
+def test_a_small_payload_of_very_many_rows_is_refused_before_they_take_memory() -> None:
+    """32 KiB, two zeros for each block of empty rows, would become 64 MiB of row lengths and offsets."""
+    num_rows = 1 << 22
+    payload = sealed(b"\x02\x00\x0a\x03\x00" + codec._varint(num_rows) + bytes(2 * num_rows // BLOCK_ROWS))
+    decode(encode(targets_of([{}], 10, 3)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match="expected at most 1048576 rows, got 4194304"):
+            decode(payload)
+        with pytest.raises(CodecError, match="expected 100 rows, got 4194304"):
+            decode(payload, num_rows=100)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 20
+    assert decode(payload, num_rows=num_rows).num_rows == num_rows
 
 
 def test_entries_of_no_information_are_padded_to_the_bound() -> None:
