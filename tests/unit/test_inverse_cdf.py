@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +58,7 @@ def test_locate_at_real_vocabulary_sizes(vocab_size: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 1 << 32), st.floats(0.01, 40), st.floats(0.3, 3))
+@example(122, 85287247, 36.5, 2.342177027187476)
 def test_compiled_probabilities_err_no_more_than_torchs(
     vocab_size: int, seed: int, scale: float, temperature: float
 ) -> None:
@@ -69,8 +70,9 @@ def test_compiled_probabilities_err_no_more_than_torchs(
     seen = exact > 1e-30
     for one in (compiled, plain):
         values = one.values[:, :vocab_size].double()
-        # Relative: a rounding of the exponent (below 70) and one or two of the exponential.
-        assert ((values / exact)[seen] - 1).abs().max() < 1e-5
+        # Relative, in 10^-6: an exponent below 70 errs by the roundings of the difference (at most 4.1), of 1/temperature
+        # (4.2) and of their product (3.8); then one or two roundings of the exponential.
+        assert ((values / exact)[seen] - 1).abs().max() < 1.3e-5
         assert values[exact == 0].abs().sum() == 0
         torch.testing.assert_close(one.total(), exact.sum(dim=1), rtol=1e-6, atol=0)
 
