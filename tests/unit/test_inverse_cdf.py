@@ -70,7 +70,7 @@ def test_compiled_probabilities_err_no_more_than_torchs(
     seen = exact > 1e-30
     for one in (compiled, plain):
         values = one.values[:, :vocab_size].double()
-        # Relative, in 10^-6: an exponent below 70 errs by the roundings of the difference (at most 4.1), of 1/temperature
+        # Relative, in 10^-6: an exponent below 70 errs by roundings of the difference (at most 4.1), of 1/temperature
         # (4.2) and of their product (3.8); then one or two roundings of the exponential.
         assert ((values / exact)[seen] - 1).abs().max() < 1.3e-5
         assert values[exact == 0].abs().sum() == 0
