@@ -22,7 +22,7 @@ from logitstream.types import SparseTargets
 
 __all__ = ["Diagnostics", "FusedLoss", "fused_linear_sparse_kl"]
 
-CPU_CHUNK_BYTES = 64 << 20
+CPU_CHUNK_BYTES = 24 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
 """Room for a chunk's logits: larger costs memory, smaller reads the head's weight more often."""
 
