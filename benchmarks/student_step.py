@@ -362,7 +362,9 @@ def draw(table: dict[str, Any]) -> None:
         for index, case in enumerate(CASES):
             values = [row[case].get(key, 0.0) for row in table.values()]
             axis.bar(np.arange(len(table)) + index * width, values, width, label=case.replace("_", " "))
-        axis.set_xticks(np.arange(len(table)) + 0.4 - width / 2, [name.replace(" ", "\n") for name in table], fontsize=8)
+        axis.set_xticks(
+            np.arange(len(table)) + 0.4 - width / 2, [name.replace(" ", "\n") for name in table], fontsize=8
+        )
         axis.set_ylabel(label)
     axes[0].axhline(1.0, color="black", lw=0.8)
     axes[1].legend(frameon=False, fontsize=8)
