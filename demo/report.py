@@ -53,8 +53,8 @@ def plot_loss(progress: list[dict[str, Any]], report: dict[str, Any], path: Path
     losses = [report["heldout_loss_before"], report["heldout_loss_after"]]
     axis.plot(ends, losses, "o", label="held-out loss of the student")
     axis.axhline(report["teacher_heldout_loss"], ls="--", color="grey", label="held-out loss of the teacher")
-    if report.get("tokens_online"):
-        axis.axvline(report["tokens_online"], ls=":", color="grey", label="teacher stopped; cache from here")
+    if len(epochs := report.get("epochs", [])) > 1:
+        axis.axvline(epochs[0]["tokens"], ls=":", color="grey", label="teacher stopped; cache from here")
     axis.set(xlabel="tokens trained on", ylabel="nats per token", ylim=(0, None))
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)

@@ -8,8 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.serving import teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SEQUENCES = 24
-
-
-@contextmanager
-def teacher_process(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running server and its address."""
-    command = [sys.executable, "-m", "teacher_server", "--model", str(model), "--address", "127.0.0.1:0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("serving on ")
-            yield process, line.split()[-1]
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +73,7 @@ def report_of(output: Path) -> dict[str, Any]:
 
 def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) -> None:
     text, cache = [str(home / "corpus.txt")], str(tmp_path / "cache")
-    with teacher_process(home / "teacher") as (_, address):
+    with teacher_process("--model", str(home / "teacher")) as (_, address):
         online = settings(
             home,
             tmp_path / "online",
@@ -147,7 +130,7 @@ def test_a_student_with_another_tokenizer_is_refused_at_once(home: Path, tmp_pat
     tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "teacher")
     tokenizer.add_tokens(["surplus"])
     tokenizer.save_pretrained(other)
-    with teacher_process(home / "teacher") as (_, address):
+    with teacher_process("--model", str(home / "teacher")) as (_, address):
         text = [str(home / "corpus.txt")]
         done = run(settings(home, tmp_path / "run", text=text, teacher=[address], tokenizer=str(other)))
     assert done.returncode != 0
@@ -156,7 +139,7 @@ def test_a_student_with_another_tokenizer_is_refused_at_once(home: Path, tmp_pat
 
 def test_a_killed_worker_goes_on_from_its_latest_checkpoint(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "resumed"
-    with teacher_process(home / "teacher") as (_, address):
+    with teacher_process("--model", str(home / "teacher")) as (_, address):
         again_and_again = settings(
             home,
             output,
