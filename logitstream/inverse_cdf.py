@@ -7,6 +7,7 @@ for each point, within the one block that it falls into: in torch on any device,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -135,7 +136,19 @@ def _over_rows(
 @functools.lru_cache(maxsize=1)
 def _threads(process_id: int) -> ThreadPoolExecutor:
     """Of this process: a forked one has no threads of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sampling")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sampling", initializer=_on_any_core)
+
+
+def _on_any_core() -> None:
+    """Let this thread run wherever one of the process may: where OpenMP has bound the thread that draws to one core,
+    as in vLLM's CPU worker, all of these would share that core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            cores |= os.sched_getaffinity(int(thread))
+    os.sched_setaffinity(0, cores)
 
 
 def locate_in_logits(
