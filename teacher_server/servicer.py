@@ -241,8 +241,8 @@ class TeacherServicer:
         while events := await stream.next_events():
             for message, outcomes in reply_messages(events, max_message_bytes=self._limits.max_message_bytes):
                 start = time.perf_counter()
-                await context.write(message)
-                stream.written(outcomes)
+                with stream.sending(outcomes):
+                    await context.write(message)
                 metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
             _check_weights(wanted_weights, self._scheduler.info.weights_digest)
 

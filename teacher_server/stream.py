@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from logitstream import metrics
@@ -50,7 +52,9 @@ Event = Outcome | CreditChanged | DrainStarted
 
 
 class ClientStream:
-    """Lives on the event loop. Credit is freed when an answer is written, so a slow reader holds only its own."""
+    """Lives on the event loop. An answer's id and credit are free when its message is handed to gRPC: its client may
+    use both again before the write returns. A slow reader holds its credit and the one message that is being written.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,8 @@ class ClientStream:
         self._max_entries = max_entries
         self._max_in_flight_tokens = max_in_flight_tokens
         self._futures: dict[int, asyncio.Future[Scored]] = {}
-        self._unsent: dict[int, int] = {}  # request id -> tokens, until its answer is written
+        self._unsent: dict[int, int] = {}  # request id -> tokens, until its answer is handed to gRPC
+        self._num_sending = 0
         self._in_flight_tokens = 0
         self._events: deque[Event] = deque()
         self._wake = asyncio.Event()
@@ -80,7 +85,7 @@ class ClientStream:
     @property
     def num_unsent(self) -> int:
         """Requests whose answers have not been written yet."""
-        return len(self._unsent)
+        return len(self._unsent) + self._num_sending
 
     def check_new(self, request_id: int) -> None:
         """Raises ProtocolViolation where the id is in flight already: its answers could not be told apart."""
@@ -146,11 +151,16 @@ class ClientStream:
         self._room.set()
         return events
 
-    def written(self, outcomes: list[Outcome]) -> None:
-        """These answers have left: their ids and their credit are free again."""
-        for outcome in outcomes:
-            self._unsent.pop(outcome.request_id, None)
-            self._in_flight_tokens -= outcome.num_tokens
+    @contextmanager
+    def sending(self, outcomes: list[Outcome]) -> Iterator[None]:
+        """While the message of these answers is being written; their ids and their credit are free again from now on."""
+        try:
+            yield
+        finally:
+            for outcome in outcomes:
+                self._unsent.pop(outcome.request_id, None)
+                self._in_flight_tokens -= outcome.num_tokens
+            self._num_sending = 0
 
     def close(self) -> None:
         """Take back everything that is still in flight."""

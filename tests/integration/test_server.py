@@ -239,6 +239,18 @@ async def test_a_client_that_does_not_read_holds_back_only_itself() -> None:
         assert len(await slow.receive(20)) == 20
 
 
+async def test_an_id_and_its_credit_are_free_as_soon_as_the_client_has_the_answer() -> None:
+    async def ping_pong(address: str) -> None:
+        async with WireClient(address) as client:
+            await client.open()
+            for _ in range(500):
+                await client.request({7: sequence(*[1] * 40)})
+                assert not (await client.receive(1)).pop(7).HasField("error")
+
+    async with serving(FakeBackend(), max_in_flight_tokens=64) as server:
+        await asyncio.gather(*(asyncio.to_thread(asyncio.run, ping_pong(server.address)) for _ in range(4)))
+
+
 async def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
     async with serving(FakeBackend()) as server, WireClient(server.address) as client:
         await client.open()
