@@ -153,13 +153,14 @@ class ClientStream:
 
     @contextmanager
     def sending(self, outcomes: list[Outcome]) -> Iterator[None]:
-        """While the message of these answers is being written; their ids and their credit are free again from now on."""
+        """While the message of these answers is being written: from now on their ids and their credit are free."""
+        for outcome in outcomes:
+            self._unsent.pop(outcome.request_id, None)
+            self._in_flight_tokens -= outcome.num_tokens
+        self._num_sending = len(outcomes)
         try:
             yield
         finally:
-            for outcome in outcomes:
-                self._unsent.pop(outcome.request_id, None)
-                self._in_flight_tokens -= outcome.num_tokens
             self._num_sending = 0
 
     def close(self) -> None:
