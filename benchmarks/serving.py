@@ -22,18 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-from grpc import aio
 
-from benchmarks.instant_teacher import BARE_HEADER, BARE_METHOD, MAX_MESSAGE_BYTES, VOCAB_SIZE
-from benchmarks.load import SPEC, Client, instant, process, random_sequences, tokens_per_second
+from benchmarks.instant_teacher import VOCAB_SIZE
+from benchmarks.load import Client, instant, process, random_sequences, tokens_per_second
+from benchmarks.serving_goodput import measure_goodput
 from benchmarks.serving_memory import measure_memory, measure_soak
 from logitstream.rpc import convert
-from logitstream.rpc.channel import open_channel
-from logitstream.rpc.v1 import teacher_pb2 as pb
-from teacher_server.gate import SERVICE
 
-STREAM_METHOD = f"/{SERVICE}/StreamTargets"
 MANY_TOKENS = 65_536
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 
@@ -117,64 +112,6 @@ def batch_shapes(lengths: list[int], budget: int) -> tuple[list[tuple[int, int]]
         for one in split_by_length(batch, pass_overhead_tokens=PASS_OVERHEAD_TOKENS["cpu"], max_padded_tokens=budget)
     ]
     return passes, [(len(batch), max(batch)) for batch in batches]
-
-
-async def raw_run(address: str, method: str, requests: list[bytes]) -> tuple[float, list[int]]:
-    """Seconds to send all and read to the end of the stream, and the sizes of what came; bytes are not looked into."""
-    async with open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES) as channel:
-        call = channel.stream_stream(method)()
-        start = time.perf_counter()
-
-        async def read() -> list[int]:
-            sizes = []
-            while (message := await call.read()) is not aio.EOF:
-                sizes.append(len(message))
-            return sizes
-
-        reading = asyncio.ensure_future(read())
-        for request in requests:
-            await call.write(request)
-        await call.done_writing()
-        sizes = await reading
-        return time.perf_counter() - start, sizes
-
-
-def measure_goodput(args: argparse.Namespace) -> dict[str, Any]:
-    """Payload bytes/s of a backend that answers at once over those of a bare stream of equal messages."""
-    sequences = random_sequences([512] * args.num_requests)
-    messages = [convert.request_to_message(number, one) for number, one in enumerate(sequences)]
-    groups = [convert.requests_to_message(messages[i : i + 8]) for i in range(0, len(messages), 8)]
-    hello = pb.Open(client_id="goodput", vocab_size=1 << 24, spec=convert.spec_to_message(SPEC))
-    requests = [message.SerializeToString() for message in (pb.StreamTargetsRequest(open=hello), *groups)]
-    num_tokens = sum(map(len, sequences))
-    found: dict[str, list[float]] = {"bare": [], "encoded_before": [], "encoding": []}
-    cpu: dict[str, list[float]] = {name: [] for name in found}
-    sizes = [0]
-
-    def run(name: str, address: str, server: psutil.Process, method: str, messages: list[bytes]) -> None:
-        nonlocal sizes
-        before = sum(server.cpu_times()[:2])
-        seconds, sizes = asyncio.run(raw_run(address, method, messages))
-        found[name].append(seconds)
-        cpu[name].append((sum(server.cpu_times()[:2]) - before) / len(sequences))
-
-    with instant("--bare") as bare, instant("--encoded-before") as ready, instant() as encoding:
-        for _ in range(args.repeats + 1):
-            run("encoding", *encoding, STREAM_METHOD, requests)
-            run("encoded_before", *ready, STREAM_METHOD, requests)
-            plan = BARE_HEADER.pack(len(requests), len(sizes), sum(sizes) // len(sizes))
-            run("bare", *bare, BARE_METHOD, [plan, *requests])
-    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
-    return {
-        "targets_tokens_per_second": {name: num_tokens / seconds for name, seconds in medians.items()},
-        "goodput_over_bare": {name: medians["bare"] / medians[name] for name in ("encoded_before", "encoding")},
-        "response_bytes_per_token": sum(sizes) / num_tokens,
-        "messages": {"requests": len(requests), "responses": len(sizes), "response_bytes": sum(sizes) // len(sizes)},
-        "server_cpu_microseconds_per_sequence": {
-            name: 1e6 * statistics.median(values[1:]) for name, values in cpu.items()
-        },
-        "seconds": found,
-    }
 
 
 async def fairness(address: str, *, batch_seconds: float, seconds: float) -> dict[str, Any]:
