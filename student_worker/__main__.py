@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -259,9 +260,10 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
 
 
 def heldout_loss(trainer: DistillationTrainer) -> float | None:
-    """Cross-entropy in nats per token."""
+    """Cross-entropy in nats per token; None, which JSON can hold, where no token is supervised or it is no number."""
     heldout: Any = trainer.eval_dataset
-    return trainer.evaluate()["eval_loss"] if len(heldout) else None
+    loss: float = trainer.evaluate()["eval_loss"] if len(heldout) else math.nan
+    return loss if math.isfinite(loss) else None
 
 
 if __name__ == "__main__":
