@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,3 +25,29 @@ def part(function: F) -> F:
     """Part of a kernel, put in its place; without numba's reference counts, whose atomic steps would cost more."""
     options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "_nrt": False}
     return cast(F, numba.njit(**options)(function))
+
+
+def contracted_part(function: F) -> F:
+    """As `part`, where a product and a sum may be rounded once together: other results, none less exact."""
+    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "_nrt": False, "fastmath": {"contract"}}
+    return cast(F, numba.njit(**options)(function))
+
+
+def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        number = ir.IntType(32)
+        function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+            builder.module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[number] * 3]), "llvm.prefetch.p0i8"
+        )
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
+        # For reading, to be kept in every cache, data.
+        builder.call(function, [address, *(ir.Constant(number, flag) for flag in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+prefetch = cast(Callable[[Any, int], None], intrinsic(_prefetch))
+"""In kernels: start reading what lies at an index of an array, or past its end, without waiting for it."""

@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.cpu_kernels import BLOCK, fill_and_locate_rows, fill_rows, locate_rows
+from logitstream.cpu_kernels import BLOCK, EXP2, LOG2_E, fill_rows, locate_rows
 from logitstream.errors import NonFiniteLogits
 
 CPU_CHUNK = 1 << 21
@@ -45,8 +45,8 @@ class Distribution:
         return cls(values, _block_sums(values))
 
     def total(self) -> Tensor:
-        """float64 [R]."""
-        return self.sums.sum(dim=-1)
+        """float64 [R]; on the CPU added up in the order of the blocks, as cpu_kernels.py does."""
+        return self.sums.cumsum(dim=-1)[:, -1]
 
     def blocks(self) -> Tensor:
         """The values as [R, blocks, BLOCK]."""
@@ -83,12 +83,13 @@ _kept = threading.local()
 def relative_probs(
     logits: Tensor, temperature: float, row_names: npt.NDArray[np.int64], buffer: Tensor
 ) -> Distribution:
-    """exp((logit - the row's largest) / temperature), in the buffer's first rows; raises NonFiniteLogits."""
+    """A multiple of at most 2^40 of exp((logit - the row's largest) / temperature) for each row, in the buffer's first
+    rows; raises NonFiniteLogits.
+    """
     values = buffer[: logits.shape[0]]
     if logits.device.type == "cpu":
         sums = torch.empty(len(values), values.shape[1] // BLOCK, dtype=torch.float64)
-        arrays = (values.numpy(), sums.numpy())
-        _check(_over_rows(fill_rows, _float_rows(logits), temperature, *arrays), row_names)
+        over_rows(fill_rows, logits, temperature, row_names, (values.numpy(), sums.numpy()))
         return Distribution(values, sums)
     return relative_probs_plain(logits, temperature, row_names, values)
 
@@ -96,7 +97,7 @@ def relative_probs(
 def relative_probs_plain(
     logits: Tensor, temperature: float, row_names: npt.NDArray[np.int64], values: Tensor
 ) -> Distribution:
-    """As `relative_probs`, in torch alone."""
+    """exp((logit - the row's largest) / temperature), in torch alone."""
     peak = logits.amax(dim=-1, keepdim=True).float()
     bad = (~torch.isfinite(peak[:, 0])).nonzero()[:, 0].tolist()
     _check(bad[0] if bad else -1, row_names)
@@ -111,26 +112,38 @@ def _check(bad_row: int, row_names: npt.NDArray[np.int64]) -> None:
         raise NonFiniteLogits(f"logits of row {row_names[bad_row]} hold NaN, +inf or nothing finite")
 
 
-def _float_rows(logits: Tensor) -> npt.NDArray[np.float32]:
-    rows: npt.NDArray[np.float32] = logits.detach().float().contiguous().numpy()
-    return rows
+def _bits(logits: Tensor) -> tuple[npt.NDArray[Any], np.uint32]:
+    """The logits' bits, and by how many places to move them for float32's."""
+    logits = logits.detach().contiguous()
+    if logits.dtype == torch.bfloat16:
+        return logits.view(torch.int16).numpy().view(np.uint16), np.uint32(16)
+    return logits.float().numpy().view(np.uint32), np.uint32(0)
 
 
-def _over_rows(
-    function: Callable[..., int], logits: npt.NDArray[np.float32], temperature: float, *arrays: npt.NDArray[Any]
-) -> int:
-    """A kernel over ranges of rows, in torch's number of threads; the first row that is not finite, or -1."""
-    num_threads = min(torch.get_num_threads(), len(logits))
-    scale = np.float32(1.0 / temperature)
+def over_rows(
+    function: Callable[..., int],
+    logits: Tensor,
+    temperature: float,
+    row_names: npt.NDArray[np.int64],
+    arrays: Sequence[npt.NDArray[Any]],
+    *numbers: int,
+) -> None:
+    """A kernel over ranges of the rows of logits and arrays, in torch's number of threads; raises NonFiniteLogits."""
+    bits, shift = _bits(logits)
+    num_threads = min(torch.get_num_threads(), len(bits))
+    scale = np.float32(LOG2_E / temperature)
     if num_threads < 2:
-        return function(logits, scale, *arrays)
-    starts = [len(logits) * i // num_threads for i in range(num_threads + 1)]
+        _check(function(bits, shift, scale, EXP2, *arrays, *numbers), row_names)
+        return
+    starts = [len(bits) * i // num_threads for i in range(num_threads + 1)]
     futures = [
-        _threads(os.getpid()).submit(function, logits[a:b], scale, *(array[a:b] for array in arrays))
+        _threads(os.getpid()).submit(
+            function, bits[a:b], shift, scale, EXP2, *(array[a:b] for array in arrays), *numbers
+        )
         for a, b in itertools.pairwise(starts)
     ]
     bad = [start + future.result() for start, future in zip(starts, futures, strict=False) if future.result() >= 0]
-    return bad[0] if bad else -1
+    _check(bad[0] if bad else -1, row_names)
 
 
 @functools.lru_cache(maxsize=1)
@@ -155,10 +168,6 @@ def locate_in_logits(
     logits: Tensor, temperature: float, row_names: npt.NDArray[np.int64], points: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
     """The ids at rising points [R, P] of the logits' distributions, int64 [R, P]; raises NonFiniteLogits."""
-    if logits.device.type == "cpu":
-        found = np.empty(points.shape, np.int64)
-        _check(_over_rows(fill_and_locate_rows, _float_rows(logits), temperature, points, found), row_names)
-        return found
     buffer, step = scratch(logits), chunk_rows(logits)
     parts = []
     for i in range(0, len(logits), step):
@@ -213,8 +222,18 @@ def without(distribution: Distribution, rows: Tensor, ids: Tensor) -> Distributi
     """The distribution with these entries [K] set to zero, in place; the sums of their blocks are taken anew."""
     distribution.values[rows, ids] = 0.0
     block = ids // BLOCK
-    distribution.sums[rows, block] = distribution.blocks()[rows, block].sum(dim=-1).double()
+    distribution.sums[rows, block] = block_sum(distribution.blocks()[rows, block]).double()
     return distribution
+
+
+def block_sum(values: Tensor) -> Tensor:
+    """The sum over the last dimension of [.., BLOCK], always in the same order: cpu_kernels.py's."""
+    quarters = values.view(*values.shape[:-1], 4, BLOCK // 4)
+    sums = (quarters[..., 0, :] + quarters[..., 1, :]) + (quarters[..., 2, :] + quarters[..., 3, :])
+    for size in (8, 4):
+        sums = sums[..., :size] + sums[..., size:]
+    total: Tensor = (sums[..., 0] + sums[..., 1]) + (sums[..., 2] + sums[..., 3])
+    return total
 
 
 def at_least(distribution: Distribution, share: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,12 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from logitstream.cpu_kernels import draw_at_points, draw_by_threshold
+from logitstream.entries import MAX_COUNT, Entries, by_row_and_id, concatenate, count_equal, drop_zeros, round_rows
 from logitstream.inverse_cdf import (
     Distribution,
     at_least,
     chunk_rows,
     locate,
     locate_in_logits,
+    over_rows,
     relative_probs,
     scratch,
     without,
@@ -29,7 +32,6 @@ from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
 
-MAX_COUNT = (1 << 31) - 1
 STEPS_PER_SAMPLE = 4
 """Units of what one sample stands for (1/N or θ), where weights are rounded."""
 MAX_POINTS = 1 << 20
@@ -94,24 +96,54 @@ def draw(
     """Targets of logits [R, V] from their uniforms [R, uniforms_per_row(spec)]; rows may be of many sequences
     (row_names only name them in NonFiniteLogits). Callers keep to `rows_at_once`, for their uniforms too.
     """
-    num_rows, vocab_size = logits.shape
+    num_rows = logits.shape[0]
     if uniforms.shape != (num_rows, uniforms_per_row(spec)):
         raise ValueError(f"expected uniforms of shape {(num_rows, uniforms_per_row(spec))}, got {uniforms.shape}")
     names = np.arange(num_rows) if row_names is None else row_names
+    if logits.device.type == "cpu" and (drawn := _draw_compiled(logits, spec, uniforms, names)) is not None:
+        return drawn
+    return draw_plain(logits, spec, uniforms, names)
+
+
+def _draw_compiled(logits: Tensor, spec: TargetSpec, uniforms: Float64s, row_names: Int64s) -> SparseTargets | None:
+    """As `draw_plain`, from the same uniforms; None where the sampler has no kernel."""
+    num_rows, vocab_size = logits.shape
+    units, theta_units = units_of(spec), tail_units_of(spec)
+    points = _points(spec, uniforms)
+    if points is None and spec.sampler != "threshold":
+        return None
+    # `threshold` has as many heads as θ goes into 1, and one tail point more.
+    most = spec.num_samples if points is not None else 2 * math.ceil(units / theta_units) + 2
+    lengths, (ids, counts) = np.zeros(num_rows, np.int64), np.empty((2, num_rows, most), np.int32)
+    if points is not None:
+        over_rows(draw_at_points, logits, spec.temperature, row_names, (points, lengths, ids, counts))
+    else:
+        numbers = (units, theta_units, MAX_COUNT)
+        over_rows(draw_by_threshold, logits, spec.temperature, row_names, (uniforms, lengths, ids, counts), *numbers)
+    used = np.arange(most) < lengths[:, None]
+    return SparseTargets(
+        vocab_size=vocab_size,
+        units=units,
+        tail_units=theta_units,
+        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        token_ids=ids[used],
+        counts=counts[used],
+    )
+
+
+def draw_plain(logits: Tensor, spec: TargetSpec, uniforms: Float64s, row_names: Int64s) -> SparseTargets:
+    """As `draw`, on any device: the specification."""
+    num_rows, vocab_size = logits.shape
     if (points := _points(spec, uniforms)) is not None:
-        entries = _count(locate_in_logits(logits, spec.temperature, names, points))
+        entries = count_equal(locate_in_logits(logits, spec.temperature, row_names, points))
         return _targets(spec, vocab_size, num_rows, entries)
     buffer, step = scratch(logits), chunk_rows(logits)
     parts: list[Entries] = []
     for i in range(0, num_rows, step):
-        distribution = relative_probs(logits[i : i + step], spec.temperature, names[i : i + step], buffer)
+        distribution = relative_probs(logits[i : i + step], spec.temperature, row_names[i : i + step], buffer)
         rows, token_ids, counts = _DRAW[spec.sampler](distribution, spec, uniforms[i : i + step])
         parts.append((rows + i, token_ids, counts))
-    return _targets(spec, vocab_size, num_rows, _concatenate(parts))
-
-
-Entries = tuple[Int64s, Int64s, Int64s]
-"""Row, id and count of each entry, by row and id."""
+    return _targets(spec, vocab_size, num_rows, concatenate(parts))
 
 
 def _targets(spec: TargetSpec, vocab_size: int, num_rows: int, entries: Entries) -> SparseTargets:
@@ -162,10 +194,11 @@ def _points(spec: TargetSpec, uniforms: Float64s) -> Float64s | None:
 def _tempered(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
     """N independent draws from q ∝ t^τ, with weights t_i·count_i/(N·q_i) (RS-KD, section 3)."""
     points = np.sort(1.0 - uniforms[:, : spec.num_samples], axis=1)
-    proposal = Distribution.of(distribution.values**spec.proposal_temperature)
-    rows, ids, counts = _count(locate(proposal, points))
+    relative = distribution.values / distribution.values.amax(dim=-1, keepdim=True)
+    proposal = Distribution.of(relative**spec.proposal_temperature)
+    rows, ids, counts = count_equal(locate(proposal, points))
     weights = _shares(distribution, rows, ids) / _shares(proposal, rows, ids) * counts / spec.num_samples
-    return _drop_zeros(rows, ids, _round_rows(rows, weights, uniforms[:, spec.num_samples], units_of(spec)))
+    return drop_zeros(rows, ids, round_rows(rows, weights, uniforms[:, spec.num_samples], units_of(spec)))
 
 
 def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
@@ -178,7 +211,7 @@ def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s)
     np.maximum.at(largest_tail, rows, np.where(shares < theta, shares, 0.0))
     head = shares >= theta
     rows, ids, shares = rows[head], ids[head], shares[head]
-    units = _round_rows(rows, shares, uniforms[:, 0], units_of(spec))
+    units = round_rows(rows, shares, uniforms[:, 0], units_of(spec))
     left = units_of(spec) - np.bincount(rows, weights=units, minlength=num_rows).astype(np.int64)
     total = distribution.total()
     tail = without(distribution, torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device))
@@ -186,8 +219,8 @@ def _threshold(distribution: Distribution, spec: TargetSpec, uniforms: Float64s)
     num_points = _tail_points(left, tail_units_of(spec), largest_tail, tail_share, uniforms[:, 1]) * (tail_share > 0)
     j = np.arange(1, num_points.max(initial=0) + 1)
     points = np.minimum((j - uniforms[:, 2:]) / np.maximum(num_points, 1)[:, None], 1.0)
-    tail_rows, tail_ids, _ = _count(locate(tail, points), used=j <= num_points[:, None])
-    return _by_row_and_id(_concatenate([_drop_zeros(rows, ids, units), (tail_rows, tail_ids, 0 * tail_ids)]))
+    tail_rows, tail_ids, _ = count_equal(locate(tail, points), used=j <= num_points[:, None])
+    return by_row_and_id(concatenate([drop_zeros(rows, ids, units), (tail_rows, tail_ids, 0 * tail_ids)]))
 
 
 def _tail_points(
@@ -215,16 +248,16 @@ def _top_k(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> 
     ids, kept = indices.gather(1, order).cpu().numpy(), values.gather(1, order).double().cpu().numpy()
     total = kept.sum(axis=1) if spec.sampler == "top_k" else distribution.total().cpu().numpy()
     rows = np.repeat(np.arange(len(ids)), ids.shape[1])
-    units = _round_rows(rows, (kept / total[:, None]).ravel(), np.full(len(ids), 0.5), units_of(spec))
-    return _drop_zeros(rows, ids.ravel(), units)
+    units = round_rows(rows, (kept / total[:, None]).ravel(), np.full(len(ids), 0.5), units_of(spec))
+    return drop_zeros(rows, ids.ravel(), units)
 
 
 def _full(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
     num_rows, num_ids = distribution.values.shape
     probs = distribution.values.double().cpu().numpy() / distribution.total().cpu().numpy()[:, None]
     rows = np.repeat(np.arange(num_rows), num_ids)
-    units = _round_rows(rows, probs.ravel(), np.full(num_rows, 0.5), units_of(spec))
-    return _drop_zeros(rows, np.tile(np.arange(num_ids), num_rows), units)
+    units = round_rows(rows, probs.ravel(), np.full(num_rows, 0.5), units_of(spec))
+    return drop_zeros(rows, np.tile(np.arange(num_ids), num_rows), units)
 
 
 _DRAW = {
@@ -241,51 +274,3 @@ def _shares(distribution: Distribution, rows: Int64s, ids: Int64s) -> Float64s:
     values = distribution.values[torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device)].double()
     shares: Float64s = values.cpu().numpy() / distribution.total().cpu().numpy()[rows]
     return shares
-
-
-def _count(found: Int64s, used: npt.NDArray[np.bool_] | None = None) -> Entries:
-    """Equal neighbours of found [R, P] (sorted in each row) as one entry each with their number."""
-    is_first = np.ones(found.shape, np.bool_)
-    is_first[:, 1:] = found[:, 1:] != found[:, :-1]
-    if used is not None:
-        is_first &= used
-    rows, columns = np.nonzero(is_first)
-    last = np.full(len(rows), found.shape[1], np.int64) if used is None else used.sum(axis=1)[rows]
-    ends = np.append(columns[1:], 0)
-    same_row = np.append(rows[1:] == rows[:-1], False) if len(rows) else np.zeros(0, np.bool_)
-    ends = np.where(same_row, ends[: len(rows)], last)
-    return rows, found[rows, columns], ends - columns
-
-
-def _round_rows(
-    rows: Int64s,
-    weights: Float64s,
-    v: Float64s,
-    grid: int,
-) -> Int64s:
-    """Weights in whole units, ⌊G·W_i + v⌋ - ⌊G·W_(i-1) + v⌋ over a row's running sums W: unbiased for uniform v."""
-    lengths = np.bincount(rows, minlength=len(v))
-    start = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    running = np.cumsum(weights)
-    before = np.concatenate([[0.0], running])[start]
-    upper = np.floor((running - before) * grid + v[rows])
-    lower = np.where(np.arange(len(rows)) == start, np.floor(v[rows]), np.concatenate([[0.0], upper[:-1]]))
-    units: Int64s = np.minimum(upper - lower, MAX_COUNT).astype(np.int64)
-    return units
-
-
-def _drop_zeros(rows: Int64s, ids: Int64s, counts: Int64s) -> Entries:
-    kept = counts > 0
-    return rows[kept], ids[kept], counts[kept]
-
-
-def _concatenate(parts: list[Entries]) -> Entries:
-    empty = np.zeros(0, np.int64)
-    rows, ids, counts = (np.concatenate(arrays) for arrays in zip(*parts, (empty,) * 3, strict=True))
-    return rows, ids, counts
-
-
-def _by_row_and_id(entries: Entries) -> Entries:
-    rows, ids, counts = entries
-    order = np.lexsort((ids, rows))
-    return rows[order], ids[order], counts[order]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.errors import NonFiniteLogits
-from logitstream.sampling import draw, sample, tail_units_of, units_of
+from logitstream.sampling import draw, draw_plain, sample, tail_units_of, units_of
 from logitstream.types import FULL_UNITS, SAMPLERS, SparseTargets, TargetSpec, TokenSequence
 from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 
@@ -274,6 +274,84 @@ def test_uniforms_are_the_documented_ones() -> None:
     np.testing.assert_allclose(
         uniforms[:, 0], [0.20871563472154153, 0.9354698259899298, 0.6297129592199506], rtol=0, atol=1e-15
     )
+
+
+COMPILED = [
+    TargetSpec(num_samples=1),
+    TargetSpec(num_samples=50),
+    TargetSpec(sampler="multinomial", num_samples=50),
+    *(TargetSpec(sampler="threshold", threshold=theta) for theta in (0.003, 0.02, 0.137, 0.5, 1.0)),
+    TargetSpec(sampler="threshold", threshold=0.05, temperature=2.5),
+]
+
+
+def assert_compiled_as_plain(logits: torch.Tensor, spec: TargetSpec, seed: int) -> None:
+    uniforms = np.random.default_rng(seed).random((len(logits), uniforms_per_row(spec)))
+    compiled, plain = draw(logits, spec, uniforms), draw_plain(logits, spec, uniforms, np.arange(len(logits)))
+    assert same(compiled, plain), spec
+    assert (compiled.units, compiled.tail_units) == (plain.units, plain.tail_units)
+    compiled.validate()
+
+
+@st.composite
+def awkward_logits(draw: st.DrawFn) -> torch.Tensor:
+    """Flat, tied, spiked, cut off, or with a largest logit that the first thousand ids say nothing of."""
+    vocab_size = draw(st.one_of(st.integers(1, 200), st.sampled_from([1023, 1024, 1025, 1100, 4096, 5000])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 32)))
+    logits = torch.randn(12, vocab_size, generator=generator) * draw(st.sampled_from([0.0, 0.3, 3.0, 30.0]))
+    match draw(st.sampled_from(["plain", "ties", "spike", "cut", "late", "one"])):
+        case "ties":
+            logits = (logits * 2).round() / 2
+        case "spike":
+            logits[:, draw(st.integers(0, vocab_size - 1))] += draw(st.sampled_from([5.0, 20.0, 90.0, 1000.0]))
+        case "cut":
+            cut = torch.rand(logits.shape, generator=generator) < 0.9
+            cut[:, -1] = False
+            logits[cut] = -torch.inf
+        case "late":
+            logits[:, : vocab_size - 1] -= draw(st.sampled_from([30.0, 60.0, 200.0, torch.inf]))
+        case "one":
+            logits[:, torch.arange(vocab_size) != draw(st.integers(0, vocab_size - 1))] = -torch.inf
+    return logits
+
+
+@settings(max_examples=250, deadline=None)
+@given(awkward_logits(), st.sampled_from(COMPILED), st.booleans(), st.integers(0, 1000))
+def test_the_compiled_draws_are_the_plain_ones(
+    logits: torch.Tensor, spec: TargetSpec, is_bfloat16: bool, seed: int
+) -> None:
+    assert_compiled_as_plain(logits.bfloat16() if is_bfloat16 else logits, spec, seed)
+
+
+@pytest.mark.parametrize("spec", COMPILED, ids=str)
+def test_the_compiled_draws_are_the_plain_ones_at_real_sizes(spec: TargetSpec) -> None:
+    logits = made_up_logits(6, 262_144)
+    logits[1] *= 3
+    logits[2] *= 0
+    logits[3, 200_000] += 40
+    for vocab_size in (49_152, 50_257, 262_144):
+        assert_compiled_as_plain(logits[:, :vocab_size].contiguous(), spec, 3)
+
+
+@pytest.mark.parametrize("first", [0.0, -40.0, -300.0, -torch.inf])
+def test_shares_do_not_depend_on_where_the_largest_logit_is(first: float) -> None:
+    """The compiled kernel takes logits relative to the largest of a row's first thousand, or else to the largest."""
+    logits = torch.full((40, 3000), -torch.inf)
+    logits[:, :1500] = first
+    logits[:, -3:] = torch.tensor([0.7, 0.2, 0.1]).log()
+    targets = sample(logits, TargetSpec(num_samples=1000), sequence_of(40))
+    expected = probs_of(logits[:1])[0]
+    assert np.abs(dense(targets) - expected).max() < 1e-3 + 1e-6
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFBFFFFF, 0x7FC001FF])
+@pytest.mark.parametrize("column", [0, 1000, 2000])
+def test_every_kind_of_nan_is_refused(bits: int, column: int) -> None:
+    logits = torch.zeros(2, 2001)
+    logits.numpy().view(np.uint32)[1, column] = bits
+    for sampler in ("systematic", "threshold"):
+        with pytest.raises(NonFiniteLogits, match="row 1 "):
+            sample(logits, TargetSpec(sampler=sampler), sequence_of(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
