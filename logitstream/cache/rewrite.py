@@ -135,7 +135,10 @@ def _kept(path: Path, spans: Spans, before_draw_set: int | None, damaged: bool) 
     if before_draw_set is not None:
         keep &= spans["draw_set"] >= before_draw_set
     if damaged:
-        keep &= [record is not None for _, record in ShardFile(str(path)).records(spans)]
+        bad: list[int] = []
+        for _ in ShardFile(str(path)).records(spans, bad.append):
+            pass
+        keep[bad] = False
     return keep
 
 
@@ -146,8 +149,7 @@ def _replace(path: Path, spans: Spans, manifest: dict[str, object]) -> int:
         shard = OpenShard.create(path.parent, path.name.split("-")[0], manifest)
         file = ShardFile(str(path))
         for start in range(0, len(spans), RECORDS_PER_BATCH):
-            found = file.records(spans[start : start + RECORDS_PER_BATCH])
-            batch = [record for _, record in found if record is not None]
+            batch = list(file.records(spans[start : start + RECORDS_PER_BATCH], lambda _: None))
             if batch:
                 shard.append(encode_batch(batch, shard.schema))
         sealed = shard.seal()

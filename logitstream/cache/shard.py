@@ -39,6 +39,10 @@ FIELDS = [
 ]
 
 HEAD = struct.Struct("<QQII")
+"""After the key: draw set; teacher version; token bytes; mask bytes."""
+HEAD_DTYPE = np.dtype(
+    [("key", "V16"), ("draw_set", "<u8"), ("teacher_version", "<u8"), ("token_bytes", "<u4"), ("mask_bytes", "<u4")]
+)
 SPAN = struct.Struct("<16s6I3Q")
 """key; start and number of payload bytes, of tokens (int32), of mask bytes; draw set; teacher version; checksum."""
 SPAN_DTYPE = np.dtype(
@@ -187,8 +191,20 @@ def _next_message(path: Path, start: int) -> int:
 def unpack_record(span: tuple[Any, ...], tokens: bytes, mask: bytes, payload: bytes) -> Record:
     """The record of a span and its parts."""
     token_ids = np.frombuffer(tokens, INT32)
-    loss_mask = None
-    if mask:
-        bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(token_ids), bitorder="little")
-        loss_mask = bits.astype(bool)
+    loss_mask = unpack_mask(mask, len(token_ids)) if mask else None
     return Record._make((span[0], token_ids, loss_mask, payload, span[7], span[8]))  # faster than Record(…)
+
+
+def unpack_mask(mask: bytes, num_tokens: int) -> npt.NDArray[np.bool_]:
+    """The inverse of `pack_mask` where it is not empty."""
+    return np.unpackbits(np.frombuffer(mask, np.uint8), count=num_tokens, bitorder="little").astype(bool)
+
+
+def heads_of(spans: Spans) -> list[bytes]:
+    """What `checksum` hashes first, of each span."""
+    heads = np.empty(len(spans), HEAD_DTYPE)
+    for name in ("key", "draw_set", "teacher_version"):
+        heads[name] = spans[name]
+    heads["token_bytes"], heads["mask_bytes"] = 4 * spans["tokens_count"], spans["mask_count"]
+    packed: list[bytes] = heads.view(f"V{HEAD_DTYPE.itemsize}").tolist()
+    return packed

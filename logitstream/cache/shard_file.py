@@ -1,27 +1,38 @@
-"""Reading a shard: single records, or many in order block by block.
+"""Reading a shard: single records by their spans, or many in order block by block.
 
 All reading is pread: a page of a memory map that cannot be read (a failing disk, a file that somebody cuts off) kills
 the process with SIGBUS, a failing pread is an error like any other, and what was read stays out of the resident size.
+
+Beside the copy out of the page cache, what Python does for a record takes longer than its checksum: where many are
+read, as much as possible is done in numpy or inside `map` and `zip`.
 """
 
 from __future__ import annotations
 
+import operator
 import os
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice, pairwise, repeat
 from typing import Any
 
 import numpy as np
 from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.manifest import INDEX_HEADER
-from logitstream.cache.shard import HEAD, SPAN, Record, Spans, checksum, unpack_record
+from logitstream.cache.shard import HEAD, INT32, SPAN, Record, Spans, heads_of, unpack_mask, unpack_record
 from logitstream.errors import CorruptRecord
 
 BLOCK_BYTES = 1 << 19
+LARGE_BYTES = 1 << 16
+"""Records of this size are a block each, whose payload is not copied out of it."""
+SPANS_AT_A_TIME = 4096
 
+Span = tuple[Any, ...]
+"""SPAN's fields of a record, in order."""
 Parts = tuple[bytes, bytes, bytes]
 """Token bytes, mask bytes and payload of a record."""
+Range = tuple[int, int]
+"""First byte and number of bytes."""
 
 
 class ShardFile:
@@ -29,18 +40,18 @@ class ShardFile:
 
     def __init__(self, path: str, *, index: str | None = None, spans: Spans | None = None) -> None:
         """index: path of a sealed shard's index; spans: what takes its place where it is damaged."""
-        self._fd = self._index = -1
+        self.fd = self._index = -1
         self._spans = spans
-        self._fd = os.open(path, os.O_RDONLY)
+        self.fd = os.open(path, os.O_RDONLY)
         if index is not None and spans is None:
             self._index = os.open(index, os.O_RDONLY)
 
     def __del__(self) -> None:
-        for fd in (self._fd, self._index):
+        for fd in (self.fd, self._index):
             if fd >= 0:
                 os.close(fd)
 
-    def span(self, row: int) -> tuple[Any, ...]:
+    def span(self, row: int) -> Span:
         """SPAN's fields of a record; CorruptRecord where the index has been cut off."""
         if self._spans is not None:
             return SPAN.unpack(self._spans[row].tobytes())
@@ -49,46 +60,115 @@ class ShardFile:
             raise CorruptRecord("the index is cut off")
         return SPAN.unpack(content)
 
-    def record(self, span: tuple[Any, ...]) -> Parts:
+    def record(self, span: Span) -> Parts:
         """The record of a span; CorruptRecord where its bytes do not match its checksum, OSError where none come."""
         key, at, num_bytes, tokens_at, num_tokens, mask_at, mask_bytes, draw_set, version, wanted = span
-        tokens = os.pread(self._fd, 4 * num_tokens, tokens_at)
-        mask = os.pread(self._fd, mask_bytes, mask_at) if mask_bytes else b""
-        payload = os.pread(self._fd, num_bytes, at)
-        found = checksum(key, tokens, mask, payload, draw_set, version)
-        if found != wanted or len(payload) != num_bytes:
+        tokens = os.pread(self.fd, 4 * num_tokens, tokens_at)
+        mask = os.pread(self.fd, mask_bytes, mask_at) if mask_bytes else b""
+        payload = os.pread(self.fd, num_bytes, at)
+        head = key + HEAD.pack(draw_set, version, 4 * num_tokens, mask_bytes)
+        found = xxh3(payload, xxh3(mask, xxh3(tokens, xxh3(head))))  # `checksum`, without the call
+        if found != wanted:
             raise CorruptRecord(f"record {key.hex()}: expected checksum {wanted:016x}, got {found:016x}")
         return tokens, mask, payload
 
-    def records(self, spans: Spans) -> Iterator[tuple[bytes, Record | None]]:
-        """Each span's key and record, or None where that is damaged; fastest in the file's order."""
-        block, ends = b"", _batch_ends(spans)
-        start = stop = 0
-        for span in SPAN.iter_unpack(spans.tobytes()):
-            key, at, num_bytes, tokens_at, num_tokens, mask_at, mask_bytes, draw_set, version, wanted = span
+    def records(self, spans: Spans, damaged: Callable[[int], object]) -> Iterator[Record]:
+        """The undamaged records of spans, fastest in the file's order; `damaged` is told the rows of the others.
+
+        Token ids of neighbours may be views of one array, of up to BLOCK_BYTES.
+        """
+        for start in range(0, len(spans), SPANS_AT_A_TIME):
+            for ranges, rows in _blocks(spans[start : start + SPANS_AT_A_TIME], start):
+                try:
+                    token_bytes, masks, payloads = map(self._read, ranges)
+                except OSError:
+                    yield from self._one_by_one(spans, [row[0] for row in rows], damaged)
+                    continue
+                tokens: Any = np.frombuffer(token_bytes, INT32)
+                for row, key, t0, t1, m0, m1, p0, p1, draw_set, version, seed, wanted in rows:
+                    token_ids, mask, payload = tokens[t0:t1], masks[m0:m1], payloads[p0:p1]
+                    if xxh3(payload, xxh3(mask, xxh3(token_ids, seed))) == wanted:  # `checksum`, without the calls
+                        loss_mask = unpack_mask(mask, t1 - t0) if mask else None
+                        yield tuple.__new__(Record, (key, token_ids, loss_mask, payload, draw_set, version))
+                    else:
+                        damaged(row)
+
+    def _one_by_one(self, spans: Spans, rows: list[int], damaged: Callable[[int], object]) -> Iterator[Record]:
+        for row in rows:
+            span = SPAN.unpack(spans[row].tobytes())
             try:
-                if not start <= tokens_at <= at + num_bytes <= stop and at + num_bytes - tokens_at <= BLOCK_BYTES:
-                    i = bisect_right(ends, tokens_at + BLOCK_BYTES) - 1
-                    size = ends[i] - tokens_at if i >= 0 and ends[i] >= at + num_bytes else BLOCK_BYTES
-                    block = os.pread(self._fd, size, tokens_at)
-                    start, stop = tokens_at, tokens_at + len(block)
-                if start <= tokens_at <= at + num_bytes <= stop:
-                    tokens = block[tokens_at - start : tokens_at - start + 4 * num_tokens]
-                    mask = block[mask_at - start : mask_at - start + mask_bytes] if mask_bytes else b""
-                    payload = block[at - start : at - start + num_bytes]
-                    head = key + HEAD.pack(draw_set, version, 4 * num_tokens, mask_bytes)
-                    if xxh3(payload, xxh3(mask, xxh3(tokens, xxh3(head)))) == wanted:  # `checksum`, without the call
-                        yield key, unpack_record(span, tokens, mask, payload)
-                        continue
-                record: Record | None = unpack_record(span, *self.record(span))
+                yield unpack_record(span, *self.record(span))
             except (CorruptRecord, OSError):
-                record = None
-            yield key, record
+                damaged(row)
+
+    def _read(self, part: Range) -> bytes:
+        """All of a range; OSError where the file ends before it does."""
+        start, size = part
+        content = os.pread(self.fd, size, start) if size else b""
+        if len(content) != size:
+            raise OSError(f"expected {size} bytes from {start} on, got {len(content)}")
+        return content
 
 
-def _batch_ends(spans: Spans) -> list[int]:
-    """Where the record batches end: blocks that end there too hold nothing that the next one needs again."""
-    ends = spans["payload_start"].astype(np.int64) + spans["payload_count"]
-    last = np.append(spans["tokens_start"][1:] >= ends[:-1], True)[: len(ends)]
-    found: list[int] = ends[last].tolist()
-    return found
+def payloads(files: Sequence[ShardFile], spans: Sequence[Span]) -> Iterator[bytes | None]:
+    """Each span's payload as it is read, None where its record is damaged; ends early where reading fails."""
+    if not spans:
+        return
+    columns = zip(*spans, strict=True)
+    keys, at, sizes, tokens_at, token_counts, mask_at, mask_sizes, draw_sets, versions, wanted = columns
+    fds, token_sizes = [file.fd for file in files], [4 * count for count in token_counts]
+    heads = map(operator.add, keys, map(HEAD.pack, draw_sets, versions, token_sizes, mask_sizes))
+    masks = map(os.pread, fds, mask_sizes, mask_at) if any(mask_sizes) else repeat(b"")
+    seeds = map(xxh3, masks, map(xxh3, map(os.pread, fds, token_sizes, tokens_at), map(xxh3, heads)))
+    try:
+        for payload, seed, its_wanted in zip(map(os.pread, fds, sizes, at), seeds, wanted, strict=False):
+            yield payload if xxh3(payload, seed) == its_wanted else None  # `checksum`, without the calls
+    except OSError:
+        return
+
+
+def _blocks(spans: Spans, first_row: int) -> Iterator[tuple[tuple[Range, Range, Range], Iterator[tuple[Any, ...]]]]:
+    """Cut spans into blocks: where a block's tokens, masks and payloads lie, and what to take out of them.
+
+    A row is its number, key, the ends of its tokens, mask and payload within the block's, draw set, version, hash of
+    its head, and checksum.
+    """
+    cuts = _cuts(spans)
+    token_ranges, *token_ends = _within(spans, "tokens", cuts, width=4)
+    mask_ranges, *mask_ends = _within(spans, "mask", cuts)
+    payload_ranges, *payload_ends = _within(spans, "payload", cuts)
+    rest = (spans[name].tolist() for name in ("draw_set", "teacher_version"))
+    seeds, wanted = map(xxh3, heads_of(spans)), spans["checksum"].tolist()
+    ends = (*token_ends, *mask_ends, *payload_ends)
+    rows = zip(count(first_row), spans["key"].tolist(), *ends, *rest, seeds, wanted, strict=False)
+    ranges = zip(token_ranges, mask_ranges, payload_ranges, strict=True)
+    for (first, stop), block in zip(pairwise(cuts), ranges, strict=True):
+        yield block, islice(rows, stop - first)
+
+
+def _cuts(spans: Spans) -> list[int]:
+    """First rows of the blocks, and the end: in a block tokens, masks and payloads each follow one another."""
+    cut = np.zeros(len(spans) + 1, bool)
+    size = np.zeros(len(spans), np.int64)
+    for part, width in (("tokens", 4), ("mask", 1), ("payload", 1)):
+        part_size = width * spans[f"{part}_count"].astype(np.int64)
+        cut[1:-1] |= (spans[f"{part}_start"] + part_size)[:-1] != spans[f"{part}_start"][1:]
+        size += part_size
+    cut[1:-1] |= np.diff(np.cumsum(size) // BLOCK_BYTES) > 0
+    cut[:-1] |= size >= LARGE_BYTES
+    cut[1:] |= size >= LARGE_BYTES
+    cut[[0, -1]] = True
+    cuts: list[int] = np.flatnonzero(cut).tolist()
+    return cuts
+
+
+def _within(spans: Spans, part: str, cuts: list[int], *, width: int = 1) -> tuple[list[Range], list[int], list[int]]:
+    """Where each block's parts lie, and each record's first and last unit of `width` bytes within its block's."""
+    starts = spans[f"{part}_start"].astype(np.int64)
+    sizes = width * spans[f"{part}_count"].astype(np.int64)
+    firsts, lasts = np.array(cuts[:-1]), np.array(cuts[1:]) - 1
+    bases = starts[firsts]
+    within = (starts - np.repeat(bases, np.diff(cuts))) // width
+    block_sizes = starts[lasts] + sizes[lasts] - bases
+    ranges = list(zip(bases.tolist(), block_sizes.tolist(), strict=True))
+    return ranges, within.tolist(), (within + sizes // width).tolist()

@@ -113,13 +113,11 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
 
 def _check_records(path: Path, spans: Spans, damage: Damage) -> int:
     """Read a shard's records; how many are damaged."""
-    bad = 0
-    for key, record in ShardFile(str(path)).records(spans):
-        if record is None:
-            damage.damaged_keys.add(key)
-            bad += 1
-    damage.whole_records += len(spans) - bad
-    return bad
+    bad: list[int] = []
+    whole = sum(1 for _ in ShardFile(str(path)).records(spans, bad.append))
+    damage.damaged_keys.update(spans["key"][row].tobytes() for row in bad)
+    damage.whole_records += whole
+    return len(bad)
 
 
 def _sha256(path: Path, progress: Progress) -> str:
