@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,11 @@ class TargetCache:
 
     def holds(self, sequence: TokenSequence, draw_set: int) -> bool:
         """Whether a look-up is worth it; the record may still turn out damaged."""
-        return self._reader is not None and self.key(sequence, draw_set) in self._reader
+        return self.key(sequence, draw_set) in self
+
+    def __contains__(self, key: bytes) -> bool:
+        """As `holds`, of a sequence's `key`."""
+        return self._reader is not None and key in self._reader
 
     def is_damaged(self, sequence: TokenSequence, draw_set: int) -> bool:
         """Whether a look-up has found the record damaged."""
@@ -89,6 +95,12 @@ class TargetCache:
             self.refresh()
         payload = self._reader.get(key)
         return None if payload is None else ReceivedTargets(payload=payload, key=key, from_cache=True)
+
+    def get_many(self, keys: Sequence[bytes]) -> Iterator[ReceivedTargets | None]:
+        """As `get` for each `key`, read as they are taken, but of what `refresh` has found alone."""
+        payloads = self._reader.get_many(keys) if self._reader is not None else repeat(None)
+        for key, payload in zip(keys, payloads, strict=False):
+            yield None if payload is None else ReceivedTargets(payload=payload, key=key, from_cache=True)
 
     def put(self, sequence: TokenSequence, draw_set: int, received: ReceivedTargets) -> bool:
         """Keep what came over the wire, verbatim; false where it is not kept: other weights, a full disk."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,10 @@ class StreamStats:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence of the stream's batch_number-th batch; `future` is None where its targets lie on disk."""
+    """One sequence of the stream's batch_number-th batch; `future` is None where its targets lie on disk.
+
+    key: its key in the cache, where that was looked into.
+    """
 
     rows: Rows
     sequence: TokenSequence
@@ -51,6 +55,7 @@ class Slot:
     priority: int
     future: Future[ReceivedTargets] | None = None
     kept: bool = False
+    key: bytes = b""
 
 
 class TargetSource:
@@ -71,6 +76,9 @@ class TargetSource:
         self._draw_set = draw_set
         self._stats = stats
         self._keeping = threading.Lock()
+        self._on_disk: deque[Slot] = deque()
+        self._looked_up: deque[Slot] = deque()
+        self._stored: Iterator[ReceivedTargets | None] = iter(())
         self._id_model: IdModel | None = None
         self._replaced_weights: set[bytes] = set()
         self.vocab_size = 0
@@ -96,7 +104,9 @@ class TargetSource:
     def locate(self, slot: Slot, received: Callable[[Slot], None] | None) -> None:
         """Leave the slot to the disk where the cache holds it, else ask the teacher, whose answer calls `received`."""
         if self._look_up and self._cache is not None:
-            if self._cache.holds(slot.sequence, self._draw_set):
+            slot.key = self._cache.key(slot.sequence, self._draw_set)
+            if slot.key in self._cache:
+                self._on_disk.append(slot)
                 return
             metrics.CACHE_MISSES.inc()
         future = self._submit(slot)
@@ -128,6 +138,10 @@ class TargetSource:
                     slot.future = None  # its callback holds the slot: the payload would wait for the garbage collector
                     return targets
             except CodecError as error:
+                if self._client is None:
+                    raise CorruptRecord(
+                        f"its record in the cache cannot be decoded, and no teacher is asked in mode 'cache': {error}"
+                    ) from error
                 if last:
                     raise
                 logger.warning("damaged targets are asked for again: %s", error)
@@ -144,7 +158,7 @@ class TargetSource:
         """As they were encoded; a record on disk that is damaged or gone is asked for again."""
         cache, future = self._cache, slot.future
         if future is None and cache is not None:
-            if (stored := cache.get(slot.sequence, self._draw_set)) is not None:
+            if (stored := self._read(slot, cache)) is not None:
                 slot.kept = True
                 return stored
             if self._client is None and cache.is_damaged(slot.sequence, self._draw_set):
@@ -154,6 +168,16 @@ class TargetSource:
         if self._look_up and cache is not None and received.key != cache.key(slot.sequence, self._draw_set):
             self._check_replaced(slot, received, cache)
         return received
+
+    def _read(self, slot: Slot, cache: TargetCache) -> ReceivedTargets | None:
+        """From disk: all slots that wait there by then are looked up at once, each is read when its turn comes."""
+        if not self._looked_up:
+            self._looked_up.extend(self._on_disk.popleft() for _ in range(len(self._on_disk)))
+            self._stored = cache.get_many([one.key for one in self._looked_up])
+        if not self._looked_up or self._looked_up[0] is not slot:  # it was spilled
+            return cache.get(slot.sequence, self._draw_set)
+        self._looked_up.popleft()
+        return next(self._stored)
 
     def _check_replaced(self, slot: Slot, received: ReceivedTargets, cache: TargetCache) -> None:
         """FingerprintMismatch, unless only the weights are others than the cache's, and the client allows for that."""

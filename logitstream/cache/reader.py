@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from logitstream.cache.manifest import manifest_fingerprint, read_id_model, read
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import Record, Spans, unpack_record
-from logitstream.cache.shard_file import ShardFile, Span, payloads
+from logitstream.cache.shard_file import ShardFile, Span, payloads, read_spans
 from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_path, survey
 from logitstream.errors import CacheError, CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
@@ -88,30 +89,27 @@ class CacheReader:
     def get(self, key: bytes) -> bytes | None:
         """The encoded targets of a key, or None where the cache does not hold them undamaged."""
         found = self._first_whole(key)
-        if found is None:
-            metrics.CACHE_MISSES.inc()
-            return None
-        metrics.CACHE_HITS.inc()
-        return found[3]
+        (metrics.CACHE_MISSES if found is None else metrics.CACHE_HITS).inc()
+        return None if found is None else found[3]
 
     def get_many(self, keys: Sequence[bytes]) -> Iterator[bytes | None]:
         """As `get` for each key in turn, read as they are taken; the more keys the faster, up to LOOKED_UP_AT_ONCE."""
         now = self._now
         for start in range(0, len(keys), LOOKED_UP_AT_ONCE):
-            some, taken, misses = keys[start : start + LOOKED_UP_AT_ONCE], 0, 0
-            files, spans, here = self._locate(now, some)
-            found = payloads(files, spans)
+            some, hits, misses = keys[start : start + LOOKED_UP_AT_ONCE], 0, 0
+            located = self._locate(now, some)
+            found = payloads([one for one in located if one is not None])
             try:
-                for key, is_here in zip(some, here, strict=True):
+                for key, is_here in zip(some, located, strict=True):
                     payload = next(found, None) if is_here else None
-                    taken += 1
                     if payload is None:  # another copy may be whole; else it is missing, or its damage is counted
                         payload = (self._first_whole(key) or NOTHING)[3]
-                        misses += payload is None
+                    hits, misses = (hits + 1, misses) if payload is not None else (hits, misses + 1)
+                    if hits + misses == len(some):  # before the last one is taken: nobody may ask for more
+                        hits, misses = _count(hits, misses)
                     yield payload
             finally:
-                metrics.CACHE_HITS.inc(taken - misses)
-                metrics.CACHE_MISSES.inc(misses)
+                _count(hits, misses)
 
     def get_record(self, key: bytes) -> Record:
         """The whole record of a key; CacheMiss where it is not there, CorruptRecord where every copy is damaged."""
@@ -199,18 +197,25 @@ class CacheReader:
                 self._note(now.path_of(place), error, key)
         return None
 
-    def _locate(self, now: Snapshot, keys: Sequence[bytes]) -> tuple[list[ShardFile], list[Span], list[bool]]:
-        """The file and span of each key's first record, and which keys have one; those with a problem have none."""
-        located = [self._try_at(now, place, key) for key, place in zip(keys, now.first_places(keys), strict=True)]
-        found = [one for one in located if one is not None]
-        return [one[0] for one in found], [one[1] for one in found], [one is not None for one in located]
-
-    def _try_at(self, now: Snapshot, place: int, key: bytes) -> tuple[ShardFile, Span] | None:
+    def _locate(self, now: Snapshot, keys: Sequence[bytes]) -> list[tuple[ShardFile, Span] | None]:
+        """The file and the span of each key's first record; None where there is none, or a problem with it."""
+        places = now.first_places(keys)
         try:
+            if min(places) >= 0 and max(places) < OPEN_PLACE:
+                located = list(map(now.shard_of, places))
+                files = [self._files.get(path) or self._open(now, path) for path, _ in located]
+                spans = read_spans(files, [row for _, row in located])
+                if [span[0] for span in spans] == list(keys):
+                    return list(zip(files, spans, strict=True))
+        except (CorruptRecord, OSError):
+            pass
+        return [self._locate_one(now, place, key) for key, place in zip(keys, places, strict=True)]
+
+    def _locate_one(self, now: Snapshot, place: int, key: bytes) -> tuple[ShardFile, Span] | None:
+        with contextlib.suppress(CorruptRecord, OSError):  # whoever reads the record alone takes care of it
             found = self._at(now, place) if place >= 0 else None
-        except (CorruptRecord, OSError):  # whoever reads the record alone takes care of it
-            return None
-        return found if found is not None and found[1][0] == key else None
+            return found if found is not None and found[1][0] == key else None
+        return None
 
     def _at(self, now: Snapshot, place: int) -> tuple[ShardFile, Span]:
         """The file and the span of a place; OSError where its shard cannot be opened, CorruptRecord as `span`."""
@@ -241,6 +246,15 @@ class CacheReader:
             index = None if path.endswith(OPEN_SUFFIX) else index_path(path)
             file = self._files[path] = ShardFile(path, index=index, spans=now.rebuilt.get(path))
             return file
+
+
+def _count(hits: int, misses: int) -> tuple[int, int]:
+    """Add to the metrics; what is left to add."""
+    if hits:
+        metrics.CACHE_HITS.inc(hits)
+    if misses:
+        metrics.CACHE_MISSES.inc(misses)
+    return 0, 0
 
 
 def _reopen(

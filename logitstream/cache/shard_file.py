@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, pairwise, repeat
 from typing import Any
@@ -40,14 +41,14 @@ class ShardFile:
 
     def __init__(self, path: str, *, index: str | None = None, spans: Spans | None = None) -> None:
         """index: path of a sealed shard's index; spans: what takes its place where it is damaged."""
-        self.fd = self._index = -1
+        self.fd = self.index = -1
         self._spans = spans
         self.fd = os.open(path, os.O_RDONLY)
         if index is not None and spans is None:
-            self._index = os.open(index, os.O_RDONLY)
+            self.index = os.open(index, os.O_RDONLY)
 
     def __del__(self) -> None:
-        for fd in (self.fd, self._index):
+        for fd in (self.fd, self.index):
             if fd >= 0:
                 os.close(fd)
 
@@ -55,7 +56,7 @@ class ShardFile:
         """SPAN's fields of a record; CorruptRecord where the index has been cut off."""
         if self._spans is not None:
             return SPAN.unpack(self._spans[row].tobytes())
-        content = os.pread(self._index, SPAN.size, INDEX_HEADER.size + SPAN.size * row)
+        content = os.pread(self.index, SPAN.size, INDEX_HEADER.size + SPAN.size * row)
         if len(content) != SPAN.size:
             raise CorruptRecord("the index is cut off")
         return SPAN.unpack(content)
@@ -77,6 +78,7 @@ class ShardFile:
 
         Token ids of neighbours may be views of one array, of up to BLOCK_BYTES.
         """
+        new_record = tuple.__new__  # half of what Record(…) takes
         for start in range(0, len(spans), SPANS_AT_A_TIME):
             for ranges, rows in _blocks(spans[start : start + SPANS_AT_A_TIME], start):
                 try:
@@ -85,11 +87,14 @@ class ShardFile:
                     yield from self._one_by_one(spans, [row[0] for row in rows], damaged)
                     continue
                 tokens: Any = np.frombuffer(token_bytes, INT32)
-                for row, key, t0, t1, m0, m1, p0, p1, draw_set, version, seed, wanted in rows:
-                    token_ids, mask, payload = tokens[t0:t1], masks[m0:m1], payloads[p0:p1]
-                    if xxh3(payload, xxh3(mask, xxh3(token_ids, seed))) == wanted:  # `checksum`, without the calls
+                mask, loss_mask = b"", None
+                for row, key, t0, t1, mask_ends, p0, p1, draw_set, version, seed, wanted in rows:
+                    token_ids, payload = tokens[t0:t1], payloads[p0:p1]
+                    if masks:
+                        mask = masks[slice(*mask_ends)]
                         loss_mask = unpack_mask(mask, t1 - t0) if mask else None
-                        yield tuple.__new__(Record, (key, token_ids, loss_mask, payload, draw_set, version))
+                    if xxh3(payload, xxh3(mask, xxh3(token_ids, seed))) == wanted:  # `checksum`, without the calls
+                        yield new_record(Record, (key, token_ids, loss_mask, payload, draw_set, version))
                     else:
                         damaged(row)
 
@@ -110,10 +115,22 @@ class ShardFile:
         return content
 
 
-def payloads(files: Sequence[ShardFile], spans: Sequence[Span]) -> Iterator[bytes | None]:
-    """Each span's payload as it is read, None where its record is damaged; ends early where reading fails."""
-    if not spans:
+def read_spans(files: Sequence[ShardFile], rows: Sequence[int]) -> list[Span]:
+    """As `span` of each file and row."""
+    if any(file.index < 0 for file in files):
+        return list(map(ShardFile.span, files, rows))
+    offsets = [INDEX_HEADER.size + SPAN.size * row for row in rows]
+    try:
+        return list(map(SPAN.unpack, map(os.pread, [file.index for file in files], repeat(SPAN.size), offsets)))
+    except struct.error as error:
+        raise CorruptRecord("an index is cut off") from error
+
+
+def payloads(located: Sequence[tuple[ShardFile, Span]]) -> Iterator[bytes | None]:
+    """Each record's payload as it is read, None where the record is damaged; ends early where reading fails."""
+    if not located:
         return
+    files, spans = zip(*located, strict=True)
     columns = zip(*spans, strict=True)
     keys, at, sizes, tokens_at, token_counts, mask_at, mask_sizes, draw_sets, versions, wanted = columns
     fds, token_sizes = [file.fd for file in files], [4 * count for count in token_counts]
@@ -137,9 +154,10 @@ def _blocks(spans: Spans, first_row: int) -> Iterator[tuple[tuple[Range, Range, 
     token_ranges, *token_ends = _within(spans, "tokens", cuts, width=4)
     mask_ranges, *mask_ends = _within(spans, "mask", cuts)
     payload_ranges, *payload_ends = _within(spans, "payload", cuts)
+    masks = zip(*mask_ends, strict=True) if spans["mask_count"].any() else repeat((0, 0))
     rest = (spans[name].tolist() for name in ("draw_set", "teacher_version"))
     seeds, wanted = map(xxh3, heads_of(spans)), spans["checksum"].tolist()
-    ends = (*token_ends, *mask_ends, *payload_ends)
+    ends = (*token_ends, masks, *payload_ends)
     rows = zip(count(first_row), spans["key"].tolist(), *ends, *rest, seeds, wanted, strict=False)
     ranges = zip(token_ranges, mask_ranges, payload_ranges, strict=True)
     for (first, stop), block in zip(pairwise(cuts), ranges, strict=True):
