@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -166,12 +167,27 @@ def _open_rows(before: Snapshot, growing: dict[Path, tuple[Message, ...]]) -> tu
 
 
 def _grown(path: Path, manifest: dict[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The whole batches of an open shard; a torn tail is ignored, it may be a write under way."""
+    """The whole batches of an open shard; a torn tail is ignored, it may be a write under way.
+
+    Of a shard that cannot be read what was known is kept; FileNotFoundError where it was sealed meanwhile.
+    """
     end = before[-1].start + before[-1].size if before else 0
-    if path.stat().st_size == end or not (before or read_schema(path, manifest)):
+    try:
+        if path.stat().st_size == end or not (before or read_schema(path, manifest)):
+            return before
+        more = tuple(scan(path, end))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        _warn_once(path, str(error))
         return before
-    more = tuple(scan(path, end))
     return (*before, *more) if more else before
+
+
+@functools.cache
+def _warn_once(path: Path, problem: str) -> None:
+    """Open shards are looked at again and again."""
+    logger.warning("%s cannot be read: %s; its new records are skipped", path, problem)
 
 
 def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None) -> tuple[Spans, bool]:
@@ -180,16 +196,20 @@ def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None
     try:
         size = path.stat().st_size if path.exists() or remote_bytes is None else remote_bytes
         return read_index(path.with_suffix(".index"), size), False
-    except CacheError as error:
+    except (CacheError, OSError) as error:
         problem = error
     if not path.exists():
         logger.warning("%s; its shard is skipped", problem)
         return nothing, True
-    if not read_schema(path, manifest):
-        logger.warning("%s is skipped: it is no shard of this cache, or its head is damaged", path)
+    try:
+        if not read_schema(path, manifest):
+            logger.warning("%s is skipped: it is no shard of this cache, or its head is damaged", path)
+            return nothing, True
+        logger.warning("%s; %s is scanned instead", problem, path.name)
+        return np.concatenate([nothing, *(message.spans for message in scan(path))]), True
+    except OSError as error:
+        logger.warning("%s is skipped: %s", path, error)
         return nothing, True
-    logger.warning("%s; %s is scanned instead", problem, path.name)
-    return np.concatenate([nothing, *(message.spans for message in scan(path))]), True
 
 
 def index_path(shard: str) -> str:

@@ -243,12 +243,12 @@ class CacheReaderInThreads:
     def _ask(self, seed: int, expected: dict[bytes, bytes]) -> None:
         rng, keys = np.random.default_rng(seed), list(expected)
         while not self._done.is_set() or not self.found:
-            key = keys[rng.integers(len(keys))]
-            payload = self._reader.get(key)
-            if payload is not None:
-                self.found += 1
-                if payload != expected[key]:
-                    self.wrong.append(key)
+            some = [keys[i] for i in rng.integers(len(keys), size=rng.integers(1, 40))]
+            for key, payload in zip(some, self._reader.get_many(some), strict=True):
+                if payload is not None:
+                    self.found += 1
+                    if payload != expected[key]:
+                        self.wrong.append(key)
 
     def finish(self) -> None:
         self.refresh()

@@ -433,6 +433,26 @@ def test_damaged_records_are_left_out_of_the_loss_without_a_teacher(
     cache.close()
 
 
+def test_a_whole_record_that_does_not_decode_is_left_out_without_a_teacher_and_asked_for_again_with_one(
+    tmp_path: Path,
+) -> None:
+    batches, teacher = make_batches(5), HandTeacher()
+    cache = open_cache(tmp_path, teacher)
+    for sequence in sequences_of(batches[2]):
+        key = cache.key(sequence, 0)
+        assert cache.put(sequence, 0, ReceivedTargets(payload=b"no targets", key=key))
+    rest = [batch for number, batch in enumerate(batches) if number != 2]
+    list(TargetStream(rest, teacher, cache=cache, draw_set=0))
+    got = list(TargetStream(batches, None, cache=cache, mode="cache", draw_set=0))
+    assert [int(batch["targets"].num_entries) for batch in got] == [12, 12, 0, 12, 12]
+    assert not got[2]["loss_mask"].any()
+    for batch, source in zip(
+        TargetStream(batches, teacher, cache=cache, mode="cache_then_online", draw_set=0), batches, strict=True
+    ):
+        assert_same(batch["targets"], expected(source))
+    cache.close()
+
+
 def test_a_cache_of_another_teacher_or_sampler_is_refused(tmp_path: Path) -> None:
     batches, teacher = make_batches(4), HandTeacher()
     cache = open_cache(tmp_path, teacher)

@@ -1,0 +1,216 @@
+"""However records are read (one by one, many keys at once, all in order), they are the same, and damage is found."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY
+
+from logitstream.cache import CacheReader, CacheWriter, Record
+from logitstream.cache.index import KeyIndex
+from logitstream.cache.reader import LOOKED_UP_AT_ONCE
+from logitstream.cache.shard import Spans
+from logitstream.cache.shard_file import BLOCK_BYTES, LARGE_BYTES, ShardFile, payloads
+from tests.unit.test_cache import assert_same, fingerprint, make_records, put_all
+
+FINGERPRINT = fingerprint()
+
+
+def write(directory: Path, records: list[Record], **options: int) -> CacheReader:
+    with CacheWriter(directory, FINGERPRINT, **options) as writer:  # type: ignore[arg-type]
+        put_all(writer, records)
+    return CacheReader(directory, FINGERPRINT)
+
+
+def shard_and_spans(reader: CacheReader) -> tuple[Path, Spans]:
+    ((path, spans),) = reader._now.all_spans()
+    return Path(path), spans
+
+
+def flip(path: Path, needle: bytes) -> None:
+    """Damage the first place where these bytes are."""
+    content = bytearray(path.read_bytes())
+    position = content.find(needle)
+    assert position >= 0
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at_once", [1, 15, 16, LOOKED_UP_AT_ONCE, LOOKED_UP_AT_ONCE + 1, 1000])
+def test_many_keys_at_once_give_what_each_gives_alone(tmp_path: Path, at_once: int) -> None:
+    """In several shards and an open one, with keys that are asked for twice, are missing or lie there twice."""
+    records = make_records(400, tokens=300)
+    with CacheWriter(tmp_path, FINGERPRINT) as writer:
+        put_all(writer, records[:40])
+    reader = write(tmp_path, records, shard_bytes=40_000, batch_bytes=4_000)
+    writer = CacheWriter(tmp_path, FINGERPRINT, writer_id="open")
+    put_all(writer, more := make_records(20, seed=1))
+    assert writer.flush()
+    reader.refresh()
+    rng = np.random.default_rng(0)
+    expected = {record.key: record.payload for record in records + more} | {rng.bytes(16): None for _ in range(20)}
+    keys = [list(expected)[i] for i in rng.integers(0, len(expected), 700)]
+    for start in range(0, len(keys), at_once):
+        some = keys[start : start + at_once]
+        assert list(reader.get_many(some)) == [expected[key] for key in some] == [reader.get(key) for key in some]
+    assert list(reader.get_many([])) == []
+    assert not reader.damaged
+    writer.close()
+
+
+def test_keys_that_share_their_first_half_are_told_apart() -> None:
+    """16 bytes of a hash never do; looked up by halves they must not be mixed up."""
+    keys = [bytes(8) + bytes([i]) * 8 for i in range(40)]
+    index = KeyIndex.empty().extended([np.frombuffer(b"".join(keys[::-1]), "V16")], 0)
+    assert [index.find(key) for key in keys] == [[39 - i] for i in range(40)]
+    found = index.find_many(keys).tolist()
+    assert all(place in (-1, 39 - i) for i, place in enumerate(found))
+    assert KeyIndex.empty().find_many(keys).tolist() == [-1] * 40
+
+
+def test_a_damaged_copy_gives_way_to_a_whole_one_and_is_counted(tmp_path: Path) -> None:
+    records = make_records(60, tokens=300)
+    write(tmp_path, records[:30])
+    (first,) = tmp_path.glob("*.arrow")
+    reader = write(tmp_path, records[20:])
+    flip(first, next(r.payload for r in records[20:30] if len(r.payload) > 20))
+    flip(first, next(r.payload for r in records[:20] if len(r.payload) > 20))
+    keys = [record.key for record in records]
+    before = {name: count(name) for name in ("hits", "misses", "corrupt")}
+    found = list(reader.get_many(keys))
+    lost = next(r for r in records[:20] if len(r.payload) > 20)
+    assert found == [None if record is lost else record.payload for record in records]
+    assert {name: count(name) - value for name, value in before.items()} == {"hits": 59, "misses": 1, "corrupt": 2}
+    assert Counter(record.key for record in reader.records()) == Counter(keys + keys[20:30]) - Counter(
+        [lost.key, next(r.key for r in records[20:30] if len(r.payload) > 20)]
+    )
+
+
+def count(name: str) -> float:
+    return REGISTRY.get_sample_value(f"logitstream_cache_{name}_total") or 0.0
+
+
+def test_what_is_taken_of_many_keys_is_counted_even_if_the_rest_is_not(tmp_path: Path) -> None:
+    records = make_records(10)
+    reader = write(tmp_path, records)
+    before = count("hits")
+    payloads = reader.get_many([record.key for record in records])
+    next(payloads)
+    del payloads
+    assert count("hits") == before + 1
+    for _ in zip(records, reader.get_many([record.key for record in records]), strict=False):
+        pass
+    assert count("hits") == before + 11
+
+
+def make_large(sizes: Iterable[tuple[int, int]]) -> list[Record]:
+    rng = np.random.default_rng(0)
+    records = []
+    for number, (num_tokens, num_bytes) in enumerate(sizes):
+        mask = rng.random(num_tokens) < 0.5 if number % 4 == 1 else None
+        ids = rng.integers(0, 1000, num_tokens, dtype=np.int32)
+        records.append(Record(rng.bytes(16), ids, mask, rng.bytes(num_bytes), number, number % 3))
+    return records
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 300_000, 3_000_000])
+def test_records_of_any_size_come_in_order_whatever_the_batches(tmp_path: Path, batch_bytes: int) -> None:
+    sizes = [(5, 10), (1, 0), (3000, LARGE_BYTES), (7, 9), (10, BLOCK_BYTES), (200_000, 3)]
+    records = make_large(sizes + [(500, 9000)] * 100)
+    reader = write(tmp_path, records, batch_bytes=batch_bytes)
+    for found, expected in zip(reader.records(), records, strict=True):
+        assert_same(found, expected)
+    path, spans = shard_and_spans(reader)
+    keep = np.random.default_rng(1).permutation(len(spans))[:50]  # neither neighbours nor in order
+    bad: list[int] = []
+    for found, number in zip(ShardFile(str(path)).records(spans[keep], bad.append), keep, strict=True):
+        assert_same(found, records[number])
+    assert bad == []
+
+
+def check_all(reader: CacheReader, expected: dict[bytes, bytes], keys: list[bytes]) -> int:
+    """No way of reading gives anything wrong, and all give the same; how many records are whole."""
+    found = {record.key: record.payload for record in reader.records()}
+    assert found.items() <= expected.items()
+    assert list(reader.get_many(keys)) == [reader.get(key) for key in keys] == [found.get(key) for key in keys]
+    return len(found)
+
+
+def test_every_flipped_byte_and_every_cut_of_a_shard_is_noticed_by_all_ways_of_reading(tmp_path: Path) -> None:
+    records = make_records(18, tokens=20)
+    reader = write(tmp_path, records, batch_bytes=600)
+    expected, keys = {record.key: record.payload for record in records}, [record.key for record in records]
+    path, spans = shard_and_spans(reader)
+    content = path.read_bytes()
+    covered = np.zeros(len(content), bool)
+    for part, width in (("tokens", 4), ("mask", 1), ("payload", 1)):
+        for start, size in zip(spans[f"{part}_start"].tolist(), spans[f"{part}_count"].tolist(), strict=True):
+            covered[start : start + width * size] = True
+    fd = os.open(path, os.O_RDWR)
+    for position in range(0, len(content), 3):
+        os.pwrite(fd, bytes([content[position] ^ 0x10]), position)
+        assert check_all(reader, expected, keys) == len(records) - covered[position]
+        os.pwrite(fd, content[position : position + 1], position)
+    for size in range(len(content), 0, -41):
+        os.ftruncate(fd, size)
+        ends = spans["payload_start"].astype(int) + spans["payload_count"]
+        assert check_all(reader, expected, keys) >= np.count_nonzero(ends < size) - np.count_nonzero(ends == 0)
+    os.close(fd)
+
+
+def test_a_cut_index_gives_missing_records_for_many_keys_too(tmp_path: Path) -> None:
+    records = make_records(40)
+    reader = write(tmp_path, records)
+    (index,) = tmp_path.glob("*.index")
+    os.truncate(index, index.stat().st_size // 2)
+    found = list(reader.get_many([record.key for record in records]))
+    assert all(payload in (None, record.payload) for payload, record in zip(found, records, strict=True))
+    assert 0 < found.count(None) < len(records)
+
+
+def test_an_open_shard_that_cannot_be_read_is_skipped_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder in its place: reading it fails with EISDIR, as a failing disk does with EIO."""
+    records = make_records(40)
+    reader = write(tmp_path, records[:20])
+    (tmp_path / "broken-0-0.arrow.open").mkdir()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            reader.refresh()
+        again = CacheReader(tmp_path, FINGERPRINT)
+    assert len([record for record in caplog.records if "broken-0-0" in record.message]) == 1
+    for one in (reader, again):
+        assert list(one.get_many([r.key for r in records])) == [r.payload for r in records[:20]] + [None] * 20
+
+
+def test_a_sealed_shard_that_cannot_be_read_gives_missing_records(tmp_path: Path) -> None:
+    records = make_records(60)
+    write(tmp_path, records[:20])
+    (broken,) = tmp_path.glob("*.arrow")
+    reader = write(tmp_path, records[20:])
+    broken.rename(tmp_path / "away")
+    broken.mkdir()
+    keys = [record.key for record in records]
+    expected = [None] * 20 + [record.payload for record in records[20:]]
+    assert list(reader.get_many(keys)) == [reader.get(key) for key in keys] == expected
+    assert {record.key for record in reader.records()} == set(keys[20:])
+    assert reader.damaged == set(keys[:20])
+
+
+def test_many_payloads_end_where_reading_fails_and_a_block_is_then_read_one_by_one(tmp_path: Path) -> None:
+    reader = write(tmp_path, records := make_records(20))
+    path, spans = shard_and_spans(reader)
+    good, failing = ShardFile(str(path)), ShardFile(str(tmp_path))
+    located = [(good, span) for span in spans.tolist()]
+    located[7] = (failing, located[7][1])
+    assert list(payloads(located)) == [record.payload for record in records[:7]]  # the rest is for who asked
+    bad: list[int] = []
+    assert list(failing.records(spans, bad.append)) == []
+    assert bad == list(range(20))
