@@ -19,6 +19,7 @@ Draw = Callable[[Sequence[TokenSequence], TargetSpec, int], Sequence[bytes]]
 """(sequences, spec, draw set) -> their encoded targets, in order: a teacher, however it is reached."""
 
 CLOSE_ENOUGH = 0.01
+"""Also the least that twice the samples must bring: where the text takes no more bytes, more samples buy nothing."""
 MAX_MEASUREMENTS = 12
 TYPICAL_EXPONENT = 0.75
 """bytes ~ N^0.75 and 1/noise ~ N^1.5 on English text: only where to look next."""
@@ -50,14 +51,14 @@ def measure(
     with_noise: bool,
     id_model: IdModel | None = None,
 ) -> Measured:
-    """Bytes and entries per token; noise from two independent draw sets, as E |t̂ - t̂'|² / 2."""
+    """Bytes and entries per wanted row; noise from two independent draw sets, as E |t̂ - t̂'|² / 2."""
     payloads = draw(sequences, spec, 0)
     targets = _decoded(payloads, sequences, id_model)
-    num_tokens = sum(map(len, sequences))
+    num_tokens = max(1, _num_wanted(sequences))
     noise = None
     if with_noise:
         others = _decoded(draw(sequences, spec, 1), sequences, id_model)
-        noise = sum(map(_squared_distance, targets, others)) / 2 / max(1, _num_wanted(sequences))
+        noise = sum(map(_squared_distance, targets, others)) / 2 / num_tokens
     return Measured(
         bytes_per_token=sum(map(len, payloads)) / num_tokens,
         entries_per_token=sum(part.num_entries for part in targets) / num_tokens,
@@ -182,6 +183,8 @@ def _nearest(
     index = min(max(start, bounds[0]), bounds[1])
     for _ in range(MAX_MEASUREMENTS):
         value = value_of(index)
+        if below and index >= 2 * below[0] and value <= min(target, below[1] * (1 + CLOSE_ENOUGH)):
+            break
         if value <= target:
             below = (index, value)
         if value >= target:

@@ -222,6 +222,11 @@ def _parse_header(body: bytes, id_model: IdModel | None, expected_rows: int | No
     if len(body) != max(ends[-1], -(-num_entries // MAX_ENTRIES_PER_BYTE)):
         raise CodecError(f"{num_rows} rows and {num_entries} entries in {ends[-1]} bytes do not fit {len(body)} bytes")
     sums_to_units = bool(flags & _SUMS_TO_UNITS)
+    most = min(vocab_size, units) if sums_to_units else vocab_size
+    for number, promised in enumerate(index[::2]):  # before anything is allocated
+        rows = min(BLOCK_ROWS, num_rows - number * BLOCK_ROWS)
+        if promised > rows * most:
+            raise CodecError(f"{promised} entries in block {number} of {rows} rows, of which none can have over {most}")
     return _Header(vocab_size, units, tail_units, num_rows, sums_to_units, index[::2], ends)
 
 

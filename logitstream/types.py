@@ -46,6 +46,11 @@ class TargetSpec:
     codec_version: int = 2
 
     def __post_init__(self) -> None:
+        """Numbers become those of their field's type: 2 and 2.0, or numpy's, must not make two fingerprints."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "sampler":
+                object.__setattr__(self, one.name, _number(one.name, value, whole=one.type == "int"))
         if self.sampler not in SAMPLERS:
             raise InvalidSpec(f"unknown sampler {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
         _check_range("num_samples", self.num_samples, 1, PROBABILITY_UNITS)
@@ -71,6 +76,17 @@ class TargetSpec:
             "full": set[str](),
         }[self.sampler]
         return {name: value for name, value in asdict(self).items() if name in used}
+
+
+def _number(name: str, value: object, *, whole: bool) -> int | float:
+    kind = int if whole else float
+    try:
+        number: int | float = kind(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, str) or (whole and number != value):
+        raise InvalidSpec(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+    return number
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from datasets import Dataset
@@ -33,10 +32,10 @@ from logitstream.cache import CacheReader
 from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import parse_settings
 from logitstream.tokenizer import tokenizer_digest
-from logitstream.types import Fingerprint, TargetSpec, TokenSequence
+from logitstream.types import Fingerprint, TargetSpec
 from student_worker.agreement import agree_on_teacher, expected_teacher
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
-from student_worker.calibration import CALIBRATION_SEQUENCES, choose_spec
+from student_worker.calibration import calibration_sequences, choose_spec
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
 from student_worker.progress import ProgressDisplay
@@ -144,10 +143,9 @@ def meet_budget(
     config: StudentConfig, train_set: Dataset | CacheDataset, connect: Callable[[TargetSpec], GrpcTeacherClient]
 ) -> None:
     """Put N, θ or k in place of a budget in bytes or noise; from the cache alone those of the cache."""
-    first = [train_set[index]["input_ids"] for index in range(min(CALIBRATION_SEQUENCES, len(train_set)))]
     spec = choose_spec(
         connect if config.targets != "cache" else None,
-        [TokenSequence(token_ids=np.asarray(token_ids, dtype=np.int32)) for token_ids in first],
+        calibration_sequences(train_set),
         config.target_spec(),
         bytes_per_token=config.bytes_per_token,
         noise=config.noise,

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from datasets import Dataset
 
 from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
 from logitstream.cache import CacheReader, has_manifest
 from logitstream.errors import RequestError
 from logitstream.id_model import IdModel
 from logitstream.types import TargetSpec, TokenSequence
+from student_worker.batches import split_batch
+from student_worker.data import CacheDataset, collate
 from student_worker.teacher_client import TeacherClient
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,12 @@ logger = logging.getLogger(__name__)
 CALIBRATION_SEQUENCES = 16
 
 Connect = Callable[[TargetSpec], TeacherClient]
+
+
+def calibration_sequences(train_set: Dataset | CacheDataset) -> list[TokenSequence]:
+    """Sequences from all over the training set, with their masks, as training will send them."""
+    spread = np.linspace(0, len(train_set) - 1, min(CALIBRATION_SEQUENCES, len(train_set))).astype(np.int64)
+    return [sequence for i in spread for _, sequence in split_batch(collate([train_set[int(i)]]))]
 
 
 def choose_spec(
@@ -36,7 +46,8 @@ def choose_spec(
     """The spec that meets the budget, the same on every process; only the main one asks the teacher.
 
     A cache that holds targets already has had its budget: its N, θ or k is taken, and no teacher is asked. connect
-    None: no teacher is asked in any case. Raises RequestError where the teacher refuses every sequence.
+    None: no teacher is asked in any case. Raises ValueError where there is no sequence, RequestError where the teacher
+    refuses every one.
     """
     chosen: list[TargetSpec | Exception] = [spec]
     distributed = dist.is_available() and dist.is_initialized()
@@ -77,6 +88,8 @@ def _choose(
             futures = [client.submit(sequence, draw_set=draw_set) for sequence in wanted]
             return [future.result().payload for future in futures]
 
+    if not sequences:
+        raise ValueError("the sequences that a budget is measured on have no supervised token: set num_samples instead")
     with contextlib.closing(connect(spec)) as client:
         content = client.info.id_model
         sequences = _accepted(client, sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,8 @@ class StudentConfig:
     target_seed: int = setting("Seed of the draws; with the same one every student gets the same draws.", 0)
     codec_version: int = setting("Version of the encoded targets.", 2)
     bytes_per_token: float = setting(
-        "Choose N or θ so that targets take about this many bytes a token; 0: no. A cache that exists keeps its own.",
+        "Choose N, θ or k so that targets take about this many bytes a supervised token; 0: no. A cache that exists "
+        "keeps its own.",
         0.0,
     )
     noise: float = setting(
@@ -88,6 +90,9 @@ class StudentConfig:
         for name in ("sequence_tokens", "prefetch_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("bytes_per_token", "noise"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
         if self.bytes_per_token and self.noise:
             raise ValueError("expected one budget, bytes_per_token or noise, got both")
         self.target_spec()

@@ -74,6 +74,26 @@ def test_noise_from_two_draws_is_the_squared_error() -> None:
     assert measured.noise == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("spec", [*UNBIASED, TargetSpec(sampler="top_k")], ids=lambda s: s.sampler)
+def test_where_more_samples_take_no_more_bytes_no_more_are_asked_for(spec: TargetSpec) -> None:
+    def draw(sequences: Sequence[TokenSequence], spec: TargetSpec, draw_set: int) -> list[bytes]:
+        one_hot = torch.full((LENGTH, VOCAB_SIZE), -torch.inf)
+        one_hot[:, 3] = 0.0
+        return [encode(sample(one_hot, spec, s, draw_set=draw_set)) for s in sequences]
+
+    choice = choose_for_bytes(draw, text(0), spec, 50.0)
+    assert (choice.spec.num_samples, choice.spec.threshold, choice.spec.top_k) == (50, 0.02, 12)
+
+
+def test_bytes_and_noise_are_those_of_the_rows_that_are_wanted() -> None:
+    draw, _ = teacher()
+    mask = np.arange(LENGTH) % 8 == 0
+    masked = [TokenSequence(token_ids=one.token_ids, loss_mask=mask) for one in text(0, 24)]
+    of_all, of_some = (measure(draw, one, TargetSpec(), with_noise=True) for one in (text(0, 24), masked))
+    assert of_some.entries_per_token == pytest.approx(of_all.entries_per_token, rel=0.2)
+    assert of_some.noise == pytest.approx(of_all.noise, rel=0.3)
+
+
 def test_budgets_that_cannot_be_met_are_refused() -> None:
     draw, _ = teacher()
     with pytest.raises(ValueError, match="too few for any systematic targets"):

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from logitstream.cache import CacheWriter
 from logitstream.errors import InvalidSequence
 from logitstream.sampling import sample
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.calibration import choose_spec
+from student_worker.calibration import CALIBRATION_SEQUENCES, calibration_sequences, choose_spec
 from student_worker.teacher_client import LocalTeacherClient
 
 VOCAB_SIZE = 200
@@ -53,6 +54,20 @@ def test_a_refused_sequence_is_left_out_of_the_measurement(budget: dict[str, Any
     chosen = choose_spec(connect, sequences(3, VOCAB_SIZE, 4), SPEC, **budget)
     assert chosen.num_samples != SPEC.num_samples
     assert chosen == choose_spec(connect, sequences(3, 4), SPEC, **budget)
+
+
+def test_what_is_measured_comes_from_all_over_the_training_set_with_its_masks() -> None:
+    rows = [{"input_ids": [i % VOCAB_SIZE] * 8, "labels": [-100] * 6 + [1, 2]} for i in range(1000)]
+    chosen = calibration_sequences(Dataset.from_list(rows))
+    assert len(chosen) == CALIBRATION_SEQUENCES
+    assert [int(one.token_ids[0]) for one in chosen[:3]] == [0, 66, 133]
+    assert chosen[0].loss_mask is not None
+    assert chosen[0].loss_mask.tolist() == [False] * 5 + [True] * 2 + [False]
+    nothing_wanted = [{"input_ids": [1, 2], "labels": [-100, -100]}]
+    with pytest.raises(ValueError, match="no supervised token"):
+        choose_spec(
+            connect, calibration_sequences(Dataset.from_list(nothing_wanted)), SPEC, bytes_per_token=20.0, noise=0.0
+        )
 
 
 def test_only_where_every_sequence_is_refused_does_the_run_end() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import grpc
 import numpy as np
 import pytest
@@ -37,6 +39,18 @@ def test_a_spec_survives_the_wire(
 def test_a_spec_with_fields_left_out_is_refused_by_name() -> None:
     with pytest.raises(InvalidSpec, match="num_samples must lie in"):
         convert.spec_from_message(pb.TargetSpec(sampler="systematic"))
+
+
+def test_equal_specs_have_one_fingerprint_whatever_kind_of_numbers_they_were_made_of() -> None:
+    plain = TargetSpec(num_samples=30, temperature=2.0, seed=7)
+    for other in (
+        TargetSpec(num_samples=np.int64(30), temperature=2, seed=7.0),  # type: ignore[arg-type]
+        TargetSpec(num_samples=30.0, temperature=np.float32(2), seed=np.uint64(7)),  # type: ignore[arg-type]
+    ):
+        assert json.dumps(other.canonical()) == json.dumps(plain.canonical())
+    for name, value in (("num_samples", 30.5), ("top_k", "12"), ("temperature", None), ("seed", float("nan"))):
+        with pytest.raises(InvalidSpec, match=f"{name} must"):
+            TargetSpec(**{name: value})  # type: ignore[arg-type]
 
 
 def test_what_a_teacher_says_of_itself_survives_the_wire() -> None:
