@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,10 +79,10 @@ class TargetSpec:
         return {name: value for name, value in asdict(self).items() if name in used}
 
 
-def _number(name: str, value: object, *, whole: bool) -> int | float:
+def _number(name: str, value: Any, *, whole: bool) -> int | float:
     kind = int if whole else float
     try:
-        number: int | float = kind(value)  # type: ignore[call-overload]
+        number: int | float = kind(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, str) or (whole and number != value):
