@@ -35,8 +35,10 @@ FINGERPRINT = Fingerprint(
     spec=TargetSpec().canonical(),
 )
 REPLAYED_BYTES = 100 << 20
-SHAPES = ((1024, 10), (2048, 10), (2048, 18), (4096, 36))
+SHAPES = ((512, 10), (1024, 10), (2048, 10), (2048, 18), (4096, 36))
 """Tokens of a sequence and payload bytes of a token."""
+KEYS_AT_ONCE = 64
+"""What a training run looks up at once: 8 batches of 8 sequences, the Trainer's and our defaults, are prefetched."""
 ROUNDS = 9
 NUM_SMALL = 1_000_000
 
@@ -65,6 +67,22 @@ def raw_in_order(directory: Path) -> int:
     return total
 
 
+def raw_whole_records(directory: Path) -> int:
+    """As raw_in_order, with the other four values that a replayed record holds: key, mask, draw set, version."""
+    total = 0
+    for path in sorted(directory.glob("*.arrow")):
+        with pa.memory_map(str(path)) as source:
+            for batch in pa.ipc.open_stream(source):
+                lists = batch.column("token_ids")
+                values, offsets = lists.flatten().to_numpy(), lists.offsets.to_pylist()
+                values.max()
+                names = ("key", "loss_mask", "payload", "draw_set", "teacher_version")
+                columns = (batch.column(name).to_pylist() for name in names)
+                for i, (_key, _mask, payload, _draw_set, _version) in enumerate(zip(*columns, strict=True)):
+                    total += len(payload) + 0 * len(values[offsets[i] : offsets[i + 1]])
+    return total
+
+
 def raw_shuffled(tables: pa.Table, order: list[int]) -> int:
     payloads, token_ids = tables["payload"], tables["token_ids"]
     total = 0
@@ -79,6 +97,16 @@ def replay_in_order(reader: CacheReader) -> int:
 
 
 def replay_shuffled(reader: CacheReader, keys: list[bytes]) -> int:
+    """As training does (student_worker/target_source.py): looked up together, read one after the other."""
+    total = 0
+    for start in range(0, len(keys), KEYS_AT_ONCE):
+        for payload in reader.get_many(keys[start : start + KEYS_AT_ONCE]):
+            assert payload is not None
+            total += len(payload)
+    return total
+
+
+def replay_one_by_one(reader: CacheReader, keys: list[bytes]) -> int:
     total = 0
     for key in keys:
         payload = reader.get(key)
@@ -121,15 +149,21 @@ def replay(directory: Path, num_tokens: int, bytes_per_token: int) -> dict[str, 
         {
             "raw_in_order": lambda: raw_in_order(directory),
             "replay_in_order": lambda: replay_in_order(reader),
+            "raw_whole_records": lambda: raw_whole_records(directory),
             "raw_shuffled": lambda: raw_shuffled(tables, order),
             "replay_shuffled": lambda: replay_shuffled(reader, keys),
+            "replay_one_by_one": lambda: replay_one_by_one(reader, keys),
         }
     )
+    compared = {
+        "in_order": ("raw_in_order", "replay_in_order"),
+        "whole_records_in_order": ("raw_whole_records", "replay_in_order"),
+        "shuffled": ("raw_shuffled", "replay_shuffled"),
+        "one_by_one": ("raw_shuffled", "replay_one_by_one"),
+    }
     ratios = {
-        f"{order_name}_{clock}_ratio": round(
-            found[f"raw_{order_name}"][f"{clock}_seconds"] / found[f"replay_{order_name}"][f"{clock}_seconds"], 3
-        )
-        for order_name in ("in_order", "shuffled")
+        f"{name}_{clock}_ratio": round(found[raw][f"{clock}_seconds"] / found[ours][f"{clock}_seconds"], 3)
+        for name, (raw, ours) in compared.items()
         for clock in ("wall", "cpu")
     }
     rates = {
@@ -156,12 +190,10 @@ def open_small(directory: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     opened = resident_bytes()
     keys = [reader.key(int(i)) for i in np.random.default_rng(0).integers(0, count, 200_000)]
-    for key in keys[:1000]:
-        reader.get(key)
+    replay_shuffled(reader, keys[:1000])
     resident = []
     for part in range(10):
-        for key in keys[part::10]:
-            reader.get(key)
+        replay_shuffled(reader, keys[part::10])
         resident.append(resident_bytes())
     return {
         "sequences": count,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -88,7 +87,7 @@ class CacheReader:
 
     def get(self, key: bytes) -> bytes | None:
         """The encoded targets of a key, or None where the cache does not hold them undamaged."""
-        found = self._first_whole(key)
+        found = self._first_whole(self._now, key)
         (metrics.CACHE_MISSES if found is None else metrics.CACHE_HITS).inc()
         return None if found is None else found[3]
 
@@ -97,23 +96,32 @@ class CacheReader:
         now = self._now
         for start in range(0, len(keys), LOOKED_UP_AT_ONCE):
             some, hits, misses = keys[start : start + LOOKED_UP_AT_ONCE], 0, 0
-            located = self._locate(now, some)
-            found = payloads([one for one in located if one is not None])
             try:
-                for key, is_here in zip(some, located, strict=True):
-                    payload = next(found, None) if is_here else None
+                for key, payload in zip(some, payloads(some, self._locate(now, some)), strict=True):
                     if payload is None:  # another copy may be whole; else it is missing, or its damage is counted
-                        payload = (self._first_whole(key) or NOTHING)[3]
-                    hits, misses = (hits + 1, misses) if payload is not None else (hits, misses + 1)
+                        payload = (self._first_whole(now, key) or NOTHING)[3]
+                    hits, misses = (hits, misses + 1) if payload is None else (hits + 1, misses)
                     if hits + misses == len(some):  # before the last one is taken: nobody may ask for more
                         hits, misses = _count(hits, misses)
                     yield payload
             finally:
                 _count(hits, misses)
 
+    def _locate(self, now: Snapshot, keys: Sequence[bytes]) -> list[tuple[ShardFile, Span] | None]:
+        """File and span of the first record of each key, if it has one; None where they cannot be had all at once.
+
+        While records are read, what look-ups need would leave the processor's caches again and again.
+        """
+        try:
+            rows = now.rows_of(keys)
+            files = [self._files.get(path) or self._open(now, path) for path, _ in rows]
+            return list(zip(files, read_spans(files, [row for _, row in rows]), strict=True))
+        except (IndexError, CorruptRecord, OSError):  # nothing is there, or something is damaged or pruned
+            return [None] * len(keys)
+
     def get_record(self, key: bytes) -> Record:
         """The whole record of a key; CacheMiss where it is not there, CorruptRecord where every copy is damaged."""
-        found = self._first_whole(key)
+        found = self._first_whole(self._now, key)
         if found is not None:
             return unpack_record(*found)
         if key in self.damaged:
@@ -182,46 +190,21 @@ class CacheReader:
             order = self._order = (now, index, index.first_of_each())
         return order[1:]
 
-    def _first_whole(self, key: bytes) -> Parts | None:
-        """The first record of a key that is neither damaged nor in a shard that was pruned."""
-        now = self._now
+    def _first_whole(self, now: Snapshot, key: bytes) -> Parts | None:
+        """The first of a key's records that is neither damaged nor in a shard that was pruned."""
         for place in now.places(key):
+            path, row = now.row_of(place)
             try:
-                file, span = self._at(now, place)
+                file = self._files.get(path) or self._open(now, path)
+                span = file.span(row)
                 if span[0] != key:
                     raise CorruptRecord(f"the index names {span[0].hex()} where it named {key.hex()} before")
                 return (span, *file.record(span))
             except FileNotFoundError:
                 continue
             except (CorruptRecord, OSError) as error:
-                self._note(now.path_of(place), error, key)
+                self._note(path, error, key)
         return None
-
-    def _locate(self, now: Snapshot, keys: Sequence[bytes]) -> list[tuple[ShardFile, Span] | None]:
-        """The file and the span of each key's first record; None where there is none, or a problem with it."""
-        places = now.first_places(keys)
-        try:
-            if min(places) >= 0 and max(places) < OPEN_PLACE:
-                located = list(map(now.shard_of, places))
-                files = [self._files.get(path) or self._open(now, path) for path, _ in located]
-                spans = read_spans(files, [row for _, row in located])
-                if [span[0] for span in spans] == list(keys):
-                    return list(zip(files, spans, strict=True))
-        except (CorruptRecord, OSError):
-            pass
-        return [self._locate_one(now, place, key) for key, place in zip(keys, places, strict=True)]
-
-    def _locate_one(self, now: Snapshot, place: int, key: bytes) -> tuple[ShardFile, Span] | None:
-        with contextlib.suppress(CorruptRecord, OSError):  # whoever reads the record alone takes care of it
-            found = self._at(now, place) if place >= 0 else None
-            return found if found is not None and found[1][0] == key else None
-        return None
-
-    def _at(self, now: Snapshot, place: int) -> tuple[ShardFile, Span]:
-        """The file and the span of a place; OSError where its shard cannot be opened, CorruptRecord as `span`."""
-        path, row = now.open_rows[place - OPEN_PLACE] if place >= OPEN_PLACE else now.shard_of(place)
-        file = self._files.get(path) or self._open(now, path)
-        return file, row if isinstance(row, tuple) else file.span(row)
 
     def _note_row(self, path: str, spans: Spans, row: int) -> None:
         key = spans["key"][row].tobytes()

@@ -9,7 +9,6 @@ read, as much as possible is done in numpy or inside `map` and `zip`.
 
 from __future__ import annotations
 
-import operator
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,8 @@ SPANS_AT_A_TIME = 4096
 
 Span = tuple[Any, ...]
 """SPAN's fields of a record, in order."""
+Row = int | Span
+"""Number of a record in a sealed shard, or the span of one in an open shard."""
 Parts = tuple[bytes, bytes, bytes]
 """Token bytes, mask bytes and payload of a record."""
 Range = tuple[int, int]
@@ -52,8 +53,10 @@ class ShardFile:
             if fd >= 0:
                 os.close(fd)
 
-    def span(self, row: int) -> Span:
+    def span(self, row: Row) -> Span:
         """SPAN's fields of a record; CorruptRecord where the index has been cut off."""
+        if isinstance(row, tuple):
+            return row
         if self._spans is not None:
             return SPAN.unpack(self._spans[row].tobytes())
         content = os.pread(self.index, SPAN.size, INDEX_HEADER.size + SPAN.size * row)
@@ -115,33 +118,37 @@ class ShardFile:
         return content
 
 
-def read_spans(files: Sequence[ShardFile], rows: Sequence[int]) -> list[Span]:
+def read_spans(files: Sequence[ShardFile], rows: Sequence[Row]) -> list[Span]:
     """As `span` of each file and row."""
-    if any(file.index < 0 for file in files):
+    indexes = [file.index for file in files]
+    if min(indexes) < 0:
         return list(map(ShardFile.span, files, rows))
-    offsets = [INDEX_HEADER.size + SPAN.size * row for row in rows]
+    offsets = [INDEX_HEADER.size + SPAN.size * row for row in rows]  # type: ignore[operator]  # numbers: it is sealed
     try:
-        return list(map(SPAN.unpack, map(os.pread, [file.index for file in files], repeat(SPAN.size), offsets)))
+        return list(map(SPAN.unpack, map(os.pread, indexes, repeat(SPAN.size), offsets)))
     except struct.error as error:
         raise CorruptRecord("an index is cut off") from error
 
 
-def payloads(located: Sequence[tuple[ShardFile, Span]]) -> Iterator[bytes | None]:
-    """Each record's payload as it is read, None where the record is damaged; ends early where reading fails."""
-    if not located:
-        return
-    files, spans = zip(*located, strict=True)
-    columns = zip(*spans, strict=True)
-    keys, at, sizes, tokens_at, token_counts, mask_at, mask_sizes, draw_sets, versions, wanted = columns
-    fds, token_sizes = [file.fd for file in files], [4 * count for count in token_counts]
-    heads = map(operator.add, keys, map(HEAD.pack, draw_sets, versions, token_sizes, mask_sizes))
-    masks = map(os.pread, fds, mask_sizes, mask_at) if any(mask_sizes) else repeat(b"")
-    seeds = map(xxh3, masks, map(xxh3, map(os.pread, fds, token_sizes, tokens_at), map(xxh3, heads)))
-    try:
-        for payload, seed, its_wanted in zip(map(os.pread, fds, sizes, at), seeds, wanted, strict=False):
-            yield payload if xxh3(payload, seed) == its_wanted else None  # `checksum`, without the calls
-    except OSError:
-        return
+def payloads(keys: Sequence[bytes], located: Sequence[tuple[ShardFile, Span] | None]) -> Iterator[bytes | None]:
+    """Each key's payload as it is read; None where nothing is located, or what lies there is damaged or another's."""
+    pread, pack = os.pread, HEAD.pack
+    for wanted_key, one in zip(keys, located, strict=True):
+        payload = None
+        if one is not None and one[1][0] == wanted_key:
+            file, (key, at, num_bytes, tokens_at, num_tokens, mask_at, mask_bytes, draw_set, version, wanted) = one
+            fd, token_bytes = file.fd, 4 * num_tokens
+            try:
+                seed = xxh3(
+                    pread(fd, token_bytes, tokens_at), xxh3(key + pack(draw_set, version, token_bytes, mask_bytes))
+                )
+                seed = xxh3(pread(fd, mask_bytes, mask_at) if mask_bytes else b"", seed)
+                payload = pread(fd, num_bytes, at)
+                if xxh3(payload, seed) != wanted:  # `checksum`, without the calls
+                    payload = None
+            except OSError:
+                payload = None
+        yield payload
 
 
 def _blocks(spans: Spans, first_row: int) -> Iterator[tuple[tuple[Range, Range, Range], Iterator[tuple[Any, ...]]]]:

@@ -18,14 +18,13 @@ from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import INDEX_HEADER, read_index
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.shard import SPAN, SPAN_DTYPE, Message, Spans, read_schema, scan
+from logitstream.cache.shard_file import Row
 from logitstream.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 OPEN_PLACE = 1 << 31
 """Places from here on are records of open shards."""
-WORTH_NUMPY = 16
-"""So many keys are looked up faster by numpy than one by one."""
 OpenRows = list[tuple[str, tuple[Any, ...]]]
 """Path of the shard and span of each open record."""
 
@@ -55,23 +54,25 @@ class Snapshot:
         found = self.sealed.find(key)
         return [*found, *self.open_keys.get(key, ())] if self.open_keys else found
 
-    def first_places(self, keys: Sequence[bytes]) -> list[int]:
-        """Where each key's first record is, -1 where there is none."""
-        if len(keys) < WORTH_NUMPY:
-            return [next(iter(self.places(key)), -1) for key in keys]
-        found = self.sealed.find_many(keys).tolist()
-        return [
-            place if place >= 0 else next(iter(self.places(key)), -1) for key, place in zip(keys, found, strict=True)
-        ]
+    def rows_of(self, keys: Sequence[bytes]) -> list[tuple[str, Row]]:
+        """Path of the shard and row of the first record of each key that has one; of other keys any record's."""
+        if not len(self.sealed.high):
+            return [self.open_rows[self.open_keys.get(key, (OPEN_PLACE,))[0] - OPEN_PLACE] for key in keys]
+        rows: list[tuple[str, Row]] = list(map(self.shard_of, self.sealed.guess(keys)))
+        if self.open_keys:
+            for number, key in enumerate(keys):
+                if key in self.open_keys:
+                    rows[number] = self.open_rows[self.open_keys[key][0] - OPEN_PLACE]
+        return rows
+
+    def row_of(self, place: int) -> tuple[str, Row]:
+        """Path of the shard that holds a place, and the row there."""
+        return self.open_rows[place - OPEN_PLACE] if place >= OPEN_PLACE else self.shard_of(place)
 
     def shard_of(self, place: int) -> tuple[str, int]:
         """The sealed shard that holds a place, and the row there."""
         number = bisect_right(self.starts, place) - 1
         return self.shards[number], place - self.starts[number]
-
-    def path_of(self, place: int) -> str:
-        """The shard that holds a place."""
-        return self.open_rows[place - OPEN_PLACE][0] if place >= OPEN_PLACE else self.shard_of(place)[0]
 
     def all_spans(self) -> Iterator[tuple[str, Spans]]:
         """Each shard's path and spans, in the order of places."""
