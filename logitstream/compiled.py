@@ -51,3 +51,16 @@ def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 prefetch = cast(Callable[[Any, int], None], intrinsic(_prefetch))
 """In kernels: start reading what lies at an index of an array, or past its end, without waiting for it."""
+
+
+def _multiply_high(typing_context: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(argument, wide) for argument in arguments))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+
+    return types.int64(types.uint64, types.uint64), generate
+
+
+multiply_high = cast(Callable[[Any, Any], int], intrinsic(_multiply_high))
+"""In kernels: a·b // 2^64 of two uint64, which must stay below 2^63."""

@@ -28,6 +28,7 @@ MAX_BUCKET_SIZE = 1 << 16
 INNER_BITS = 16
 NEXT_BITS = 15
 SLOT_BITS = 8
+MAX_SLOT_BITS = 12
 MASS_BITS = 31
 DRAW_CLASSES = np.array(
     [*range(1, 17), 18, 20, 23, 26, 29, 32, 40, 50, 64, 80, 100, 128, 192, 256, 512, 1024], dtype=np.int64
@@ -81,25 +82,32 @@ class IdModel:
 
 
 class IdTables(NamedTuple):
-    """What encoding and decoding ids looks up. Consecutive ids form B buckets of about equal mass.
+    """What encoding and decoding ids looks up, small enough for a core's cache. Consecutive ids form B buckets of about
+    equal mass.
 
-    bucket_of: int32 [V], or empty for buckets of equal ids without inner_start and inner_slot;
+    bucket_of: uint16 [V], or empty for buckets of equal ids without inner_start and inner_slot;
     bucket_start: int32 [B + 1], first ids;
-    inner_start: int32 [V], running sum of frequencies within the id's bucket; inner_total: int32 [B], their sum;
-    next_start: int32 [B, classes, B + 1], for the bucket of the next id, when ids from the first index's bucket on are
+    inner_start: uint16 [V], running sum of frequencies within the id's bucket; inner_total: int32 [B], their sum;
+    next_start: uint16 [B, classes, B + 1], for the bucket of the next id, when ids from the first index's bucket on are
     free and a class of DRAW_CLASSES says how many are still to come: running sums of frequencies with 2^NEXT_BITS in
     all;
-    inner_slot: int32 [B, slots + 1] and next_slot: int16 [B, classes, slots + 1], where a search for the id or bucket
-    that holds a number starts and ends, by the number's highest SLOT_BITS.
+    next_slot: uint8 [B, classes, slots], where a search for the bucket that holds a number starts, by the number's
+    highest SLOT_BITS: the last bucket that starts no later than the slot, or 255;
+    inner_slot: uint16, the same for ids, counted from the bucket's first: those of bucket b from slot_start[b] on, by
+    the number over 2^slot_shift[b]; both int32 [B];
+    reciprocal: uint64 [B + 1], 2^64 / inner_total, rounded up (the last: 0).
     """
 
-    bucket_of: npt.NDArray[np.int32]
+    bucket_of: npt.NDArray[np.uint16]
     bucket_start: npt.NDArray[np.int32]
-    inner_start: npt.NDArray[np.int32]
+    inner_start: npt.NDArray[np.uint16]
     inner_total: npt.NDArray[np.int32]
-    inner_slot: npt.NDArray[np.int32]
-    next_start: npt.NDArray[np.int32]
-    next_slot: npt.NDArray[np.int16]
+    next_start: npt.NDArray[np.uint16]
+    next_slot: npt.NDArray[np.uint8]
+    inner_slot: npt.NDArray[np.uint16]
+    slot_start: npt.NDArray[np.int32]
+    slot_shift: npt.NDArray[np.int32]
+    reciprocal: npt.NDArray[np.uint64]
 
 
 def uniform_tables(vocab_size: int) -> IdTables:
@@ -108,18 +116,21 @@ def uniform_tables(vocab_size: int) -> IdTables:
     bucket_start = np.minimum(np.arange(-(-vocab_size // size) + 1) * size, vocab_size).astype(np.int32)
     next_start, next_slot = _equal_buckets(len(bucket_start) - 1)
     return IdTables(
-        bucket_of=np.zeros(0, np.int32),
+        bucket_of=np.zeros(0, np.uint16),
         bucket_start=bucket_start,
-        inner_start=np.zeros(0, np.int32),
+        inner_start=np.zeros(0, np.uint16),
         inner_total=np.diff(bucket_start),
-        inner_slot=np.zeros((0, 0), np.int32),
         next_start=next_start,
         next_slot=next_slot,
+        inner_slot=np.zeros(0, np.uint16),
+        slot_start=np.zeros(0, np.int32),
+        slot_shift=np.zeros(0, np.int32),
+        reciprocal=_reciprocals(np.diff(bucket_start)),
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _equal_buckets(num_buckets: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]:
+def _equal_buckets(num_buckets: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
     next_start = _next_bucket(np.ones(num_buckets, np.int64))
     return next_start, _next_slots(next_start)
 
@@ -146,34 +157,51 @@ def _tables(weights: npt.NDArray[np.int64]) -> IdTables:
     before = np.concatenate([[0], inner_end])[bucket_start[:-1]]
     inner_start = inner_end - frequency - before[bucket_of]
     next_start = _next_bucket(mass)
+    inner_slot, slot_start, slot_shift = _inner_slots(bucket_of, bucket_start, inner_start)
+    inner_total = np.add.reduceat(frequency, bucket_start[:-1]).astype(np.int32)
     return IdTables(
-        bucket_of=bucket_of.astype(np.int32),
+        bucket_of=bucket_of.astype(np.uint16),
         bucket_start=bucket_start.astype(np.int32),
-        inner_start=inner_start.astype(np.int32),
-        inner_total=np.add.reduceat(frequency, bucket_start[:-1]).astype(np.int32),
-        inner_slot=_inner_slots(bucket_of, bucket_start, inner_start),
+        inner_start=inner_start.astype(np.uint16),
+        inner_total=inner_total,
         next_start=next_start,
         next_slot=_next_slots(next_start),
+        inner_slot=inner_slot,
+        slot_start=slot_start,
+        slot_shift=slot_shift,
+        reciprocal=_reciprocals(inner_total),
+    )
+
+
+def _reciprocals(totals: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+    """As range_coder._reciprocal."""
+    return np.array(
+        [min((1 << 64) // n + ((1 << 64) % n > 0), (1 << 64) - 1) for n in totals.tolist()] + [0], np.uint64
     )
 
 
 def _inner_slots(
     bucket_of: npt.NDArray[np.int64], bucket_start: npt.NDArray[np.int64], inner_start: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int32]:
-    """The last id of each bucket whose inner_start is at most each slot's first number."""
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """inner_slot, slot_start and slot_shift: two to four slots an id, so that a search rarely takes a step."""
+    size = np.diff(bucket_start)
+    bits = np.minimum([int(n).bit_length() + 1 for n in size], MAX_SLOT_BITS)
+    ends = np.cumsum(1 << bits)
+    slot_start = ends - (1 << bits)
+    bucket = np.repeat(np.arange(len(size)), 1 << bits)
+    number = (np.arange(ends[-1]) - slot_start[bucket]) << (INNER_BITS - bits[bucket])
     keys = (bucket_of << (INNER_BITS + 1)) + inner_start
-    slots = np.arange((1 << SLOT_BITS) + 1) << (INNER_BITS - SLOT_BITS)
-    wanted = (np.arange(bucket_of[-1] + 1) << (INNER_BITS + 1))[:, None] + slots
-    return np.minimum(np.searchsorted(keys, wanted, side="right") - 1, bucket_start[1:, None] - 1).astype(np.int32)
+    found = np.searchsorted(keys, (bucket << (INNER_BITS + 1)) + number, side="right") - 1 - bucket_start[bucket]
+    return found.astype(np.uint16), slot_start.astype(np.int32), (INNER_BITS - bits).astype(np.int32)
 
 
-def _next_slots(next_start: npt.NDArray[np.int32]) -> npt.NDArray[np.int16]:
+def _next_slots(next_start: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
     """The last bucket of each table whose next_start is at most each slot's first number."""
     num_buckets, num_classes, _ = next_start.shape
     tables = np.arange(num_buckets * num_classes).reshape(num_buckets, num_classes, 1) << (NEXT_BITS + 1)
-    slots = np.arange((1 << SLOT_BITS) + 1) << (NEXT_BITS - SLOT_BITS)
+    slots = np.arange(1 << SLOT_BITS) << (NEXT_BITS - SLOT_BITS)
     found = np.searchsorted((next_start[..., :-1] + tables).ravel(), tables + slots, side="right") - 1
-    slots_of: npt.NDArray[np.int16] = (found % num_buckets).astype(np.int16)
+    slots_of: npt.NDArray[np.uint8] = np.minimum(found % num_buckets, 255).astype(np.uint8)
     return slots_of
 
 
@@ -196,13 +224,13 @@ def _buckets(weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
-def _next_bucket(mass: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+def _next_bucket(mass: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
     """P(first of m ids in bucket < c | all in buckets ≥ s) = 1 - (mass of c.. / mass of s..)^m, no bucket below 1."""
     num_buckets = len(mass)
     shift = max(0, int(mass.sum()).bit_length() - MASS_BITS)
     mass = np.maximum(mass >> shift, 1)
     remaining = np.concatenate([np.cumsum(mass[::-1])[::-1], [0]])
-    table = np.zeros((num_buckets, len(DRAW_CLASSES), num_buckets + 1), np.int32)
+    table = np.zeros((num_buckets, len(DRAW_CLASSES), num_buckets + 1), np.uint16)
     for s in range(num_buckets):
         reached = (1 << 30) - _powers((remaining[s:] << 30) // remaining[s])
         least = np.arange(num_buckets - s + 1)

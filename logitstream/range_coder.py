@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.compiled import kernel, part
-from logitstream.id_model import DRAW_CLASSES, INNER_BITS, NEXT_BITS, SLOT_BITS, IdTables
+from logitstream.compiled import kernel, multiply_high, part, prefetch
+from logitstream.id_model import DRAW_CLASSES, NEXT_BITS, SLOT_BITS, IdTables
 
 Array = npt.NDArray[Any]
 State = tuple[int, int, int]
@@ -29,7 +29,8 @@ MAX_COUNT = (1 << 31) - 1
 _MASK = (1 << 48) - 1
 _LEAST_WIDTH = 1 << 32
 _UNSEEN = 32768 << 8
-_RATES = np.array([1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5], dtype=np.int64)
+_RATES = 0x5444444443333221
+"""By how often a context was seen, four bits each."""
 
 # Layout of the adaptive contexts: of a value's bit length, and of the two bits below its top bit, for each use.
 _VALUE_CONTEXTS = 32 + 32 * 4
@@ -39,24 +40,27 @@ _TAKES_ALL = _HAS_MORE + 64
 _IS_TAIL = _TAKES_ALL + 64
 _NUM_CONTEXTS = _IS_TAIL + 4
 
-_CLASS_OF = np.searchsorted(DRAW_CLASSES, np.arange(DRAW_CLASSES[-1] + 1), side="right").astype(np.int32) - 1
+_CLASS_OF = np.searchsorted(DRAW_CLASSES, np.arange(DRAW_CLASSES[-1] + 1), side="right").astype(np.uint8) - 1
 _LAST_CLASS = int(DRAW_CLASSES[-1])
 _CONTEXT = np.array(
     [
         [min(max(left - 2, 0), 7) + 8 * min((4 * excess // max(left, 1)).bit_length(), 7) for excess in range(256)]
         for left in range(32)
     ],
-    dtype=np.int64,
-)
+    dtype=np.uint8,
+).ravel()
 
 
 @part
-def _bit_length(value: int) -> int:
-    length = 0
-    while value:
-        value >>= 1
-        length += 1
-    return length
+def _at(index: int) -> Any:
+    """An index that is not negative: without the check for one that counts from the end."""
+    return np.uintp(index)
+
+
+@part
+def _int(number: Any) -> int:
+    """Signed, whatever the table's type is: numba makes floats of signed and unsigned together."""
+    return np.int64(number)  # type: ignore[return-value]
 
 
 @part
@@ -66,11 +70,11 @@ def _put(out: Array, low: int, width: int, position: int, start: int, size: int)
     if low > _MASK:
         low &= _MASK
         _carry(out, position - 1)
-    if size < _LEAST_WIDTH:
-        out[position] = low >> 40
-        out[position + 1] = (low >> 32) & 255
-        return (low << 16) & _MASK, size << 16, position + 2
-    return low, size, position
+    # Whether bytes are complete is as good as random after most symbols: no branch, they are written either way.
+    out[_at(position)] = low >> 40
+    out[_at(position + 1)] = (low >> 32) & 255
+    shift = 16 if size < _LEAST_WIDTH else 0
+    return (low << shift) & _MASK, size << shift, position + (shift >> 3)
 
 
 @part
@@ -101,25 +105,27 @@ def _finish(out: Array, low: int, width: int, position: int) -> int:
 
 @part
 def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, index: int, bit: int) -> State:
-    state = int(contexts[index])
-    p0 = state >> 8
-    bound = (width >> 12) * (p0 >> 4)
-    contexts[index] = _adapted(state, bit)
-    if bit:
-        return _put(out, low, width, position, bound, width - bound)
-    return _put(out, low, width, position, 0, bound)
+    state = int(contexts[_at(index)])
+    bound = (width >> 12) * (state >> 12)
+    contexts[_at(index)] = _adapted(state, bit)
+    low += bound if bit else 0
+    width = width - bound if bit else bound
+    if low > _MASK:
+        low &= _MASK
+        _carry(out, position - 1)
+    if width < _LEAST_WIDTH:
+        out[_at(position)] = low >> 40
+        out[_at(position + 1)] = (low >> 32) & 255
+        return (low << 16) & _MASK, width << 16, position + 2
+    return low, width, position
 
 
 @part
 def _adapted(state: int, bit: int) -> int:
-    p0, seen = state >> 8, state & 255
-    rate = int(_RATES[seen])
-    if bit:
-        p0 -= p0 >> rate
-    else:
-        p0 += (65536 - p0) >> rate
-    p0 = min(max(p0, 32), 65536 - 32)
-    return (p0 << 8) | min(seen + 1, 15)
+    p0, seen = state >> 8, state & 15
+    rate = (_RATES >> (4 * seen)) & 15
+    step = -(p0 >> rate) if bit else (65536 - p0) >> rate
+    return (min(max(p0 + step, 32), 65536 - 32) << 8) | min(seen + 1, 15)
 
 
 @part
@@ -136,9 +142,10 @@ def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_
 @part
 def _put_value(out: Array, low: int, width: int, position: int, contexts: Array, base: int, value: int) -> State:
     """A number below 2^31: its bit length in unary, the two bits below its top bit adaptively, the rest plainly."""
-    length = _bit_length(value)
-    for i in range(length):
-        low, width, position = _put_bit(out, low, width, position, contexts, base + i, 1)
+    length = 0
+    while value >> length:
+        low, width, position = _put_bit(out, low, width, position, contexts, base + length, 1)
+        length += 1
     if length < 31:
         low, width, position = _put_bit(out, low, width, position, contexts, base + length, 0)
     left, node = length - 1, 1
@@ -154,31 +161,24 @@ def _put_value(out: Array, low: int, width: int, position: int, contexts: Array,
 
 @part
 def _more(data: Array, code: int, width: int, position: int) -> State:
-    if width < _LEAST_WIDTH:
-        code = ((code << 16) & _MASK) | (_byte(data, position) << 8) | _byte(data, position + 1)
-        return code, width << 16, position + 2
-    return code, width, position
-
-
-@part
-def _byte(data: Array, position: int) -> int:
-    """Zero past the end."""
-    return int(data[position]) if position < len(data) else 0
+    """data: with zeros behind its end, where the position stays."""
+    is_short = width < _LEAST_WIDTH
+    following = (_int(data[_at(position)]) << 8) | _int(data[_at(position + 1)])
+    shift = 16 if is_short else 0
+    code = ((code << shift) & _MASK) | (following if is_short else 0)
+    return code, width << shift, min(position + (shift >> 3), len(data) - 2)
 
 
 @part
 def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array, index: int) -> Decoded:
-    state = int(contexts[index])
-    bound = (width >> 12) * ((state >> 8) >> 4)
-    if code < bound:
-        bit = 0
-        width = bound
-    else:
-        bit = 1
-        code -= bound
-        width -= bound
-    contexts[index] = _adapted(state, bit)
-    code, width, position = _more(data, code, width, position)
+    state = int(contexts[_at(index)])
+    bound = (width >> 12) * (state >> 12)
+    bit = int(code >= bound)
+    code -= bound if bit else 0
+    width = width - bound if bit else bound
+    contexts[_at(index)] = _adapted(state, bit)
+    if width < _LEAST_WIDTH:
+        code, width, position = _more(data, code, width, position)
     return bit, code, width, position
 
 
@@ -221,7 +221,20 @@ def _get_value(data: Array, code: int, width: int, position: int, contexts: Arra
 @part
 def _quotient(a: int, b: int) -> int:
     """a // b of numbers that are not negative, as one machine instruction."""
-    return int(np.int64(np.uint64(a) // np.uint64(b)))
+    return int(_int(np.uint64(a) // np.uint64(b)))
+
+
+@part
+def _reciprocal(number: int) -> Any:
+    """2^64 / number, rounded up, with which the interval's width is divided exactly, as it is below 2^48 and the number
+    at most 2^16; 2^64 - 1 for 1, by which nothing is divided that matters.
+    """
+    return np.uint64((1 << 64) - 1) // np.uint64(number) + np.uint64(number > 1)
+
+
+@part
+def _divided(width: int, reciprocal: Any) -> int:
+    return multiply_high(np.uint64(width), reciprocal)
 
 
 @part
@@ -241,72 +254,78 @@ def _put_id(
     The last two values are `first` and `used` of the next id, of which num_left - 1 are to come after this one.
     """
     is_uniform = len(tables.bucket_of) == 0
-    bucket = token_id // int(tables.bucket_start[1]) if is_uniform else int(tables.bucket_of[token_id])
-    draws = _CLASS_OF[min(num_left, _LAST_CLASS)]
+    bucket = token_id // int(tables.bucket_start[1]) if is_uniform else _int(tables.bucket_of[_at(token_id)])
+    draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
+    starts = tables.next_start[_at(first), _at(draws)]
     unit = width >> NEXT_BITS
-    start, end = int(tables.next_start[first, draws, bucket]), int(tables.next_start[first, draws, bucket + 1])
+    start, end = _int(starts[_at(bucket)]), _int(starts[_at(bucket + 1)])
     low, width, position = _put(out, low, width, position, unit * start, unit * (end - start))
     used = used if bucket == first else 0
-    total = int(tables.inner_total[bucket])
-    is_last = token_id + 1 == tables.bucket_start[bucket + 1]
+    total = _int(tables.inner_total[_at(bucket)])
+    is_last = token_id + 1 == tables.bucket_start[_at(bucket + 1)]
     if is_uniform:
-        start = token_id - int(tables.bucket_start[bucket])
+        start = token_id - _int(tables.bucket_start[_at(bucket)])
         end = start + 1
     else:
-        start = int(tables.inner_start[token_id])
-        end = total if is_last else int(tables.inner_start[token_id + 1])
+        start = _int(tables.inner_start[_at(token_id)])
+        end = total if is_last else _int(tables.inner_start[_at(token_id + 1)])
     if total - used > end - start:
-        unit = _quotient(width, total - used)
+        unit = _divided(width, tables.reciprocal[_at(bucket)] if used == 0 else _reciprocal(total - used))
         low, width, position = _put(out, low, width, position, unit * (start - used), unit * (end - start))
-    if is_last:
-        return low, width, position, bucket + 1, 0
-    return low, width, position, bucket, end
+    return low, width, position, bucket + 1 if is_last else bucket, 0 if is_last else end
 
 
 @part
 def _get_id(
-    data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int
-) -> tuple[int, int, int, int, int, int]:
-    """The id that _put_id put, then the state, `first` and `used`."""
-    draws = _CLASS_OF[min(num_left, _LAST_CLASS)]
+    data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int,
+    reciprocal: Any,
+) -> tuple[int, int, int, int, int, int, Any]:  # fmt: skip
+    """The id that _put_id put, then the state, `first`, `used` and the reciprocal of what is left of bucket `first`."""
+    draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
+    starts = tables.next_start[_at(first), _at(draws)]
     unit = width >> NEXT_BITS
     target = min(_quotient(code, unit), (1 << NEXT_BITS) - 1)
-    slot = target >> (NEXT_BITS - SLOT_BITS)
-    bucket, above = int(tables.next_slot[first, draws, slot]), int(tables.next_slot[first, draws, slot + 1]) + 1
-    while above - bucket > 1:
-        middle = (bucket + above) >> 1
-        if tables.next_start[first, draws, middle] <= target:
-            bucket = middle
-        else:
-            above = middle
-    start, end = int(tables.next_start[first, draws, bucket]), int(tables.next_start[first, draws, bucket + 1])
+    bucket = _int(tables.next_slot[_at(first), _at(draws), _at(target >> (NEXT_BITS - SLOT_BITS))])
+    while _int(starts[_at(bucket + 1)]) <= target:
+        bucket += 1
+    start, end = _int(starts[_at(bucket)]), _int(starts[_at(bucket + 1)])
     code, width, position = _more(data, code - unit * start, unit * (end - start), position)
+    _prefetch_next(tables, num_left - 1, bucket)
+    reciprocal = reciprocal if bucket == first else tables.reciprocal[_at(bucket)]
     used = used if bucket == first else 0
-    total = int(tables.inner_total[bucket])
-    token_id, last = int(tables.bucket_start[bucket]), int(tables.bucket_start[bucket + 1]) - 1
+    total = _int(tables.inner_total[_at(bucket)])
+    token_id = _int(tables.bucket_start[_at(bucket)])
+    last = _int(tables.bucket_start[_at(bucket + 1)]) - 1
     if token_id == last:
-        return token_id, code, width, position, bucket + 1, 0
-    unit = _quotient(width, total - used)
+        return token_id, code, width, position, bucket + 1, 0, tables.reciprocal[_at(bucket + 1)]
+    unit = _divided(width, reciprocal)
     target = min(_quotient(code, unit), total - used - 1) + used
     if len(tables.bucket_of) == 0:
         token_id += target
         start, end = target, target + 1
     else:
-        slot = target >> (INNER_BITS - SLOT_BITS)
-        token_id, above = int(tables.inner_slot[bucket, slot]), int(tables.inner_slot[bucket, slot + 1]) + 1
-        while above - token_id > 1:
-            middle = (token_id + above) >> 1
-            if tables.inner_start[middle] <= target:
-                token_id = middle
-            else:
-                above = middle
-        start = int(tables.inner_start[token_id])
-        end = total if token_id == last else int(tables.inner_start[token_id + 1])
+        slot = _int(tables.slot_start[_at(bucket)]) + (target >> _int(tables.slot_shift[_at(bucket)]))
+        token_id += _int(tables.inner_slot[_at(slot)])
+        while token_id < last and _int(tables.inner_start[_at(token_id + 1)]) <= target:
+            token_id += 1
+        start = _int(tables.inner_start[_at(token_id)])
+        end = total if token_id == last else _int(tables.inner_start[_at(token_id + 1)])
     if total - used > end - start:
         code, width, position = _more(data, code - unit * (start - used), unit * (end - start), position)
     if token_id == last:
-        return token_id, code, width, position, bucket + 1, 0
-    return token_id, code, width, position, bucket, end
+        return token_id, code, width, position, bucket + 1, 0, tables.reciprocal[_at(bucket + 1)]
+    return token_id, code, width, position, bucket, end, _reciprocal(total - end)
+
+
+@part
+def _prefetch_next(tables: IdTables, num_left: int, first: int) -> None:
+    """What the next bucket will be looked up in, as nothing else can be done until it is there."""
+    draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
+    starts, slots = tables.next_start[_at(first), _at(draws)], tables.next_slot[_at(first), _at(draws)]
+    for i in range(0, 5 * 32, 32):
+        prefetch(starts, i)
+    for i in range(0, 1 << SLOT_BITS, 64):
+        prefetch(slots, i)
 
 
 @part
@@ -319,7 +338,7 @@ def _put_count(
         if count > 0:
             low, width, position = _put_value(out, low, width, position, contexts, _PLAIN, count - 1)
     elif excess > 0 and num_left > 1:
-        context = int(_CONTEXT[min(num_left, 31), min(excess, 255)])
+        context = _int(_CONTEXT[_at(256 * min(num_left, 31) + min(excess, 255))])
         more = count - 1
         low, width, position = _put_bit(out, low, width, position, contexts, _HAS_MORE + context, int(more > 0))
         if more > 0:
@@ -342,7 +361,7 @@ def _get_count(
         return more + 1, code, width, position
     if excess == 0 or num_left == 1:
         return 1 + excess, code, width, position
-    context = int(_CONTEXT[min(num_left, 31), min(excess, 255)])
+    context = _int(_CONTEXT[_at(256 * min(num_left, 31) + min(excess, 255))])
     more, code, width, position = _get_bit(data, code, width, position, contexts, _HAS_MORE + context)
     if more:
         takes_all, code, width, position = _get_bit(data, code, width, position, contexts, _TAKES_ALL + context)
@@ -375,25 +394,56 @@ def encode_block(out: Array, lengths: Array, token_ids: Array, counts: Array, ro
 
 
 @kernel
+def row_kind(row_offsets: Array, token_ids: Array, counts: Array, vocab_size: int, row_sum: int) -> int:
+    """-1 where these are no rows of rising ids below vocab_size with counts; 1 where all counts are positive and those
+    of each row that has any sum to row_sum; else 0.
+    """
+    if len(row_offsets) < 1 or row_offsets[0] != 0 or len(counts) != len(token_ids):
+        return -1
+    for row in range(len(row_offsets) - 1):
+        if not row_offsets[row] <= row_offsets[row + 1] <= len(token_ids):
+            return -1
+    if row_offsets[-1] != len(token_ids):
+        return -1
+    sums_up = len(token_ids) > 0
+    for row in range(len(row_offsets) - 1):
+        previous, total = _int(-1), _int(0)
+        for i in range(row_offsets[row], row_offsets[row + 1]):
+            token_id, count = _int(token_ids[i]), _int(counts[i])
+            if token_id <= previous or count < 0:
+                return -1
+            sums_up = sums_up and count > 0
+            previous = token_id
+            total += count
+        if previous >= vocab_size:
+            return -1
+        sums_up = sums_up and (total == row_sum or previous < 0)
+    return int(sums_up)
+
+
+@kernel
 def decode_block(data: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> bool:
     """What encode_block wrote, into arrays as long as the rows and entries are; whether the bytes hold just that."""
     contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
+    padded = np.zeros(len(data) + 8, np.uint8)
+    padded[: len(data)] = data
     code, width, position, entry = 0, _MASK, 6, 0
     for i in range(position):
-        code = (code << 8) | _byte(data, i)
+        code = (code << 8) | _int(padded[i])
     for row in range(len(lengths)):
-        length, code, width, position = _get_value(data, code, width, position, contexts, _LENGTH)
+        length, code, width, position = _get_value(padded, code, width, position, contexts, _LENGTH)
         if length > len(token_ids) - entry or (row_sum >= 0 and length > row_sum):
             return False
         lengths[row] = length
         first, used, excess = 0, 0, row_sum - length if row_sum >= 0 else -1
+        reciprocal = tables.reciprocal[0]
         for num_left in range(length, 0, -1):
             if first >= len(tables.inner_total):
                 return False
-            token_id, code, width, position, first, used = _get_id(
-                data, code, width, position, tables, num_left, first, used
+            token_id, code, width, position, first, used, reciprocal = _get_id(
+                padded, code, width, position, tables, num_left, first, used, reciprocal
             )
-            count, code, width, position = _get_count(data, code, width, position, contexts, num_left, excess)
+            count, code, width, position = _get_count(padded, code, width, position, contexts, num_left, excess)
             if excess >= 0:
                 excess -= count - 1
                 if excess < 0:
