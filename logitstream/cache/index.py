@@ -63,10 +63,14 @@ class KeyIndex:
             position += 1
         return found
 
-    def guess(self, keys: Sequence[bytes]) -> list[int]:
-        """The first place of each key, if it has any, and no other key has the same first half."""
+    def find_many(self, keys: Sequence[bytes]) -> list[int]:
+        """The first place of each key, -1 where there is none; not of keys that share their first half with others."""
+        if not len(self.high):
+            return [-1] * len(keys)
         high = np.frombuffer(b"".join(keys), ">u8")[::2].astype(np.uint64)
-        places: list[int] = self.place.take(self.high.searchsorted(high), mode="clip").tolist()
+        position = self.high.searchsorted(high)
+        place = self.place.take(position, mode="clip").astype(np.int64)
+        places: list[int] = np.where(self.high.take(position, mode="clip") == high, place, -1).tolist()
         return places
 
     def first_of_each(self) -> npt.NDArray[np.uint32] | None:

@@ -27,7 +27,7 @@ from logitstream.types import Fingerprint
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 128
-LOOKED_UP_AT_ONCE = 256
+LOOKED_UP_AT_ONCE = 128
 Parts = tuple[Span, bytes, bytes, bytes]
 """A record's span, token bytes, mask bytes and payload."""
 NOTHING = (None, None, None, None)
@@ -108,15 +108,17 @@ class CacheReader:
                 _count(hits, misses)
 
     def _locate(self, now: Snapshot, keys: Sequence[bytes]) -> list[tuple[ShardFile, Span] | None]:
-        """File and span of the first record of each key, if it has one; None where they cannot be had all at once.
+        """File and span of each key's first record; None where they cannot be had all at once.
 
         While records are read, what look-ups need would leave the processor's caches again and again.
         """
         try:
             rows = now.rows_of(keys)
+            if self._mirror is not None and not all(path in self._files for path, _ in rows):
+                return [None] * len(keys)  # each shard is fetched when its first record's turn comes
             files = [self._files.get(path) or self._open(now, path) for path, _ in rows]
             return list(zip(files, read_spans(files, [row for _, row in rows]), strict=True))
-        except (IndexError, CorruptRecord, OSError):  # nothing is there, or something is damaged or pruned
+        except (KeyError, CorruptRecord, OSError):  # not there, damaged or pruned
             return [None] * len(keys)
 
     def get_record(self, key: bytes) -> Record:

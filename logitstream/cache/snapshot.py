@@ -55,21 +55,21 @@ class Snapshot:
         return [*found, *self.open_keys.get(key, ())] if self.open_keys else found
 
     def rows_of(self, keys: Sequence[bytes]) -> list[tuple[str, Row]]:
-        """Path of the shard and row of the first record of each key that has one; of other keys any record's."""
-        if not len(self.sealed.high):
-            return [self.open_rows[self.open_keys.get(key, (OPEN_PLACE,))[0] - OPEN_PLACE] for key in keys]
-        rows: list[tuple[str, Row]] = list(map(self.shard_of, self.sealed.guess(keys)))
-        if self.open_keys:
-            for number, key in enumerate(keys):
-                if key in self.open_keys:
-                    rows[number] = self.open_rows[self.open_keys[key][0] - OPEN_PLACE]
-        return rows
+        """Path of the shard and row of each key's first record, KeyError where there is none.
+
+        Where keys share their first half it may be another one's: the span there tells.
+        """
+        places = self.sealed.find_many(keys)
+        if min(places) >= 0:
+            return list(map(self.shard_of, places))
+        found = zip(keys, places, strict=True)
+        return [self.row_of(place if place >= 0 else self.open_keys[key][0]) for key, place in found]
 
     def row_of(self, place: int) -> tuple[str, Row]:
         """Path of the shard that holds a place, and the row there."""
         return self.open_rows[place - OPEN_PLACE] if place >= OPEN_PLACE else self.shard_of(place)
 
-    def shard_of(self, place: int) -> tuple[str, int]:
+    def shard_of(self, place: int) -> tuple[str, Row]:
         """The sealed shard that holds a place, and the row there."""
         number = bisect_right(self.starts, place) - 1
         return self.shards[number], place - self.starts[number]

@@ -69,6 +69,16 @@ def test_keys_that_share_their_first_half_are_told_apart() -> None:
     keys = [bytes(8) + bytes([i]) * 8 for i in range(40)]
     index = KeyIndex.empty().extended([np.frombuffer(b"".join(keys[::-1]), "V16")], 0)
     assert [index.find(key) for key in keys] == [[39 - i] for i in range(40)]
+    assert index.find_many(keys) == [39] * 40  # any one's: the record there names its key
+    assert index.find_many([bytes([1] * 16), bytes([255] * 16)]) == KeyIndex.empty().find_many(keys[:2]) == [-1, -1]
+
+
+def test_records_whose_keys_share_their_first_half_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    records = [r._replace(key=bytes(8) + bytes([i]) * 8) for i, r in enumerate(make_records(40))]
+    reader = write(tmp_path, records)
+    keys = [record.key for record in records] + [bytes(8) + b"another1"]
+    assert list(reader.get_many(keys)) == [reader.get(key) for key in keys] == [r.payload for r in records] + [None]
+    assert not reader.damaged
 
 
 def test_a_damaged_copy_gives_way_to_a_whole_one_and_is_counted(tmp_path: Path) -> None:
