@@ -36,7 +36,8 @@ def create_manifest(
 ) -> dict[str, Any]:
     """Make the directory a cache of this fingerprint, or check that it is one; safe from several processes at once.
 
-    Raises FingerprintMismatch where it holds another one, ValueError where the id model does not belong to it.
+    The id model is written where none lies there, or another one than the fingerprint names. Raises FingerprintMismatch
+    where the directory holds another fingerprint, ValueError where the id model does not belong to this one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(id_model).hexdigest() if id_model else ""
@@ -47,8 +48,8 @@ def create_manifest(
             raise ValueError(
                 "a new cache of this fingerprint needs the teacher's id model: pass id_model=info.id_model"
             )
-        if id_model:
-            write_whole(directory / ID_MODEL, id_model)
+        if id_model:  # before the manifest, so that nobody finds one without its id model
+            write_whole(directory / ID_MODEL, id_model, replace=False)
         manifest = {
             "format": FORMAT,
             "fingerprint": asdict(fingerprint),
@@ -58,7 +59,18 @@ def create_manifest(
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_whole(directory / MANIFEST, render(manifest), replace=False)
-    return read_manifest(directory, fingerprint)
+    manifest = read_manifest(directory, fingerprint)
+    if id_model and _sha256(directory / ID_MODEL) != digest:  # another first writer's, damaged or gone
+        write_whole(directory / ID_MODEL, id_model)
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content; empty where there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> dict[str, Any]:

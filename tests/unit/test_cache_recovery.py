@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -164,6 +165,44 @@ def test_the_id_model_lies_beside_the_shards_and_is_checked(tmp_path: Path) -> N
     (tmp_path / "id_model.bin").write_bytes(b"\x01some Model")
     with pytest.raises(CacheError, match=r"id_model\.bin is damaged: expected SHA-256"):
         CacheReader(tmp_path)
+
+
+def test_a_damaged_missing_or_foreign_id_model_is_made_good_by_a_writer_that_has_it(tmp_path: Path) -> None:
+    models = [b"\x01one model", b"\x01another one"]
+    known = [fingerprint(id_model_digest=hashlib.sha256(model).hexdigest()) for model in models]
+    CacheWriter(tmp_path, known[0], id_model=models[0]).close()
+    path = tmp_path / "id_model.bin"
+    for damage in (lambda: path.write_bytes(models[1]), lambda: path.write_bytes(b"\x01"), path.unlink):
+        damage()
+        CacheWriter(tmp_path, known[0], id_model=models[0]).close()
+        assert CacheReader(tmp_path).id_model == models[0]
+    before = path.stat()
+    with pytest.raises(FingerprintMismatch):  # and no right one is written over
+        CacheWriter(tmp_path, known[1], id_model=models[1])
+    CacheWriter(tmp_path, known[0], id_model=models[0]).close()
+    assert (path.stat().st_ino, path.read_bytes()) == (before.st_ino, models[0])
+
+
+def test_first_writers_with_other_id_models_leave_the_winners_in_place(tmp_path: Path) -> None:
+    """Twenty folders, each begun by four threads with an id model each."""
+    models = [b"\x01" + bytes([n]) * 1000 for n in range(4)]
+    known = [fingerprint(id_model_digest=hashlib.sha256(model).hexdigest()) for model in models]
+    for attempt in range(20):
+        barrier = threading.Barrier(4)
+
+        def begin(number: int, folder: Path, barrier: threading.Barrier) -> None:
+            barrier.wait()
+            with contextlib.suppress(FingerprintMismatch):
+                CacheWriter(folder, known[number], id_model=models[number]).close()
+
+        folder = tmp_path / str(attempt)
+        threads = [threading.Thread(target=begin, args=(n, folder, barrier)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        reader = CacheReader(folder)
+        assert reader.id_model == models[known.index(reader.fingerprint)]
 
 
 def test_a_file_cut_off_while_it_is_read_gives_missing_records_not_a_crash(tmp_path: Path) -> None:
