@@ -93,7 +93,10 @@ def raw_shuffled(tables: pa.Table, order: list[int]) -> int:
 
 
 def replay_in_order(reader: CacheReader) -> int:
-    return sum(len(record.payload) + 0 * len(record.token_ids) for record in reader.records())
+    total = 0
+    for record in reader.records():
+        total += len(record.payload) + 0 * len(record.token_ids)
+    return total
 
 
 def replay_shuffled(reader: CacheReader, keys: list[bytes]) -> int:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -162,13 +163,15 @@ class CacheReader:
     def records(self) -> Iterator[Record]:
         """Every copy of every undamaged record, shard by shard in the order of writing."""
         now = self._now
-        for path, spans in now.all_spans():
-            try:
-                file = self._files.get(path) or self._open(now, path)
-            except OSError as error:
-                self._note(path, error)
-                continue
-            yield from file.records(spans, partial(self._note_row, path, spans))
+        return chain.from_iterable(self._records(now, path, spans) for path, spans in now.all_spans())
+
+    def _records(self, now: Snapshot, path: str, spans: Spans) -> Iterator[Record]:
+        try:
+            file = self._files.get(path) or self._open(now, path)
+        except OSError as error:
+            self._note(path, error)
+            return iter(())
+        return file.records(spans, partial(self._note_row, path, spans))
 
     def close(self) -> None:
         """Let go of the files; a local reader may be used on."""

@@ -12,10 +12,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import fsspec
@@ -49,24 +51,48 @@ def local_path(directory: str | Path) -> Path:
     return Path(str(directory).removeprefix("file://"))
 
 
-def has_manifest(directory: str | Path) -> bool:
-    """Whether there is a cache."""
+def has_manifest(directory: str | Path, *, storage_options: dict[str, Any] | None = None) -> bool:
+    """Whether there is a cache. Raises OSError where that cannot be found out."""
     if not is_remote(directory):
         return (local_path(directory) / MANIFEST).exists()
-    fs, root = fsspec.core.url_to_fs(str(directory))
-    return bool(fs.exists(f"{root}/{MANIFEST}"))
+    fs, root = fsspec.core.url_to_fs(str(directory), **(storage_options or {}))
+    return bool(_retried(root, lambda: fs.exists(f"{root}/{MANIFEST}"), LIST_ATTEMPTS))
 
 
-def fetched(directory: str) -> Path:
-    """A local folder with all shards of a cache, for tools that read it as a whole."""
+@contextmanager
+def fetched(
+    directory: str, *, fresh: bool = False, storage_options: dict[str, Any] | None = None
+) -> Iterator[Path]:
+    """A local folder with all files of a cache, for tools that read it as a whole.
+
+    fresh: what is staged already is not used, and nothing stays; else staged shards are those of the store.
+    """
     if not is_remote(directory):
-        return local_path(directory)
-    mirror = Mirror(directory, staging_bytes=1 << 62)
-    mirror.pull_head()
-    for path in mirror.shards():
-        mirror.fetch(path)
-    mirror.close()
-    return mirror.staging
+        yield local_path(directory)
+        return
+    staging = staging_folder(directory)
+    with ExitStack() as resources:
+        if fresh:
+            staging.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(resources.enter_context(TemporaryDirectory(dir=staging.parent)))
+        mirror = Mirror(directory, staging=staging, storage_options=storage_options, staging_bytes=1 << 62)
+        resources.callback(mirror.close)
+        mirror.pull_head()
+        for path in mirror.shards():
+            mirror.fetch(path)
+            if not fresh and _is_damaged(path):
+                mirror.fetch_again(path)
+        yield staging
+
+
+def _is_damaged(shard: Path) -> bool:
+    """Whether its bytes are not those that its entry names."""
+    try:
+        entry = parse(shard.with_suffix(".json").read_bytes(), shard)
+    except (CacheError, OSError):
+        return False
+    with shard.open("rb") as file:
+        return bool(hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"])
 
 
 def staging_folder(url: str) -> Path:
@@ -102,6 +128,7 @@ class Mirror:
         self._pool = ThreadPoolExecutor(PREFETCHED_SHARDS + 1, thread_name_prefix="cache-mirror")
         self._lock = threading.Lock()
         self._fetching: dict[str, Future[None]] = {}
+        self._fetched_again: dict[str, Future[None]] = {}
         self._uploads: set[Future[None]] = set()
 
     def pull_head(self) -> None:
@@ -173,9 +200,24 @@ class Mirror:
             return found
 
     def _fetch_now(self, path: Path) -> None:
-        if not path.exists():
-            self._make_room(self.sizes.get(path.name, 0))
+        size = self.sizes.get(path.name)
+        if not path.exists() or size not in (None, path.stat().st_size):
+            self._make_room(size or 0)
             self._download(path.name)
+
+    def fetch_again(self, path: Path) -> bool:
+        """Put the store's shard in the place of a staged one that is damaged, once; whether it may have changed."""
+        if self._pid != os.getpid():
+            self._connect()
+        with self._lock:
+            if path.name not in self.sizes:  # not uploaded yet: the only copy
+                return False
+            future = self._fetched_again.get(path.name)
+            if future is None:
+                logger.warning("%s is damaged: it is fetched again", path)
+                future = self._fetched_again[path.name] = self._pool.submit(self._download, path.name)
+        future.result()
+        return True
 
     def push_later(self, path: Path) -> None:
         """Upload a sealed shard in the background."""
@@ -239,17 +281,21 @@ class Mirror:
         self.sizes[name] = path.stat().st_size
 
     def _try(self, operation: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-        """Object stores fail now and then: pause and try again, a bounded number of times."""
-        pause = FIRST_PAUSE_SECONDS
-        for left in reversed(range(attempts)):
-            try:
-                return operation()
-            except (FileNotFoundError, PermissionError):
-                raise
-            except Exception as error:
-                if not left:
-                    raise OSError(f"{self._root}: {error}") from error
-                logger.info("%s: %s; trying again", self._root, error)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-        raise AssertionError("the last attempt returns or raises")
+        return _retried(self._root, operation, attempts)
+
+
+def _retried(root: str, operation: Callable[[], T], attempts: int) -> T:
+    """Object stores fail now and then: pause and try again, a bounded number of times; then OSError."""
+    pause = FIRST_PAUSE_SECONDS
+    for left in reversed(range(attempts)):
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:
+            if not left:
+                raise OSError(f"{root}: {error}") from error
+            logger.info("%s: %s; trying again", root, error)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    raise AssertionError("the last attempt returns or raises")
