@@ -6,6 +6,7 @@ one extend does (docs/vllm.md). Nothing of vLLM is imported here; what is touche
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,10 @@ def check_version(found: str) -> None:
 
 
 def hook(runner: Any, draws: PromptDraws) -> None:
-    """Draw right before the runner's own prompt-logprob step, which sees the hidden states of all rows of a step."""
+    """Draw right before the runner's own prompt-logprob step, which sees the hidden states of all rows of a step.
+
+    Raises RuntimeError where the runner lacks what is read from it there; check_seam sees classes, not objects.
+    """
     if hasattr(runner, "prompt_logprobs_worker"):
         _hook_v2(runner.prompt_logprobs_worker, draws)
     else:
@@ -33,6 +37,11 @@ def hook(runner: Any, draws: PromptDraws) -> None:
 
 def _hook_v1(runner: Any, draws: PromptDraws) -> None:
     """vllm/v1/worker/gpu_model_runner.py, GPUModelRunner (and CPUModelRunner, which inherits it)."""
+    for name in ("requests", "query_start_loc.np", "input_batch.req_id_to_index", "model.compute_logits"):
+        try:
+            attrgetter(name)(runner)
+        except AttributeError:
+            raise RuntimeError(f"expected {type(runner).__name__}.{name}: this vLLM is not what was looked at") from None
     original = runner._get_prompt_logprobs_dict
 
     def draw_then_original(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:

@@ -237,6 +237,7 @@ def test_the_hook_of_the_first_runner_draws_and_calls_the_original() -> None:
         },
         input_batch=SimpleNamespace(req_id_to_index={"b": 0, "warm-up": 1, "a": 2}),
         query_start_loc=SimpleNamespace(np=np.array([0, 3, 5, 9])),
+        model=SimpleNamespace(compute_logits=None),
         _get_prompt_logprobs_dict=lambda hidden_states, num_scheduled_tokens: {"original": None},
     )
     hook(runner, draws)
@@ -247,6 +248,12 @@ def test_the_hook_of_the_first_runner_draws_and_calls_the_original() -> None:
     runner._get_prompt_logprobs_dict(hidden_of(requests[0])[4:], {"a": 1})
     for found, request in zip(taken(draws, 2), requests, strict=True):
         assert_equal(found, request)
+
+
+def test_a_runner_without_what_the_hook_reads_is_refused_by_name() -> None:
+    runner = SimpleNamespace(requests={}, query_start_loc=SimpleNamespace(cpu=None))
+    with pytest.raises(RuntimeError, match="SimpleNamespace.query_start_loc.np"):
+        hook(runner, make_draws([]))
 
 
 def test_the_hook_of_the_second_runner_draws_and_calls_the_original() -> None:
