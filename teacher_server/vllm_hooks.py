@@ -41,7 +41,7 @@ def _hook_v1(runner: Any, draws: PromptDraws) -> None:
         try:
             attrgetter(name)(runner)
         except AttributeError:
-            raise RuntimeError(f"expected {type(runner).__name__}.{name}: this vLLM is not what was looked at") from None
+            raise RuntimeError(f"expected {type(runner).__name__}.{name} in this version of vLLM") from None
     original = runner._get_prompt_logprobs_dict
 
     def draw_then_original(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:

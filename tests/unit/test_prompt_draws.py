@@ -252,7 +252,7 @@ def test_the_hook_of_the_first_runner_draws_and_calls_the_original() -> None:
 
 def test_a_runner_without_what_the_hook_reads_is_refused_by_name() -> None:
     runner = SimpleNamespace(requests={}, query_start_loc=SimpleNamespace(cpu=None))
-    with pytest.raises(RuntimeError, match="SimpleNamespace.query_start_loc.np"):
+    with pytest.raises(RuntimeError, match=r"SimpleNamespace\.query_start_loc\.np"):
         hook(runner, make_draws([]))
 
 
