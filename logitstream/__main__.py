@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,8 @@ def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    found = describe(fetched(arguments.directory))
+    with fetched(arguments.directory) as directory:
+        found = describe(directory)
     if arguments.json:
         print(json.dumps(_as_json(found), indent=1))
         return 0
@@ -126,8 +127,10 @@ def _as_json(found: Description) -> dict[str, object]:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    directory = fetched(arguments.directory)
-    with _bar("verifying", directory_bytes(directory)) as advance:
+    with (
+        fetched(arguments.directory, fresh=True) as directory,
+        _bar("verifying", directory_bytes(directory)) as advance,
+    ):
         damage = verify(directory, advance)
     for note in damage.notes:
         print(f"note: {note}")
@@ -144,18 +147,20 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    sources = [fetched(directory) for directory in arguments.directories]
-    total = sum(len(CacheReader(source)) for source in sources)
-    with _bar("merging", total) as advance:
-        written, duplicates, damaged = merge(sources, arguments.output, advance)
+    with ExitStack() as resources:
+        sources = [resources.enter_context(fetched(directory)) for directory in arguments.directories]
+        total = sum(len(CacheReader(source)) for source in sources)
+        with _bar("merging", total) as advance:
+            written, duplicates, damaged = merge(sources, arguments.output, advance)
     print(f"{arguments.output}: {written} records written, {duplicates} duplicates and {damaged} damaged left out")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    reader = CacheReader(fetched(arguments.directory))
-    with _bar("exporting", len(reader)) as advance:
-        files, skipped = export(reader, Path(arguments.output), progress=advance)
+    with fetched(arguments.directory) as directory:
+        reader = CacheReader(directory)
+        with _bar("exporting", len(reader)) as advance:
+            files, skipped = export(reader, Path(arguments.output), progress=advance)
     print(f"{arguments.output}: {len(reader) - skipped} records in {len(files)} files, {skipped} damaged left out")
     return 0
 

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from datasets import Dataset
 
 from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
-from logitstream.cache import CacheReader, has_manifest
+from logitstream.cache import CacheReader
 from logitstream.errors import RequestError
 from logitstream.id_model import IdModel
 from logitstream.types import TargetSpec, TokenSequence
 from student_worker.batches import split_batch
 from student_worker.data import CacheDataset, collate
+from student_worker.target_cache import may_hold_targets
 from student_worker.teacher_client import TeacherClient
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def choose_spec(
     distributed = dist.is_available() and dist.is_initialized()
     if not distributed or dist.get_rank() == 0:  # the cache too: another process may look when this one has made it
         try:
-            known = _spec_of_cache(cache, spec) if cache and has_manifest(cache) else None
+            known = _spec_of_cache(cache, spec) if cache and may_hold_targets(cache) else None
             if known is not None or connect is None:
                 chosen = [known or spec]
             else:

@@ -68,7 +68,7 @@ class TargetCache:
         try:
             return CacheReader(directory, self.fingerprint) if has_manifest(directory) else None
         except (CacheError, OSError) as error:
-            logger.warning("cache %s cannot be read either: %s", directory, error)
+            logger.info("cache %s cannot be read either: %s", directory, error)  # the writer has warned
             return None
 
     def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
@@ -152,7 +152,7 @@ def open_target_cache(
     directory holds targets of another teacher, tokenizer or spec.
     """
     options: Any = {"max_bytes": max_bytes, "writer_id": writer_id}
-    if client is not None and (online or not has_manifest(directory)):
+    if client is not None and (online or not may_hold_targets(directory)):
         info = client.info
         fingerprint = Fingerprint.of(info, spec)
         provenance = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
@@ -170,9 +170,17 @@ def open_target_cache(
     return cache
 
 
+def may_hold_targets(directory: str | Path) -> bool:
+    """Whether there is a cache; what is out of reach counts as none, and its writer warns of it."""
+    try:
+        return has_manifest(directory)
+    except OSError:
+        return False
+
+
 def _of_version(directory: str | Path, fingerprint: Fingerprint, teacher_version: int) -> str | Path:
     """The directory, or a cache of its own in it for newer weights of a teacher that replaced them while serving."""
-    if teacher_version == 0 or not has_manifest(directory):
+    if teacher_version == 0 or not may_hold_targets(directory):
         return directory
     found = CacheReader(directory).fingerprint
     same_line = replace(found, weights_digest=fingerprint.weights_digest) == fingerprint

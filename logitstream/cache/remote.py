@@ -51,18 +51,17 @@ def local_path(directory: str | Path) -> Path:
     return Path(str(directory).removeprefix("file://"))
 
 
-def has_manifest(directory: str | Path, *, storage_options: dict[str, Any] | None = None) -> bool:
+def has_manifest(directory: str | Path) -> bool:
     """Whether there is a cache. Raises OSError where that cannot be found out."""
     if not is_remote(directory):
         return (local_path(directory) / MANIFEST).exists()
-    fs, root = fsspec.core.url_to_fs(str(directory), **(storage_options or {}))
+    fs, root = fsspec.core.url_to_fs(str(directory))
+    fs.invalidate_cache()
     return bool(_retried(root, lambda: fs.exists(f"{root}/{MANIFEST}"), LIST_ATTEMPTS))
 
 
 @contextmanager
-def fetched(
-    directory: str, *, fresh: bool = False, storage_options: dict[str, Any] | None = None
-) -> Iterator[Path]:
+def fetched(directory: str, *, fresh: bool = False) -> Iterator[Path]:
     """A local folder with all files of a cache, for tools that read it as a whole.
 
     fresh: what is staged already is not used, and nothing stays; else staged shards are those of the store.
@@ -75,7 +74,7 @@ def fetched(
         if fresh:
             staging.parent.mkdir(parents=True, exist_ok=True)
             staging = Path(resources.enter_context(TemporaryDirectory(dir=staging.parent)))
-        mirror = Mirror(directory, staging=staging, storage_options=storage_options, staging_bytes=1 << 62)
+        mirror = Mirror(directory, staging=staging, staging_bytes=1 << 62)
         resources.callback(mirror.close)
         mirror.pull_head()
         for path in mirror.shards():
@@ -160,7 +159,7 @@ class Mirror:
             if name.endswith(".arrow"):
                 for suffix in SIDECARS:
                     sidecar = name.removesuffix(".arrow") + suffix
-                    if sidecar in self.sizes and not (self.staging / sidecar).exists():
+                    if sidecar in self.sizes and not self._is_staged(sidecar):
                         self._download(sidecar)
 
     def list_again(self) -> None:
@@ -195,15 +194,22 @@ class Mirror:
     def _fetch(self, path: Path) -> Future[None]:
         with self._lock:
             found = self._fetching.get(path.name)
-            if found is None or (found.done() and (found.exception() is not None or not path.exists())):
+            if found is None or (found.done() and (found.exception() is not None or not self._is_staged(path.name))):
                 found = self._fetching[path.name] = self._pool.submit(self._fetch_now, path)
             return found
 
     def _fetch_now(self, path: Path) -> None:
-        size = self.sizes.get(path.name)
-        if not path.exists() or size not in (None, path.stat().st_size):
-            self._make_room(size or 0)
+        if not self._is_staged(path.name):
+            self._make_room(self.sizes.get(path.name, 0))
             self._download(path.name)
+
+    def _is_staged(self, name: str) -> bool:
+        """Whether a file is here, as long as in the remote."""
+        try:
+            size = (self.staging / name).stat().st_size
+        except FileNotFoundError:
+            return False
+        return self.sizes.get(name, size) == size
 
     def fetch_again(self, path: Path) -> bool:
         """Put the store's shard in the place of a staged one that is damaged, once; whether it may have changed."""

@@ -195,7 +195,7 @@ def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None
     """A sealed shard's spans, and whether they had to be found again in the shard itself."""
     nothing = np.zeros(0, SPAN_DTYPE)
     try:
-        size = path.stat().st_size if path.exists() or remote_bytes is None else remote_bytes
+        size = path.stat().st_size if remote_bytes is None else remote_bytes
         return read_index(path.with_suffix(".index"), size), False
     except (CacheError, OSError) as error:
         problem = error

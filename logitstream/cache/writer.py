@@ -66,6 +66,7 @@ class CacheWriter:
                 f"expected batch_bytes <= shard_bytes <= {MAX_SHARD_BYTES // 2}, got {batch_bytes=} {shard_bytes=}"
             )
         self.directory = local_path(directory)
+        self._name = str(directory)
         self.disabled = ""
         self._limits = (max_bytes, shard_bytes, batch_bytes)
         self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
@@ -208,7 +209,7 @@ class CacheWriter:
             return
         self.disabled = reason
         metrics.CACHE_WRITE_ERRORS.inc()
-        logger.warning("cache %s: nothing more is written, the run goes on without it: %s", self.directory, reason)
+        logger.warning("cache %s: nothing more is written, the run goes on without it: %s", self._name, reason)
         self._seal()
 
 
