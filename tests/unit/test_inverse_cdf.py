@@ -131,3 +131,20 @@ inverse_cdf.locate_in_logits(torch.zeros(4, 64), 1.0, np.arange(4), np.full((4, 
 assert inverse_cdf._threads(os.getpid()).submit(os.sched_getaffinity, 0).result() == cores
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_device_s_path_compiles_to_the_same_ids() -> None:
+    """Uniforms, the check for bad rows and the counting of equal ids are the host's."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 1000, generator=generator) * 4
+    points = (1 - torch.rand(6, 20, generator=generator, dtype=torch.float64)).sort(dim=1).values
+
+    def located(logits: torch.Tensor, buffer: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        return locate_blocked(relative_probs_plain(logits, 0.7, np.arange(6), buffer), points)
+
+    expected = located(logits, torch.zeros(6, 1024), points)
+    compiled = torch.compile(located, backend="aot_eager")(logits, torch.zeros(6, 1024), points)
+    assert torch.equal(compiled, expected)
+    distribution = relative_probs_plain(logits, 0.7, np.arange(6), torch.zeros(6, 1024))
+    whole = torch.compile(locate_blocked, backend="aot_eager", fullgraph=True)
+    assert torch.equal(whole(distribution, points), expected)
