@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from logitstream.cache.describe import Description, describe
 from logitstream.cache.export import export
-from logitstream.cache.open_shard import directory_bytes
+from logitstream.cache.manifest import caches_in
+from logitstream.cache.open_shard import tree_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.remote import fetched, is_remote, local_path
 from logitstream.cache.rewrite import merge, prune
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--output", required=True, help=what)
     cut = _command(commands, "prune", _prune, "drop records to make room")
     cut.add_argument("--max_bytes", type=_size, help="drop the oldest shards until this many bytes hold (10G, 2T, …)")
-    cut.add_argument("--before_draw_set", type=int, help="drop records of earlier draw sets")
+    cut.add_argument("--before_draw_set", type=_draw_set, help="drop records of earlier draw sets")
     cut.add_argument("--damaged", action="store_true", help="drop damaged records")
     return parser
 
@@ -75,7 +76,16 @@ def _size(text: str) -> int:
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if unit not in SIZE_UNITS:
         raise argparse.ArgumentTypeError(f"expected a number of bytes with K, M, G or T, got {text!r}")
-    return int(float(number) * SIZE_UNITS[unit])
+    size = int(float(number) * SIZE_UNITS[unit])
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"expected no bytes or more, got {text!r}")
+    return size
+
+
+def _draw_set(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a draw set, 0 or more, got {text!r}")
+    return int(text)
 
 
 @contextmanager
@@ -129,7 +139,7 @@ def _as_json(found: Description) -> dict[str, object]:
 def _verify(arguments: argparse.Namespace) -> int:
     with (
         fetched(arguments.directory, fresh=True) as directory,
-        _bar("verifying", directory_bytes(directory)) as advance,
+        _bar("verifying", tree_bytes(directory)) as advance,
     ):
         damage = verify(directory, advance)
     for note in damage.notes:
@@ -171,7 +181,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     if is_remote(arguments.directory):
         raise ValueError("expected a local folder: merge a bucket's cache into one, or use the store's lifecycle rules")
     directory = local_path(arguments.directory)
-    with _bar("pruning", CacheReader(directory).num_records) as advance:
+    total = sum(CacheReader(folder).num_records for folder in caches_in(directory))
+    with _bar("pruning", total) as advance:
         records, freed = prune(
             directory,
             max_bytes=arguments.max_bytes,

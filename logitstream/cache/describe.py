@@ -16,7 +16,7 @@ from logitstream.cache.manifest import parse, summary
 from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import SPAN_DTYPE, scan
-from logitstream.cache.verify import shard_spans
+from logitstream.cache.verify import other_fingerprint, shard_spans
 from logitstream.errors import CacheError, CorruptRecord
 from logitstream.id_model import IdModel
 
@@ -50,9 +50,10 @@ def describe(directory: Path, *, sampled_records: int = 256) -> Description:
     """Read the shards' entries, scan open shards, decode a sample spread over the keys."""
     reader = CacheReader(directory)
     totals, draw_sets = Counter[str](), Counter[int]()
-    sealed, growing = sorted(directory.glob("*.arrow")), sorted(directory.glob(f"*{OPEN_SUFFIX}"))
+    sealed = [path for path in sorted(directory.glob("*.arrow")) if not other_fingerprint(path, reader.manifest)]
+    growing = sorted(directory.glob(f"*{OPEN_SUFFIX}"))
     for path in [*sealed, *growing]:
-        entry = _entry(path)
+        entry = _entry(path, reader.manifest)
         totals.update({name: entry[name] for name in ("records", "tokens", "payload_bytes")})
         draw_sets.update({int(draw_set): count for draw_set, count in entry["draw_sets"].items()})
     return Description(
@@ -69,14 +70,14 @@ def describe(directory: Path, *, sampled_records: int = 256) -> Description:
     )
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """A sealed shard's entry; made anew for an open one, or where it is damaged."""
     sidecar = path.with_suffix(".json")
     if path.suffix == ".arrow" and sidecar.exists():
         with contextlib.suppress(CacheError):
             return parse(sidecar.read_bytes(), sidecar)
     if path.suffix == ".arrow":
-        return summary(shard_spans(path)[0])
+        return summary(shard_spans(path, manifest)[0])
     return summary(np.concatenate([np.zeros(0, SPAN_DTYPE), *(message.spans for message in scan(path))]))
 
 

@@ -5,9 +5,11 @@ Nothing that several writers share is ever rewritten: the manifest is made once,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import struct
 import time
 import uuid
@@ -26,9 +28,13 @@ from logitstream.types import Fingerprint
 FORMAT = "logitstream-cache/1"
 MANIFEST = "manifest.json"
 ID_MODEL = "id_model.bin"
-INDEX_HEADER = struct.Struct("<8s3Q32x")
-"""Magic, number of records, size of the shard in bytes, XXH3 of the spans; padded to 64 bytes."""
+INDEX_HEADER = struct.Struct("<8s3Q32s")
+"""Magic, number of records, size of the shard in bytes, XXH3 of the spans, digest of the fingerprint."""
+UNKNOWN_FINGERPRINT = bytes(32)
+"""Of an index that was written before it named its fingerprint."""
 INDEX_MAGIC = b"LSINDEX1"
+LEFTOVER = re.compile(r"\.(arrow\.new|[0-9a-f]{32})$")
+LEFTOVER_SECONDS = 3600.0
 
 
 def create_manifest(
@@ -168,9 +174,11 @@ def _link(partial: Path, path: Path) -> None:
             partial.rename(path)
 
 
-def write_entry(shard: Path, *, sha256: str, size: int, spans: Spans) -> None:
+def write_entry(shard: Path, *, fingerprint_digest: str, sha256: str, size: int, spans: Spans) -> None:
     """The sidecars of a shard that is about to be sealed: the index, and its entry in the manifest."""
-    write_index(shard.with_suffix(".index"), spans, size)
+    body = spans.tobytes()
+    header = _index_header(body, size, bytes.fromhex(fingerprint_digest))
+    write_whole(shard.with_suffix(".index"), header + body)
     entry = {"shard": shard.name, "bytes": size, "sha256": sha256} | summary(spans)
     write_whole(shard.with_suffix(".json"), render(entry))
 
@@ -186,23 +194,40 @@ def summary(spans: Spans) -> dict[str, Any]:
     }
 
 
-def write_index(path: Path, spans: Spans, shard_bytes: int) -> None:
-    """The sidecar with the span of every record of a shard."""
-    body = spans.tobytes()
-    write_whole(path, _index_header(body, shard_bytes) + body)
+def read_index(path: Path, fingerprint_digest: str, shard_bytes: int | None = None) -> Spans:
+    """The spans of a shard of this size (None: of any); CacheError where they are missing or damaged.
 
-
-def read_index(path: Path, shard_bytes: int) -> Spans:
-    """The spans of a shard of this size; CacheError where the sidecar is missing, damaged or another shard's."""
+    Also where the index names another fingerprint than `fingerprint_digest` (empty: any).
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing") from error
-    body = memoryview(content)[INDEX_HEADER.size :]
-    if content[: INDEX_HEADER.size] != _index_header(body, shard_bytes) or len(body) % SPAN_DTYPE.itemsize:
-        raise CacheError(f"{path} is damaged, or does not belong to a shard of {shard_bytes} bytes")
-    return np.frombuffer(body, SPAN_DTYPE)
+    header, body = content[: INDEX_HEADER.size], memoryview(content)[INDEX_HEADER.size :]
+    if len(header) == INDEX_HEADER.size:
+        _, _, named_bytes, _, named_fingerprint = INDEX_HEADER.unpack(header)
+        shard_bytes = named_bytes if shard_bytes is None else shard_bytes
+        is_whole = header == _index_header(body, shard_bytes, named_fingerprint)
+        if is_whole and len(body) % SPAN_DTYPE.itemsize == 0:
+            if fingerprint_digest and named_fingerprint not in (bytes.fromhex(fingerprint_digest), UNKNOWN_FINGERPRINT):
+                raise CacheError(f"{path} belongs to targets of another fingerprint, {named_fingerprint.hex()}")
+            return np.frombuffer(body, SPAN_DTYPE)
+    raise CacheError(f"{path} is damaged, or does not belong to a shard of {shard_bytes} bytes")
 
 
-def _index_header(body: bytes | memoryview, shard_bytes: int) -> bytes:
-    return INDEX_HEADER.pack(INDEX_MAGIC, len(body) // SPAN_DTYPE.itemsize, shard_bytes, xxhash.xxh3_64_intdigest(body))
+def _index_header(body: bytes | memoryview, shard_bytes: int, fingerprint: bytes) -> bytes:
+    records = len(body) // SPAN_DTYPE.itemsize
+    return INDEX_HEADER.pack(INDEX_MAGIC, records, shard_bytes, xxhash.xxh3_64_intdigest(body), fingerprint)
+
+
+def caches_in(directory: Path) -> list[Path]:
+    """The folder of a cache and those of newer weights below it."""
+    return [directory, *sorted(path.parent for path in directory.glob(f"versions/*/{MANIFEST}"))]
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Drop what killed processes had begun to write or to download and nobody has touched for an hour."""
+    for path in directory.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):
+            if LEFTOVER.search(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()

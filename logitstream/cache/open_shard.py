@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitstream.cache.manifest import write_entry
+from logitstream.cache.manifest import remove_leftovers, write_entry
 from logitstream.cache.shard import END_OF_STREAM, Message, Spans, read_schema, scan, shard_schema, spans_of
 
 logger = logging.getLogger(__name__)
@@ -28,12 +28,16 @@ class OpenShard:
     def __init__(self, path: Path, fd: int, *, size: int, spans: list[Spans], manifest: dict[str, Any]) -> None:
         self.path, self.size, self.rows = path, size, sum(map(len, spans))
         self.schema = shard_schema(manifest)
+        self._fingerprint_digest: str = manifest["fingerprint_digest"]
         self._fd, self._spans = fd, spans
 
     @classmethod
-    def create(cls, directory: Path, writer_id: str, manifest: dict[str, Any]) -> OpenShard:
-        """A new shard with nothing but its schema, visible to others once it is locked."""
-        name = f"{writer_id}-{time.time_ns() // 1_000_000:013d}-{uuid.uuid4().hex[:8]}.arrow{OPEN_SUFFIX}"
+    def create(
+        cls, directory: Path, writer_id: str, manifest: dict[str, Any], *, milliseconds: int | None = None
+    ) -> OpenShard:
+        """A new shard with nothing but its schema, visible to others once it is locked; as old as `milliseconds`."""
+        begun = time.time_ns() // 1_000_000 if milliseconds is None else milliseconds
+        name = f"{writer_id}-{begun:013d}-{uuid.uuid4().hex[:8]}.arrow{OPEN_SUFFIX}"
         partial = directory / f".{name.removesuffix(OPEN_SUFFIX)}.new"
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         shard = cls(directory / name, fd, size=0, spans=[], manifest=manifest)
@@ -75,7 +79,8 @@ class OpenShard:
         self._write(memoryview(END_OF_STREAM))
         os.fsync(self._fd)
         final = self.path.with_suffix("")
-        write_entry(final, sha256=self._sha256(), size=self.size, spans=np.concatenate(self._spans))
+        digest, spans = self._fingerprint_digest, np.concatenate(self._spans)
+        write_entry(final, fingerprint_digest=digest, sha256=self._sha256(), size=self.size, spans=spans)
         self.path.rename(final)
         self.abandon()
         return final
@@ -96,6 +101,7 @@ class OpenShard:
 
 def recover(directory: Path, manifest: dict[str, Any]) -> list[Path]:
     """Seal the shards that dead writers left open, without their torn tails; live writers' shards are left alone."""
+    remove_leftovers(directory)
     sealed = [_recover_one(path, manifest) for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))]
     return [path for path in sealed if path is not None]
 
@@ -138,12 +144,19 @@ def _lock_dead(path: Path) -> int | None:
 def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, Any]) -> Path | None:
     """The readable batches of a shard that is damaged elsewhere than at its end, as a new shard."""
     logger.warning("%s: damaged; its %d readable batches were kept", path, len(messages))
-    shard = OpenShard.create(path.parent, path.name.split("-")[0], manifest)
+    writer_id, milliseconds = origin(path)
+    shard = OpenShard.create(path.parent, writer_id, manifest, milliseconds=milliseconds)
     for message in messages:
         shard.append(pa.py_buffer(os.pread(fd, message.size, message.start)))
     sealed = shard.seal()
     path.unlink()
     return sealed
+
+
+def origin(path: Path) -> tuple[str, int]:
+    """Writer of a shard and when it was begun, in milliseconds: by its name, else by its file."""
+    writer_id, milliseconds, _ = (*path.name.rsplit("-", 2), "", "")[:3]
+    return writer_id, int(milliseconds) if milliseconds.isdecimal() else path.stat().st_mtime_ns // 1_000_000
 
 
 def directory_bytes(directory: Path) -> int:

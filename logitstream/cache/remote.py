@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from logitstream import metrics
-from logitstream.cache.manifest import ID_MODEL, MANIFEST, manifest_fingerprint, parse, read_manifest
+from logitstream.cache.manifest import ID_MODEL, MANIFEST, manifest_fingerprint, parse, read_manifest, remove_leftovers
 from logitstream.errors import CacheError
 
 ATTEMPTS = 8
@@ -37,6 +38,8 @@ PREFETCHED_SHARDS = 2
 STAGING_BYTES = 16 << 30
 LIST_SECONDS = 10.0
 SIDECARS = (".index", ".json")
+FRESH_PREFIX = "fresh-"
+DAY_SECONDS = 86_400.0
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -72,8 +75,7 @@ def fetched(directory: str, *, fresh: bool = False) -> Iterator[Path]:
     staging = staging_folder(directory)
     with ExitStack() as resources:
         if fresh:
-            staging.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(resources.enter_context(TemporaryDirectory(dir=staging.parent)))
+            staging = Path(resources.enter_context(_new_folder(staging.parent)))
         mirror = Mirror(directory, staging=staging, staging_bytes=1 << 62)
         resources.callback(mirror.close)
         mirror.pull_head()
@@ -82,6 +84,15 @@ def fetched(directory: str, *, fresh: bool = False) -> Iterator[Path]:
             if not fresh and _is_damaged(path):
                 mirror.fetch_again(path)
         yield staging
+
+
+def _new_folder(parent: Path) -> TemporaryDirectory[str]:
+    """One that goes with its context; what killed processes left of theirs a day ago goes now."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in parent.glob(f"{FRESH_PREFIX}*"):
+        if time.time() - old.stat().st_mtime > DAY_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    return TemporaryDirectory(dir=parent, prefix=FRESH_PREFIX)
 
 
 def _is_damaged(shard: Path) -> bool:
@@ -113,6 +124,7 @@ class Mirror:
     ) -> None:
         self.staging = Path(staging) if staging is not None else staging_folder(url)
         self.staging.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.staging)
         self._remote = (url, storage_options or {})
         self._staging_bytes = staging_bytes
         self.sizes: dict[str, int] = {}

@@ -7,16 +7,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.cache.manifest import read_manifest
-from logitstream.cache.open_shard import OpenShard, recover
+from logitstream.cache.manifest import caches_in, read_manifest
+from logitstream.cache.open_shard import OPEN_SUFFIX, OpenShard, origin, recover
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import Record, Spans, encode_batch
 from logitstream.cache.shard_file import ShardFile
-from logitstream.cache.verify import shard_spans
+from logitstream.cache.verify import Damage, check_sealed, missing_shards, other_fingerprint, shard_spans
 from logitstream.cache.writer import CacheWriter
 from logitstream.errors import CacheError, CorruptRecord
 
@@ -50,7 +51,7 @@ def merge(sources: Sequence[Path], output: str | Path, progress: Progress = lamb
             for i in range(len(reader)):
                 key = reader.key(i)
                 progress(1)
-                if key in before or any(key in earlier for earlier in readers[:number]):
+                if before.get(key) is not None or any(key in earlier for earlier in readers[:number]):
                     continue
                 record = _first_whole(key, readers[number:])
                 if record is None:
@@ -82,32 +83,50 @@ def prune(
 ) -> tuple[int, int]:
     """Drop records of draw sets below `before_draw_set`, damaged ones, and the oldest shards until `max_bytes` hold.
 
-    Returns how many records and bytes went. Only sealed shards are touched (dead writers' are sealed first); a shard of
-    which a part stays is replaced by a new one. Raises CacheError where another prune is under way.
+    All of it also in the caches of newer weights below the folder. damaged: sidecars and shards that are damaged
+    elsewhere than in a record are made anew too. Returns how many records and bytes went. Only sealed shards are
+    touched (dead writers' are sealed first), none of another fingerprint; a shard of which a part stays is replaced by
+    a new one. Raises CacheError where another prune is under way.
     """
-    manifest = read_manifest(directory)
+    folders = caches_in(directory)
+    manifests = {folder: read_manifest(folder) for folder in folders}
     with _only_one(directory):
-        recover(directory, manifest)
-        shards = sorted(directory.glob("*.arrow"), key=lambda path: (path.stat().st_mtime, path.name))
-        sizes = {path: _shard_bytes(path) for path in shards}
-        before, records = sum(sizes.values()), 0
-        total = before + sum(path.stat().st_size for path in directory.iterdir() if path.name in _HEAD)
-        for path in shards:
-            spans, _ = shard_spans(path)
+        for folder in folders:
+            recover(folder, manifests[folder])
+        before, records = sum(map(_folder_bytes, folders)), 0
+        total = before
+        for path in _oldest_first(manifests):
+            size, manifest = _shard_bytes(path), manifests[path.parent]
+            spans, keep, sound = _kept(path, manifest, before_draw_set, damaged)
             progress(len(spans))
             if max_bytes is not None and total > max_bytes:
-                keep = np.zeros(len(spans), bool)
-            else:
-                keep = _kept(path, spans, before_draw_set, damaged)
-            if keep.all():
+                keep, sound = np.zeros(len(spans), bool), False
+            if keep.all() and sound:
                 continue
             records += int((~keep).sum())
-            total -= sizes[path] - _replace(path, spans[keep], manifest)
-        after = sum(_shard_bytes(path) for path in directory.glob("*.arrow"))
+            total -= size - _replace(path, spans[keep], manifest)
+        if damaged:
+            for shard in (shard for folder in folders for shard in missing_shards(folder)):
+                _remove(*_files(shard)[1:])
+        after = sum(map(_folder_bytes, folders))
     return records, before - after
 
 
-_HEAD = ("manifest.json", "id_model.bin")
+def _folder_bytes(directory: Path) -> int:
+    """Of what `max_bytes` bounds: all but the shards that are being written."""
+    files = [path for path in directory.iterdir() if path.is_file() and path.suffix != OPEN_SUFFIX]
+    return sum(path.stat().st_size for path in files)
+
+
+def _oldest_first(manifests: dict[Path, dict[str, Any]]) -> list[Path]:
+    """The sealed shards of some caches by when they were begun."""
+    shards = [
+        path
+        for folder, manifest in manifests.items()
+        for path in folder.glob("*.arrow")
+        if not other_fingerprint(path, manifest)
+    ]
+    return sorted(shards, key=lambda path: (origin(path)[1], path.name))
 
 
 @contextmanager
@@ -127,32 +146,39 @@ def _shard_bytes(path: Path) -> int:
 
 
 def _files(path: Path) -> tuple[Path, Path, Path]:
+    """A shard and its sidecars; the shard first: nobody shall find one without its index."""
     return path, path.with_suffix(".index"), path.with_suffix(".json")
 
 
-def _kept(path: Path, spans: Spans, before_draw_set: int | None, damaged: bool) -> npt.NDArray[np.bool_]:
+def _kept(
+    path: Path, manifest: dict[str, Any], before_draw_set: int | None, damaged: bool
+) -> tuple[Spans, npt.NDArray[np.bool_], bool]:
+    """A shard's spans, which of them stay, and whether its files can."""
+    damage = Damage()
+    spans, bad = check_sealed(path, manifest, damage) if damaged else (shard_spans(path, manifest)[0], [])
     keep = np.ones(len(spans), bool)
     if before_draw_set is not None:
         keep &= spans["draw_set"] >= before_draw_set
-    if damaged:
-        bad: list[int] = []
-        for _ in ShardFile(str(path)).records(spans, bad.append):
-            pass
-        keep[bad] = False
-    return keep
+    keep[bad] = False
+    return spans, keep, not damage.problems
 
 
-def _replace(path: Path, spans: Spans, manifest: dict[str, object]) -> int:
-    """Put the records of these spans into a new shard in the old one's place; its size."""
+def _replace(path: Path, spans: Spans, manifest: dict[str, Any]) -> int:
+    """Put the records of these spans into a new shard, as old as the one whose place it takes; its size."""
     sealed: Path | None = None
     if len(spans):
-        shard = OpenShard.create(path.parent, path.name.split("-")[0], manifest)
+        writer_id, milliseconds = origin(path)
+        shard = OpenShard.create(path.parent, writer_id, manifest, milliseconds=milliseconds)
         file = ShardFile(str(path))
         for start in range(0, len(spans), RECORDS_PER_BATCH):
             batch = list(file.records(spans[start : start + RECORDS_PER_BATCH], lambda _: None))
             if batch:
                 shard.append(encode_batch(batch, shard.schema))
         sealed = shard.seal()
-    for part in _files(path):
-        part.unlink(missing_ok=True)
+    _remove(*_files(path))
     return _shard_bytes(sealed) if sealed is not None else 0
+
+
+def _remove(*files: Path) -> None:
+    for path in files:
+        path.unlink(missing_ok=True)

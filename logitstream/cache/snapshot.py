@@ -196,7 +196,7 @@ def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None
     nothing = np.zeros(0, SPAN_DTYPE)
     try:
         size = path.stat().st_size if remote_bytes is None else remote_bytes
-        return read_index(path.with_suffix(".index"), size), False
+        return read_index(path.with_suffix(".index"), manifest["fingerprint_digest"], size), False
     except (CacheError, OSError) as error:
         problem = error
     if not path.exists():

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from logitstream.cache.manifest import MANIFEST, manifest_fingerprint, parse, read_id_model, read_index, read_manifest
+from logitstream.cache.manifest import (
+    MANIFEST,
+    caches_in,
+    manifest_fingerprint,
+    parse,
+    read_id_model,
+    read_index,
+    read_manifest,
+)
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import END_OF_STREAM, SPAN_DTYPE, Spans, read_schema, scan
@@ -35,31 +46,74 @@ class Damage:
     unnamed_records: int = 0
     whole_records: int = 0
 
+    def add(self, other: Damage) -> None:
+        self.problems += other.problems
+        self.notes += other.notes
+        self.damaged_keys |= other.damaged_keys
+        self.lost_keys += other.lost_keys
+        self.unnamed_records += other.unnamed_records
+        self.whole_records += other.whole_records
+
 
 def verify(directory: Path, progress: Progress = lambda _: None) -> Damage:
-    """Read every byte of every file; CacheError where the directory holds no cache at all."""
+    """Read every byte of every file, also of the caches of newer weights below; CacheError where there is no cache."""
+    damage = Damage()
+    for folder in caches_in(directory):
+        damage.add(_verify_one(folder, progress))
+    return damage
+
+
+def _verify_one(directory: Path, progress: Progress) -> Damage:
     damage = Damage()
     manifest = _check_head(directory, damage)
     for path in sorted(directory.glob("*.arrow")):
-        _check_sealed(path, damage, progress)
+        check_sealed(path, manifest, damage, progress)
     for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")):
         _check_open(path, manifest, damage, progress)
-    for sidecar in sorted([*directory.glob("*.index"), *directory.glob("*.json")]):
-        if sidecar.name != MANIFEST and not sidecar.with_suffix(".arrow").exists():
-            damage.problems.append(f"{sidecar.name}: its shard {sidecar.with_suffix('.arrow').name} is missing")
+    for shard in missing_shards(directory):
+        _check_missing(shard, manifest, damage)
     if damage.damaged_keys:
         reader = CacheReader(directory) if manifest is not None else None
         damage.lost_keys = sorted(key for key in damage.damaged_keys if reader is None or reader.get(key) is None)
     return damage
 
 
-def shard_spans(path: Path) -> tuple[Spans, str]:
+def shard_spans(path: Path, manifest: dict[str, Any] | None) -> tuple[Spans, str]:
     """A sealed shard's spans, from its index or, where that is damaged, from the shard; and what is wrong with it."""
+    digest = manifest["fingerprint_digest"] if manifest is not None else ""
     try:
-        return read_index(path.with_suffix(".index"), path.stat().st_size), ""
+        return read_index(path.with_suffix(".index"), digest, path.stat().st_size), ""
     except CacheError as error:
         parts = [message.spans for message in scan(path)]
         return np.concatenate([np.zeros(0, SPAN_DTYPE), *parts]), str(error)
+
+
+def other_fingerprint(path: Path, manifest: dict[str, Any]) -> str:
+    """Digest of the fingerprint that a shard's head names, if it is whole and not the manifest's; else empty."""
+    try:
+        with pa.OSFile(str(path)) as file:
+            named = json.loads(pa.ipc.read_schema(file).metadata[b"logitstream"])
+        found = manifest_fingerprint(named, path).digest
+    except (pa.ArrowException, OSError, EOFError, MemoryError, CacheError, KeyError, TypeError, ValueError):
+        return ""
+    return "" if found == manifest["fingerprint_digest"] else found
+
+
+def missing_shards(directory: Path) -> list[Path]:
+    """Sealed shards of which only sidecars are left; one that is about to be sealed has its own already."""
+    sidecars = {*directory.glob("*.index"), *directory.glob("*.json")} - {directory / MANIFEST}
+    shards = sorted({sidecar.with_suffix(".arrow") for sidecar in sidecars})
+    return [path for path in shards if not (path.with_name(path.name + OPEN_SUFFIX).exists() or path.exists())]
+
+
+def _check_missing(shard: Path, manifest: dict[str, Any] | None, damage: Damage) -> None:
+    damage.problems.append(f"{shard.name} is missing, there are sidecars of it")
+    try:
+        spans = read_index(shard.with_suffix(".index"), manifest["fingerprint_digest"] if manifest is not None else "")
+        damage.damaged_keys.update(spans["key"].tolist())
+    except CacheError:
+        with contextlib.suppress(CacheError, OSError):
+            damage.unnamed_records += parse(shard.with_suffix(".json").read_bytes(), shard)["records"]
 
 
 def _check_head(directory: Path, damage: Damage) -> dict[str, Any] | None:
@@ -74,8 +128,14 @@ def _check_head(directory: Path, damage: Damage) -> dict[str, Any] | None:
         return None
 
 
-def _check_sealed(path: Path, damage: Damage, progress: Progress) -> None:
-    spans, problem = shard_spans(path)
+def check_sealed(
+    path: Path, manifest: dict[str, Any] | None, damage: Damage, progress: Progress = lambda _: None
+) -> tuple[Spans, list[int]]:
+    """The spans of a sealed shard, and which of its records are damaged; none of another fingerprint's."""
+    if manifest is not None and (other := other_fingerprint(path, manifest)):
+        damage.problems.append(f"{path.name} is a shard of another fingerprint, {other}: nobody reads it, remove it")
+        return np.zeros(0, SPAN_DTYPE), []
+    spans, problem = shard_spans(path, manifest)
     if problem:
         damage.problems.append(problem)
     try:
@@ -85,13 +145,14 @@ def _check_sealed(path: Path, damage: Damage, progress: Progress) -> None:
         entry = {}
     bad = _check_records(path, spans, damage)
     if bad:
-        damage.problems.append(f"{path.name}: {bad} of {len(spans)} records are damaged")
+        damage.problems.append(f"{path.name}: {len(bad)} of {len(spans)} records are damaged")
     found = _sha256(path, progress)
     if entry and entry["sha256"] != found and not bad:
         damage.problems.append(f"{path.name}: damaged outside of its records (SHA-256 {found}, not {entry['sha256']})")
     if entry and entry["records"] > len(spans):
         damage.unnamed_records += entry["records"] - len(spans)
         damage.problems.append(f"{path.name}: {entry['records'] - len(spans)} records cannot be named any more")
+    return spans, bad
 
 
 def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, progress: Progress) -> None:
@@ -104,20 +165,20 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
         end = message.start + message.size
         bad = _check_records(path, message.spans, damage)
         if bad:
-            damage.problems.append(f"{path.name}: {bad} records of the batch at byte {message.start} are damaged")
+            damage.problems.append(f"{path.name}: {len(bad)} records of the batch at byte {message.start} are damaged")
     size = path.stat().st_size
     if size > end and path.read_bytes()[end:] != END_OF_STREAM:
         damage.notes.append(f"{path.name}: {size - end} bytes after its last whole batch (a write under way, or torn)")
     progress(size)
 
 
-def _check_records(path: Path, spans: Spans, damage: Damage) -> int:
-    """Read a shard's records; how many are damaged."""
+def _check_records(path: Path, spans: Spans, damage: Damage) -> list[int]:
+    """Read a shard's records; the rows of the damaged ones."""
     bad: list[int] = []
     whole = sum(1 for _ in ShardFile(str(path)).records(spans, bad.append))
     damage.damaged_keys.update(spans["key"][row].tobytes() for row in bad)
     damage.whole_records += whole
-    return len(bad)
+    return bad
 
 
 def _sha256(path: Path, progress: Progress) -> str:

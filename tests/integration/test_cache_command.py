@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +218,132 @@ def test_prune_drops_damaged_records(tmp_path: Path, records: list[Record]) -> N
     assert main(["cache", "prune", str(tmp_path), "--damaged"]) == 0
     assert main(["cache", "verify", str(tmp_path)]) == 0
     assert len(CacheReader(tmp_path)) == 59
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_merge_heals_an_output_that_holds_a_damaged_copy(tmp_path: Path, records: list[Record]) -> None:
+    for name in ("whole", "damaged"):
+        write(tmp_path / name, records)
+    for shard in (tmp_path / "damaged").glob("*.arrow"):
+        for record in records[:7]:
+            if (position := shard.read_bytes().find(record.payload)) >= 0:
+                flip(shard, position)
+    before = CacheReader(tmp_path / "damaged")
+    assert [before.get(record.key) for record in records[:8]] == [None] * 7 + [records[7].payload]
+    assert main(["cache", "merge", str(tmp_path / "whole"), "--output", str(tmp_path / "damaged")]) == 0
+    after = CacheReader(tmp_path / "damaged")
+    assert [after.get(record.key) for record in records] == [record.payload for record in records]
+    assert after.num_records == len(records) + 7
+
+
+@pytest.mark.parametrize(("pattern", "position"), [("*.index", 70), ("*-*.json", 70), ("*.arrow", -3)])
+def test_prune_makes_good_what_is_damaged_outside_of_records(
+    tmp_path: Path, records: list[Record], pattern: str, position: int
+) -> None:
+    write(tmp_path, records)
+    flip(sorted(tmp_path.glob(pattern))[0], position)
+    assert main(["cache", "verify", str(tmp_path)]) == 1
+    assert main(["cache", "prune", str(tmp_path), "--damaged"]) == 0
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+    assert len(CacheReader(tmp_path)) == len(records)
+
+
+def test_a_missing_shards_keys_are_named_and_its_sidecars_pruned(tmp_path: Path, records: list[Record]) -> None:
+    write(tmp_path / "cache", records)
+    (shard, *_) = sorted((tmp_path / "cache").glob("*.arrow"))
+    shard.unlink()
+    reader = CacheReader(tmp_path / "cache")
+    assert main(["cache", "verify", str(tmp_path / "cache"), "--keys", str(tmp_path / "keys")]) == 1
+    lost = {record.key.hex() for record in records if reader.get(record.key) is None}
+    assert set((tmp_path / "keys").read_text().split()) == lost != set()
+    assert main(["cache", "prune", str(tmp_path / "cache"), "--damaged"]) == 0
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
+    assert len(CacheReader(tmp_path / "cache")) == len(records) - len(lost)
+
+
+def test_a_writer_killed_between_a_shards_sidecars_and_its_name_leaves_nothing_damaged(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    write(tmp_path, records)
+    for shard in list(tmp_path.glob("*.arrow")):
+        shard.rename(f"{shard}.open")
+    for command in (["verify"], ["prune", "--damaged"], ["verify"]):
+        assert main(["cache", command[0], str(tmp_path), *command[1:]]) == 0
+    assert len(CacheReader(tmp_path)) == len(records)
+
+
+def test_another_fingerprints_shard_with_its_sidecars_is_found_and_never_read(
+    tmp_path: Path, records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "mine", records[:30])
+    with CacheWriter(tmp_path / "other", replace(FINGERPRINT, dtype="bfloat16")) as writer:
+        for record in records:
+            writer.put(*record[:5])
+    for path in (tmp_path / "other").iterdir():
+        if path.name != "manifest.json":
+            shutil.copy(path, tmp_path / "mine")
+    expected = {record.key: record.payload for record in records[:30]}
+    reader = CacheReader(tmp_path / "mine")
+    assert {record.key: record.payload for record in reader.records()} == expected
+    assert main(["cache", "verify", str(tmp_path / "mine")]) == 1
+    assert "a shard of another fingerprint" in capsys.readouterr().out
+    assert main(["cache", "info", str(tmp_path / "mine"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 30
+    assert main(["cache", "prune", str(tmp_path / "mine"), "--damaged", "--before_draw_set", "1"]) == 0
+    kept = {record.key: record.payload for record in records[:30] if record.draw_set >= 1}
+    assert {record.key: record.payload for record in CacheReader(tmp_path / "mine").records()} == kept
+
+
+def test_verify_and_prune_reach_the_caches_of_newer_weights(tmp_path: Path, records: list[Record]) -> None:
+    write(tmp_path, records[:30])
+    newer = tmp_path / "versions" / "abcd"
+    with CacheWriter(newer, replace(FINGERPRINT, weights_digest="ef" * 32)) as writer:
+        for record in records[30:]:
+            writer.put(*record[:5])
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+    (shard,) = newer.glob("*.arrow")
+    flip(shard, shard.read_bytes().find(records[40].payload))
+    assert main(["cache", "verify", str(tmp_path)]) == 1
+    assert main(["cache", "prune", str(tmp_path), "--damaged"]) == 0
+    assert main(["cache", "verify", str(tmp_path)]) == 0
+    assert (len(CacheReader(tmp_path)), len(CacheReader(newer))) == (30, 29)
+    bound = sum(path.stat().st_size for folder in (tmp_path, newer) for path in folder.glob("*.json"))
+    bound += sum(path.stat().st_size for path in newer.iterdir())
+    assert main(["cache", "prune", str(tmp_path), "--max_bytes", str(bound)]) == 0
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= bound
+    assert (len(CacheReader(tmp_path)), len(CacheReader(newer))) == (0, 29)  # the older ones went first
+
+
+def test_a_shard_that_was_rewritten_stays_as_old_as_it_is(tmp_path: Path, records: list[Record]) -> None:
+    for number in range(3):
+        write(tmp_path, records[20 * number : 20 * number + 20], writer_id=f"my-writer{number}")
+        time.sleep(0.002)
+    assert main(["cache", "prune", str(tmp_path), "--before_draw_set", "1"]) == 0  # rewrites them all
+    before = sorted(path.name for path in tmp_path.glob("*.arrow"))
+    total = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert main(["cache", "prune", str(tmp_path), "--max_bytes", str(total - 1)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.arrow")) == before[1:]  # the first one of my-writer0
+
+
+@pytest.mark.parametrize("option", [["--max_bytes", "-5"], ["--max_bytes", "1x"], ["--before_draw_set", "-1"]])
+def test_prune_refuses_bounds_that_are_none(tmp_path: Path, option: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["cache", "prune", str(tmp_path), *option])
+
+
+def test_what_killed_processes_had_begun_is_cleared_away_after_an_hour(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    old, new = tmp_path / ".w-1-2.arrow.new", tmp_path / f".w-1-2.arrow.{'ab' * 16}"
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 4000,) * 2)
+    write(tmp_path, [])
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_a_cache_of_codec_2_is_exported_with_the_id_model_that_lies_in_it(tmp_path: Path) -> None:
