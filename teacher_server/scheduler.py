@@ -68,7 +68,7 @@ class Scheduler:
         self._next_backend: TeacherBackend | None = None
         self._good: ScoreRequest | None = None
         self.is_draining = False
-        self.is_stuck = False  # after `close`: a batch still runs and cannot be stopped
+        self.is_stuck = False  # after `close`: a batch or the disk is still busy and cannot be stopped
         self.info = backend.describe()
 
     def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
@@ -190,11 +190,11 @@ class Scheduler:
             for future in list(work.waiters):
                 future.cancel()
         loop = asyncio.get_running_loop()
-        closing = loop.run_in_executor(self._backend_thread, self._backend.close)
-        await asyncio.wait([closing], timeout=CLOSE_SECONDS)
-        self.is_stuck = not closing.done()
+        closing = [loop.run_in_executor(self._backend_thread, self._backend.close)]
         if self._stored is not None:
-            await asyncio.wait([loop.run_in_executor(self._disk, self._stored.close)], timeout=CLOSE_SECONDS)
+            closing.append(loop.run_in_executor(self._disk, self._stored.close))
+        _, pending = await asyncio.wait(closing, timeout=CLOSE_SECONDS)
+        self.is_stuck = bool(pending)
         self._disk.shutdown(wait=False, cancel_futures=True)
         self._backend_thread.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)

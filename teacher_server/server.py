@@ -9,15 +9,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import grpc
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
+from logitstream.errors import LogitstreamError
 from logitstream.rpc.channel import TlsFiles, certificate_expiry, server_credentials, server_options
 from teacher_server.access import is_loopback
 from teacher_server.backend import TeacherBackend
@@ -25,6 +27,7 @@ from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
 from teacher_server.encoding import Encode, encoder
 from teacher_server.gate import HEALTH_SERVICE, SERVICE, WhenLoaded, interceptors
+from teacher_server.health import Health
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
 from teacher_server.stored_targets import StoredTargets
@@ -34,6 +37,8 @@ DEFAULT_SEQUENCE_TOKENS = 8192
 STOP_SECONDS = 1.0
 """After draining, what gRPC itself may still take."""
 EXIT_STUCK = 75
+WORKERS = "worker"
+LOADER = "loader"
 
 T = TypeVar("T")
 
@@ -58,7 +63,7 @@ class TeacherServer:
         self._make_id_model = make_id_model
         self._make_encoder = make_encoder
         self._stopping = asyncio.Event()
-        self._health = health_aio.HealthServicer()
+        self._health = Health("", SERVICE)
         self._gate = WhenLoaded()
         self._server = aio.server(
             interceptors=interceptors(config),
@@ -97,22 +102,30 @@ class TeacherServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((self._gate,))
-        await self._set_health(serving=False)
         if config.tls_cert:
             files = TlsFiles(certificate=config.tls_cert, key=config.tls_key, authority=config.tls_client_ca or None)
-            port = self._server.add_secure_port(config.address, server_credentials(files))
+            port = self._bind(self._server, config.address, server_credentials(files))
             metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(lambda: certificate_expiry(config.tls_cert))
         else:
             if not is_loopback(config.address):
                 log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
-            port = self._server.add_insecure_port(config.address)
+            port = self._bind(self._server, config.address)
         host = config.address.rpartition(":")[0]
         self.address = f"{host}:{port}" if host and port else config.address
         await self._server.start()
         if self._probed is not None:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
-            self._probed.add_insecure_port(config.health_address)
+            self._bind(self._probed, config.health_address)
             await self._probed.start()
+
+    @staticmethod
+    def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        try:
+            if credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise OSError(f"cannot serve on {address}: {error}") from error
 
     async def _serve(self, backend: TeacherBackend, id_model: bytes, stopping: asyncio.Future[Any]) -> None:
         config = self._config
@@ -134,7 +147,7 @@ class TeacherServer:
             *self._watch(scheduler),
         ]
         try:
-            await self._set_health(serving=True)
+            self._health.set(serving=True)
             self._announce()
             await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
@@ -150,8 +163,8 @@ class TeacherServer:
     async def _drain(self, scheduler: Scheduler, servicer: TeacherServicer) -> None:
         """Answer what is in flight, within drain_seconds; what comes new is refused."""
         log.info("draining: %d sequences in flight", scheduler.num_unfinished)
-        await self._set_health(serving=False)
         scheduler.start_draining()
+        self._health.set(serving=False)
         deadline = time.monotonic() + self._config.drain_seconds
         servicer.announce_drain(self._config.drain_seconds)
         while servicer.num_unsent and time.monotonic() < deadline:
@@ -167,7 +180,7 @@ class TeacherServer:
             if scheduler.is_healthy != healthy and not scheduler.is_draining:
                 healthy = not healthy
                 log.warning("the backend is %s", "healthy again" if healthy else "not healthy")
-                await self._set_health(serving=healthy)
+                self._health.set(serving=healthy)
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     async def _refresh_stored(self, scheduler: Scheduler) -> None:
@@ -191,11 +204,6 @@ class TeacherServer:
         )
         return [asyncio.ensure_future(watching)]
 
-    async def _set_health(self, *, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
-            await self._health.set(service, status)
-
     def _announce(self) -> None:
         if self._config.address_file:
             path = Path(self._config.address_file)
@@ -215,10 +223,16 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; returns when everything is drained.
 
-    A batch that cannot be stopped ends the process with EXIT_STUCK: drain_seconds is a bound.
+    drain_seconds is a bound: a batch or a disk that cannot be stopped ends the process with EXIT_STUCK, the loading of
+    weights that nobody needs any more ends it with 0. SystemExit says in a line why the server cannot start.
     """
 
-    async def main() -> TeacherServer:
+    server: TeacherServer | None = None
+
+    async def main() -> None:
+        nonlocal server
+        workers = ThreadPoolExecutor(thread_name_prefix=WORKERS)
+        asyncio.get_running_loop().set_default_executor(workers)
         server = TeacherServer(
             config,
             make_backend,
@@ -226,20 +240,45 @@ def serve(
             make_id_model=make_id_model,
             make_encoder=make_encoder,
         )
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.stop)
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
         if config.metrics_port >= 0:
             port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
             log.info("metrics on %s:%d", config.metrics_address, port)
         await server.run()
-        return server
+        await _leave_threads(server, workers)
 
-    server = asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except (OSError, ValueError, LogitstreamError) as error:
+        if server is not None and server.scheduler is not None:
+            raise
+        log.debug("cannot start", exc_info=error)
+        raise SystemExit(f"teacher-server: {error}") from error
+
+
+async def _leave_threads(server: TeacherServer, workers: ThreadPoolExecutor) -> None:
+    """End the process here and now where a thread would hold up its end."""
     if server.scheduler is not None and server.scheduler.is_stuck:
-        log.error("a batch was still running %g s after the end of draining", CLOSE_SECONDS)
-        logging.shutdown()
-        os._exit(EXIT_STUCK)
+        log.error("a batch or the disk was still busy %g s after the end of draining", CLOSE_SECONDS)
+        _exit(EXIT_STUCK)
+    workers.shutdown(wait=False, cancel_futures=True)
+    deadline = time.monotonic() + STOP_SECONDS
+    while _is_busy() and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    if _is_busy():
+        log.warning("weights are still being loaded, which is not waited for")
+        _exit(0)
+
+
+def _is_busy() -> bool:
+    """Whether a thread still works that the end of this process would wait for, or that would not survive it."""
+    return any(thread.name.startswith((WORKERS, LOADER)) for thread in threading.enumerate())
+
+
+def _exit(status: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(status)
 
 
 def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
@@ -270,5 +309,5 @@ def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
         else:
             loop.call_soon_threadsafe(deliver, future.set_result, result)
 
-    threading.Thread(target=work, daemon=True, name="loader").start()
+    threading.Thread(target=work, daemon=True, name=LOADER).start()
     return future

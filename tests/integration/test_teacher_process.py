@@ -177,3 +177,39 @@ async def test_a_batch_that_never_ends_does_not_hold_the_server_beyond_its_drain
     finally:
         process.kill()
         process.wait()
+
+
+SLOW_LOADS = """
+import sys, time
+from pathlib import Path
+from teacher_server.config import TeacherConfig
+from teacher_server.server import serve
+from tests.fakes import FakeBackend
+
+def load(folder):
+    print("loading", flush=True)
+    time.sleep(600)
+
+serve(
+    TeacherConfig(model="fake", address="127.0.0.1:0", drain_seconds=0.5, watch_checkpoints=sys.argv[1]),
+    FakeBackend,
+    load_checkpoint=load,
+)
+"""
+
+
+def test_a_checkpoint_that_is_being_loaded_does_not_hold_the_server_beyond_its_drain(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint-1").symlink_to(tiny_teacher)
+    command = [sys.executable, "-c", SLOW_LOADS, str(tmp_path)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        while process.stdout.readline() != "loading\n":
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.communicate()
