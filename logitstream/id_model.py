@@ -27,7 +27,7 @@ NUM_BUCKETS = 128
 MAX_BUCKET_SIZE = 1 << 16
 INNER_BITS = 16
 NEXT_BITS = 15
-SLOT_BITS = 8
+SLOT_BITS = 7
 MAX_SLOT_BITS = 12
 MASS_BITS = 31
 DRAW_CLASSES = np.array(
@@ -95,7 +95,7 @@ class IdTables(NamedTuple):
     highest SLOT_BITS: the last bucket that starts no later than the slot, or 255;
     inner_slot: uint16, the same for ids, counted from the bucket's first: those of bucket b from slot_start[b] on, by
     the number over 2^slot_shift[b]; both int32 [B];
-    reciprocal: uint64 [B + 1], 2^64 / inner_total, rounded up (the last: 0).
+    reciprocal: uint64 [B], 2^64 / inner_total, rounded up, and 2^64 - 1 for 1.
     """
 
     bucket_of: npt.NDArray[np.uint16]
@@ -174,10 +174,7 @@ def _tables(weights: npt.NDArray[np.int64]) -> IdTables:
 
 
 def _reciprocals(totals: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
-    """As range_coder._reciprocal."""
-    return np.array(
-        [min((1 << 64) // n + ((1 << 64) % n > 0), (1 << 64) - 1) for n in totals.tolist()] + [0], np.uint64
-    )
+    return np.array([min(-(-(1 << 64) // n), (1 << 64) - 1) for n in totals.tolist()], np.uint64)
 
 
 def _inner_slots(

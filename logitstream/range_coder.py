@@ -105,7 +105,7 @@ def _finish(out: Array, low: int, width: int, position: int) -> int:
 
 @part
 def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, index: int, bit: int) -> State:
-    state = int(contexts[_at(index)])
+    state = _int(contexts[_at(index)])
     bound = (width >> 12) * (state >> 12)
     contexts[_at(index)] = _adapted(state, bit)
     low += bound if bit else 0
@@ -171,7 +171,7 @@ def _more(data: Array, code: int, width: int, position: int) -> State:
 
 @part
 def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array, index: int) -> Decoded:
-    state = int(contexts[_at(index)])
+    state = _int(contexts[_at(index)])
     bound = (width >> 12) * (state >> 12)
     bit = int(code >= bound)
     code -= bound if bit else 0
@@ -225,16 +225,11 @@ def _quotient(a: int, b: int) -> int:
 
 
 @part
-def _reciprocal(number: int) -> Any:
-    """2^64 / number, rounded up, with which the interval's width is divided exactly, as it is below 2^48 and the number
-    at most 2^16; 2^64 - 1 for 1, by which nothing is divided that matters.
-    """
-    return np.uint64((1 << 64) - 1) // np.uint64(number) + np.uint64(number > 1)
-
-
-@part
-def _divided(width: int, reciprocal: Any) -> int:
-    return multiply_high(np.uint64(width), reciprocal)
+def _unit(width: int, tables: IdTables, bucket: int, total: int, used: int) -> int:
+    """width // (total - used), where nothing is used by an exact multiplication: width is below 2^48, total to 2^16."""
+    if used == 0:
+        return multiply_high(np.uint64(width), tables.reciprocal[_at(bucket)])
+    return _quotient(width, total - used)
 
 
 @part
@@ -270,17 +265,16 @@ def _put_id(
         start = _int(tables.inner_start[_at(token_id)])
         end = total if is_last else _int(tables.inner_start[_at(token_id + 1)])
     if total - used > end - start:
-        unit = _divided(width, tables.reciprocal[_at(bucket)] if used == 0 else _reciprocal(total - used))
+        unit = _unit(width, tables, bucket, total, used)
         low, width, position = _put(out, low, width, position, unit * (start - used), unit * (end - start))
     return low, width, position, bucket + 1 if is_last else bucket, 0 if is_last else end
 
 
 @part
 def _get_id(
-    data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int,
-    reciprocal: Any,
-) -> tuple[int, int, int, int, int, int, Any]:  # fmt: skip
-    """The id that _put_id put, then the state, `first`, `used` and the reciprocal of what is left of bucket `first`."""
+    data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int
+) -> tuple[int, int, int, int, int, int]:
+    """The id that _put_id put, then the state, `first` and `used`."""
     draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
     starts = tables.next_start[_at(first), _at(draws)]
     unit = width >> NEXT_BITS
@@ -291,14 +285,13 @@ def _get_id(
     start, end = _int(starts[_at(bucket)]), _int(starts[_at(bucket + 1)])
     code, width, position = _more(data, code - unit * start, unit * (end - start), position)
     _prefetch_next(tables, num_left - 1, bucket)
-    reciprocal = reciprocal if bucket == first else tables.reciprocal[_at(bucket)]
     used = used if bucket == first else 0
     total = _int(tables.inner_total[_at(bucket)])
     token_id = _int(tables.bucket_start[_at(bucket)])
     last = _int(tables.bucket_start[_at(bucket + 1)]) - 1
     if token_id == last:
-        return token_id, code, width, position, bucket + 1, 0, tables.reciprocal[_at(bucket + 1)]
-    unit = _divided(width, reciprocal)
+        return token_id, code, width, position, bucket + 1, 0
+    unit = _unit(width, tables, bucket, total, used)
     target = min(_quotient(code, unit), total - used - 1) + used
     if len(tables.bucket_of) == 0:
         token_id += target
@@ -313,8 +306,8 @@ def _get_id(
     if total - used > end - start:
         code, width, position = _more(data, code - unit * (start - used), unit * (end - start), position)
     if token_id == last:
-        return token_id, code, width, position, bucket + 1, 0, tables.reciprocal[_at(bucket + 1)]
-    return token_id, code, width, position, bucket, end, _reciprocal(total - end)
+        return token_id, code, width, position, bucket + 1, 0
+    return token_id, code, width, position, bucket, end
 
 
 @part
@@ -322,8 +315,8 @@ def _prefetch_next(tables: IdTables, num_left: int, first: int) -> None:
     """What the next bucket will be looked up in, as nothing else can be done until it is there."""
     draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
     starts, slots = tables.next_start[_at(first), _at(draws)], tables.next_slot[_at(first), _at(draws)]
-    for i in range(0, 5 * 32, 32):
-        prefetch(starts, i)
+    for i in range(0, 2 * 32, 32):
+        prefetch(starts, first + i)
     for i in range(0, 1 << SLOT_BITS, 64):
         prefetch(slots, i)
 
@@ -375,7 +368,7 @@ def _get_count(
 @kernel
 def encode_block(out: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> int:
     """One block's rows into `out`; row_sum: what the counts of each row sum to, or -1. The number of bytes written."""
-    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
+    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int32)
     low, width, position, entry = 0, _MASK, 0, 0
     for row in range(len(lengths)):
         length = int(lengths[row])
@@ -424,7 +417,7 @@ def row_kind(row_offsets: Array, token_ids: Array, counts: Array, vocab_size: in
 @kernel
 def decode_block(data: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> bool:
     """What encode_block wrote, into arrays as long as the rows and entries are; whether the bytes hold just that."""
-    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int64)
+    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int32)
     padded = np.zeros(len(data) + 8, np.uint8)
     padded[: len(data)] = data
     code, width, position, entry = 0, _MASK, 6, 0
@@ -436,12 +429,11 @@ def decode_block(data: Array, lengths: Array, token_ids: Array, counts: Array, r
             return False
         lengths[row] = length
         first, used, excess = 0, 0, row_sum - length if row_sum >= 0 else -1
-        reciprocal = tables.reciprocal[0]
         for num_left in range(length, 0, -1):
             if first >= len(tables.inner_total):
                 return False
-            token_id, code, width, position, first, used, reciprocal = _get_id(
-                padded, code, width, position, tables, num_left, first, used, reciprocal
+            token_id, code, width, position, first, used = _get_id(
+                padded, code, width, position, tables, num_left, first, used
             )
             count, code, width, position = _get_count(padded, code, width, position, contexts, num_left, excess)
             if excess >= 0:
