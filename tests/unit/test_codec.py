@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import tracemalloc
 import zlib
@@ -246,6 +247,43 @@ def test_invalid_targets_are_not_encoded() -> None:
                 encode(broken, version=version)
     with pytest.raises(ValueError, match="unknown codec version 3: expected one of"):
         encode(good, version=3)
+
+
+def made_without_chance(num_rows: int, vocab_size: int, units: int, *, exact: bool) -> SparseTargets:
+    """Rows of 1 to 40 ids, close together and far apart; exact: their counts sum to units."""
+    rows = []
+    for r in range(num_rows):
+        ids = {(r * 7919 + i * i * i * (1 + r % 5) * 31) % vocab_size for i in range(1 + r * 13 % 40)}
+        counts = [1 + (r * i) % 3 * (i % 7 == 0) for i in range(len(ids))]
+        if exact:
+            counts[r % len(ids)] += units - sum(counts)
+        rows.append(dict(zip(sorted(ids), counts, strict=True)))
+    return targets_of(rows, vocab_size, units)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "exact", "has_model", "expected"),
+    [
+        (1000, True, True, "313a7749e39da7de"),
+        (1000, True, False, "9cdfc1e950b5f1d8"),
+        (1000, False, True, "1e1ef877717552c1"),
+        (1000, False, False, "3d67eafd5d7f1441"),
+        (49152, True, True, "5c9f604e422d892b"),
+        (49152, True, False, "c4bb8cdf9debc193"),
+        (49152, False, True, "1952d2e56fe52481"),
+        (49152, False, False, "758cf439bac9240a"),
+        (300000, True, True, "be5e868267d0f512"),
+        (300000, True, False, "2e1891c7c27b64c6"),
+        (300000, False, True, "96fea93dab9bf9fe"),
+        (300000, False, False, "593b87c41e7d6c4a"),
+    ],
+)
+def test_bytes_are_what_they_always_were(vocab_size: int, exact: bool, has_model: bool, expected: str) -> None:
+    """Fixed for good: caches hold them. The digests are those of the first release's code."""
+    targets = made_without_chance(700, vocab_size, 200, exact=exact)
+    levels = (np.arange(vocab_size) * 37 % 120 + 20).astype(np.uint8)
+    payload = encode(targets, id_model=IdModel(levels) if has_model else None)
+    assert hashlib.sha256(payload).hexdigest()[:16] == expected
 
 
 def sealed(body: bytes) -> bytes:

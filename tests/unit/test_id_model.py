@@ -73,6 +73,16 @@ def test_tables_leave_no_id_and_no_bucket_without_a_code(model: IdModel) -> None
     check_next_tables(tables)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 255, 383, 641, 6700, 43_691, 65_535, 65_536])
+def test_the_reciprocal_of_a_buckets_total_divides_exactly(size: int) -> None:
+    tables = uniform_tables(size * NUM_BUCKETS)
+    assert tables.inner_total[0] == size
+    reciprocal = int(tables.reciprocal[0])
+    quotients = [0, 1, 2, (1 << 32) // size, (1 << 47) // size, (1 << 48) // size - 1]
+    for width in (q * size + r for q in quotients for r in (0, 1, size - 1) if q * size + r < 1 << 48):
+        assert width * reciprocal >> 64 == width // size
+
+
 @pytest.mark.parametrize("vocab_size", [1, 2, 128, 129, 49_152, 1 << 24])
 def test_uniform_tables_need_no_memory_of_the_vocabularys_size(vocab_size: int) -> None:
     tables = uniform_tables(vocab_size)
