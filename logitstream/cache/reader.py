@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from logitstream.cache.manifest import manifest_fingerprint, read_id_model, read
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import Record, Spans, unpack_record
-from logitstream.cache.shard_file import ShardFile, Span, payloads, read_spans
+from logitstream.cache.shard_file import Row, ShardFile, Span, payloads, read_spans
 from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_path, survey
 from logitstream.errors import CacheError, CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
@@ -71,20 +72,25 @@ class CacheReader:
         self._files: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
         self._now = Snapshot()
+        self._later: Snapshot | None = None
+        self._view: dict[str, Any] | None = None
         self._order: tuple[Snapshot, KeyIndex, npt.NDArray[np.uint32] | None] | None = None
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _reopen, (*self._arguments, self.fingerprint)
+        return _reopen, (*self._arguments, self.fingerprint, self._view)
 
     def refresh(self) -> None:
         """Find what was written since; cheap where nothing was."""
         with self._lock:
-            remote = None
-            if self._mirror is not None:
-                self._mirror.list_again()
-                remote = self._mirror.shards()
-            self._now = survey(self.directory, self.manifest, self._now, remote=remote)
+            self._now, self._later = self._survey(), None
+
+    def _survey(self) -> Snapshot:
+        remote = None
+        if self._mirror is not None:
+            self._mirror.list_again()
+            remote = self._mirror.shards()
+        return survey(self.directory, self.manifest, self._later or self._now, remote=remote)
 
     def get(self, key: bytes) -> bytes | None:
         """The encoded targets of a key, or None where the cache does not hold them undamaged."""
@@ -155,23 +161,77 @@ class CacheReader:
 
     def draw_sets(self) -> npt.NDArray[np.uint64]:
         """uint64 [len(self)]: the draw set of each key's record."""
-        now, (index, firsts) = self._now, self._ordered()
-        by_place = now.draw_sets()
-        places = (index.place if firsts is None else index.place[firsts]).astype(np.int64)
-        return by_place[np.where(places < OPEN_PLACE, places, places - OPEN_PLACE + now.num_sealed)]
+        for _ in range(5):
+            now, (index, firsts) = self._now, self._ordered()
+            try:
+                return now.draw_sets()[_numbers(now, index.place if firsts is None else index.place[firsts])]
+            except FileNotFoundError as error:  # pruned
+                problem = error
+            self.refresh()
+        raise CacheError(f"{self.directory}: shards kept disappearing while they were read: {problem}")
+
+    def view(self) -> dict[str, Any]:
+        """What is readable as of the last refresh, for `keep_to`: records of each shard, and the keys' digest."""
+        return self._view or {"records": self._now.num_records(), "digest": _keys_digest(*self._ordered())}
+
+    def keep_to(self, view: dict[str, Any]) -> None:
+        """Be as long, and in the order, of what a reader of this cache saw then, whatever was written since.
+
+        Single keys and `records` are found as before. Raises CacheError, now or after a `refresh`, where some of those
+        keys are not there any more.
+        """
+        self._view, self._order = view, None
+        self._ordered()
 
     def records(self) -> Iterator[Record]:
-        """Every copy of every undamaged record, shard by shard in the order of writing."""
+        """Every copy of every undamaged record, shard by shard in the order of writing.
+
+        Of a shard that was pruned meanwhile what is left, each key once.
+        """
         now = self._now
-        return chain.from_iterable(self._records(now, path, spans) for path, spans in now.all_spans())
+        sealed = (self._sealed_records(now, number) for number in range(len(now.shards)))
+        growing = (self._records(now, path, spans) for path, spans in now.open_spans())
+        return chain.from_iterable(chain(sealed, growing))
+
+    def _sealed_records(self, now: Snapshot, number: int) -> Iterator[Record]:
+        try:
+            spans = now.sealed_spans(number)
+        except FileNotFoundError:
+            return self._moved(now.keys_of(number))
+        except OSError as error:
+            self._note(now.shards[number], error)
+            return iter(())
+        return self._records(now, now.shards[number], spans)
 
     def _records(self, now: Snapshot, path: str, spans: Spans) -> Iterator[Record]:
         try:
             file = self._files.get(path) or self._open(now, path)
+        except FileNotFoundError:
+            return self._moved(spans["key"].tolist())
         except OSError as error:
             self._note(path, error)
             return iter(())
+        if self._mirror is not None:
+            return self._staged_records(now, path, spans, file)
         return file.records(spans, partial(self._note_row, path, spans))
+
+    def _staged_records(self, now: Snapshot, path: str, spans: Spans, file: ShardFile) -> Iterator[Record]:
+        """As ShardFile.records; those that are damaged here are read again from the store's copy, last."""
+        bad: list[int] = []
+        yield from file.records(spans, bad.append)
+        spans = spans[bad]
+        if bad and self._fetched_again(path):
+            yield from self._open(now, path).records(spans, partial(self._note_row, path, spans))
+            return
+        for row in range(len(bad)):
+            self._note_row(path, spans, row)
+
+    def _moved(self, keys: Sequence[bytes]) -> Iterator[Record]:
+        """The records of a shard that is gone, as far as they lie elsewhere."""
+        for key in dict.fromkeys(keys):
+            found = self._look_again(key)
+            if found is not None:
+                yield unpack_record(*found)
 
     def close(self) -> None:
         """Let go of the files; a local reader may be used on."""
@@ -189,27 +249,76 @@ class CacheReader:
         self.close()
 
     def _ordered(self) -> tuple[KeyIndex, npt.NDArray[np.uint32] | None]:
+        """Keys in rising order, and the positions of those that count; None: all of them."""
         now, order = self._now, self._order
         if order is None or order[0] is not now:
             index = now.all_keys()
-            order = self._order = (now, index, index.first_of_each())
+            firsts = index.first_of_each()
+            if self._view is not None and _keys_digest(index, firsts) != self._view["digest"]:
+                firsts = _viewed(now, index, firsts, self._view["records"])
+                if _keys_digest(index, firsts) != self._view["digest"]:
+                    raise CacheError(
+                        f"{self.directory} does not hold the sequences any more that were found in it before: "
+                        f"expected {sum(self._view['records'].values())} records (keys of SHA-256 "
+                        f"{self._view['digest'][:16]}), {len(firsts)} keys of them are left: it was pruned, or damaged"
+                    )
+            order = self._order = (now, index, firsts)
         return order[1:]
 
     def _first_whole(self, now: Snapshot, key: bytes) -> Parts | None:
-        """The first of a key's records that is neither damaged nor in a shard that was pruned."""
+        """The first of a key's records that is not damaged."""
+        found, is_gone = self._search(now, key)
+        return self._look_again(key) if found is None and is_gone else found
+
+    def _look_again(self, key: bytes) -> Parts | None:
+        """As `_first_whole`, in what is there now: a shard has been pruned since the last refresh.
+
+        The order of the keys stays as of then.
+        """
+        later = self._later
+        if later is not None:
+            found, is_gone = self._search(later, key)
+            if not is_gone:
+                return found
+        with self._lock:
+            later = self._later = self._survey()
+        return self._search(later, key)[0]
+
+    def _search(self, now: Snapshot, key: bytes) -> tuple[Parts | None, bool]:
+        """The first undamaged record of a key, and whether a shard that held one is gone."""
+        is_gone = False
         for place in now.places(key):
             path, row = now.row_of(place)
             try:
-                file = self._files.get(path) or self._open(now, path)
-                span = file.span(row)
-                if span[0] != key:
-                    raise CorruptRecord(f"the index names {span[0].hex()} where it named {key.hex()} before")
-                return (span, *file.record(span))
+                try:
+                    return self._read(now, path, row, key), False
+                except CorruptRecord:
+                    if not self._fetched_again(path):
+                        raise
+                    return self._read(now, path, row, key), False
             except FileNotFoundError:
-                continue
+                is_gone = True
             except (CorruptRecord, OSError) as error:
                 self._note(path, error, key)
-        return None
+        return None, is_gone
+
+    def _read(self, now: Snapshot, path: str, row: Row, key: bytes) -> Parts:
+        file = self._files.get(path) or self._open(now, path)
+        span = file.span(row)
+        if span[0] != key:
+            raise CorruptRecord(f"the index names {span[0].hex()} where it named {key.hex()} before")
+        return (span, *file.record(span))
+
+    def _fetched_again(self, path: str) -> bool:
+        """Whether a staged shard that is damaged was replaced by the store's."""
+        try:
+            if self._mirror is None or path.endswith(OPEN_SUFFIX) or not self._mirror.fetch_again(Path(path)):
+                return False
+        except OSError:
+            return False
+        with self._lock:
+            self._files.pop(path, None)
+        return True
 
     def _note_row(self, path: str, spans: Spans, row: int) -> None:
         key = spans["key"][row].tobytes()
@@ -231,9 +340,40 @@ class CacheReader:
         with self._lock:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 self._files.clear()
-            index = None if path.endswith(OPEN_SUFFIX) else index_path(path)
-            file = self._files[path] = ShardFile(path, index=index, spans=now.rebuilt.get(path))
+            file = self._files[path] = _open_file(path, now.rebuilt.get(path))
             return file
+
+
+def _open_file(path: str, rebuilt: Spans | None) -> ShardFile:
+    if not path.endswith(OPEN_SUFFIX):
+        return ShardFile(path, index=index_path(path), spans=rebuilt)
+    try:
+        return ShardFile(path)
+    except FileNotFoundError:  # sealed since it was found: the same bytes
+        return ShardFile(path.removesuffix(OPEN_SUFFIX))
+
+
+def _keys_digest(index: KeyIndex, firsts: npt.NDArray[np.uint32] | None) -> str:
+    digest = hashlib.sha256()
+    for half in (index.high, index.low):
+        digest.update(np.ascontiguousarray(half if firsts is None else half[firsts]).data)
+    return digest.hexdigest()
+
+
+def _numbers(now: Snapshot, places: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    """Where places lie among all sealed records, then all open ones."""
+    numbers = places.astype(np.int64)
+    return np.where(numbers < OPEN_PLACE, numbers, numbers - OPEN_PLACE + now.num_sealed)
+
+
+def _viewed(
+    now: Snapshot, index: KeyIndex, firsts: npt.NDArray[np.uint32] | None, num_records: dict[str, int]
+) -> npt.NDArray[np.uint32]:
+    """Positions of the keys of which a record is among each shard's first `num_records`."""
+    viewed = now.among(num_records)[_numbers(now, index.place)]
+    if firsts is None:
+        return np.flatnonzero(viewed).astype(np.uint32)
+    return firsts[np.logical_or.reduceat(viewed, firsts)] if len(firsts) else firsts
 
 
 def _count(hits: int, misses: int) -> tuple[int, int]:
@@ -246,6 +386,13 @@ def _count(hits: int, misses: int) -> tuple[int, int]:
 
 
 def _reopen(
-    directory: str | Path, staging: str | Path | None, storage_options: dict[str, Any] | None, fingerprint: Fingerprint
+    directory: str | Path,
+    staging: str | Path | None,
+    storage_options: dict[str, Any] | None,
+    fingerprint: Fingerprint,
+    view: dict[str, Any] | None,
 ) -> CacheReader:
-    return CacheReader(directory, fingerprint, staging=staging, storage_options=storage_options)
+    reader = CacheReader(directory, fingerprint, staging=staging, storage_options=storage_options)
+    if view is not None:
+        reader.keep_to(view)
+    return reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,15 +76,41 @@ class Snapshot:
         return self.shards[number], place - self.starts[number]
 
     def all_spans(self) -> Iterator[tuple[str, Spans]]:
-        """Each shard's path and spans, in the order of places."""
+        """Each shard's path and spans, in the order of places; FileNotFoundError where one was pruned."""
         for number, path in enumerate(self.shards):
-            spans = self.rebuilt.get(path)
-            if spans is None:
-                count = self.starts[number + 1] - self.starts[number]
-                spans = np.fromfile(index_path(path), SPAN_DTYPE, count, offset=INDEX_HEADER.size)
-            yield path, spans
+            yield path, self.sealed_spans(number)
+        yield from self.open_spans()
+
+    def sealed_spans(self, number: int) -> Spans:
+        """Of one of the sealed shards; FileNotFoundError where it was pruned."""
+        path = self.shards[number]
+        if path in self.rebuilt:
+            return self.rebuilt[path]
+        count = self.starts[number + 1] - self.starts[number]
+        return np.fromfile(index_path(path), SPAN_DTYPE, count, offset=INDEX_HEADER.size)
+
+    def open_spans(self) -> Iterator[tuple[str, Spans]]:
+        """Of each open shard."""
         for path, rows in groupby(self.open_rows[: self.num_open], key=lambda row: row[0]):
             yield path, np.frombuffer(b"".join(SPAN.pack(*span) for _, span in rows), SPAN_DTYPE)
+
+    def keys_of(self, number: int) -> list[bytes]:
+        """The keys of a sealed shard, even of one that was pruned."""
+        place = self.sealed.place
+        positions = np.flatnonzero((place >= self.starts[number]) & (place < self.starts[number + 1]))
+        return [self.sealed.key(position) for position in positions.tolist()]
+
+    def num_records(self) -> dict[str, int]:
+        """Records of each shard, by its name once it is sealed."""
+        counts = {_sealed_name(path): self.starts[n + 1] - self.starts[n] for n, path in enumerate(self.shards)}
+        return counts | {_sealed_name(path): len(spans) for path, spans in self.open_spans()}
+
+    def among(self, num_records: dict[str, int]) -> npt.NDArray[np.bool_]:
+        """Whether each sealed record, then each open one, is among its shard's first `num_records`."""
+        parts = [(path, self.starts[n + 1] - self.starts[n]) for n, path in enumerate(self.shards)]
+        parts += [(path, len(spans)) for path, spans in self.open_spans()]
+        among = [np.arange(count) < num_records.get(_sealed_name(path), 0) for path, count in parts]
+        return np.concatenate([np.zeros(0, bool), *among])
 
     def draw_sets(self) -> npt.NDArray[np.uint64]:
         """The draw set of every sealed record, then of every open one."""
@@ -105,34 +132,34 @@ def survey(
     remote: sizes of sealed shards that can be fetched; their sidecars are in the directory already.
     """
     remote = remote or {}
-    for _ in range(5):  # a shard that is sealed between listing and reading it is found at the next listing
+    for _ in range(5):  # where a shard is sealed, removed or replaced between listing and reading it
         try:
-            sealed = sorted({*directory.glob("*.arrow"), *remote})
             growing = {
                 path: _grown(path, manifest, before.growing.get(path, ()))
                 for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))
             }
-            break
+            sealed = {*directory.glob("*.arrow"), *remote}  # after the open ones: no shard is in neither
+            growing = {path: messages for path, messages in growing.items() if path.with_suffix("") not in sealed}
+            pruned = not set(before.shards) <= set(map(str, sealed))
+            if pruned and sealed != {*directory.glob("*.arrow"), *remote}:  # what takes its place may not be listed
+                continue
+            return _extended(Snapshot() if pruned else before, sealed, growing, manifest, remote)
         except FileNotFoundError:
             continue
-    else:
-        raise CacheError(f"{directory}: shards kept disappearing while they were listed")
-    known = set(before.shards)
-    if not known <= set(map(str, sealed)):  # pruned
-        before, known = Snapshot(), set()
-    new = [path for path in sealed if str(path) not in known]
-    if not new and growing == before.growing:
-        return before
-    return _extended(before, new, growing, manifest, remote)
+    raise CacheError(f"{directory}: shards kept disappearing while they were listed")
 
 
 def _extended(
     before: Snapshot,
-    new: list[Path],
+    sealed: set[Path],
     growing: dict[Path, tuple[Message, ...]],
     manifest: dict[str, Any],
     remote: dict[Path, int],
 ) -> Snapshot:
+    known = set(before.shards)
+    new = sorted(path for path in sealed if str(path) not in known)
+    if not new and growing == before.growing:
+        return before
     starts, rebuilt, keys = list(before.starts), dict(before.rebuilt), []
     for path in new:
         spans, is_rebuilt = _sealed_spans(path, manifest, remote.get(path))
@@ -192,13 +219,18 @@ def _warn_once(path: Path, problem: str) -> None:
 
 
 def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None) -> tuple[Spans, bool]:
-    """A sealed shard's spans, and whether they had to be found again in the shard itself."""
+    """A sealed shard's spans, and whether they had to be found again in the shard itself.
+
+    FileNotFoundError where it was pruned meanwhile.
+    """
     nothing = np.zeros(0, SPAN_DTYPE)
     try:
         size = path.stat().st_size if remote_bytes is None else remote_bytes
         return read_index(path.with_suffix(".index"), manifest["fingerprint_digest"], size), False
     except (CacheError, OSError) as error:
         problem = error
+    if remote_bytes is None and not os.path.lexists(path):
+        raise FileNotFoundError(path)
     if not path.exists():
         logger.warning("%s; its shard is skipped", problem)
         return nothing, True
@@ -211,6 +243,10 @@ def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None
     except OSError as error:
         logger.warning("%s is skipped: %s", path, error)
         return nothing, True
+
+
+def _sealed_name(shard: str) -> str:
+    return os.path.basename(shard).removesuffix(OPEN_SUFFIX)
 
 
 def index_path(shard: str) -> str:

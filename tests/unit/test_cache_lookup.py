@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import pickle
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from prometheus_client import REGISTRY
 from logitstream.cache import CacheReader, CacheWriter, Record
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.reader import LOOKED_UP_AT_ONCE
-from logitstream.cache.shard import Spans
+from logitstream.cache.rewrite import prune
+from logitstream.cache.shard import Spans, scan
 from logitstream.cache.shard_file import BLOCK_BYTES, LARGE_BYTES, ShardFile
+from logitstream.errors import CacheError
 from tests.unit.test_cache import assert_same, fingerprint, make_records, put_all
 
 FINGERPRINT = fingerprint()
@@ -216,3 +220,156 @@ def test_where_a_block_cannot_be_read_each_record_is_tried_alone(tmp_path: Path)
     bad: list[int] = []
     assert list(ShardFile(str(tmp_path)).records(spans, bad.append)) == []  # a folder cannot be read
     assert bad == list(range(20))
+
+
+def read_all(reader: CacheReader, records: list[Record], way: str) -> dict[bytes, bytes | None]:
+    """Each key's payload, as one way of reading gives it."""
+    keys = [record.key for record in records]
+    if way == "get":
+        return {key: reader.get(key) for key in keys}
+    if way == "get_many":
+        return dict(zip(keys, reader.get_many(keys), strict=True))
+    if way == "record":
+        return {key: reader.get_record(key).payload for key in keys}
+    if way == "by number":
+        return {record.key: record.payload for record in map(reader.record, range(len(reader)))}
+    found = list(reader.records())
+    assert len({record.key for record in found}) == len(found)
+    return {record.key: record.payload for record in found}
+
+
+def seal(writer: CacheWriter, directory: Path) -> None:
+    writer.close()
+
+
+def recover(writer: CacheWriter, directory: Path) -> None:
+    """As the next run does for a writer that was killed in the middle of a write."""
+    (path,) = directory.glob("*.open")
+    writer._shard.abandon()  # type: ignore[union-attr]
+    with path.open("ab") as file:
+        file.write(b"torn")
+    CacheWriter(directory, FINGERPRINT).close()
+
+
+def recover_damaged(writer: CacheWriter, directory: Path) -> None:
+    """Something lies between two batches: they go to a new shard."""
+    (path,) = directory.glob("*.open")
+    writer._shard.abandon()  # type: ignore[union-attr]
+    *_, last = scan(path)
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: last.start] + bytes(64) + content[last.start :])
+    CacheWriter(directory, FINGERPRINT).close()
+    assert not path.with_suffix("").exists()
+
+
+def seal_and_prune(writer: CacheWriter, directory: Path) -> None:
+    writer.close()
+    prune(directory, before_draw_set=1)
+
+
+def write_and_prune_twice(writer: CacheWriter, directory: Path) -> None:
+    """Everything is rewritten, and rewritten again after a first look."""
+    seal_and_prune(writer, directory)
+    for path in directory.glob("*.json"):
+        if path.name != "manifest.json":
+            path.unlink()
+    prune(directory, damaged=True)
+
+
+@pytest.mark.parametrize("way", ["get", "get_many", "record", "by number", "records"])
+@pytest.mark.parametrize("change", [seal, recover, recover_damaged, seal_and_prune, write_and_prune_twice])
+@pytest.mark.parametrize("looked", [False, True])
+def test_what_was_flushed_is_found_by_every_way_of_reading_whatever_becomes_of_its_shard(
+    tmp_path: Path, way: str, change: Callable[[CacheWriter, Path], None], looked: bool
+) -> None:
+    """A reader that looked before and is not refreshed; `looked`: it has shards open."""
+    records = [record for record in make_records(80, tokens=200) if record.draw_set == 1]
+    dropped = [record for record in make_records(80, tokens=200) if record.draw_set == 0][:5]
+    with CacheWriter(tmp_path, FINGERPRINT, writer_id="before") as writer:
+        put_all(writer, records[:10] + (dropped if "prune" in change.__name__ and way != "by number" else []))
+    writer = CacheWriter(tmp_path, FINGERPRINT, writer_id="now")
+    for part in (records[10:25], records[25:]):
+        put_all(writer, part)
+        assert writer.flush()
+    reader = CacheReader(tmp_path, FINGERPRINT)
+    numbered = [reader.key(i) for i in range(len(reader))]
+    if looked:
+        read_all(reader, records, way)
+    change(writer, tmp_path)
+    expected = {record.key: record.payload for record in records}
+    for _ in range(2):
+        found = read_all(reader, records, way)
+        assert {key: found[key] for key in expected} == expected
+    assert not reader.damaged
+    assert [reader.key(i) for i in range(len(reader))] == numbered
+    writer.close()
+
+
+def test_a_shard_that_is_pruned_again_and_again_is_found_every_time(tmp_path: Path) -> None:
+    records = make_records(30)
+    reader = write(tmp_path, records)
+    for _ in range(3):
+        for path in set(tmp_path.glob("*.json")) - {tmp_path / "manifest.json"}:
+            path.unlink()
+        prune(tmp_path, damaged=True)
+        reader._files.clear()  # as others' shards crowd them out
+        assert list(reader.get_many([r.key for r in records])) == [r.payload for r in records]
+        reader._files.clear()
+        assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in records}
+
+
+def test_what_was_pruned_away_is_missing_not_damaged(tmp_path: Path) -> None:
+    records = make_records(30)
+    reader = write(tmp_path, records)
+    prune(tmp_path, before_draw_set=1)
+    expected = [record.payload if record.draw_set else None for record in records]
+    assert [reader.get(record.key) for record in records] == expected
+    assert {record.key for record in reader.records()} == {record.key for record in records if record.draw_set}
+    assert not reader.damaged
+
+
+def test_a_reader_keeps_to_what_another_one_saw(tmp_path: Path) -> None:
+    """An open shard grows, is sealed, and others are written: length and order stay."""
+    records = make_records(90)
+    with CacheWriter(tmp_path, FINGERPRINT) as sealed:
+        put_all(sealed, records[:20])
+    writer = CacheWriter(tmp_path, FINGERPRINT, writer_id="open")
+    put_all(writer, records[10:40])  # ten of them a second time
+    writer.flush()
+    first = CacheReader(tmp_path, FINGERPRINT)
+    view = json.loads(json.dumps(first.view()))
+    keys = sorted(record.key for record in records[:40])
+    for stage in range(3):
+        if stage == 1:
+            put_all(writer, records[30:60])
+            writer.flush()
+        if stage == 2:
+            writer.close()
+            write(tmp_path, records[50:])
+        later = CacheReader(tmp_path, FINGERPRINT)
+        assert len(later) == [40, 60, 90][stage]
+        later.keep_to(view)
+        for reader in (later, pickle.loads(pickle.dumps(later))):
+            assert [reader.key(i) for i in range(len(reader))] == keys
+            assert [reader.record(i).key for i in range(len(reader))] == keys
+            by_key = {record.key: record.draw_set for record in records}
+            assert reader.draw_sets().tolist() == [by_key[key] for key in keys]
+            assert reader.view() == view
+            reader.refresh()
+            assert len(reader) == 40
+    assert all(later.get(record.key) == record.payload for record in records)
+
+
+def test_a_reader_keeps_to_the_same_keys_wherever_they_lie_but_not_to_fewer(tmp_path: Path) -> None:
+    records = make_records(40)
+    view = write(tmp_path, records).view()
+    for path in set(tmp_path.glob("*.json")) - {tmp_path / "manifest.json"}:
+        path.unlink()
+    prune(tmp_path, damaged=True)  # writes the shard anew
+    reader = CacheReader(tmp_path, FINGERPRINT)
+    reader.keep_to(view)
+    assert len(reader) == 40
+    prune(tmp_path, before_draw_set=1)
+    with pytest.raises(CacheError, match="does not hold the sequences any more"):
+        CacheReader(tmp_path, FINGERPRINT).keep_to(view)

@@ -251,6 +251,7 @@ def test_a_shard_of_another_cache_is_skipped(tmp_path: Path, caplog: pytest.LogC
 def test_readers_go_on_while_shards_are_written_sealed_and_pruned(tmp_path: Path) -> None:
     records = make_records(300)
     expected = {r.key: r.payload for r in records}
+    kept = {r.key for r in records if r.draw_set == 1}
     reader = CacheReaderInThreads(tmp_path, expected)
     with CacheWriter(tmp_path, FINGERPRINT, shard_bytes=4_000, batch_bytes=500) as writer:
         for number, one in enumerate(records):
@@ -258,19 +259,26 @@ def test_readers_go_on_while_shards_are_written_sealed_and_pruned(tmp_path: Path
             if number % 50 == 49:
                 writer.flush()
                 reader.refresh()
+                reader.flushed.update(kept & {r.key for r in records[: number + 1]})
             if number == 150:
                 prune(tmp_path, before_draw_set=1)
     reader.finish()
     assert reader.wrong == []
+    assert reader.lost == []
     assert reader.found > 0
 
 
 class CacheReaderInThreads:
-    """Two threads that ask for random keys until they are told to finish."""
+    """Two threads that ask for random keys until they are told to finish.
+
+    flushed: keys that nobody prunes, and that a refresh has found: they are there from then on.
+    """
 
     def __init__(self, directory: Path, expected: dict[bytes, bytes]) -> None:
         CacheWriter(directory, FINGERPRINT).close()
         self.wrong: list[bytes] = []
+        self.lost: list[bytes] = []
+        self.flushed: set[bytes] = set()
         self.found = 0
         self._reader = CacheReader(directory, FINGERPRINT)
         self.refresh = self._reader.refresh
@@ -283,11 +291,14 @@ class CacheReaderInThreads:
         rng, keys = np.random.default_rng(seed), list(expected)
         while not self._done.is_set() or not self.found:
             some = [keys[i] for i in rng.integers(len(keys), size=rng.integers(1, 40))]
+            there = self.flushed.intersection(some)
             for key, payload in zip(some, self._reader.get_many(some), strict=True):
                 if payload is not None:
                     self.found += 1
                     if payload != expected[key]:
                         self.wrong.append(key)
+                elif key in there:
+                    self.lost.append(key)
 
     def finish(self) -> None:
         self.refresh()
