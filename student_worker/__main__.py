@@ -28,12 +28,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from logitstream import metrics
-from logitstream.cache import CacheReader
 from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import parse_settings
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import Fingerprint, TargetSpec
-from student_worker.agreement import agree_on_teacher, expected_teacher
+from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import calibration_sequences, choose_spec
 from student_worker.config import StudentConfig
@@ -69,13 +68,14 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     if not config.text:
         adopt_cache_spec(config)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    with arguments.main_process_first(desc="packing the text"):
-        train_set, heldout_set = load_data(config, arguments, tokenizer)
+    train_set, heldout_set = load_data(config, arguments, tokenizer)
     model = load_model(config, arguments)
     vocab_size, digest = model.config.get_text_config().vocab_size, tokenizer_digest(tokenizer)
     if config.bytes_per_token or config.noise:
         meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, digest))
-    draw_set = choose_draw_set(config, arguments, len(train_set))
+    corpus = train_set.cache if isinstance(train_set, CacheDataset) else None
+    draw_set = choose_draw_set(config, arguments, len(train_set), cache=corpus)
+    draw_set, config.draws = of_main_process((draw_set, config.draws))  # the cache may grow while they look
     if arguments.process_index == 0:
         write_resolved(config, arguments)
     with contextlib.ExitStack() as resources:
@@ -106,10 +106,13 @@ def load_data(
         "seed": arguments.seed,
     }
     if not config.text:
-        return split_heldout(CacheDataset(CacheReader(config.cache)), **limits)
-    sequences = load_sequences(
-        config.text, tokenizer, sequence_tokens=config.sequence_tokens, text_column=config.text_column
-    )
+        resumes = checkpoint_to_resume(arguments) is not None
+        corpus = open_agreed_cache(config.cache, output_folder(arguments), resumes=resumes)
+        return split_heldout(CacheDataset(corpus), **limits)
+    with arguments.main_process_first(desc="packing the text"):
+        sequences = load_sequences(
+            config.text, tokenizer, sequence_tokens=config.sequence_tokens, text_column=config.text_column
+        )
     return split_heldout(sequences, **limits)
 
 
@@ -171,7 +174,7 @@ def connect(
         tls=tls,
         token_file=config.token_file,
         deadline_seconds=config.deadline_seconds,
-        stalled_seconds=config.deadline_seconds / 2,  # leaves time for another replica
+        stalled_seconds=config.stalled_seconds,
         connect_timeout_seconds=config.connect_timeout_seconds,
         max_teacher_lag=config.max_teacher_lag,
         fingerprint=expected,

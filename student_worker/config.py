@@ -43,6 +43,11 @@ class StudentConfig:
         "More facts to keep with a new cache, as JSON: licence, corpus, …", factory=dict
     )
     deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
+    stalled_seconds: float = setting(
+        "A replica that answers nothing for so long while others are up is given up; one that was slow before gets "
+        "longer, up to half of deadline_seconds.",
+        60.0,
+    )
     connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
     max_teacher_lag: int = setting(
         "0: all targets come from the same weights; n: the teacher may learn meanwhile, and targets from weights more "

@@ -7,6 +7,7 @@ import functools
 import heapq
 import itertools
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -44,7 +45,8 @@ class DeliverySettings:
     """Bounds of delivery, in seconds.
 
     deadline_seconds: from the first sending of a request, or of waiting for any answer, to TeacherUnavailable.
-    stalled_seconds: a replica that answers nothing for so long, while others are ready, is taken for stuck.
+    stalled_seconds: a replica that answers nothing for so long, while others are ready, is taken for stuck; twice the
+        longest that one of its answers took, or was waited for in vain, where that is more, up to half the deadline.
     """
 
     deadline_seconds: float = 300.0
@@ -70,18 +72,23 @@ class Dispatcher:
             teacher=teacher,
             connect=connect,
             stalled_seconds=settings.stalled_seconds,
+            longest_patience_seconds=settings.deadline_seconds / 2,  # leaves time for another replica
         )
         self.fleet = Fleet(new_replica, self.lost)
         self._identity = identity
         self._settings = settings
         self._requests: dict[int, Request] = {}
-        self._waiting: list[tuple[int, int, int]] = []
+        self._waiting: list[tuple[float, int, int]] = []
         self._order = itertools.count()
         self._last_progress = 0.0
+        self._closed = False
 
     # What the client asks for
 
     def submit(self, request: Request) -> None:
+        if self._closed:  # meanwhile
+            request.future.cancel()
+            return
         self._requests[request.request_id] = request
         self._enqueue(request)
         self._pump()
@@ -112,6 +119,7 @@ class Dispatcher:
             self.fleet.break_all("another teacher was agreed on")
 
     async def close(self) -> None:
+        self._closed = True
         await self.fleet.close()
         for request in self._requests.values():
             request.future.cancel()
@@ -151,14 +159,27 @@ class Dispatcher:
         for request in requests:
             if request.request_id not in self._requests or request.replica is not replica:
                 continue
-            request.lone_losses += request.suspect
-            request.losses += 1
+            if not replica.broken_off:
+                request.lone_losses += len(requests) == 1 and self._is_to_blame(request, replica)
+                request.lost_at = request.lost_at or time.monotonic()
+                request.losses += 1
             if request.lone_losses >= MAX_LONE_LOSSES:
                 message = f"{request.losses} connections broke while this sequence was being scored; the last: {error}"
                 self._fail(request, ScoringFailed(message))
             else:
                 self._retry(request, replica, "lost", delay_seconds=None if request.suspect else 0.0)
         self._pump()
+
+    def _is_to_blame(self, request: Request, replica: Replica) -> bool:
+        """Whether the sequence that was alone on a broken connection may be why, not a replica that answers nothing.
+
+        It is only where others were answered: over that connection or, once there is nobody left but suspects, before
+        that or since it first broke one.
+        """
+        if replica.has_answered:
+            return True
+        others_answered = request.lone_losses > 0 or 0.0 < request.lost_at < self._last_progress
+        return others_answered and all(one.suspect for one in self._requests.values())
 
     # Decisions
 
@@ -214,12 +235,14 @@ class Dispatcher:
             self._pump()
 
     def _enqueue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.priority, next(self._order), request.request_id))
+        """A suspect comes after all others, and suspects take turns: only so is it seen who is to blame."""
+        priority = math.inf if request.suspect else request.priority
+        heapq.heappush(self._waiting, (priority, next(self._order), request.request_id))
 
     def _pump(self) -> None:
         """Send waiting requests, the soonest needed first, as long as a replica has room."""
         while self._waiting and (info := self.teacher.info) is not None:
-            request = self._requests.get(self._waiting[0][2])
+            request = self._requests.get(self._waiting[0][-1])
             if request is None or request.replica is not None:
                 heapq.heappop(self._waiting)
                 continue

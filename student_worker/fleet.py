@@ -60,9 +60,10 @@ class Fleet:
     def break_stalled(self, now: float) -> None:
         """Give up connections that answer nothing, if there are others to go to."""
         ready = [replica for replica in self.replicas if replica.state == "ready"]
-        for replica in ready:
-            if replica.stalled(now) and len(ready) > 1:
-                replica.break_off("it answers nothing, others do")
+        stalled = [replica for replica in ready if replica.stalled(now)]
+        if len(stalled) < len(ready):
+            for replica in stalled:
+                replica.break_off("it answers nothing, and others are there")
 
     def break_all(self, reason: str) -> None:
         """Give up every connection; they are made anew at once."""

@@ -46,6 +46,7 @@ class Request:
     sent_at: float = 0.0
     tokens_ahead: int = 0
     losses: int = 0
+    lost_at: float = 0.0
     lone_losses: int = 0
     tries: int = 0
     delays: int = 0
@@ -79,6 +80,7 @@ class Replica:
         teacher: KnownTeacher,
         connect: Callable[[str], TeacherConnection],
         stalled_seconds: float,
+        longest_patience_seconds: float,
     ) -> None:
         self.address = address
         self.state: State = "connecting"
@@ -92,7 +94,11 @@ class Replica:
         self._teacher = teacher
         self._connect = connect
         self._stalled_seconds = stalled_seconds
+        self._longest_patience = longest_patience_seconds
+        self._slowest_seconds = 0.0
         self._break_reason = ""
+        self.has_answered = False  # over the connection that is open or has just ended
+        self.broken_off = False  # that connection, by this client
         self._last_progress = time.monotonic()
         self._outbox: list[Request] = []
         self._cancelled: list[int] = []
@@ -118,8 +124,9 @@ class Replica:
         return (self.in_flight_tokens + num_tokens) * max(self.seconds_per_token, 1e-9)
 
     def stalled(self, now: float) -> bool:
-        """Whether something is in flight and nothing was answered for too long."""
-        return bool(self.in_flight) and now - self._last_progress > self._stalled_seconds
+        """Whether something is in flight and nothing was answered for too long, by what answers have taken so far."""
+        patience = min(max(self._stalled_seconds, 2 * self._slowest_seconds), self._longest_patience)
+        return bool(self.in_flight) and now - self._last_progress > patience
 
     def send(self, request: Request) -> None:
         now = time.monotonic()
@@ -138,18 +145,22 @@ class Replica:
         self._wake.set()
 
     def break_off(self, reason: str) -> None:
-        """Give the connection up; what is in flight goes elsewhere."""
-        self._break_reason = reason
-        if self._reading is not None:
-            self._reading.cancel()
+        """Give the connection up, whatever is in flight is not to blame; it goes elsewhere.
+
+        Where a stalled replica was slow after all, it has twice as long next time.
+        """
+        self.broken_off = True
+        if self.in_flight:
+            self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - self._last_progress)
+        self._interrupt(reason)
 
     async def run(self) -> None:
         """Connect again and again until cancelled, or until retired and idle."""
         failures = 0
         while not self.gone:
-            answered_before = self._last_progress
+            self.has_answered = self.broken_off = False
             error = await self._one_connection()
-            failures = 0 if self._last_progress != answered_before else failures + 1
+            failures = 0 if self.has_answered else failures + 1
             self._give_up(error)
             low, high = RECONNECT_SECONDS
             bound = REFUSED_SECONDS if self.state == "refused" else min(high, low * 2 ** min(failures, 10))
@@ -215,11 +226,13 @@ class Replica:
         if answer.error is None and self._teacher.fingerprint_digest(answer.weights_digest or self.described) is None:
             self.described = self._teacher.accept(self.address, await connection.describe())
         now = time.monotonic()
-        self._last_progress = now
+        self.has_answered = True
         if request := self.in_flight.get(answer.request_id):
+            self._slowest_seconds = max(self._slowest_seconds, now - self._last_progress)
             self._forget(request)
             taken = (now - request.sent_at) / (request.tokens_ahead + request.num_tokens)
             self.seconds_per_token += (0.2 if self.seconds_per_token else 1.0) * (taken - self.seconds_per_token)
+        self._last_progress = now
         self._dispatcher.answered(self, answer)
 
     async def _write(self, connection: TeacherConnection) -> None:
@@ -247,7 +260,12 @@ class Replica:
         """A stream that breaks is noticed by the reading side too, which says why; anything else is a bug of ours."""
         if not writing.cancelled() and (error := writing.exception()) and not isinstance(error, LogitstreamError):
             logger.error("writing to teacher %s failed", self.address, exc_info=error)
-            self.break_off(f"{error}")
+            self._interrupt(f"{error}")
+
+    def _interrupt(self, reason: str) -> None:
+        self._break_reason = reason
+        if self._reading is not None:
+            self._reading.cancel()
 
     def _forget(self, request: Request) -> None:
         if self.in_flight.pop(request.request_id, None) is not None:

@@ -146,3 +146,14 @@ async def test_a_server_that_stops_drains_its_client() -> None:
         futures += [client.submit(one) for one in sequences[50:]]
         await asyncio.to_thread(check_all, futures, sequences)
         await close(client)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+async def test_teachers_slower_than_expected_are_given_the_time_they_take(count: int) -> None:
+    """With one sequence the other replica is idle, with four both are at work."""
+    sequences = ragged(count)
+    slow = [FakeBackend(delay_seconds=0.8) for _ in range(2)]
+    async with serving(slow[0], drain_seconds=0.1) as first, serving(slow[1], drain_seconds=0.1) as second:
+        client = GrpcTeacherClient([first.address, second.address], SPEC, vocab_size=1000, stalled_seconds=0.2)
+        await asyncio.to_thread(check_all, [client.submit(one) for one in sequences], sequences)
+        await close(client)
