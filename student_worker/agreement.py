@@ -1,17 +1,22 @@
-"""All processes of one student, and a run that is resumed, train from the same teacher."""
+"""All processes of one student, and a run that is resumed, train from the same teacher or on the same cache."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from logitstream.cache import CacheReader
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.teacher_client import GrpcTeacherClient
 
 FILE = "teacher.json"
+CORPUS_FILE = "cache_view.json"
+
+T = TypeVar("T")
 
 
 def expected_teacher(folder: Path, spec: TargetSpec, *, resumes: bool) -> Fingerprint | None:
@@ -28,12 +33,44 @@ def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) 
     Call it on every process before the first sequence is asked for. A process that had met replicas of another teacher
     first leaves those alone; it raises FingerprintMismatch later, when only such are left.
     """
-    distributed = dist.is_available() and dist.is_initialized()
-    is_main = not distributed or dist.get_rank() == 0
-    found: list[Fingerprint | None] = [Fingerprint.of(client.info, spec) if is_main else None]
-    if distributed:
-        dist.broadcast_object_list(found, src=0)
-    assert found[0] is not None
-    client.insist_on(found[0])
-    if is_main:
-        (folder / FILE).write_text(json.dumps(asdict(found[0]), indent=1), encoding="utf-8")
+    found = of_main_process(Fingerprint.of(client.info, spec) if is_main_process() else None)
+    assert found is not None
+    client.insist_on(found)
+    if is_main_process():
+        (folder / FILE).write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
+
+
+def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheReader:
+    """A cache as the main process finds it, which notes that in the folder, or as a resumed run began with it.
+
+    So neither processes nor parts of a run differ in their sequences while somebody writes to the cache. Call it on
+    every process. Raises CacheError where some of the sequences are gone.
+    """
+    path = folder / CORPUS_FILE
+    view = None
+    if is_main_process():
+        with CacheReader(directory) as cache:
+            view = json.loads(path.read_text(encoding="utf-8")) if resumes and path.exists() else cache.view()
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(view), encoding="utf-8")
+    view = of_main_process(view)
+    assert view is not None
+    cache = CacheReader(directory)  # after the main process has looked, so that what it saw is there
+    cache.keep_to(view)
+    return cache
+
+
+def is_main_process() -> bool:
+    return not _is_distributed() or dist.get_rank() == 0
+
+
+def of_main_process(value: T) -> T:
+    """The main process's value on every process."""
+    values = [value]
+    if _is_distributed():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 
@@ -23,16 +24,18 @@ def adopt_cache_spec(config: StudentConfig) -> None:
     logger.info("targets of the cache %s were drawn by %s", config.cache, config.target_spec().canonical())
 
 
-def choose_draw_set(config: StudentConfig, arguments: TrainingArguments, num_sequences: int) -> int | None:
+def choose_draw_set(
+    config: StudentConfig, arguments: TrainingArguments, num_sequences: int, *, cache: CacheReader | None = None
+) -> int | None:
     """The draw set that every epoch trains on; None: each epoch on its own.
 
     From the cache alone, fresh draws need a whole draw set an epoch, 0, 1, …: each with as many records as the first.
-    Where one is missing the first is used again, and `config.draws` says so.
+    Where one is missing the first is used again, and `config.draws` says so. cache: that its sequences come from.
     """
     if config.targets != "cache":
         return None if config.draws == "fresh" else 0
-    with CacheReader(config.cache) as cache:
-        draw_sets, num_records = np.unique(cache.draw_sets(), return_counts=True)
+    with contextlib.nullcontext(cache) if cache is not None else CacheReader(config.cache) as known:
+        draw_sets, num_records = np.unique(known.draw_sets(), return_counts=True)
     held = dict(zip(draw_sets.tolist(), num_records.tolist(), strict=True))
     first, num_epochs = min(held, default=0), count_epochs(arguments, num_sequences)
     if config.draws == "fresh" and any(held.get(epoch, 0) < held.get(first, 1) for epoch in range(num_epochs)):

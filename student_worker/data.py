@@ -15,7 +15,7 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
 from logitstream.cache import CacheReader
-from logitstream.errors import CacheError
+from logitstream.errors import CorruptRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -184,14 +184,17 @@ def _stack(rows: Sequence[dict[str, Any]], name: str, padding: int) -> torch.Ten
 class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """The token sequences of one draw set of a cache, in the order of their keys: a corpus for training from it alone.
 
-    The order depends on the content alone. A damaged record comes as one token that no loss is taken of.
+    The order depends on the content alone. A damaged record comes as one token that no loss is taken of; CacheMiss
+    where one was pruned meanwhile.
     """
 
     def __init__(
         self, cache: CacheReader, *, draw_set: int | None = None, indices: npt.NDArray[np.int64] | None = None
     ) -> None:
         """draw_set None: the smallest one that the cache holds; indices: of the cache's keys, instead of all of it."""
-        self._cache = cache
+        self.cache = cache
+        if indices is None:
+            cache.keep_to(cache.view())  # in a loader's process too, and after a refresh
         draw_sets = cache.draw_sets() if indices is None or draw_set is None else np.zeros(0, np.uint64)
         if draw_set is None and len(draw_sets) == 0:
             raise ValueError(f"the cache {cache.directory} is empty: expected records to train on")
@@ -205,12 +208,12 @@ class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            record = self._cache.record(int(self._indices[index]))
-        except CacheError:
+            record = self.cache.record(int(self._indices[index]))
+        except CorruptRecord:
             return {"input_ids": np.zeros(1, np.int64), "loss_mask": np.zeros(1, bool)}
         mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
         return {"input_ids": record.token_ids.astype(np.int64), "loss_mask": mask}
 
     def select(self, indices: npt.NDArray[np.int64]) -> CacheDataset:
         """Some of the sequences, in this order."""
-        return CacheDataset(self._cache, draw_set=self.draw_set, indices=self._indices[indices])
+        return CacheDataset(self.cache, draw_set=self.draw_set, indices=self._indices[indices])

@@ -1,4 +1,4 @@
-"""Processes of one student that meet different replicas first end up with the main process's teacher."""
+"""Processes of one student that meet other replicas first, or find other sequences in a cache, take the main one's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from logitstream.errors import FingerprintMismatch
+from logitstream.cache import CacheWriter
+from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import TargetSpec
-from student_worker.agreement import agree_on_teacher, expected_teacher
+from student_worker.agreement import agree_on_teacher, expected_teacher, open_agreed_cache
+from student_worker.data import CacheDataset
 from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import SPEC, VOCAB_SIZE, fake_teacher, weights_digest
+from tests.integration.crashing_writer import FINGERPRINT, record
 
 PROCESS = """
 import sys
@@ -75,3 +78,84 @@ def test_a_resumed_run_refuses_another_teacher_but_may_draw_otherwise(tmp_path: 
         with pytest.raises(FingerprintMismatch, match=weights_digest("b", 0)):
             agree_on_teacher(client, spec, tmp_path)
         client.close()
+
+
+CACHE_PROCESS = """
+import sys, threading
+from pathlib import Path
+import torch.distributed as dist
+from logitstream.cache import CacheWriter
+from student_worker.agreement import open_agreed_cache
+from student_worker.data import CacheDataset
+from tests.integration.crashing_writer import FINGERPRINT, record
+
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+writer = CacheWriter(folder / "cache", FINGERPRINT, writer_id=str(rank))
+stop = threading.Event()
+
+def write():
+    number = 0
+    while not stop.wait(0.003):
+        writer.put(*record(rank, number)[:5])
+        writer.flush()
+        number += 1
+
+writer.put(*record(rank, 1_000_000)[:5])
+writer.flush()
+dist.barrier()
+thread = threading.Thread(target=write)
+thread.start()
+for turn in range(10):
+    cache = open_agreed_cache(str(folder / "cache"), folder / "run", resumes=False)
+    dataset = CacheDataset(cache)
+    seen = hash(b"".join(cache.key(i) for i in range(len(cache)))), len(dataset)
+    print(f"turn {turn} {seen}\\n", end="", flush=True)
+    dist.barrier()
+stop.set()
+thread.join()
+writer.close()
+dist.destroy_process_group()
+"""
+
+
+def test_all_processes_train_on_the_sequences_that_the_main_one_found_in_a_cache_that_grows(tmp_path: Path) -> None:
+    script = tmp_path / "process.py"
+    script.write_text(CACHE_PROCESS)
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("turn"))
+    assert len(lines) == 20
+    assert lines[::2] == lines[1::2]
+    assert len(set(lines)) == 10  # it grew meanwhile
+
+
+def test_a_resumed_run_goes_on_with_its_sequences_after_the_cache_grew_and_is_refused_after_it_shrank(
+    tmp_path: Path,
+) -> None:
+    def write(start: int, stop: int) -> None:
+        with CacheWriter(tmp_path / "cache", FINGERPRINT) as writer:
+            for number in range(start, stop):
+                writer.put(*record(0, number)[:5])
+
+    def sequences(*, resumes: bool) -> list[list[int]]:
+        with open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", resumes=resumes) as cache:
+            dataset = CacheDataset(cache)
+            return [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
+
+    write(0, 10)
+    first = sequences(resumes=False)
+    write(10, 13)
+    assert sequences(resumes=True) == sequences(resumes=True) == first
+    assert len(sequences(resumes=False)) == 13  # a new run takes all of them
+    (shard, *_) = sorted((tmp_path / "cache").glob("*.arrow"))
+    shard.unlink()
+    with pytest.raises(CacheError, match="does not hold the sequences any more"):
+        sequences(resumes=True)

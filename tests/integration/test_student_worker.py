@@ -119,8 +119,17 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
     assert [epoch["cache_hits"] for epoch in report_of(tmp_path / "two")["epochs"]] == [SEQUENCES, SEQUENCES]
     assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["num_samples"] == resolved["num_samples"]
 
-    alone = settings(home, tmp_path / "alone", cache=cache, targets="cache", heldout_sequences=0, draws="fresh")
-    done = run(alone)
+    alone = settings(
+        home,
+        tmp_path / "alone",
+        cache=cache,
+        targets="cache",
+        heldout_sequences=0,
+        draws="fresh",
+        per_device_train_batch_size=1,
+        use_cpu=False,
+    )
+    done = run(alone, workers=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert report_of(tmp_path / "alone")["tokens_trained"] == 2 * SEQUENCES * 32
 
