@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +13,30 @@ from teacher_server.backend import TeacherBackend
 from teacher_server.weights import is_complete
 
 LoadCheckpoint = Callable[[Path], TeacherBackend]
+Stamp = tuple[int, int]
+"""When the last of a checkpoint's weight files was written, in ns since the epoch, and the bytes of all of them."""
+NOTHING: Stamp = (0, 0)
 
 log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the latest modification among `folder`'s subfolders; None without one.
+def weights_stamp(folder: Path) -> Stamp:
+    """Grows when weights are written into the folder, also over others, and not when files are deleted from it."""
+    files = [path.stat() for path in folder.glob("*.safetensors")]
+    return max((file.st_mtime_ns for file in files), default=0), sum(file.st_size for file in files)
 
-    Subfolders that are still being written, hidden or named like temporaries are passed over.
+
+def stamped_checkpoints(folder: Path) -> list[tuple[Stamp, Path]]:
+    """`folder`'s subfolders that hold weights, complete or not, the one written last first.
+
+    Hidden ones and those named like temporaries are passed over, as are those that vanish meanwhile.
     """
-    found = [
-        (path.stat().st_mtime_ns, path.name, path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.is_dir() and not path.name.startswith((".", "tmp")) and is_complete(path)
-    ]
-    return max(found)[2] if found else None
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.name.startswith((".", "tmp")):
+            with contextlib.suppress(OSError):
+                found.append((weights_stamp(path), path))
+    return sorted((one for one in found if one[0] > NOTHING), reverse=True)
 
 
 async def watch_checkpoints(
@@ -34,18 +44,36 @@ async def watch_checkpoints(
 ) -> None:
     """Load each newer checkpoint in a thread while the old one serves, and hand it to `replace`; until cancelled.
 
-    One that cannot be loaded is reported and passed over: the old weights go on. Both lie in memory for a moment.
+    Newer is what was written after what is served, so the weights never go back when a checkpoint is deleted. One that
+    cannot be loaded is reported once and passed over: the old weights go on. Both lie in memory for a moment.
     """
-    seen: Path | None = None
+    served = NOTHING
+    passed_over: set[tuple[Stamp, Path]] = set()
     while True:
-        newest = await asyncio.to_thread(newest_checkpoint, folder)
-        if newest is not None and newest != seen:
-            seen = newest
-            try:
-                replace(await asyncio.to_thread(load, newest))
-            except Exception:
-                log.exception("checkpoint %s cannot be served, the weights stay as they are", newest)
+        looked_at = (NOTHING, folder)
+        try:
+            for looked_at in await asyncio.to_thread(stamped_checkpoints, folder):
+                stamp, path = looked_at
+                if stamp <= served:
+                    break
+                if looked_at not in passed_over and await asyncio.to_thread(is_complete, path):
+                    replace(await asyncio.to_thread(_load_unchanged, path, stamp, load))
+                    served = stamp
+                    break
+        except Exception:
+            if looked_at not in passed_over:
+                log.exception("checkpoint %s cannot be served, the weights stay as they are", looked_at[1])
+            passed_over.add(looked_at)
         await asyncio.sleep(every_seconds)
+
+
+def _load_unchanged(path: Path, stamp: Stamp, load: LoadCheckpoint) -> TeacherBackend:
+    """Raises ValueError where weights were written into it meanwhile: it may be half the one and half the other."""
+    backend = load(path)
+    if weights_stamp(path) > stamp:
+        backend.close()
+        raise ValueError(f"{path} was written to while it was loaded: it is loaded again")
+    return backend
 
 
 def check_successor(old: TeacherInfo, new: TeacherInfo) -> None:
