@@ -1,0 +1,151 @@
+"""Which checkpoint of a watched folder is served, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from teacher_server.backend import TeacherBackend
+from teacher_server.checkpoints import watch_checkpoints
+from tests.fakes import FakeBackend
+
+EVERY_SECONDS = 0.01
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+
+
+def save(folder: Path, value: float, *, header: bytes = HEADER, written_at: int = 0) -> Path:
+    """A checkpoint whose one weight is `value`; written_at: in s, or now."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", value))
+    if written_at:
+        os.utime(weights, (written_at, written_at))
+    return folder
+
+
+def value_of(folder: Path) -> float:
+    return float(struct.unpack("<f", (folder / "model.safetensors").read_bytes()[-4:])[0])
+
+
+class Watched:
+    """What was loaded and what was served, as the weights' values."""
+
+    def __init__(self, while_loading: Callable[[Path], None]) -> None:
+        self.loaded: list[float] = []
+        self.served: list[TeacherBackend] = []
+        self.while_loading = while_loading
+
+    def load(self, folder: Path) -> TeacherBackend:
+        self.loaded.append(value_of(folder))
+        self.while_loading(folder)
+        return FakeBackend()
+
+    async def until_loaded(self, *values: float) -> None:
+        """And a few looks more, so that what must not be loaded would have been."""
+        async with asyncio.timeout(20):
+            while len(self.loaded) < len(values):
+                await asyncio.sleep(EVERY_SECONDS)
+        await asyncio.sleep(10 * EVERY_SECONDS)
+        assert self.loaded == list(values)
+
+
+@contextlib.asynccontextmanager
+async def watching(
+    folder: Path, *, while_loading: Callable[[Path], None] = lambda _folder: None
+) -> AsyncIterator[Watched]:
+    watched = Watched(while_loading)
+    task = asyncio.ensure_future(
+        watch_checkpoints(folder, every_seconds=EVERY_SECONDS, load=watched.load, replace=watched.served.append)
+    )
+    try:
+        yield watched
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_older_checkpoint_is_not_the_newest_because_files_beside_its_weights_are_deleted(
+    tmp_path: Path,
+) -> None:
+    old = save(tmp_path / "checkpoint-1", 1.0, written_at=1000)
+    save(tmp_path / "checkpoint-2", 2.0, written_at=2000)
+    (old / "optimizer.pt").unlink()  # a rotation begins
+    async with watching(tmp_path) as watched:
+        await watched.until_loaded(2.0)
+
+
+async def test_deleting_the_newest_checkpoint_does_not_bring_back_the_one_before(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-1", 1.0)
+    async with watching(tmp_path) as watched:
+        await watched.until_loaded(1.0)
+        newest = save(tmp_path / "checkpoint-2", 2.0)
+        await watched.until_loaded(1.0, 2.0)
+        shutil.rmtree(newest)
+        await watched.until_loaded(1.0, 2.0)
+        save(tmp_path / "checkpoint-3", 3.0)
+        await watched.until_loaded(1.0, 2.0, 3.0)
+
+
+async def test_a_checkpoint_written_over_the_one_before_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path / "latest", 1.0)
+    async with watching(tmp_path) as watched:
+        await watched.until_loaded(1.0)
+        save(tmp_path / "latest", 2.0)
+        await watched.until_loaded(1.0, 2.0)
+        assert len(watched.served) == 2
+
+
+async def test_weights_that_are_replaced_while_they_are_loaded_are_loaded_again(tmp_path: Path) -> None:
+    save(tmp_path / "latest", 1.0, written_at=1000)
+    pending = [2.0]
+
+    def while_loading(folder: Path) -> None:
+        if pending:
+            save(folder, pending.pop())
+
+    async with watching(tmp_path, while_loading=while_loading) as watched:
+        await watched.until_loaded(1.0, 2.0)
+        assert len(watched.served) == 1
+
+
+@pytest.mark.parametrize("header", [b"[]", b'{"a": 3}', b'{"a": {"data_offsets": [0]}}'])
+async def test_a_file_that_is_no_checkpoint_is_reported_once_and_holds_up_no_other(
+    tmp_path: Path, header: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "checkpoint-1", 1.0)
+    with caplog.at_level(logging.ERROR):
+        async with watching(tmp_path) as watched:
+            await watched.until_loaded(1.0)
+            broken = save(tmp_path / ".checkpoint-3", 3.0, header=header, written_at=5_000_000_000)
+            broken.rename(tmp_path / "checkpoint-3")
+            async with asyncio.timeout(20):
+                while "checkpoint-3 cannot be served" not in caplog.text:
+                    await asyncio.sleep(EVERY_SECONDS)
+            save(tmp_path / "checkpoint-2", 2.0)
+            await watched.until_loaded(1.0, 2.0)
+    assert caplog.text.count("cannot be served") == 1
+
+
+async def test_where_the_newest_cannot_be_loaded_the_one_before_is_served(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoint-1", 1.0, written_at=1000)
+    save(tmp_path / "checkpoint-2", 2.0, written_at=2000)
+
+    def while_loading(folder: Path) -> None:
+        if folder.name == "checkpoint-2":
+            raise MemoryError
+
+    async with watching(tmp_path, while_loading=while_loading) as watched:
+        await watched.until_loaded(2.0, 1.0)
+        assert len(watched.served) == 1
