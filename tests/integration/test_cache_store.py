@@ -136,3 +136,48 @@ def test_a_staged_shard_that_is_cut_off_is_fetched_again(bucket: tuple[str, Path
         with CacheReader(url, FINGERPRINT) as reader:
             assert [reader.get(one.key) for one in RECORDS] == [one.payload for one in RECORDS]
             assert not reader.damaged
+
+
+def payloads(reader: CacheReader, way: str) -> list[bytes | None]:
+    keys = [one.key for one in RECORDS]
+    if way == "get":
+        return [reader.get(key) for key in keys]
+    if way == "get_many":
+        return list(reader.get_many(keys))
+    found = {one.key: one.payload for one in reader.records()}
+    return [found.get(key) for key in keys]
+
+
+@pytest.mark.parametrize("way", ["get", "get_many", "records"])
+def test_a_damaged_staged_shard_gives_way_to_the_stores(bucket: tuple[str, Path], way: str) -> None:
+    url, shard = bucket
+    staged = staging_folder(url) / shard.name
+    for number in (2, 9):
+        flip(staged, RECORDS[number].payload)
+    with CacheReader(url, FINGERPRINT) as reader:
+        assert payloads(reader, way) == payloads(reader, way) == [one.payload for one in RECORDS]
+        assert not reader.damaged
+    assert staged.read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("way", ["get", "get_many", "records"])
+def test_a_record_that_is_damaged_in_the_store_too_passes_for_missing(bucket: tuple[str, Path], way: str) -> None:
+    url, shard = bucket
+    for path in (shard, staging_folder(url) / shard.name):
+        flip(path, RECORDS[2].payload)
+    flip(staging_folder(url) / shard.name, RECORDS[9].payload)
+    expected = [None if number == 2 else one.payload for number, one in enumerate(RECORDS)]
+    with CacheReader(url, FINGERPRINT) as reader:
+        assert payloads(reader, way) == payloads(reader, way) == expected
+        assert reader.damaged == {RECORDS[2].key}
+
+
+def test_a_damaged_shard_that_is_not_uploaded_yet_is_left_alone(bucket: tuple[str, Path]) -> None:
+    url, shard = bucket
+    for path in (shard, shard.with_suffix(".index"), shard.with_suffix(".json")):
+        path.unlink()
+    staged = staging_folder(url) / shard.name
+    flip(staged, RECORDS[2].payload)
+    with CacheReader(url, FINGERPRINT) as reader:
+        assert [number for number, payload in enumerate(payloads(reader, "get")) if payload is None] == [2]
+    assert staged.exists()

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.open_shard import OpenShard
+from logitstream.cache.rewrite import prune
 from logitstream.cache.shard import encode_batch
 from logitstream.errors import FingerprintMismatch
 from logitstream.sampling import sample
@@ -240,6 +241,29 @@ def test_a_run_from_the_cache_alone_resumes_at_the_exact_sequence(tmp_path: Path
     start = len(whole) - len(resumed)
     assert start in (5, 8)  # within an epoch of six steps
     assert resumed == whole[start:]
+
+
+def test_a_run_from_the_cache_alone_goes_on_while_its_shards_are_sealed(
+    tmp_path: Path, client: LocalTeacherClient
+) -> None:
+    """It begins while another run writes what it reads."""
+    rng = np.random.default_rng(2)
+    writing = open_cache(tmp_path / "cache", client)
+    for _ in range(12):
+        sequence = TokenSequence(token_ids=rng.integers(0, VOCAB_SIZE, TOKENS, dtype=np.int32))
+        assert writing.put(sequence, 0, client.submit(sequence).result())
+    writing.refresh()
+    dataset, cache = CacheDataset(CacheReader(tmp_path / "cache")), open_cache(tmp_path / "cache", None)
+    cache.refresh()
+    writing.close()
+    prune(tmp_path / "cache", before_draw_set=0)
+    assert [len(dataset[i]["input_ids"]) for i in range(12)] == [TOKENS] * 12
+    sequences = [TokenSequence(token_ids=dataset[i]["input_ids"].astype(np.int32)) for i in range(12)]
+    assert all(cache.get(sequence, 0) is not None for sequence in sequences)
+    losses = train(tmp_path / "run", dataset, cache, None, mode="cache", draw_set=0)
+    assert len(losses) == 6
+    assert np.isfinite(losses).all()
+    cache.close()
 
 
 def test_damaged_records_are_left_out_of_a_run_from_the_cache_alone(tmp_path: Path, client: LocalTeacherClient) -> None:
