@@ -100,6 +100,8 @@ class TransformersBackend:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a log is read line by line
         lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         lm = lm.to(device)
+        if device == "cpu":
+            _own_weights(lm)
         warm_up()
         info = TeacherInfo(
             model=model,
@@ -176,6 +178,12 @@ class TransformersBackend:
             draw_seconds += time.perf_counter() - middle
         metrics.TEACHER_STAGE_SECONDS.labels("forward").observe(forward_seconds)
         metrics.TEACHER_STAGE_SECONDS.labels("draw").observe(draw_seconds)
+
+
+def _own_weights(lm: Any) -> None:
+    """Move them out of the mapped files: a checkpoint may be written over while it is served."""
+    for tensor in (*lm.parameters(), *lm.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _distinct(batch: Sequence[ScoreRequest]) -> list[_Unique]:

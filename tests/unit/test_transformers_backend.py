@@ -188,6 +188,17 @@ def test_a_saved_model_is_loaded_with_its_digests_and_its_limits(tmp_path: Path)
     assert weights_digest(again) == info.weights_digest != weights_digest(other)
 
 
+def test_weights_that_are_written_over_on_disk_are_served_as_they_were_loaded(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "latest")
+    backend = TransformersBackend.load(str(folder), device="cpu")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    again = TransformersBackend.load(str(save_tiny_teacher(tmp_path / "again")), device="cpu")
+    requests = [ScoreRequest(sequence=one, spec=FULL) for one in ragged([20, 9])]
+    for one, other in zip(scored(backend, requests), scored(again, requests), strict=True):
+        np.testing.assert_array_equal(dense(one), dense(other))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_ids_past_vocab_size_are_served_as_if_the_head_had_no_others(family: str) -> None:
     model = tiny_model(family)
