@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ CPU_CHUNK = 1 << 21
 DEVICE_CHUNK = 1 << 26
 """Elements of the scratch memory that rows are drawn from at once. On the CPU their block sums are too few for torch to
 spread over threads, whose waiting for each other would cost more."""
+RANGES_OF_A_THREAD = 8
 GATHER_BYTES = 1 << 26
 """Of the blocks that `locate_blocked` looks into at once, in float32 and float64 running sums; one row's at least."""
 
@@ -128,22 +128,30 @@ def over_rows(
     arrays: Sequence[npt.NDArray[Any]],
     *numbers: int,
 ) -> None:
-    """A kernel over ranges of the rows of logits and arrays, in torch's number of threads; raises NonFiniteLogits."""
+    """A kernel over ranges of the rows of logits and arrays, in torch's number of threads; raises NonFiniteLogits.
+
+    The ranges are short and whoever is done takes the next: a core may be slower than another, as one is on which
+    OpenMP's thread still spins after a matrix product.
+    """
     bits, shift = _bits(logits)
-    num_threads = min(torch.get_num_threads(), len(bits))
     scale = np.float32(LOG2_E / temperature)
-    if num_threads < 2:
-        _check(function(bits, shift, scale, EXP2, *arrays, *numbers), row_names)
-        return
-    starts = [len(bits) * i // num_threads for i in range(num_threads + 1)]
-    futures = [
-        _threads(os.getpid()).submit(
-            function, bits[a:b], shift, scale, EXP2, *(array[a:b] for array in arrays), *numbers
-        )
-        for a, b in itertools.pairwise(starts)
-    ]
-    bad = [start + future.result() for start, future in zip(starts, futures, strict=False) if future.result() >= 0]
-    _check(bad[0] if bad else -1, row_names)
+    num_threads = min(torch.get_num_threads(), len(bits))
+    step = max(1, -(-len(bits) // (num_threads * RANGES_OF_A_THREAD))) if num_threads > 1 else max(1, len(bits))
+    starts = iter(range(0, len(bits), step))  # each `next` is one step under the GIL
+    bad: list[int] = []
+
+    def work() -> None:
+        for start in starts:
+            rows = slice(start, start + step)
+            found = function(bits[rows], shift, scale, EXP2, *(array[rows] for array in arrays), *numbers)
+            if found >= 0:
+                bad.append(start + found)
+
+    helping = [_threads(os.getpid()).submit(work) for _ in range(num_threads - 1)]
+    work()
+    for future in helping:
+        future.result()
+    _check(min(bad, default=-1), row_names)
 
 
 @functools.lru_cache(maxsize=1)
