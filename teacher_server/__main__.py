@@ -12,6 +12,7 @@ from logitstream.rpc.channel import certificate_expiry
 from teacher_server import logs
 from teacher_server.backend import TeacherBackend
 from teacher_server.config import TeacherConfig
+from teacher_server.preflight import check_access, check_places
 
 DESCRIPTION = "Score sequences with a large language model and stream sparse targets to student workers."
 
@@ -24,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.check:
         check(config)
         return
+    try:
+        check_access(config)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"teacher-server: {error}") from error
     from teacher_server.server import serve
 
     def load_checkpoint(folder: Path) -> TeacherBackend:
@@ -40,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(config: TeacherConfig) -> None:
     """Load everything that serving needs, say what was found, serve nothing; SystemExit says what is wrong."""
     try:
+        check_access(config)
+        check_places(config)
         backend = backend_factory(config)()
         id_model_of(config, backend)
         if config.tls_cert:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitstream.settings import setting
-from teacher_server.access import is_loopback
+from teacher_server.access import MAX_PORT, is_loopback, split_address
 
 BACKENDS = ("transformers", "vllm")
 LEAST_MESSAGE_BYTES = 64 << 10
@@ -45,6 +45,7 @@ class TeacherConfig:
     max_queue_tokens: int = setting("Tokens that may wait in the whole server.", 1 << 20)
     max_message_bytes: int = setting("Largest message of requests, and largest targets of one sequence.", 4 << 20)
     max_streams: int = setting("Streams that may be open at a time.", 256)
+    max_client_streams: int = setting("Streams that one client may have open; 0: half of max_streams.", 0)
     logits_chunk_bytes: int = setting("Logits are made in chunks of this size, never all at once.", 64 << 20)
     drain_seconds: float = setting("After SIGTERM, how long what is in flight may take.", 30.0)
     client_weights: dict[str, str] = setting(
@@ -53,7 +54,9 @@ class TeacherConfig:
     tls_cert: str = setting("PEM file of the server's certificate chain; empty: plaintext.", "")
     tls_key: str = setting("PEM file of the server's private key.", "")
     tls_client_ca: str = setting("PEM file of the authority that must have signed clients' certificates (mTLS).", "")
-    token_file: str = setting("File of bearer tokens, one a line; read again when it changes.", "")
+    token_file: str = setting(
+        "File of bearer tokens, one a line; read again when it changes. A word after a token names its client.", ""
+    )
     token_env: str = setting("Name of an environment variable that holds a bearer token.", "")
     insecure: bool = setting("Allow plaintext on an address that other machines reach.", False)
     watch_checkpoints: str = setting("Folder whose newest complete checkpoint is served as soon as it appears.", "")
@@ -73,8 +76,10 @@ class TeacherConfig:
             raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
         if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
             raise ValueError("TLS needs tls_cert and tls_key; tls_client_ca needs both")
+        if self.backend == "vllm" and self.watch_checkpoints:
+            raise ValueError("watch_checkpoints is set, but the vllm backend cannot replace its weights")
         self._check_bounds()
-        self._check_exposure()
+        self._check_addresses()
 
     def _check_bounds(self) -> None:
         for name in (
@@ -88,14 +93,24 @@ class TeacherConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_message_bytes < LEAST_MESSAGE_BYTES:
             raise ValueError(f"max_message_bytes must be at least {LEAST_MESSAGE_BYTES}, got {self.max_message_bytes}")
-        if self.drain_seconds < 0 or self.watch_seconds <= 0 or min(self.max_sequence_tokens, self.vocab_size) < 0:
-            raise ValueError(
-                "drain_seconds, max_sequence_tokens and vocab_size must not be negative, watch_seconds positive"
-            )
+        for name in ("max_sequence_tokens", "vocab_size", "max_client_streams", "drain_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.watch_seconds <= 0:
+            raise ValueError(f"watch_seconds must be positive, got {self.watch_seconds}")
         if any(weight <= 0 for weight in self.weights_by_client().values()):
             raise ValueError(f"client_weights must be positive, got {self.client_weights}")
 
-    def _check_exposure(self) -> None:
+    def _check_addresses(self) -> None:
+        for name in ("address", "health_address"):
+            address = getattr(self, name)
+            try:
+                if address and not address.startswith("unix:"):
+                    split_address(address)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if not self.address or not -1 <= self.metrics_port <= MAX_PORT:
+            raise ValueError(f"address is needed, and a metrics_port from -1 to {MAX_PORT}, got {self.metrics_port}")
         if not self.tls_cert and not self.insecure and not is_loopback(self.address):
             raise ValueError(
                 f"plaintext on {self.address} would show tokens and texts to the network: give tls_cert and tls_key, "

@@ -31,6 +31,7 @@ class _Client(Generic[Item]):
     virtual_time: float
     cost: int = 0
     heap: list[tuple[int, int, Ticket[Item]]] = field(default_factory=list)  # (priority, arrival, ticket)
+    num_stale: int = 0  # tickets in the heap that were cancelled
 
 
 class FairQueue(Generic[Item]):
@@ -71,10 +72,11 @@ class FairQueue(Generic[Item]):
         waiting = [client for client in self._clients.values() if client.cost > 0]
         if not waiting:
             return None
-        heap = min(waiting, key=lambda client: client.virtual_time).heap
-        while not heap[0][2].waiting:
-            heapq.heappop(heap)
-        return heap[0][2]
+        client = min(waiting, key=lambda client: client.virtual_time)
+        while not client.heap[0][2].waiting:
+            heapq.heappop(client.heap)
+            client.num_stale -= 1
+        return client.heap[0][2]
 
     def pop(self) -> Ticket[Item]:
         """Take the next ticket and charge its client; IndexError where nothing waits."""
@@ -92,12 +94,12 @@ class FairQueue(Generic[Item]):
         """Take `ticket` out without a charge; idempotent, also after it was popped."""
         if ticket.waiting:
             client = self._clients[ticket.client_id]
+            del ticket.item  # the heap keeps the ticket for a while
+            client.num_stale += 1
             self._leave(ticket, client)
-            num_waiting = sum(entry[2].waiting for entry in client.heap[:64])
-            if (
-                len(client.heap) > 64 and num_waiting < 32
-            ):  # a client that cancels all it asks for must not grow the heap
+            if client.num_stale > len(client.heap) // 2:  # a client that cancels all it asks for must not grow the heap
                 client.heap = [entry for entry in client.heap if entry[2].waiting]
+                client.num_stale = 0
                 heapq.heapify(client.heap)
 
     def _leave(self, ticket: Ticket[Item], client: _Client[Item]) -> None:
@@ -106,6 +108,7 @@ class FairQueue(Generic[Item]):
         self.cost -= ticket.cost
         if client.cost == 0:
             client.heap.clear()
+            client.num_stale = 0
             self._forget_idle()
 
     def _forget_idle(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,7 +10,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2
 
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from teacher_server.access import BearerTokens
+from teacher_server.access import BearerTokens, bearer_tokens, caller
 from teacher_server.config import TeacherConfig
 from teacher_server.servicer import TeacherServicer
 
@@ -29,7 +28,11 @@ class TokenGate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
         metadata = dict(details.invocation_metadata or ())
-        if details.method.startswith(f"/{HEALTH_SERVICE}/") or self._tokens.admits(metadata.get("authorization")):
+        if details.method.startswith(f"/{HEALTH_SERVICE}/"):
+            return await continuation(details)
+        name = self._tokens.name_of(metadata.get("authorization"))
+        if name is not None:
+            caller.set(name)
             return await continuation(details)
         return aborting(grpc.StatusCode.UNAUTHENTICATED, "expected a known bearer token as `authorization` metadata")
 
@@ -58,7 +61,5 @@ def aborting(code: grpc.StatusCode, details: str) -> Any:
 
 
 def interceptors(config: TeacherConfig) -> list[aio.ServerInterceptor[Any, Any]]:
-    if not (config.token_file or config.token_env):
-        return []
-    path = Path(config.token_file) if config.token_file else None
-    return [TokenGate(BearerTokens(path=path, variable=config.token_env or None))]
+    tokens = bearer_tokens(config.token_file, config.token_env)
+    return [] if tokens is None else [TokenGate(tokens)]

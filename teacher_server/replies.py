@@ -14,6 +14,9 @@ from teacher_server.work import Scored
 RESULTS_BYTES = 1 << 20
 """A message of results is sent when it holds this much, so that it never comes near the message limit by number."""
 
+FRAMING_BYTES = 64
+"""At most, of one result: its id, version, digest and their tags and lengths."""
+
 
 def reply_messages(
     events: list[Event], *, max_message_bytes: int
@@ -29,7 +32,7 @@ def reply_messages(
         elif isinstance(event, DrainStarted):
             yield pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=event.grace_seconds)), []
         else:
-            size = len(event.answer.payload) if isinstance(event.answer, Scored) else 0
+            size = FRAMING_BYTES + _size(event.answer)
             if results and num_bytes + size > most_bytes:
                 yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
                 results, outcomes, num_bytes = [], [], 0
@@ -38,6 +41,10 @@ def reply_messages(
             num_bytes += size
     if results:
         yield pb.StreamTargetsResponse(results=pb.Results(results=results)), outcomes
+
+
+def _size(answer: Scored | RequestError) -> int:
+    return len(answer.payload) if isinstance(answer, Scored) else len(str(answer).encode()) + len(type(answer).__name__)
 
 
 def _result(outcome: Outcome) -> pb.Result:

@@ -1,7 +1,7 @@
 """Token-budget batches across all clients, scored by one thread while other threads encode what came before.
 
-Everything but scoring and encoding happens on the event loop, so there are no locks. Waiting work is bounded by
-`max_queue_tokens`; a request that does not fit is refused at once (TooManyInFlight, retryable).
+Everything but scoring and encoding happens on the event loop, so there are no locks. What waits is bounded by what
+clients may have in flight (`accounts.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from logitstream import metrics
-from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
+from logitstream.errors import RequestError, ScoringFailed, ServerDraining
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.batch_budget import BatchBudget
@@ -46,7 +46,6 @@ class Scheduler:
         encode: Encode,
         *,
         max_batch_tokens: int,
-        max_queue_tokens: int,
         client_weights: Mapping[str, float] | None = None,
         num_encoders: int = 2,
         stored: StoredTargets | None = None,
@@ -54,7 +53,6 @@ class Scheduler:
         self._backend = backend
         self._encode = encode
         self._budget = BatchBudget(max_batch_tokens)
-        self._max_queue_tokens = max_queue_tokens
         self._queue: FairQueue[Work] = FairQueue(client_weights)
         self._works: OrderedDict[Key, Work] = OrderedDict()
         self._failures: OrderedDict[Key, ScoringFailed] = OrderedDict()
@@ -81,7 +79,6 @@ class Scheduler:
         cost = cost_in_tokens(request, self.info.vocab_size)
         work = self._works.get(key)
         if work is None:
-            self._check_room(client_id, cost)
             work = self._works[key] = Work(key, request, time.monotonic())
             if self._stored is not None and self._stored.holds(request, self.info):
                 work.running = True
@@ -253,19 +250,6 @@ class Scheduler:
         for future in list(work.waiters):
             if not future.done():
                 future.set_exception(error)
-
-    def _check_room(self, client_id: str, num_tokens: int) -> None:
-        """A client may hold an equal share of the queue, so that one who fills it does not keep others out.
-
-        With n clients that came one after another the queue holds at most (1 + 1/2 + … + 1/n) times its bound.
-        """
-        own = self._queue.cost_of(client_id)
-        num_clients = self._queue.num_waiting_clients + (own == 0)
-        share = self._max_queue_tokens // num_clients
-        if own and own + num_tokens > share:
-            raise TooManyInFlight(
-                f"{own} tokens of client {client_id!r} wait already: its share of the queue is {share}"
-            )
 
     def _leave(self, work: Work, future: asyncio.Future[Scored]) -> None:
         """A waiter is answered or has gone; work that nobody waits for any more is dropped unless it runs."""

@@ -133,7 +133,6 @@ class TeacherServer:
             backend,
             self._make_encoder(id_model, config.max_message_bytes),
             max_batch_tokens=config.max_batch_tokens,
-            max_queue_tokens=config.max_queue_tokens,
             client_weights=config.weights_by_client(),
             stored=StoredTargets(config.cache, id_model=id_model, max_bytes=config.cache_max_bytes)
             if config.cache
@@ -289,6 +288,7 @@ def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
         max_queue_tokens=config.max_queue_tokens,
         max_message_bytes=config.max_message_bytes,
         max_streams=config.max_streams,
+        max_client_streams=config.max_client_streams or -(-config.max_streams // 2),
     )
 
 

@@ -6,11 +6,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -19,28 +19,30 @@ from grpc import aio
 from logitstream import metrics
 from logitstream.errors import (
     FingerprintMismatch,
-    InvalidSequence,
     LogitstreamError,
     ProtocolViolation,
     RequestError,
     ServerDraining,
-    TooManyInFlight,
 )
 from logitstream.rpc import convert
 from logitstream.rpc.status import status_of
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import TargetSpec, TeacherInfo
+from teacher_server.access import caller
+from teacher_server.accounts import Accounts
 from teacher_server.backend import ScoreRequest
 from teacher_server.replies import reply_messages
 from teacher_server.scheduler import Scheduler
-from teacher_server.stream import ClientStream
+from teacher_server.stream import SLICE, ClientStream
 
 OPEN_TIMEOUT_SECONDS = 30.0
+GONE_SECONDS = 10.0
 MAX_CLIENT_ID_CHARS = 128
 MAX_MESSAGE_REQUESTS = 8192
 ENTRIES_PER_MESSAGE_BYTE = 4
 """Requests whose targets could not fit into a message even at two bits an entry are refused before they are scored."""
 
+T = TypeVar("T")
 Context = aio.ServicerContext[Any, Any]
 EOF = aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
@@ -54,6 +56,11 @@ class StreamLimits:
     max_queue_tokens: int
     max_message_bytes: int
     max_streams: int
+    max_client_streams: int
+
+
+class _ClientGone(LogitstreamError):
+    """What is written reaches nobody any more."""
 
 
 class TeacherServicer:
@@ -64,6 +71,13 @@ class TeacherServicer:
         self._limits = limits
         self._id_model = id_model
         self._streams: set[ClientStream] = set()
+        self._accounts = Accounts(
+            max_in_flight_tokens=limits.max_in_flight_tokens,
+            max_queue_tokens=limits.max_queue_tokens,
+            max_sequence_tokens=limits.max_sequence_tokens,
+            max_streams=limits.max_streams,
+            max_client_streams=limits.max_client_streams,
+        )
         self._stream_ids = itertools.count(1)
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -114,7 +128,7 @@ class TeacherServicer:
         try:
             message = await self._read_open(context)
             spec = self._check_open(message)
-            with self._stream(message.client_id, spec) as stream:  # before anything is awaited: it counts at once
+            with self._stream(_client(message), spec) as stream:  # before anything is awaited: it counts at once
                 await self._scheduler.open_stored(spec)
                 await self._serve(stream, message, context)
         except LogitstreamError as error:
@@ -123,8 +137,8 @@ class TeacherServicer:
             await _abort(context, _expected(group))
 
     async def _serve(self, stream: ClientStream, opened: pb.Open, context: Context) -> None:
-        opening = pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=self._credit()))
-        await context.write(opening)
+        opening = pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=self._accounts.credit))
+        await _write(context, opening)
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(self._receive(stream, context))
             await self._send(stream, opened.weights_digest, context)
@@ -147,15 +161,12 @@ class TeacherServicer:
     def _check_open(self, message: pb.Open) -> TargetSpec:
         """The handshake; raises FingerprintMismatch, InvalidSpec, ProtocolViolation or TooManyInFlight."""
         info = self._scheduler.info
-        client_id = message.client_id
+        client_id = _client(message)
         if self._scheduler.is_draining:
             raise ServerDraining("the server is draining: ask another replica")
         if len(client_id) > MAX_CLIENT_ID_CHARS or not client_id.isprintable():
             raise ProtocolViolation(f"client_id must be at most {MAX_CLIENT_ID_CHARS} printable characters")
-        if len(self._streams) >= self._limits.max_streams:
-            raise TooManyInFlight(
-                f"{len(self._streams)} streams are open: the server's limit is {self._limits.max_streams}"
-            )
+        self._accounts.check_streams(client_id)
         if message.vocab_size < info.vocab_size:
             raise FingerprintMismatch(
                 f"the student's vocabulary of {message.vocab_size} is smaller than the teacher's {info.vocab_size}; "
@@ -170,15 +181,16 @@ class TeacherServicer:
 
     @contextmanager
     def _stream(self, client_id: str, spec: TargetSpec) -> Iterator[ClientStream]:
+        before = self._accounts.credit
+        account = self._accounts.open(client_id)
         stream = ClientStream(
             self._scheduler,
             spec,
-            client_id=client_id,
+            accounts=self._accounts,
+            account=account,
             stream_id=next(self._stream_ids),
-            max_in_flight_tokens=self._limits.max_in_flight_tokens,
             max_entries=ENTRIES_PER_MESSAGE_BYTE * self._limits.max_message_bytes,
         )
-        before = self._credit()
         self._streams.add(stream)
         self._streams_changed(before)
         log.info("stream opened", extra={"stream": stream.stream_id, "client": client_id})
@@ -186,19 +198,15 @@ class TeacherServicer:
             yield stream
         finally:
             stream.close()
-            before = self._credit()
+            before = self._accounts.credit
+            self._accounts.close(account)
             self._streams.discard(stream)
             self._streams_changed(before)
             log.info("stream closed", extra={"stream": stream.stream_id, "client": client_id})
 
-    def _credit(self) -> int:
-        """Tokens that each stream may have in flight, so that all of them fit into the queue."""
-        share = self._limits.max_queue_tokens // max(1, len(self._streams))
-        return min(self._limits.max_in_flight_tokens, max(share, self._limits.max_sequence_tokens))
-
     def _streams_changed(self, credit_before: int) -> None:
         metrics.TEACHER_CLIENTS.set(len(self._streams))
-        credit = self._credit()
+        credit = self._accounts.credit
         if credit != credit_before:
             for stream in self._streams:
                 stream.offer_credit(credit)
@@ -208,24 +216,24 @@ class TeacherServicer:
             message = _parse(pb.StreamTargetsRequest, data)
             kind = message.WhichOneof("kind")
             if kind == "requests":
-                self._take(stream, message.requests.requests, len(data))
+                for requests in _slices(message.requests.requests):
+                    self._take(stream, requests)
+                    await asyncio.sleep(0)
+                    await stream.wait_for_room()
             elif kind == "cancel":
-                _check_number(message.cancel.request_ids)
-                for request_id in message.cancel.request_ids:
-                    stream.cancel(request_id)
+                for request_ids in _slices(message.cancel.request_ids):
+                    for request_id in request_ids:
+                        stream.cancel(request_id)
+                    await asyncio.sleep(0)
             else:
                 raise ProtocolViolation(f"expected `requests` or `cancel`, got {kind}")
-            await stream.wait_for_room()
         stream.half_close()
 
-    def _take(self, stream: ClientStream, requests: Any, num_bytes: int) -> None:
-        _check_number(requests)
+    def _take(self, stream: ClientStream, requests: Sequence[Any]) -> None:
         limits = self._limits
         for request in requests:
             stream.check_new(request.request_id)
             try:
-                if num_bytes > limits.max_message_bytes:
-                    raise InvalidSequence(f"message of {num_bytes} bytes: the limit is {limits.max_message_bytes}")
                 sequence = convert.sequence_from_message(
                     request,
                     vocab_size=self._scheduler.info.vocab_size,
@@ -242,14 +250,22 @@ class TeacherServicer:
             for message, outcomes in reply_messages(events, max_message_bytes=self._limits.max_message_bytes):
                 start = time.perf_counter()
                 with stream.sending(outcomes):
-                    await context.write(message)
+                    await _write(context, message)
                 metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
             _check_weights(wanted_weights, self._scheduler.info.weights_digest)
 
 
-def _check_number(requests: Sized) -> None:
+def _client(message: pb.Open) -> str:
+    """Who asks: the name of its token, or else what it calls itself."""
+    client_id: str = caller.get() or message.client_id
+    return client_id
+
+
+def _slices(requests: Sequence[T]) -> Iterator[Sequence[T]]:
+    """A message's requests in parts, each small enough to be handled at a time."""
     if len(requests) > MAX_MESSAGE_REQUESTS:
         raise ProtocolViolation(f"{len(requests)} requests in one message: the limit is {MAX_MESSAGE_REQUESTS}")
+    return (requests[start : start + SLICE] for start in range(0, len(requests), SLICE))
 
 
 def _check_weights(wanted: str, served: str) -> None:
@@ -276,6 +292,18 @@ def _expected(group: BaseExceptionGroup[BaseException]) -> LogitstreamError:
     return error
 
 
-async def _abort(context: Context, error: LogitstreamError) -> NoReturn:
-    await context.abort(status_of(error), str(error))
-    raise AssertionError("abort always raises")
+async def _write(context: Context, message: pb.StreamTargetsResponse) -> None:
+    try:
+        await context.write(message)
+    except aio.InternalError:
+        raise _ClientGone from None
+
+
+async def _abort(context: Context, error: LogitstreamError) -> None:
+    """End the call with `error`; where its client has gone, gRPC cancels it as soon as it has noticed as well."""
+    try:
+        if not isinstance(error, _ClientGone):
+            await context.abort(status_of(error), str(error))
+    except aio.InternalError:
+        pass
+    await asyncio.sleep(GONE_SECONDS)

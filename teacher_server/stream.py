@@ -19,12 +19,16 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.types import TargetSpec
+from teacher_server.accounts import Account, Accounts
 from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
 from teacher_server.scheduler import Scheduler
 from teacher_server.work import Scored
 
 MAX_STREAM_REQUESTS = 8192
 """Bounds what requests of a few tokens cost in bookkeeping, which their tokens do not."""
+MAX_UNREAD_REFUSALS = 1024
+SLICE = 64
+"""Requests or answers that are handled before others have their turn on the event loop."""
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ class Outcome:
 
     request_id: int
     num_tokens: int
+    was_taken: bool
     answer: Scored | RequestError
 
 
@@ -61,26 +66,31 @@ class ClientStream:
         scheduler: Scheduler,
         spec: TargetSpec,
         *,
-        client_id: str,
+        accounts: Accounts,
+        account: Account,
         stream_id: int,
-        max_in_flight_tokens: int,
         max_entries: int,
     ) -> None:
         self.spec = spec
-        self.client_id = client_id
+        self.client_id = account.client_id
         self.stream_id = stream_id
         self._scheduler = scheduler
         self._vocab_size = scheduler.info.vocab_size
         self._max_entries = max_entries
-        self._max_in_flight_tokens = max_in_flight_tokens
+        self._accounts = accounts
+        self._account = account
         self._futures: dict[int, asyncio.Future[Scored]] = {}
         self._unsent: dict[int, int] = {}  # request id -> tokens, until its answer is handed to gRPC
         self._num_sending = 0
         self._in_flight_tokens = 0
+        self._num_taken = 0
         self._events: deque[Event] = deque()
+        self._new_credit: CreditChanged | None = None
+        self._num_unread_refusals = 0
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._half_closed = False
+        self._closed = False
 
     @property
     def num_unsent(self) -> int:
@@ -97,13 +107,13 @@ class ClientStream:
         num_tokens = cost_in_tokens(request, self._vocab_size)
         try:
             self._check_entries(request)
-            self._check_credit(num_tokens)
+            self._check_room(num_tokens)
             future = self._scheduler.submit(request, client_id=self.client_id, priority=priority)
         except RequestError as error:
             self.refuse(request_id, error)
             return
         self._unsent[request_id] = num_tokens
-        self._in_flight_tokens += num_tokens
+        self._hold(num_tokens, 1)
         self._futures[request_id] = future
         future.add_done_callback(lambda done: self._done(request_id, done))
 
@@ -111,7 +121,8 @@ class ClientStream:
         """Answer a request that goes no further."""
         self._note_refusal(request_id, error)
         self._unsent[request_id] = 0
-        self._put(Outcome(request_id=request_id, num_tokens=0, answer=error))
+        self._num_unread_refusals += 1
+        self._put(Outcome(request_id=request_id, num_tokens=0, was_taken=False, answer=error))
 
     def cancel(self, request_id: int) -> None:
         """Forget a request that is not answered yet; unknown ids are those that crossed their answer on the way."""
@@ -120,8 +131,9 @@ class ClientStream:
             future.cancel()
 
     def offer_credit(self, max_in_flight_tokens: int) -> None:
-        """Tell the client a new bound; requests sent before it heard are still taken up to the first one."""
-        self._put(CreditChanged(max_in_flight_tokens))
+        """Tell the client a new bound; of several that it has not been told, the last."""
+        self._new_credit = CreditChanged(max_in_flight_tokens)
+        self._wake.set()
 
     def announce_drain(self, grace_seconds: float) -> None:
         """Tell the client to go elsewhere; the stream ends when what is in flight is answered."""
@@ -134,21 +146,22 @@ class ClientStream:
         self._wake.set()
 
     async def wait_for_room(self) -> None:
-        """Until few enough answers wait to be sent: a client that asks and does not read is not read from either."""
-        while len(self._events) > MAX_STREAM_REQUESTS:
+        """Until few enough refusals wait to be sent: a client that asks and does not read is not read from either."""
+        while self._num_unread_refusals > MAX_UNREAD_REFUSALS:
             self._room.clear()
             await self._room.wait()
 
     async def next_events(self) -> list[Event]:
-        """What has to be sent, at least one event; empty when the stream is over."""
-        while not self._events:
+        """What has to be sent next, one event to SLICE; empty when the stream is over."""
+        while not self._events and self._new_credit is None:
             if self._half_closed and not self._unsent:
                 return []
             self._wake.clear()
             await self._wake.wait()
-        events = list(self._events)
-        self._events.clear()
-        self._room.set()
+        events: list[Event] = [self._new_credit] if self._new_credit is not None else []
+        self._new_credit = None
+        while self._events and len(events) < SLICE:
+            events.append(self._events.popleft())
         return events
 
     @contextmanager
@@ -156,7 +169,11 @@ class ClientStream:
         """While the message of these answers is being written: from now on their ids and their credit are free."""
         for outcome in outcomes:
             self._unsent.pop(outcome.request_id, None)
-            self._in_flight_tokens -= outcome.num_tokens
+            if outcome.was_taken:
+                self._hold(-outcome.num_tokens, -1)
+            else:
+                self._num_unread_refusals -= 1
+        self._room.set()
         self._num_sending = len(outcomes)
         try:
             yield
@@ -167,6 +184,16 @@ class ClientStream:
         """Take back everything that is still in flight."""
         for future in list(self._futures.values()):
             future.cancel()
+        self._hold(-self._in_flight_tokens, -self._num_taken)
+        self._closed = True
+
+    def _hold(self, num_tokens: int, num_requests: int) -> None:
+        """Count what is in flight, here and for the client; at `close` all of it is given back."""
+        if not self._closed:
+            self._in_flight_tokens += num_tokens
+            self._num_taken += num_requests
+            self._account.num_tokens += num_tokens
+            self._account.num_requests += num_requests
 
     def _check_entries(self, request: ScoreRequest) -> None:
         entries = entries_bound(request, self._vocab_size)
@@ -176,10 +203,8 @@ class ClientStream:
                 "ask for shorter sequences or fewer entries a row"
             )
 
-    def _check_credit(self, num_tokens: int) -> None:
-        held, limit = self._in_flight_tokens, self._max_in_flight_tokens
-        if held and held + num_tokens > limit:
-            raise TooManyInFlight(f"{held} tokens in flight and {num_tokens} more: the stream's credit is {limit}")
+    def _check_room(self, num_tokens: int) -> None:
+        self._accounts.check_room(self._account, num_tokens, held_by_stream=self._in_flight_tokens)
         if len(self._unsent) >= MAX_STREAM_REQUESTS:
             raise TooManyInFlight(f"{len(self._unsent)} requests in flight: a stream may have {MAX_STREAM_REQUESTS}")
 
@@ -188,7 +213,7 @@ class ClientStream:
         num_tokens = self._unsent[request_id]
         if future.cancelled():
             del self._unsent[request_id]
-            self._in_flight_tokens -= num_tokens
+            self._hold(-num_tokens, -1)
             self._wake.set()
             return
         error = future.exception()
@@ -197,7 +222,7 @@ class ClientStream:
         if error is not None:
             self._note_refusal(request_id, error)
         answer = future.result() if error is None else error
-        self._put(Outcome(request_id=request_id, num_tokens=num_tokens, answer=answer))
+        self._put(Outcome(request_id=request_id, num_tokens=num_tokens, was_taken=True, answer=answer))
 
     def _note_refusal(self, request_id: int, error: RequestError) -> None:
         name = type(error).__name__

@@ -32,11 +32,11 @@ def _keepalive(seconds: float = KEEPALIVE_SECONDS, timeout_seconds: float = KEEP
 
 
 def server_options(max_message_bytes: int, *, max_streams: int = 256) -> Options:
-    """A message between max_message_bytes and twice that is refused in-band, a longer one by gRPC itself."""
+    """A longer message is refused by gRPC itself, before it is parsed: RESOURCE_EXHAUSTED."""
     return [
         *_keepalive(),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
-        ("grpc.max_receive_message_length", 2 * max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes + ENVELOPE_BYTES),
         ("grpc.max_send_message_length", max_message_bytes + ENVELOPE_BYTES),
         ("grpc.max_concurrent_streams", max_streams),
         ("grpc.max_metadata_size", 16 << 10),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import grpc
 import numpy as np
@@ -22,6 +23,7 @@ from teacher_server.backend import ScoreRequest
 from teacher_server.config import TeacherConfig
 from teacher_server.gate import HEALTH_SERVICE, SERVICE
 from teacher_server.server import TeacherServer
+from teacher_server.stream import SLICE, ClientStream, CreditChanged
 from tests.deaf_client import deaf_call
 from tests.fakes import FAKE_DIGEST, FakeBackend, fake_targets
 from tests.serving import SPEC, WireClient, sequence, serving
@@ -39,6 +41,12 @@ class Gated(FakeBackend):
         self.entered.set()
         assert self.gate.wait(20)
         return super().score(batch)
+
+
+def streams_of(server: TeacherServer) -> list[ClientStream]:
+    servicer = server._gate.servicer
+    assert servicer is not None
+    return list(servicer._streams)
 
 
 async def test_targets_come_back_as_the_backend_drew_them_and_name_the_weights() -> None:
@@ -86,16 +94,43 @@ async def test_bad_sequences_are_refused_in_band_and_the_others_on_the_stream_go
             assert codec.decode(results[100 + number].targets).num_rows == 1
 
 
-async def test_a_message_over_the_limit_is_refused_in_band_and_the_stream_goes_on() -> None:
+async def test_a_message_over_the_limit_ends_its_stream_and_no_other() -> None:
     limit = 64 << 10
-    async with serving(FakeBackend(), max_message_bytes=limit) as server, WireClient(server.address) as client:
+    async with (
+        serving(FakeBackend(), max_message_bytes=limit) as server,
+        WireClient(server.address) as client,
+        WireClient(server.address) as other,
+    ):
         await client.open()
-        await client.request({number: sequence(*[999] * 2000) for number in range(20)})
-        results = await client.receive(20)
-        assert {result.error.code for result in results.values()} == {"InvalidSequence"}
-        assert f"the limit is {limit}" in results[0].error.message
-        await client.request({100: sequence(1)})
-        assert (await client.receive(21))[100].targets
+        await other.open()
+        await client.request({number: sequence(*[999] * 2000) for number in range(100)})
+        status, _ = await client.finish()
+        assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await other.request({100: sequence(1)})
+        assert (await other.receive(1))[100].targets
+
+
+async def test_a_message_of_thousands_is_taken_and_answered_in_turns() -> None:
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        await client.open()
+        (stream,) = streams_of(server)
+        largest_step = 0
+
+        async def watch() -> None:
+            nonlocal largest_step
+            before = 0
+            while True:
+                before, step = stream.num_unsent, abs(stream.num_unsent - before)
+                largest_step = max(largest_step, step)
+                await asyncio.sleep(0)
+
+        watching = asyncio.ensure_future(watch())
+        bad = [pb.TargetRequest(request_id=number) for number in range(4000)]
+        good = [pb.TargetRequest(request_id=4000 + number, token_ids=[number % 1000]) for number in range(4000)]
+        await client.send(bad + good)
+        await client.receive(8000)
+        watching.cancel()
+        assert 0 < largest_step <= 2 * SLICE
 
 
 @pytest.mark.parametrize(
@@ -110,6 +145,11 @@ async def test_a_message_over_the_limit_is_refused_in_band_and_the_stream_goes_o
         ({"weights_digest": "cd" * 32}, grpc.StatusCode.FAILED_PRECONDITION, f"this server serves {FAKE_DIGEST}"),
         ({"client_id": "x" * 200}, grpc.StatusCode.INVALID_ARGUMENT, "at most 128 printable characters"),
         ({"client_id": "a\nb"}, grpc.StatusCode.INVALID_ARGUMENT, "printable"),
+        (
+            {"spec": pb.TargetSpec(sampler="x" * 1000)},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"sampler '{'x' * 64}': expected",
+        ),
         ({"spec": pb.TargetSpec(sampler="magic")}, grpc.StatusCode.INVALID_ARGUMENT, "unknown sampler 'magic'"),
         ({"spec": pb.TargetSpec(sampler="full")}, grpc.StatusCode.INVALID_ARGUMENT, "num_samples must lie in"),
     ],
@@ -258,9 +298,7 @@ async def test_an_id_and_its_credit_are_free_as_soon_as_the_client_has_the_answe
 async def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
     async with serving(FakeBackend()) as server, WireClient(server.address) as client:
         await client.open()
-        servicer = server._gate.servicer
-        assert servicer is not None
-        (stream,) = servicer._streams
+        (stream,) = streams_of(server)
         bad = [[pb.TargetRequest(request_id=4000 * turn + number) for number in range(4000)] for turn in range(50)]
 
         async def flood() -> None:
@@ -272,9 +310,88 @@ async def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
         for _ in range(50):
             await asyncio.sleep(0.02)
             most = max(most, stream.num_unsent)
-        assert most < 40_000
+        assert most < 2_000
         await client.receive(200_000, seconds=60)
         await flooding
+
+
+async def test_credits_that_nobody_reads_do_not_pile_up() -> None:
+    hello = pb.Open(client_id="deaf", vocab_size=1000, spec=convert.spec_to_message(SPEC))
+    message = pb.StreamTargetsRequest(open=hello).SerializeToString()
+    async with serving(FakeBackend(), drain_seconds=0.2) as server:
+        with deaf_call(server.address, f"/{SERVICE}/StreamTargets", message, half_close=False):
+            async with asyncio.timeout(5):
+                while not (streams := streams_of(server)):
+                    await asyncio.sleep(0.01)
+            for number in range(40):
+                streams[0].offer_credit(1000 + number)
+            events = await streams[0].next_events()
+            assert events == [CreditChanged(1039)]
+
+
+async def test_what_is_shared_and_what_is_not_read_counts_against_all_streams_of_its_client() -> None:
+    settings = {"max_queue_tokens": 2000, "max_in_flight_tokens": 2000, "max_sequence_tokens": 100}
+    backend = Gated()
+    async with serving(backend, **settings, drain_seconds=0.0) as server, AsyncExitStack() as stack:
+        for _ in range(8):
+            client = await stack.enter_async_context(WireClient(server.address))
+            await client.open(client_id="greedy")
+            await client.request({number: sequence(*[number] * 100) for number in range(30)})
+        async with asyncio.timeout(5):
+            while sum(len(stream._unsent) for stream in streams_of(server)) < 8:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        held = sum(stream._in_flight_tokens for stream in streams_of(server))
+        assert 2000 <= held <= 2000 + 8 * 100
+        backend.gate.set()
+
+
+async def test_a_client_that_is_gone_leaves_no_credit_behind() -> None:
+    backend = FakeBackend(entries_per_row=500)
+    async with serving(backend, max_in_flight_tokens=3000) as server, WireClient(server.address) as staying:
+        await staying.open()
+        for _ in range(5):
+            async with WireClient(server.address) as leaving:
+                await leaving.open()
+                await leaving.request({number: sequence(*[number] * 500) for number in range(6)})
+                await leaving.receive(1)
+        (account,) = server._gate.servicer._accounts._accounts.values()  # type: ignore[union-attr]
+        async with asyncio.timeout(5):
+            while account.num_streams > 1:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert (account.num_tokens, account.num_requests) == (0, 0)
+
+
+async def test_one_client_s_idle_streams_lock_no_other_out() -> None:
+    async with serving(FakeBackend(), max_streams=4) as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(WireClient(server.address)) for _ in range(4)]
+        for client in clients[:2]:
+            await client.open(client_id="greedy")
+        with pytest.raises(
+            (AssertionError, aio.AioRpcError), match="2 streams of client 'greedy' are open: the limit of a client is 2"
+        ):
+            await clients[2].open(client_id="greedy")
+        await clients[3].open(client_id="other")
+
+
+async def test_a_client_that_vanishes_while_it_is_written_to_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(FakeBackend(entries_per_row=500)) as server:
+        for way in ("cancelled", "cut off", "in violation"):
+            async with WireClient(server.address) as client:
+                await client.open()
+                await client.request({number: sequence(*[number] * 500) for number in range(20)})
+                await asyncio.sleep(0.2)
+                if way == "cut off":
+                    await client.channel.close()
+                elif way == "in violation":
+                    await client.send([pb.TargetRequest(request_id=1, token_ids=[1])] * 2)
+                    await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            while streams_of(server):
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_sequence_the_backend_fails_on_is_reported_without_the_backend_s_words() -> None:

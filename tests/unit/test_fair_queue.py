@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_server.fair_queue import FairQueue
+from teacher_server.fair_queue import FairQueue, Item
 
 
-def served(queue: FairQueue[str], count: int) -> list[str]:
+def served(queue: FairQueue[Item], count: int) -> list[Item]:
     return [queue.pop().item for _ in range(count)]
 
 
@@ -123,3 +124,21 @@ def test_a_client_that_cancels_all_it_asks_for_does_not_grow_the_queue() -> None
         queue.cancel(queue.push(number, client_id="x", cost=1, priority=5))
     assert len(queue._clients["x"].heap) < 200
     assert queue.pop().item == -1
+
+
+class Large:
+    """An item of which one can tell whether it is still there."""
+
+
+def test_what_is_cancelled_behind_what_waits_is_forgotten_at_once() -> None:
+    queue: FairQueue[Large] = FairQueue()
+    for _ in range(500):
+        queue.push(Large(), client_id="x", cost=1, priority=0)
+    cancelled: weakref.WeakSet[Large] = weakref.WeakSet()
+    for _ in range(5_000):
+        ticket = queue.push(Large(), client_id="x", cost=4096, priority=1)
+        cancelled.add(ticket.item)
+        queue.cancel(ticket)
+    assert len(queue._clients["x"].heap) <= 2 * 500 + 2
+    assert not cancelled
+    assert (queue.cost, len(served(queue, 500))) == (500, 500)

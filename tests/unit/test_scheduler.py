@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from logitstream.errors import RequestError, ScoringFailed, ServerDraining, TooManyInFlight
+from logitstream.errors import RequestError, ScoringFailed, ServerDraining
 from logitstream.types import SparseTargets
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.encoding import encoder
@@ -36,7 +36,7 @@ class GatedBackend(FakeBackend):
 
 @asynccontextmanager
 async def scheduling(backend: TeacherBackend, **settings: Any) -> AsyncIterator[Scheduler]:
-    options = {"max_batch_tokens": 100, "max_queue_tokens": 10_000} | settings
+    options = {"max_batch_tokens": 100} | settings
     scheduler = Scheduler(backend, encoder(b"", 1 << 20), **options)
     running = asyncio.ensure_future(scheduler.run())
     try:
@@ -130,20 +130,6 @@ async def test_what_nobody_waits_for_is_not_scored() -> None:
     assert scheduler.num_unfinished == 0
 
 
-async def test_the_queue_is_bounded_and_a_full_one_still_takes_other_clients() -> None:
-    backend = GatedBackend()
-    async with scheduling(backend, max_queue_tokens=200) as scheduler:
-        futures = [await hold(scheduler, backend)]
-        futures += [scheduler.submit(request(number), client_id="greedy") for number in range(20)]
-        with pytest.raises(TooManyInFlight, match="share of the queue is 200"):
-            scheduler.submit(request(100), client_id="greedy")
-        futures += [scheduler.submit(request(200 + number), client_id="other") for number in range(10)]
-        with pytest.raises(TooManyInFlight, match="share of the queue is 100"):
-            scheduler.submit(request(300), client_id="other")
-        backend.gate.set()
-        await asyncio.gather(*futures)
-
-
 def poison_13(batch: Sequence[ScoreRequest]) -> None:
     if any(one.sequence.token_ids[0] == 13 for one in batch):
         raise RuntimeError("boom")
@@ -224,7 +210,7 @@ async def test_a_backend_that_fails_on_everything_ends_the_server_and_blames_no_
         if broken.is_set():
             raise RuntimeError("device-side assert")
 
-    scheduler = Scheduler(FakeBackend(fault=maybe), encoder(b"", 1 << 20), max_batch_tokens=100, max_queue_tokens=1000)
+    scheduler = Scheduler(FakeBackend(fault=maybe), encoder(b"", 1 << 20), max_batch_tokens=100)
     running = asyncio.ensure_future(scheduler.run())
     await scheduler.submit(request(1), client_id="x")
     broken.set()
@@ -271,7 +257,7 @@ async def test_targets_that_cannot_be_encoded_fail_alone() -> None:
             raise OverflowError("inner detail")
         return b"ok"
 
-    scheduler = Scheduler(FakeBackend(), encode, max_batch_tokens=100, max_queue_tokens=1000)
+    scheduler = Scheduler(FakeBackend(), encode, max_batch_tokens=100)
     running = asyncio.ensure_future(scheduler.run())
     bad = scheduler.submit(request(1, length=11), client_id="x")
     good = scheduler.submit(request(1, length=12), client_id="x")

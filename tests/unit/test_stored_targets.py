@@ -31,7 +31,7 @@ def request(first: int, draw_set: int = 0) -> ScoreRequest:
 async def score(directory: Path, backend: FakeBackend, requests: list[ScoreRequest], max_bytes: int = 0) -> list[bytes]:
     """The answers of a server that begins and ends with these requests."""
     stored = StoredTargets(str(directory), max_bytes=max_bytes)
-    scheduler = Scheduler(backend, encoder(b"", 1 << 20), max_batch_tokens=100, max_queue_tokens=10_000, stored=stored)
+    scheduler = Scheduler(backend, encoder(b"", 1 << 20), max_batch_tokens=100, stored=stored)
     running = asyncio.ensure_future(scheduler.run())
     await scheduler.open_stored(SPEC)
     answers = await asyncio.gather(*(scheduler.submit(one, client_id="x") for one in requests))
@@ -139,7 +139,7 @@ def test_a_spec_has_a_directory_only_once_something_is_kept_and_few_caches_are_o
 
 async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_streams(tmp_path: Path) -> None:
     backend = FakeBackend()
-    async with serving(backend, cache=str(tmp_path), max_streams=2) as server:
+    async with serving(backend, cache=str(tmp_path), max_streams=2, max_client_streams=2) as server:
         assert server.scheduler is not None
         disk_is_free = threading.Event()
         server.scheduler._disk.submit(disk_is_free.wait, 20)

@@ -1,0 +1,68 @@
+"""What can be known to be wrong before anything is loaded: tokens, certificates, addresses, folders."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import ssl
+from pathlib import Path
+
+from teacher_server.access import bearer_tokens, split_address
+from teacher_server.config import TeacherConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_access(config: TeacherConfig) -> None:
+    """Raises ValueError or OSError where nobody could be let in: gRPC itself takes any key and fails each handshake."""
+    bearer_tokens(config.token_file, config.token_env)
+    if not config.tls_cert:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for setting, path in (
+        ("tls_cert", config.tls_cert),
+        ("tls_key", config.tls_key),
+        ("tls_client_ca", config.tls_client_ca),
+    ):
+        if path and not Path(path).is_file():
+            raise ValueError(f"{setting} {path} is no file")
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"tls_cert {config.tls_cert} and tls_key {config.tls_key} do not go together: {error}"
+        ) from error
+    try:
+        if config.tls_client_ca:
+            context.load_verify_locations(config.tls_client_ca)
+    except ssl.SSLError as error:
+        raise ValueError(f"tls_client_ca {config.tls_client_ca} holds no certificate: {error}") from error
+
+
+def check_places(config: TeacherConfig) -> None:
+    """Raises ValueError where a port cannot be bound or the watched folder is missing; a port in use is only noted."""
+    addresses = {"address": config.address, "health_address": config.health_address}
+    if config.metrics_port >= 0:
+        addresses["metrics_address"] = f"{config.metrics_address}:{config.metrics_port}"
+    for setting, address in addresses.items():
+        if address and not address.startswith("unix:"):
+            _bind(setting, address)
+    if config.watch_checkpoints and not Path(config.watch_checkpoints).is_dir():
+        raise ValueError(f"watch_checkpoints {config.watch_checkpoints} is no folder")
+
+
+def _bind(setting: str, address: str) -> None:
+    host, port = split_address(address)
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # else a server that has just ended is in the way
+            probe.bind(where)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise ValueError(f"{setting} {address} cannot be served: {error}") from error
+        log.warning("%s %s is in use, as by a server that runs already", setting, address)
