@@ -190,8 +190,8 @@ class Dispatcher:
             if request.replica is replica:
                 self._retry(request, replica, "unknown_weights", delay_seconds=0.0)
             return
-        lag = self.teacher.lag(answer.teacher_version, weights_digest)
-        if self.teacher.is_stale(answer.teacher_version, weights_digest):
+        lag = self.teacher.lag(weights_digest)
+        if self.teacher.is_stale(weights_digest):
             error = StaleTeacher(f"targets {lag} versions old, at most {self.teacher.max_teacher_lag} are allowed")
             self._refused(replica, request, error)
             return

@@ -45,7 +45,7 @@ class Fleet:
                 task.cancel()
         self.changed.set()
 
-    def unresolved(self, address: str, error: OSError) -> None:
+    def unresolved(self, address: str, error: Exception) -> None:
         """A look-up failed; the replicas known so far are kept."""
         if self._resolve_error is None:
             logger.warning("cannot resolve %s: %s", address, error)

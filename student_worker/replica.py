@@ -112,6 +112,8 @@ class Replica:
         """Whether the credit allows one more; a sequence beyond all credit is sent alone, and refused there."""
         if self.state != "ready" or self.gone:
             return False
+        if self._teacher.is_stale(self.described):  # one at a time, to see when it has caught up
+            return not self.in_flight and request.avoid is not self
         if not self.in_flight:
             return True
         if len(self.in_flight) >= MAX_STREAM_REQUESTS:
@@ -223,7 +225,7 @@ class Replica:
 
     async def _take(self, connection: TeacherConnection, answer: Answer) -> None:
         """Weights that changed while serving are described again before their first targets are used."""
-        if answer.error is None and self._teacher.fingerprint_digest(answer.weights_digest or self.described) is None:
+        if answer.error is None and self._teacher.is_news(answer.weights_digest or self.described, self.described):
             self.described = self._teacher.accept(self.address, await connection.describe())
         now = time.monotonic()
         self.has_answered = True

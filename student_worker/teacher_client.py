@@ -222,7 +222,7 @@ class GrpcTeacherClient:
         asyncio.run_coroutine_threadsafe(self._dispatcher.insist_on(fingerprint), self._loop).result()
 
     def is_stale(self, received: ReceivedTargets) -> bool:
-        return self._teacher.is_stale(received.teacher_version, received.weights_digest)
+        return self._teacher.is_stale(received.weights_digest)
 
     def close(self) -> None:
         if self._closed.is_set():
@@ -252,7 +252,7 @@ class GrpcTeacherClient:
             for address in self._names:
                 try:
                     self._resolved[address] = await self._resolve(address)
-                except OSError as error:
+                except (OSError, ValueError) as error:  # ValueError: what can be no name, for an empty label
                     self._dispatcher.fleet.unresolved(address, error)
             self._dispatcher.fleet.set_addresses([ip for ips in self._resolved.values() for ip in ips])
             await asyncio.sleep(self._resolve_seconds)

@@ -238,19 +238,56 @@ def test_targets_name_the_version_that_made_them_while_the_teacher_learns() -> N
             assert [one.key for one in received] == [request_key(digest, sequence, 0) for sequence in sequences]
             assert client.info.teacher_version == version
             teacher.send_signal(signal.SIGUSR1)
-        assert client.is_stale(ReceivedTargets(payload=b"", key=b"", teacher_version=0))
-        assert not client.is_stale(ReceivedTargets(payload=b"", key=b"", teacher_version=2))
+        of = [bytes.fromhex(fake_info(version=version).weights_digest)[:8] for version in range(4)]
+        received = [ReceivedTargets(payload=b"", key=b"", teacher_version=0, weights_digest=one) for one in of]
+        assert [client.is_stale(one) for one in received] == [True, False, False, False]
 
 
 def test_targets_of_weights_too_old_are_asked_for_elsewhere() -> None:
     sequences = make_sequences(40)
     with (
-        fake_teacher("--version", "1") as (_, old),
-        fake_teacher("--version", "5", "--seconds", "0.002") as (_, new),
+        fake_teacher() as (_, old),
+        fake_teacher("--seconds", "0.002") as (teacher, new),
         connected(old, new, max_teacher_lag=3) as client,
     ):
-        wait_until(lambda: client.info.teacher_version == 5)
-        assert versions(check_all(submit_all(client, sequences), sequences)) == {5}
+        for version in range(1, 5):
+            check_all(submit_all(client, sequences), sequences)
+            teacher.send_signal(signal.SIGUSR1)
+            wait_until(lambda version=version: version in versions(check_all(submit_all(client, sequences), sequences)))
+        assert versions(check_all(submit_all(client, sequences), sequences)) == {4}
+
+
+def test_a_server_that_has_started_again_is_not_taken_for_an_old_one() -> None:
+    """It has the newest weights as its first version, the other is still at its tenth."""
+    sequences = make_sequences(40)
+    with (
+        fake_teacher("--version", "10", "--seconds", "0.03") as (_, long_up),
+        fake_teacher("--weights", "newest", "--version", "1") as (_, restarted),
+        connected(long_up, restarted, max_teacher_lag=2) as client,
+    ):
+        wait_until(lambda: 1 in versions(check_all(submit_all(client, sequences), sequences)))
+
+
+def test_a_replica_that_falls_behind_is_used_again_once_it_has_caught_up() -> None:
+    sequences = make_sequences(40)
+    with (
+        fake_teacher("--version", "1") as (behind, first),
+        fake_teacher("--version", "1", "--seconds", "0.002") as (ahead, second),
+        connected(first, second, max_teacher_lag=1) as client,
+    ):
+        for version in (2, 3):
+            ahead.send_signal(signal.SIGUSR1)
+            wait_until(lambda version=version: version in versions(check_all(submit_all(client, sequences), sequences)))
+        assert versions(check_all(submit_all(client, sequences), sequences)) == {3}
+        for _ in range(2):
+            behind.send_signal(signal.SIGUSR1)
+        newest = bytes.fromhex(fake_info(version=3).weights_digest)[:8]
+        wait_until(
+            lambda: (
+                check_all(submit_all(client, sequences), sequences)
+                and {replica.described for replica in client._dispatcher.fleet.replicas} == {newest}
+            )
+        )
 
 
 def test_a_cancelled_request_frees_its_place() -> None:
@@ -347,9 +384,10 @@ def test_without_a_teacher_requests_and_the_handshake_end_with_the_address_and_t
             client.submit(make_sequences(1)[0]).result(SECONDS)
 
 
-def test_a_name_that_cannot_be_resolved_is_named() -> None:
-    cause = pytest.raises(TeacherUnavailable, match=r"cannot resolve no-such-host\.invalid:1")
-    with connected("no-such-host.invalid:1", connect_timeout_seconds=0.5) as client, cause:
+@pytest.mark.parametrize("name", ["no-such-host.invalid:1", "teacher..svc:1", f"{'x' * 64}.svc:1"])
+def test_a_name_that_cannot_be_resolved_is_named(name: str) -> None:
+    cause = pytest.raises(TeacherUnavailable, match=re.escape(f"cannot resolve {name}: "))
+    with connected(name, connect_timeout_seconds=0.5) as client, cause:
         client.info  # noqa: B018
 
 

@@ -59,12 +59,16 @@ def test_while_the_teacher_learns_only_its_weights_may_change() -> None:
 
 def test_lag_counts_from_the_newest_version_that_is_served() -> None:
     teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
-    old, new = fake_info(version=1), fake_info(version=5)
-    teacher.accept("old", old)
-    teacher.accept("new", new)
-    assert (teacher.lag(1, digest_of(old)), teacher.lag(5, digest_of(new))) == (4, 0)
-    assert teacher.is_stale(1, digest_of(old))
-    assert not teacher.is_stale(3, digest_of(fake_info(version=3)))
+    infos = [fake_info(version=version) for version in (1, 2, 6)]
+    for info in infos:
+        teacher.accept("learns", info)
+        teacher.accept("stays", infos[0])
+    assert [teacher.lag(digest_of(info)) for info in infos] == [5, 4, 0]
+    assert [teacher.is_stale(digest_of(info)) for info in infos] == [True, True, False]
+    assert teacher.info == infos[2]
+    teacher.left("learns")
+    assert not teacher.is_stale(digest_of(infos[0]))
+    assert teacher.is_stale(b"unheard")
 
 
 def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() -> None:
@@ -72,7 +76,7 @@ def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() ->
     newest = fake_info(version=7)
     teacher.accept("long up", newest)
     teacher.accept("just started", replace(newest, teacher_version=1))
-    assert teacher.lag(1, digest_of(newest)) == 0
+    assert teacher.lag(digest_of(newest)) == 0
 
 
 def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
@@ -81,15 +85,41 @@ def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
     teacher.left("only one")
     restarted = fake_info(weights="newer", version=0)
     teacher.accept("only one", restarted)
-    assert not teacher.is_stale(0, digest_of(restarted))
+    assert not teacher.is_stale(digest_of(restarted))
     assert teacher.info == restarted
+
+
+def test_a_server_that_starts_again_beside_others_is_as_old_as_its_weights_whatever_it_counts() -> None:
+    """`long up` has replaced its weights ten times; `restarted` loads the eleventh before it does."""
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
+    tenth, eleventh = fake_info(version=10), fake_info(version=11)
+    teacher.accept("long up", tenth)
+    teacher.accept("restarted", fake_info(weights="what it was started with"))
+    assert teacher.lag(digest_of(fake_info(weights="what it was started with"))) == 10
+    teacher.accept("restarted", replace(eleventh, teacher_version=1))
+    assert (teacher.lag(digest_of(tenth)), teacher.lag(digest_of(eleventh))) == (1, 0)
+    teacher.accept("long up", eleventh)
+    teacher.accept("long up", fake_info(version=12))
+    assert (teacher.lag(digest_of(tenth)), teacher.lag(digest_of(eleventh))) == (2, 1)
+
+
+def test_a_replica_describes_itself_again_for_later_weights_only() -> None:
+    teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
+    old, new = fake_info(version=1), fake_info(version=2)
+    teacher.accept("first", old)
+    teacher.accept("second", old)
+    assert teacher.is_news(digest_of(new), digest_of(old))
+    teacher.accept("first", new)
+    assert teacher.is_news(digest_of(new), digest_of(old))
+    assert not teacher.is_news(digest_of(old), digest_of(new))
+    assert not teacher.is_news(digest_of(new), digest_of(new))
 
 
 def test_any_version_is_taken_where_asked_to() -> None:
     teacher = KnownTeacher(STUDENT, max_teacher_lag=-1)
     teacher.accept("old", fake_info(version=0))
-    teacher.accept("new", fake_info(version=90))
-    assert not teacher.is_stale(0, digest_of(fake_info(version=0)))
+    teacher.accept("old", fake_info(version=90))
+    assert not teacher.is_stale(digest_of(fake_info(version=0)))
 
 
 def test_the_teacher_that_others_agreed_on_replaces_the_one_met_first() -> None:
