@@ -67,6 +67,12 @@ def read_audit(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def epochs_done(path: Path) -> int:
+    """By the log of a worker that may be writing to it."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return int(json.loads(whole.splitlines()[-1])["epoch"]) if whole else 0
+
+
 def work(settings: WorkerSettings) -> None:
     """Train until the stop file is there at the end of an epoch."""
     torch.set_num_threads(1)
@@ -102,7 +108,7 @@ def work(settings: WorkerSettings) -> None:
         for number, got in enumerate(stream, start=batch):
             check(got["targets"], got["input_ids"].numpy(), epoch)
             time.sleep(STEP_SECONDS)
-            rss = current_rss_bytes()
+            rss = rss_bytes("self")
             line = {"epoch": epoch, "batch": number, "sequences": batches[number], "rss": rss}
             os.write(audit, (json.dumps(line) + "\n").encode())
         epoch, batch = epoch + 1, 0
@@ -120,6 +126,6 @@ def check(targets: SparseTargets, input_ids: np.ndarray[Any, Any], epoch: int) -
     assert np.array_equal(targets.row_offsets, want.row_offsets)
 
 
-def current_rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def rss_bytes(process: int | str) -> int:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * resource.getpagesize()
