@@ -139,7 +139,7 @@ def measure(sides: dict[str, Callable[[], int]]) -> dict[str, dict[str, float]]:
 
 
 def replay(directory: Path, num_tokens: int, bytes_per_token: int) -> dict[str, Any]:
-    record_bytes = num_tokens * (bytes_per_token + 4)
+    record_bytes = num_tokens * (bytes_per_token + 2)
     num_records = REPLAYED_BYTES // record_bytes
     fill(directory, num_records=num_records, num_tokens=num_tokens, payload_bytes=num_tokens * bytes_per_token)
     reader = CacheReader(directory, FINGERPRINT)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from logitstream.cache.shard import SPAN_DTYPE, Spans
+from logitstream.cache.shard import FIRST_FORMAT, SPAN_DTYPE, Spans
 from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint
 
-FORMAT = "logitstream-cache/1"
+FORMAT = "logitstream-cache/2"
 MANIFEST = "manifest.json"
 ID_MODEL = "id_model.bin"
 INDEX_HEADER = struct.Struct("<8s3Q32s")
@@ -89,8 +89,8 @@ def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> di
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error}") from error
     manifest = parse(content, path)
-    if manifest.get("format") != FORMAT:
-        raise CacheError(f"{path}: expected format {FORMAT!r}, got {manifest.get('format')!r}")
+    if manifest.get("format") not in (FORMAT, FIRST_FORMAT):
+        raise CacheError(f"{path}: expected format {FORMAT!r} or {FIRST_FORMAT!r}, got {manifest.get('format')!r}")
     found = manifest_fingerprint(manifest, path)
     if fingerprint is not None and found != fingerprint:
         raise FingerprintMismatch(

@@ -15,7 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from logitstream.cache.manifest import remove_leftovers, write_entry
-from logitstream.cache.shard import END_OF_STREAM, Message, Spans, read_schema, scan, shard_schema, spans_of
+from logitstream.cache.shard import (
+    END_OF_STREAM,
+    Message,
+    Spans,
+    read_schema,
+    scan,
+    shard_schema,
+    spans_of,
+    token_width,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +37,7 @@ class OpenShard:
     def __init__(self, path: Path, fd: int, *, size: int, spans: list[Spans], manifest: dict[str, Any]) -> None:
         self.path, self.size, self.rows = path, size, sum(map(len, spans))
         self.schema = shard_schema(manifest)
+        self._width = token_width(manifest)
         self._fingerprint_digest: str = manifest["fingerprint_digest"]
         self._fd, self._spans = fd, spans
 
@@ -53,7 +63,7 @@ class OpenShard:
 
     def append(self, message: pa.Buffer, *, fsync: bool = False) -> None:
         """All of a record-batch message or, on an error, none of it."""
-        spans = spans_of(message, self.size)
+        spans = spans_of(message, self.size, self._width)
         self._write(memoryview(message))
         if fsync:
             os.fsync(self._fd)
@@ -111,7 +121,7 @@ def _recover_one(path: Path, manifest: dict[str, Any]) -> Path | None:
     if fd is None:
         return None
     size = os.fstat(fd).st_size
-    first, messages = read_schema(path, manifest), list(scan(path))
+    first, messages = read_schema(path, manifest), list(scan(path, token_width(manifest)))
     whole = messages[-1].start + messages[-1].size if messages else first
     if sum(message.size for message in messages) + first == whole and first:
         if os.pread(fd, size - whole, whole) not in (b"", END_OF_STREAM):

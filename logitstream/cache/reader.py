@@ -20,7 +20,7 @@ from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import manifest_fingerprint, read_id_model, read_manifest
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.remote import Mirror, is_remote, local_path
-from logitstream.cache.shard import Record, Spans, unpack_record
+from logitstream.cache.shard import Record, Spans, token_width, unpack_record
 from logitstream.cache.shard_file import Row, ShardFile, Span, payloads, read_spans
 from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_path, survey
 from logitstream.errors import CacheError, CacheMiss, CorruptRecord
@@ -66,6 +66,7 @@ class CacheReader:
             self.directory = self._mirror.staging
         self.manifest = read_manifest(self.directory, fingerprint)
         self.fingerprint = manifest_fingerprint(self.manifest, self.directory)
+        self._width = token_width(self.manifest)
         self.id_model = read_id_model(self.directory, self.fingerprint)
         self.damaged: set[bytes] = set()
         self._warned = False
@@ -340,17 +341,17 @@ class CacheReader:
         with self._lock:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 self._files.clear()
-            file = self._files[path] = _open_file(path, now.rebuilt.get(path))
+            file = self._files[path] = _open_file(path, self._width, now.rebuilt.get(path))
             return file
 
 
-def _open_file(path: str, rebuilt: Spans | None) -> ShardFile:
+def _open_file(path: str, width: int, rebuilt: Spans | None) -> ShardFile:
     if not path.endswith(OPEN_SUFFIX):
-        return ShardFile(path, index=index_path(path), spans=rebuilt)
+        return ShardFile(path, width, index=index_path(path), spans=rebuilt)
     try:
-        return ShardFile(path)
+        return ShardFile(path, width)
     except FileNotFoundError:  # sealed since it was found: the same bytes
-        return ShardFile(path.removesuffix(OPEN_SUFFIX))
+        return ShardFile(path.removesuffix(OPEN_SUFFIX), width)
 
 
 def _keys_digest(index: KeyIndex, firsts: npt.NDArray[np.uint32] | None) -> str:

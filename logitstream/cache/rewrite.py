@@ -15,7 +15,7 @@ import numpy.typing as npt
 from logitstream.cache.manifest import caches_in, read_manifest
 from logitstream.cache.open_shard import OPEN_SUFFIX, OpenShard, origin, recover
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import Record, Spans, encode_batch
+from logitstream.cache.shard import Record, Spans, encode_batch, token_width
 from logitstream.cache.shard_file import ShardFile
 from logitstream.cache.verify import Damage, check_sealed, missing_shards, other_fingerprint, shard_spans
 from logitstream.cache.writer import CacheWriter
@@ -169,7 +169,7 @@ def _replace(path: Path, spans: Spans, manifest: dict[str, Any]) -> int:
     if len(spans):
         writer_id, milliseconds = origin(path)
         shard = OpenShard.create(path.parent, writer_id, manifest, milliseconds=milliseconds)
-        file = ShardFile(str(path))
+        file = ShardFile(str(path), token_width(manifest))
         for start in range(0, len(spans), RECORDS_PER_BATCH):
             batch = list(file.records(spans[start : start + RECORDS_PER_BATCH], lambda _: None))
             if batch:

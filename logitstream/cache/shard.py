@@ -22,21 +22,30 @@ from xxhash import xxh3_64_intdigest as xxh3
 from logitstream.errors import CorruptRecord
 
 KEY_BYTES = 16
-INT32 = np.dtype("<i4")
+FIRST_FORMAT = "logitstream-cache/1"
+"""Of caches whose token ids take 4 bytes, however small the vocabulary."""
+TOKEN_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<i4")}
+"""By the bytes that a token id takes on disk."""
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 CONTINUATION = b"\xff\xff\xff\xff"
 MAX_SHARD_BYTES = 1 << 31
 """Spans are 32-bit offsets."""
 
-FIELDS = [
-    pa.field("key", pa.binary(KEY_BYTES), nullable=False),
-    pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-    pa.field("loss_mask", pa.binary(), nullable=False),
-    pa.field("payload", pa.binary(), nullable=False),
-    pa.field("draw_set", pa.uint64(), nullable=False),
-    pa.field("teacher_version", pa.uint64(), nullable=False),
-    pa.field("checksum", pa.uint64(), nullable=False),
-]
+SCHEMAS = {
+    width: pa.schema(
+        [
+            pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+            pa.field("token_ids", pa.list_(pa.from_numpy_dtype(dtype)), nullable=False),
+            pa.field("loss_mask", pa.binary(), nullable=False),
+            pa.field("payload", pa.binary(), nullable=False),
+            pa.field("draw_set", pa.uint64(), nullable=False),
+            pa.field("teacher_version", pa.uint64(), nullable=False),
+            pa.field("checksum", pa.uint64(), nullable=False),
+        ]
+    )
+    for width, dtype in TOKEN_DTYPES.items()
+}
+"""By the bytes of a token id."""
 
 HEAD = struct.Struct("<QQII")
 """After the key: draw set; teacher version; token bytes; mask bytes."""
@@ -44,7 +53,7 @@ HEAD_DTYPE = np.dtype(
     [("key", "V16"), ("draw_set", "<u8"), ("teacher_version", "<u8"), ("token_bytes", "<u4"), ("mask_bytes", "<u4")]
 )
 SPAN = struct.Struct("<16s6I3Q")
-"""key; start and number of payload bytes, of tokens (int32), of mask bytes; draw set; teacher version; checksum."""
+"""key; start and number of payload bytes, of tokens, of mask bytes; draw set; teacher version; checksum."""
 SPAN_DTYPE = np.dtype(
     [("key", "V16")]
     + [(f"{name}_{part}", "<u4") for name in ("payload", "tokens", "mask") for part in ("start", "count")]
@@ -53,10 +62,16 @@ SPAN_DTYPE = np.dtype(
 Spans = npt.NDArray[np.void]
 
 
+def token_width(manifest: dict[str, Any]) -> int:
+    """Bytes of a token id in a cache: 2 where the vocabulary allows it."""
+    small: bool = manifest["fingerprint"]["vocab_size"] <= 1 << 16 and manifest["format"] != FIRST_FORMAT
+    return 2 if small else 4
+
+
 def shard_schema(manifest: dict[str, Any]) -> pa.Schema:
     """The schema of every shard of a cache; its metadata names the fingerprint and the provenance."""
     named = {name: manifest[name] for name in ("format", "fingerprint", "fingerprint_digest", "provenance")}
-    return pa.schema(FIELDS, metadata={"logitstream": json.dumps(named, sort_keys=True)})
+    return SCHEMAS[token_width(manifest)].with_metadata({"logitstream": json.dumps(named, sort_keys=True)})
 
 
 def read_schema(path: Path, manifest: dict[str, Any]) -> int:
@@ -96,7 +111,8 @@ def checksum(key: bytes, tokens: bytes, mask: bytes, payload: bytes, draw_set: i
 
 def encode_batch(records: Sequence[Record], schema: pa.Schema) -> pa.Buffer:
     """One record-batch message."""
-    tokens = [np.ascontiguousarray(record.token_ids, dtype="<i4") for record in records]
+    dtype = schema.field("token_ids").type.value_type.to_pandas_dtype()
+    tokens = [np.ascontiguousarray(record.token_ids, dtype=dtype) for record in records]
     masks = [pack_mask(record.loss_mask) for record in records]
     offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
     checksums = [
@@ -115,23 +131,26 @@ def encode_batch(records: Sequence[Record], schema: pa.Schema) -> pa.Buffer:
     return pa.RecordBatch.from_arrays(columns, schema=schema).serialize()
 
 
-def spans_of(message: pa.Buffer, start: int) -> Spans:
-    """The spans of a record-batch message that lies at `start` in its shard; CorruptRecord if it is broken."""
+def spans_of(message: pa.Buffer, start: int, width: int) -> Spans:
+    """The spans of a record-batch message that lies at `start` in its shard; CorruptRecord if it is broken.
+
+    width: bytes of a token id.
+    """
     try:
-        batch = pa.ipc.read_record_batch(message, pa.schema(FIELDS))
+        batch = pa.ipc.read_record_batch(message, SCHEMAS[width])
     except (pa.ArrowException, OSError, MemoryError) as error:
         raise CorruptRecord(f"record batch at byte {start} cannot be read: {error}") from error
     spans = np.zeros(batch.num_rows, SPAN_DTYPE)
     base = message.address - start
-    for name, column, width in (("payload", "payload", 1), ("tokens", "token_ids", 4), ("mask", "loss_mask", 1)):
+    for name, column, size in (("payload", "payload", 1), ("tokens", "token_ids", width), ("mask", "loss_mask", 1)):
         buffers = batch.column(column).buffers()
         offsets = _numbers(buffers[1], "<i4", batch.num_rows + 1).astype(np.int64)
         counts = np.diff(offsets)
         data = buffers[-1]
-        available = data.size // width if data is not None else 0
+        available = data.size // size if data is not None else 0
         if len(counts) and (offsets[0] < 0 or counts.min() < 0 or offsets[-1] > available):
             raise CorruptRecord(f"record batch at byte {start}: offsets of {column} leave their column")
-        spans[f"{name}_start"] = (data.address - base if available else 0) + offsets[:-1] * width
+        spans[f"{name}_start"] = (data.address - base if available else 0) + offsets[:-1] * size
         spans[f"{name}_count"] = counts
     for column in ("draw_set", "teacher_version", "checksum"):
         spans[column] = _numbers(batch.column(column).buffers()[1], "<u8", batch.num_rows)
@@ -153,8 +172,8 @@ class Message(NamedTuple):
     spans: Spans
 
 
-def scan(path: Path, start: int = 0) -> Iterator[Message]:
-    """The readable record batches from byte `start` on, whatever lies between or after them."""
+def scan(path: Path, width: int, start: int = 0) -> Iterator[Message]:
+    """The readable record batches from byte `start` on, whatever lies between or after them; width: of a token id."""
     with pa.OSFile(str(path)) as file:
         end = file.size()
         while start < end:
@@ -170,7 +189,7 @@ def scan(path: Path, start: int = 0) -> Iterator[Message]:
             if message.type == "record batch":
                 file.seek(start)
                 with contextlib.suppress(CorruptRecord):
-                    yield Message(start, stop - start, spans_of(file.read_buffer(stop - start), start))
+                    yield Message(start, stop - start, spans_of(file.read_buffer(stop - start), start, width))
             start = stop
 
 
@@ -190,7 +209,8 @@ def _next_message(path: Path, start: int) -> int:
 
 def unpack_record(span: tuple[Any, ...], tokens: bytes, mask: bytes, payload: bytes) -> Record:
     """The record of a span and its parts."""
-    token_ids = np.frombuffer(tokens, INT32)
+    width = len(tokens) // span[4] if span[4] else 4
+    token_ids = np.frombuffer(tokens, TOKEN_DTYPES[width]).astype(np.int32, copy=False)
     loss_mask = unpack_mask(mask, len(token_ids)) if mask else None
     return Record._make((span[0], token_ids, loss_mask, payload, span[7], span[8]))  # faster than Record(…)
 
@@ -200,11 +220,11 @@ def unpack_mask(mask: bytes, num_tokens: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(mask, np.uint8), count=num_tokens, bitorder="little").astype(bool)
 
 
-def heads_of(spans: Spans) -> list[bytes]:
-    """What `checksum` hashes first, of each span."""
+def heads_of(spans: Spans, width: int) -> list[bytes]:
+    """What `checksum` hashes first, of each span; width: bytes of a token id."""
     heads = np.empty(len(spans), HEAD_DTYPE)
     for name in ("key", "draw_set", "teacher_version"):
         heads[name] = spans[name]
-    heads["token_bytes"], heads["mask_bytes"] = 4 * spans["tokens_count"], spans["mask_count"]
+    heads["token_bytes"], heads["mask_bytes"] = width * spans["tokens_count"], spans["mask_count"]
     packed: list[bytes] = heads.view(f"V{HEAD_DTYPE.itemsize}").tolist()
     return packed

@@ -19,7 +19,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.manifest import INDEX_HEADER
-from logitstream.cache.shard import HEAD, INT32, SPAN, Record, Spans, heads_of, unpack_mask, unpack_record
+from logitstream.cache.shard import HEAD, SPAN, TOKEN_DTYPES, Record, Spans, heads_of, unpack_mask, unpack_record
 from logitstream.errors import CorruptRecord
 
 BLOCK_BYTES = 1 << 19
@@ -40,9 +40,10 @@ Range = tuple[int, int]
 class ShardFile:
     """A shard and its index, open for reading; closed once nobody holds it any more."""
 
-    def __init__(self, path: str, *, index: str | None = None, spans: Spans | None = None) -> None:
-        """index: path of a sealed shard's index; spans: what takes its place where it is damaged."""
+    def __init__(self, path: str, width: int, *, index: str | None = None, spans: Spans | None = None) -> None:
+        """width: bytes of a token id; index: path of a sealed shard's; spans: what takes its place if it is damaged."""
         self.fd = self.index = -1
+        self.width = width
         self._spans = spans
         self.fd = os.open(path, os.O_RDONLY)
         if index is not None and spans is None:
@@ -67,10 +68,10 @@ class ShardFile:
     def record(self, span: Span) -> Parts:
         """The record of a span; CorruptRecord where its bytes do not match its checksum, OSError where none come."""
         key, at, num_bytes, tokens_at, num_tokens, mask_at, mask_bytes, draw_set, version, wanted = span
-        tokens = os.pread(self.fd, 4 * num_tokens, tokens_at)
+        tokens = os.pread(self.fd, self.width * num_tokens, tokens_at)
         mask = os.pread(self.fd, mask_bytes, mask_at) if mask_bytes else b""
         payload = os.pread(self.fd, num_bytes, at)
-        head = key + HEAD.pack(draw_set, version, 4 * num_tokens, mask_bytes)
+        head = key + HEAD.pack(draw_set, version, len(tokens), mask_bytes)
         found = xxh3(payload, xxh3(mask, xxh3(tokens, xxh3(head))))  # `checksum`, without the call
         if found != wanted:
             raise CorruptRecord(f"record {key.hex()}: expected checksum {wanted:016x}, got {found:016x}")
@@ -83,20 +84,21 @@ class ShardFile:
         """
         new_record = tuple.__new__  # half of what Record(…) takes
         for start in range(0, len(spans), SPANS_AT_A_TIME):
-            for ranges, rows in _blocks(spans[start : start + SPANS_AT_A_TIME], start):
+            for ranges, rows in _blocks(spans[start : start + SPANS_AT_A_TIME], start, self.width):
                 try:
                     token_bytes, masks, payloads = map(self._read, ranges)
                 except OSError:
                     yield from self._one_by_one(spans, [row[0] for row in rows], damaged)
                     continue
-                tokens: Any = np.frombuffer(token_bytes, INT32)
+                stored: Any = np.frombuffer(token_bytes, TOKEN_DTYPES[self.width])
+                tokens: Any = stored.astype(np.int32, copy=False)
                 mask, loss_mask = b"", None
                 for row, key, t0, t1, mask_ends, p0, p1, draw_set, version, seed, wanted in rows:
                     token_ids, payload = tokens[t0:t1], payloads[p0:p1]
                     if masks:
                         mask = masks[slice(*mask_ends)]
                         loss_mask = unpack_mask(mask, t1 - t0) if mask else None
-                    if xxh3(payload, xxh3(mask, xxh3(token_ids, seed))) == wanted:  # `checksum`, without the calls
+                    if xxh3(payload, xxh3(mask, xxh3(stored[t0:t1], seed))) == wanted:  # `checksum`, without the calls
                         yield new_record(Record, (key, token_ids, loss_mask, payload, draw_set, version))
                     else:
                         damaged(row)
@@ -137,7 +139,7 @@ def payloads(keys: Sequence[bytes], located: Sequence[tuple[ShardFile, Span] | N
         payload = None
         if one is not None and one[1][0] == wanted_key:
             file, (key, at, num_bytes, tokens_at, num_tokens, mask_at, mask_bytes, draw_set, version, wanted) = one
-            fd, token_bytes = file.fd, 4 * num_tokens
+            fd, token_bytes = file.fd, file.width * num_tokens
             try:
                 seed = xxh3(
                     pread(fd, token_bytes, tokens_at), xxh3(key + pack(draw_set, version, token_bytes, mask_bytes))
@@ -151,19 +153,21 @@ def payloads(keys: Sequence[bytes], located: Sequence[tuple[ShardFile, Span] | N
         yield payload
 
 
-def _blocks(spans: Spans, first_row: int) -> Iterator[tuple[tuple[Range, Range, Range], Iterator[tuple[Any, ...]]]]:
+def _blocks(
+    spans: Spans, first_row: int, width: int
+) -> Iterator[tuple[tuple[Range, Range, Range], Iterator[tuple[Any, ...]]]]:
     """Cut spans into blocks: where a block's tokens, masks and payloads lie, and what to take out of them.
 
     A row is its number, key, the ends of its tokens, mask and payload within the block's, draw set, version, hash of
     its head, and checksum.
     """
-    cuts = _cuts(spans)
-    token_ranges, *token_ends = _within(spans, "tokens", cuts, width=4)
+    cuts = _cuts(spans, width)
+    token_ranges, *token_ends = _within(spans, "tokens", cuts, width=width)
     mask_ranges, *mask_ends = _within(spans, "mask", cuts)
     payload_ranges, *payload_ends = _within(spans, "payload", cuts)
     masks = zip(*mask_ends, strict=True) if spans["mask_count"].any() else repeat((0, 0))
     rest = (spans[name].tolist() for name in ("draw_set", "teacher_version"))
-    seeds, wanted = map(xxh3, heads_of(spans)), spans["checksum"].tolist()
+    seeds, wanted = map(xxh3, heads_of(spans, width)), spans["checksum"].tolist()
     ends = (*token_ends, masks, *payload_ends)
     rows = zip(count(first_row), spans["key"].tolist(), *ends, *rest, seeds, wanted, strict=False)
     ranges = zip(token_ranges, mask_ranges, payload_ranges, strict=True)
@@ -171,12 +175,12 @@ def _blocks(spans: Spans, first_row: int) -> Iterator[tuple[tuple[Range, Range, 
         yield block, islice(rows, stop - first)
 
 
-def _cuts(spans: Spans) -> list[int]:
+def _cuts(spans: Spans, width: int) -> list[int]:
     """First rows of the blocks, and the end: in a block tokens, masks and payloads each follow one another."""
     cut = np.zeros(len(spans) + 1, bool)
     size = np.zeros(len(spans), np.int64)
-    for part, width in (("tokens", 4), ("mask", 1), ("payload", 1)):
-        part_size = width * spans[f"{part}_count"].astype(np.int64)
+    for part, unit in (("tokens", width), ("mask", 1), ("payload", 1)):
+        part_size = unit * spans[f"{part}_count"].astype(np.int64)
         cut[1:-1] |= (spans[f"{part}_start"] + part_size)[:-1] != spans[f"{part}_start"][1:]
         size += part_size
     cut[1:-1] |= np.diff(np.cumsum(size) // BLOCK_BYTES) > 0

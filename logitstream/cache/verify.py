@@ -24,7 +24,7 @@ from logitstream.cache.manifest import (
 )
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import END_OF_STREAM, SPAN_DTYPE, Spans, read_schema, scan
+from logitstream.cache.shard import END_OF_STREAM, SCHEMAS, SPAN_DTYPE, Spans, read_schema, scan, token_width
 from logitstream.cache.shard_file import ShardFile
 from logitstream.errors import CacheError
 
@@ -84,7 +84,7 @@ def shard_spans(path: Path, manifest: dict[str, Any] | None) -> tuple[Spans, str
     try:
         return read_index(path.with_suffix(".index"), digest, path.stat().st_size), ""
     except CacheError as error:
-        parts = [message.spans for message in scan(path)]
+        parts = [message.spans for message in scan(path, _width(path, manifest))]
         return np.concatenate([np.zeros(0, SPAN_DTYPE), *parts]), str(error)
 
 
@@ -97,6 +97,16 @@ def other_fingerprint(path: Path, manifest: dict[str, Any]) -> str:
     except (pa.ArrowException, OSError, EOFError, MemoryError, CacheError, KeyError, TypeError, ValueError):
         return ""
     return "" if found == manifest["fingerprint_digest"] else found
+
+
+def _width(path: Path, manifest: dict[str, Any] | None) -> int:
+    """Bytes of a token id, by the manifest or else by the shard's own head."""
+    if manifest is not None:
+        return token_width(manifest)
+    with contextlib.suppress(pa.ArrowException, OSError, EOFError, MemoryError), pa.OSFile(str(path)) as file:
+        schema = pa.ipc.read_schema(file)
+        return next((width for width, known in SCHEMAS.items() if schema.equals(known)), 4)
+    return 4
 
 
 def missing_shards(directory: Path) -> list[Path]:
@@ -143,7 +153,7 @@ def check_sealed(
     except (CacheError, FileNotFoundError) as error:
         damage.problems.append(str(error))
         entry = {}
-    bad = _check_records(path, spans, damage)
+    bad = _check_records(path, spans, _width(path, manifest), damage)
     if bad:
         damage.problems.append(f"{path.name}: {len(bad)} of {len(spans)} records are damaged")
     found = _sha256(path, progress)
@@ -157,13 +167,13 @@ def check_sealed(
 
 def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, progress: Progress) -> None:
     """An open shard has no checksum as a whole: between its records only what breaks their layout is found."""
-    messages = list(scan(path))
+    messages = list(scan(path, width := _width(path, manifest)))
     end = read_schema(path, manifest) if manifest is not None else (messages[0].start if messages else 0)
     for message in messages:
         if message.start != end:
             damage.problems.append(f"{path.name}: bytes {end} to {message.start} cannot be read")
         end = message.start + message.size
-        bad = _check_records(path, message.spans, damage)
+        bad = _check_records(path, message.spans, width, damage)
         if bad:
             damage.problems.append(f"{path.name}: {len(bad)} records of the batch at byte {message.start} are damaged")
     size = path.stat().st_size
@@ -172,10 +182,10 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
     progress(size)
 
 
-def _check_records(path: Path, spans: Spans, damage: Damage) -> list[int]:
+def _check_records(path: Path, spans: Spans, width: int, damage: Damage) -> list[int]:
     """Read a shard's records; the rows of the damaged ones."""
     bad: list[int] = []
-    whole = sum(1 for _ in ShardFile(str(path)).records(spans, bad.append))
+    whole = sum(1 for _ in ShardFile(str(path), width).records(spans, bad.append))
     damage.damaged_keys.update(spans["key"][row].tobytes() for row in bad)
     damage.whole_records += whole
     return bad

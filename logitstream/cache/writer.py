@@ -18,7 +18,7 @@ from logitstream import metrics
 from logitstream.cache.manifest import create_manifest
 from logitstream.cache.open_shard import OpenShard, recover, tree_bytes
 from logitstream.cache.remote import Mirror, is_remote, local_path
-from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, Record, encode_batch
+from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, TOKEN_DTYPES, Record, encode_batch, token_width
 from logitstream.types import Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class CacheWriter:
             )
         self.directory = local_path(directory)
         self._name = str(directory)
+        self._vocab_size, self._width = fingerprint.vocab_size, 4
         self.disabled = ""
         self._limits = (max_bytes, shard_bytes, batch_bytes)
         self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
@@ -88,6 +89,7 @@ class CacheWriter:
             self._manifest = create_manifest(
                 self.directory, fingerprint, provenance=provenance or {}, id_model=id_model
             )
+            self._width = token_width(self._manifest)
             recover(self.directory, self._manifest)
             if self._mirror is not None:
                 self._mirror.push_head()
@@ -116,13 +118,21 @@ class CacheWriter:
             if not self._pending:
                 self._pending_since = time.monotonic()
             mask = None if loss_mask is None else np.array(loss_mask, bool)  # copies: the caller may reuse its arrays
-            record = Record(key, np.array(token_ids, np.int32), mask, bytes(payload), draw_set, teacher_version)
+            record = Record(key, self._checked(token_ids), mask, bytes(payload), draw_set, teacher_version)
             self._pending.append(record)
-            self._pending_bytes += len(payload) + 4 * len(token_ids)
+            self._pending_bytes += len(payload) + self._width * len(token_ids)
             old = time.monotonic() - self._pending_since > MAX_PENDING_SECONDS
             if self._pending_bytes >= self._limits[2] or old:
                 return self.flush()
             return True
+
+    def _checked(self, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+        """A copy as it is stored; ValueError where it is not the same."""
+        stored = np.array(token_ids).astype(TOKEN_DTYPES[self._width])
+        if not np.array_equal(stored, token_ids):
+            low, high = min(token_ids), max(token_ids)
+            raise ValueError(f"expected token ids of a vocabulary of {self._vocab_size}, got {low} to {high}")
+        return stored
 
     def flush(self) -> bool:
         """Write what is pending: True where everything that was put is on disk."""

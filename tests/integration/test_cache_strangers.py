@@ -49,7 +49,7 @@ def test_datasets_opens_an_open_shard_too(tmp_path: Path) -> None:
 
 def test_a_records_checksum_is_as_documented(directory: Path) -> None:
     for row in shard_rows(directory):
-        tokens = np.array(row["token_ids"], "<i4").tobytes()
+        tokens = np.array(row["token_ids"], "<u2").tobytes()
         numbers = int(row["draw_set"]).to_bytes(8, "little") + int(row["teacher_version"]).to_bytes(8, "little")  # type: ignore[call-overload]
         lengths = len(tokens).to_bytes(4, "little") + len(row["loss_mask"]).to_bytes(4, "little")  # type: ignore[arg-type]
         value = 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from logitstream.cache import CacheReader, CacheWriter, Record
+from logitstream.cache.manifest import create_manifest, parse, render
+from logitstream.cache.verify import verify
 from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 
@@ -83,6 +86,68 @@ def test_what_was_flushed_is_read_while_the_writer_goes_on(tmp_path: Path) -> No
     reader.refresh()
     assert len(reader) == 20
     assert [reader.get(record.key) for record in second] == [record.payload for record in second]
+
+
+def first_format(directory: Path, known: Fingerprint) -> None:
+    """Make a new cache one of the first format, whose token ids take 4 bytes whatever the vocabulary."""
+    create_manifest(directory, known, provenance={})
+    path = directory / "manifest.json"
+    path.write_bytes(render(parse(path.read_bytes(), path) | {"format": "logitstream-cache/1"}))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "old", "stored"),
+    [(1000, False, pa.uint16()), (65_536, False, pa.uint16()), (65_537, False, pa.int32()), (1000, True, pa.int32())],
+)
+def test_token_ids_take_two_bytes_where_the_vocabulary_allows_it(
+    tmp_path: Path, vocab_size: int, old: bool, stored: pa.DataType
+) -> None:
+    """By every way of reading they are int32; caches of the first format are read and written on as they are."""
+    known = fingerprint(vocab_size=vocab_size)
+    rng = np.random.default_rng(0)
+    records = make_records(40, digest=known.digest)
+    records.append(Record(rng.bytes(16), np.array([0, vocab_size - 1], np.int32), None, b"payload", 0))
+    records.append(Record(rng.bytes(16), np.zeros(0, np.int32), None, b"nothing", 0))
+    if old:
+        first_format(tmp_path, known)
+    for part in (records[:20], records[20:]):
+        with CacheWriter(tmp_path, known, batch_bytes=500) as writer:
+            put_all(writer, part)
+    for path in tmp_path.glob("*.arrow"):
+        with pa.OSFile(str(path)) as file:
+            assert pa.ipc.open_stream(file).schema.field("token_ids").type == pa.list_(stored)
+    open_writer = CacheWriter(tmp_path, known)
+    put_all(open_writer, more := make_records(5, seed=1, digest=known.digest))
+    assert open_writer.flush()
+    reader = CacheReader(tmp_path, known)
+    for record in records + more:
+        assert_same(reader.get_record(record.key), record)
+        assert reader.get_record(record.key).token_ids.dtype == np.int32
+    found = {record.key: record for record in reader.records()}
+    for record in records + more:
+        assert_same(found[record.key], record)
+        assert found[record.key].token_ids.dtype == np.int32
+    assert list(reader.get_many([r.key for r in records])) == [r.payload for r in records]
+    open_writer.close()
+    for index in tmp_path.glob("*.index"):
+        index.unlink()  # found again in the shards themselves
+    assert {r.key: r.payload for r in CacheReader(tmp_path).records()} == {r.key: r.payload for r in records + more}
+    verify_damage = verify(tmp_path)
+    assert (verify_damage.whole_records, verify_damage.lost_keys) == (len(records) + len(more), [])
+
+
+@pytest.mark.parametrize("ids", [[70_000], [-1], [3, 65_536]])
+def test_token_ids_that_are_none_of_the_vocabulary_are_refused_not_cut(tmp_path: Path, ids: list[int]) -> None:
+    with CacheWriter(tmp_path, fingerprint()) as writer, pytest.raises(ValueError, match="vocabulary of 1000, got"):
+        writer.put(bytes(16), np.array(ids, np.int32), None, b"", 0)
+
+
+def test_a_format_of_later_is_refused(tmp_path: Path) -> None:
+    first_format(tmp_path, fingerprint())
+    path = tmp_path / "manifest.json"
+    path.write_bytes(render(parse(path.read_bytes(), path) | {"format": "logitstream-cache/3"}))
+    with pytest.raises(CacheError, match="expected format 'logitstream-cache/2' or 'logitstream-cache/1', got"):
+        CacheReader(tmp_path)
 
 
 def test_the_order_of_records_is_the_same_however_they_were_written(tmp_path: Path) -> None:

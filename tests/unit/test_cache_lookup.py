@@ -140,7 +140,7 @@ def test_records_of_any_size_come_in_order_whatever_the_batches(tmp_path: Path, 
     path, spans = shard_and_spans(reader)
     keep = np.random.default_rng(1).permutation(len(spans))[:50]  # neither neighbours nor in order
     bad: list[int] = []
-    for found, number in zip(ShardFile(str(path)).records(spans[keep], bad.append), keep, strict=True):
+    for found, number in zip(ShardFile(str(path), 2).records(spans[keep], bad.append), keep, strict=True):
         assert_same(found, records[number])
     assert bad == []
 
@@ -160,7 +160,7 @@ def test_every_flipped_byte_and_every_cut_of_a_shard_is_noticed_by_all_ways_of_r
     path, spans = shard_and_spans(reader)
     content = path.read_bytes()
     covered = np.zeros(len(content), bool)
-    for part, width in (("tokens", 4), ("mask", 1), ("payload", 1)):
+    for part, width in (("tokens", 2), ("mask", 1), ("payload", 1)):
         for start, size in zip(spans[f"{part}_start"].tolist(), spans[f"{part}_count"].tolist(), strict=True):
             covered[start : start + width * size] = True
     fd = os.open(path, os.O_RDWR)
@@ -218,7 +218,7 @@ def test_a_sealed_shard_that_cannot_be_read_gives_missing_records(tmp_path: Path
 def test_where_a_block_cannot_be_read_each_record_is_tried_alone(tmp_path: Path) -> None:
     _, spans = shard_and_spans(write(tmp_path, make_records(20)))
     bad: list[int] = []
-    assert list(ShardFile(str(tmp_path)).records(spans, bad.append)) == []  # a folder cannot be read
+    assert list(ShardFile(str(tmp_path), 2).records(spans, bad.append)) == []  # a folder cannot be read
     assert bad == list(range(20))
 
 
@@ -255,7 +255,7 @@ def recover_damaged(writer: CacheWriter, directory: Path) -> None:
     """Something lies between two batches: they go to a new shard."""
     (path,) = directory.glob("*.open")
     writer._shard.abandon()  # type: ignore[union-attr]
-    *_, last = scan(path)
+    *_, last = scan(path, 2)
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content[: last.start] + bytes(64) + content[last.start :])

@@ -101,7 +101,7 @@ def test_a_live_writers_shard_is_left_alone(tmp_path: Path) -> None:
 def test_batches_around_damage_in_an_open_shard_are_kept(tmp_path: Path) -> None:
     writer, path, _ = flush_in_threes(tmp_path)
     writer._shard.abandon()  # type: ignore[union-attr]
-    messages = list(scan(path))
+    messages = list(scan(path, 2))
     content = bytearray(path.read_bytes())
     content[messages[2].start : messages[2].start + 40] = bytes(40)
     path.write_bytes(content)
