@@ -30,6 +30,8 @@ from teacher_server.work import Key, Scored, Work
 MAX_ENCODING_BATCHES = 2
 """Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
 MAX_REMEMBERED_FAILURES = 1024
+SLICE = 64
+"""Requests or answers that are handled before others have their turn on the event loop."""
 
 CLOSE_SECONDS = 5.0
 """How long the running batch may take once nobody waits for it."""
@@ -223,11 +225,13 @@ class Scheduler:
             answers = await loop.run_in_executor(self._encoders, encode_all, self._encode, results, specs)
         finally:
             self._encoding.release()
-        for work, answer in zip(batch, answers, strict=True):
+        for number, (work, answer) in enumerate(zip(batch, answers, strict=True), start=1):
             if isinstance(answer, bytes):
                 self._answer(work, answer, info)
             else:
                 self._refuse(work, answer)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
         if self._stored is not None:
             scored = [
                 (work.request, answer) for work, answer in zip(batch, answers, strict=True) if isinstance(answer, bytes)

@@ -79,8 +79,8 @@ class TeacherServer:
 
     async def run(self) -> None:
         """Bind, load, serve until `stop`, drain. Raises what the backend's loading raises."""
-        await self._listen()
         try:
+            await self._listen()
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
             loading: asyncio.Future[Any] = _in_thread(self._load)
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -232,6 +232,9 @@ def serve(
         nonlocal server
         workers = ThreadPoolExecutor(thread_name_prefix=WORKERS)
         asyncio.get_running_loop().set_default_executor(workers)
+        if config.metrics_port >= 0:
+            port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
+            log.info("metrics on %s:%d", config.metrics_address, port)
         server = TeacherServer(
             config,
             make_backend,
@@ -241,9 +244,6 @@ def serve(
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
-        if config.metrics_port >= 0:
-            port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
-            log.info("metrics on %s:%d", config.metrics_address, port)
         await server.run()
         await _leave_threads(server, workers)
 

@@ -32,8 +32,8 @@ from teacher_server.access import caller
 from teacher_server.accounts import Accounts
 from teacher_server.backend import ScoreRequest
 from teacher_server.replies import reply_messages
-from teacher_server.scheduler import Scheduler
-from teacher_server.stream import SLICE, ClientStream
+from teacher_server.scheduler import SLICE, Scheduler
+from teacher_server.stream import ClientStream
 
 OPEN_TIMEOUT_SECONDS = 30.0
 GONE_SECONDS = 10.0

@@ -21,14 +21,12 @@ from logitstream.errors import (
 from logitstream.types import TargetSpec
 from teacher_server.accounts import Account, Accounts
 from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
-from teacher_server.scheduler import Scheduler
+from teacher_server.scheduler import SLICE, Scheduler
 from teacher_server.work import Scored
 
 MAX_STREAM_REQUESTS = 8192
 """Bounds what requests of a few tokens cost in bookkeeping, which their tokens do not."""
 MAX_UNREAD_REFUSALS = 1024
-SLICE = 64
-"""Requests or answers that are handled before others have their turn on the event loop."""
 
 log = logging.getLogger(__name__)
 

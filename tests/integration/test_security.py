@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,52 @@ async def test_a_changed_token_file_counts_at_once_and_a_vanished_one_changes_no
         assert await refusal(server.address, token="old") is grpc.StatusCode.UNAUTHENTICATED
         token_file.unlink()
         assert await works(server.address, token="new")
+
+
+def test_a_token_file_that_could_not_be_read_once_is_read_again(tmp_path: Path) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text("old")
+    tokens = BearerTokens(path=token_file)
+    partial = tmp_path / "tokens.partial"
+    partial.write_text("new")
+    partial.rename(token_file)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, files[1]))
+    try:
+        assert tokens.name_of("Bearer old") == ""
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    assert tokens.name_of("Bearer new") == ""
+    assert tokens.name_of("Bearer old") is None
+
+
+def test_a_token_file_that_grows_within_one_tick_of_the_clock_is_read_again(tmp_path: Path) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text("begun")
+    written = token_file.stat().st_mtime_ns
+    tokens = BearerTokens(path=token_file)
+    token_file.write_text("begun and done\nsecond")
+    os.utime(token_file, ns=(written, written))
+    assert tokens.name_of("Bearer second") == ""
+
+
+async def test_a_token_with_a_name_makes_one_client_of_whatever_its_holder_calls_itself(tmp_path: Path) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text("one team a\ntwo\n")
+    async with serving(FakeBackend(), token_file=str(token_file), max_streams=6) as server, AsyncExitStack() as stack:
+
+        async def opened(token: str, client_id: str) -> None:
+            client = await stack.enter_async_context(WireClient(server.address, token=token))
+            await client.open(client_id=client_id)
+
+        for number in range(3):
+            await opened("one", f"self-made {number}")
+        with pytest.raises((AssertionError, aio.AioRpcError), match="3 streams of client 'team a' are open"):
+            await opened("one", "another")
+        await opened("two", "b")
+        servicer = server._gate.servicer
+        assert servicer is not None
+        assert {stream.client_id for stream in servicer._streams} == {"team a", "b"}
 
 
 async def test_a_token_may_come_from_the_environment() -> None:

@@ -22,8 +22,9 @@ from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.backend import ScoreRequest
 from teacher_server.config import TeacherConfig
 from teacher_server.gate import HEALTH_SERVICE, SERVICE
+from teacher_server.scheduler import SLICE
 from teacher_server.server import TeacherServer
-from teacher_server.stream import SLICE, ClientStream, CreditChanged
+from teacher_server.stream import ClientStream, CreditChanged
 from tests.deaf_client import deaf_call
 from tests.fakes import FAKE_DIGEST, FakeBackend, fake_targets
 from tests.serving import SPEC, WireClient, sequence, serving

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,8 +22,10 @@ from logitstream.types import TargetSpec
 from teacher_server.__main__ import check, main
 from teacher_server.calibration import id_model_from
 from teacher_server.config import TeacherConfig
-from teacher_server.server import EXIT_STUCK
+from teacher_server.preflight import check_access, check_places
+from teacher_server.server import EXIT_STUCK, serve
 from teacher_server.weights import weights_digest
+from tests.authority import Authority
 from tests.fakes import FakeBackend
 from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, teacher_process
 from tests.tiny_models import save_tiny_teacher
@@ -134,6 +137,60 @@ def test_check_fails_on_a_model_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"token_file": "{tmp}/nowhere"}, "nowhere"),
+        ({"token_file": "{tmp}/empty"}, "no token in .*empty"),
+        ({"token_env": "LOGITSTREAM_UNSET"}, "no token in environment variable LOGITSTREAM_UNSET"),
+        (
+            {"tls_cert": "{tmp}/empty", "tls_key": "{tmp}/empty"},
+            "tls_cert .*empty and tls_key .*empty do not go together",
+        ),
+        ({"tls_cert": "{cert}", "tls_key": "{key}", "tls_client_ca": "{tmp}/empty"}, "tls_client_ca .*empty"),
+        ({"tls_cert": "{cert}", "tls_key": "{tmp}/nowhere"}, "tls_key .*nowhere is no file"),
+        ({"address": "192.0.2.1:0", "insecure": True}, "address 192.0.2.1:0 cannot be served"),
+        ({"metrics_port": 0, "metrics_address": "192.0.2.1"}, "metrics_address 192.0.2.1:0 cannot be served"),
+        ({"watch_checkpoints": "{tmp}/nowhere"}, "watch_checkpoints .*nowhere is no folder"),
+    ],
+)
+def test_check_says_what_would_keep_the_server_from_working(
+    settings: dict[str, object], text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").touch()
+    files = Authority(tmp_path).issue("server")
+    places = {"tmp": tmp_path, "cert": files.certificate, "key": files.key}
+    given = {name: value.format(**places) if isinstance(value, str) else value for name, value in settings.items()}
+    with pytest.raises(SystemExit, match=f"teacher-server: .*{text}"):
+        check(TeacherConfig(model="/nowhere/at all", **given))  # type: ignore[arg-type]
+
+
+def test_check_passes_where_a_server_runs_already(tmp_path: Path) -> None:
+    files = Authority(tmp_path).issue("server")
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        check_places(TeacherConfig(model="m", address=f"127.0.0.1:{busy.getsockname()[1]}", metrics_port=0))
+    check_access(
+        TeacherConfig(
+            model="m",
+            tls_cert=files.certificate or "",
+            tls_key=files.key or "",
+            tls_client_ca=files.authority or "",
+        )
+    )
+
+
+def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        taken = busy.getsockname()[1]
+        for arguments, text in (
+            ({"address": f"127.0.0.1:{taken}"}, f"cannot serve on 127.0.0.1:{taken}"),
+            ({"address": "127.0.0.1:0", "health_address": f"127.0.0.1:{taken}"}, f"cannot serve on 127.0.0.1:{taken}"),
+            ({"address": "127.0.0.1:0", "metrics_port": taken}, "Address already in use"),
+        ):
+            with pytest.raises(SystemExit, match=f"^teacher-server: .*{text}"):
+                serve(TeacherConfig(model="m", **arguments), FakeBackend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["--model", "m", "--modle", "x"], "did you mean 'model'"),
@@ -142,6 +199,11 @@ def test_check_fails_on_a_model_that_is_not_there() -> None:
         (["--model", "m", "--tls_cert", "x"], "tls_key"),
         (["--model", "m", "--max_batch_tokens", "0"], "max_batch_tokens must be at least 1, got 0"),
         (["--model", "m", "--backend", "magic"], "magic"),
+        (["--model", "m", "--address", "notanaddress"], "address: expected HOST:PORT"),
+        (["--model", "m", "--address", "127.0.0.1:99999"], "a port up to 65535, got '127.0.0.1:99999'"),
+        (["--model", "m", "--health_address", "::1"], "health_address: expected HOST:PORT"),
+        (["--model", "m", "--metrics_port", "99999"], "99999"),
+        (["--model", "m", "--backend", "vllm", "--watch_checkpoints", "x"], "cannot replace its weights"),
     ],
 )
 def test_settings_that_cannot_work_end_with_a_clear_message(
@@ -184,6 +246,7 @@ import sys, time
 from pathlib import Path
 from teacher_server.config import TeacherConfig
 from teacher_server.server import serve
+from tests.authority import Authority
 from tests.fakes import FakeBackend
 
 def load(folder):
