@@ -1,12 +1,14 @@
 """More than 100,000 malformed or hostile requests: each is refused for what it is, and nobody else notices.
 
-Three kinds: bytes that are no message, messages in an order no client sends, and requests that cannot be scored among
-good ones. Statuses are those of bad input, never INTERNAL or UNKNOWN, and a bystander's stream goes on throughout.
+Four kinds: bytes that are no message, messages in an order no client sends, requests that cannot be scored among good
+ones, and good ones of several specs that are cancelled while they wait, run or are on their way back. Statuses are those
+of bad input, never INTERNAL or UNKNOWN, and a bystander's stream goes on throughout.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import grpc
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from logitstream import codec
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.types import TargetSpec
 from teacher_server.gate import SERVICE
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, WireClient, sequence, serving
@@ -95,6 +98,40 @@ async def semantic_fuzz(address: str, *, seed: int, count: int, batch: int = 250
                 assert good or result.error.code in REFUSALS
 
 
+SPECS = [SPEC, TargetSpec(sampler="top_k", codec_version=2), TargetSpec(sampler="full"), TargetSpec(seed=7)]
+
+
+async def cancelling_fuzz(address: str, *, seed: int, rounds: int, live: int = 40) -> None:
+    """Live requests, often what others ask for as well, cancelled at random: the others are answered, none twice."""
+    rng = np.random.default_rng(seed)
+    answers: Counter[int] = Counter()
+    async with WireClient(address) as client:
+        await client.open(SPECS[seed % len(SPECS)], client_id=f"fickle {seed % 3}")
+        for turn in range(rounds):
+            ids = [turn * live + index for index in range(live)]
+            messages = [
+                convert.request_to_message(
+                    one,
+                    sequence(*rng.integers(0, 30, int(rng.integers(1, 3))).tolist()),
+                    draw_set=int(rng.integers(3)),
+                    priority=int(rng.integers(4)),
+                )
+                for one in ids
+            ]
+            split = int(rng.integers(live + 1))
+            await client.send(messages[:split])
+            await asyncio.sleep(float(rng.choice([0.0, 0.002])))
+            await client.send(messages[split:])
+            cancelled = set(rng.choice(ids, int(rng.integers(live)), replace=False).tolist())
+            await client.call.write(pb.StreamTargetsRequest(cancel=pb.Cancel(request_ids=sorted(cancelled))))
+            async with asyncio.timeout(30):
+                while not set(ids) - cancelled <= answers.keys():
+                    results = (await client.call.read()).results.results
+                    assert all(result.targets for result in results)
+                    answers.update(result.request_id for result in results)
+    assert set(answers.values()) == {1}
+
+
 def raw_stream(channel: grpc.Channel, messages: list[bytes]) -> grpc.StatusCode:
     """Send bytes as they are; the status that ends the stream.
 
@@ -135,7 +172,8 @@ async def test_a_hundred_thousand_hostile_requests_harm_nobody() -> None:
         watching = asyncio.ensure_future(bystander(server.address, stop))
         semantic = [semantic_fuzz(server.address, seed=seed, count=26_000) for seed in range(4)]
         wire = [asyncio.to_thread(wire_fuzz, server.address, seed=100 + seed, count=6_000) for seed in range(3)]
-        await asyncio.gather(*semantic, *wire)
+        fickle = [cancelling_fuzz(server.address, seed=200 + seed, rounds=60) for seed in range(8)]
+        await asyncio.gather(*semantic, *wire, *fickle)
         stop.set()
         assert await watching > 10
         assert server.scheduler is not None
