@@ -1,8 +1,8 @@
 """More than 100,000 malformed or hostile requests: each is refused for what it is, and nobody else notices.
 
 Four kinds: bytes that are no message, messages in an order no client sends, requests that cannot be scored among good
-ones, and good ones of several specs that are cancelled while they wait, run or are on their way back. Statuses are those
-of bad input, never INTERNAL or UNKNOWN, and a bystander's stream goes on throughout.
+ones, and good ones of several specs that are cancelled while they wait, run or are on their way back. Statuses are
+those of bad input, never INTERNAL or UNKNOWN, and a bystander's stream goes on throughout.
 """
 
 from __future__ import annotations
