@@ -110,22 +110,22 @@ async def test_a_server_known_by_name_is_reached_over_tls_with_certificates_on_b
 
 async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Path) -> None:
     servers, mine = tmp_path / "tokens", tmp_path / "token"
-    servers.write_text("the first token of this test\n")
-    mine.write_text("the first token of this test\n")
+    servers.write_text("the-first-token-of-this-test\n")
+    mine.write_text("the-first-token-of-this-test\n")
     async with serving(FakeBackend(), token_file=str(servers)) as server:
         with fault_proxy(server.address) as proxy:
             client = client_of(proxy.address, token_file=str(mine))
             await exchange(client)
-            servers.write_text("the second token of this test\n")
-            mine.write_text("the second token of this test\n")
+            servers.write_text("the-second-token-of-this-test\n")
+            mine.write_text("the-second-token-of-this-test\n")
             proxy.cut()
             await exchange(client)
             await close(client)
-        for token in ("", "the first token of this test"):
+        for token in ("", "the-first-token-of-this-test"):
             client = client_of(server.address, token=token)
             error = await refusal(client)
             assert isinstance(error, AccessDenied), error
-            assert "token of this test" not in str(error)
+            assert "token-of-this-test" not in str(error)
             await close(client)
 
 

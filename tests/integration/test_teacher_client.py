@@ -275,19 +275,17 @@ def test_a_replica_that_falls_behind_is_used_again_once_it_has_caught_up() -> No
         fake_teacher("--version", "1", "--seconds", "0.002") as (ahead, second),
         connected(first, second, max_teacher_lag=1) as client,
     ):
+        wait_until(lambda: sum(replica.state == "ready" for replica in client._dispatcher.fleet.replicas) == 2)
         for version in (2, 3):
             ahead.send_signal(signal.SIGUSR1)
             wait_until(lambda version=version: version in versions(check_all(submit_all(client, sequences), sequences)))
         assert versions(check_all(submit_all(client, sequences), sequences)) == {3}
-        for _ in range(2):
+        replicas = {replica.address: replica for replica in client._dispatcher.fleet.replicas}
+        for version in (2, 3):
             behind.send_signal(signal.SIGUSR1)
-        newest = bytes.fromhex(fake_info(version=3).weights_digest)[:8]
-        wait_until(
-            lambda: (
+            caught_up = bytes.fromhex(fake_info(version=version).weights_digest)[:8]
+            while replicas[first].described != caught_up:
                 check_all(submit_all(client, sequences), sequences)
-                and {replica.described for replica in client._dispatcher.fleet.replicas} == {newest}
-            )
-        )
 
 
 def test_a_cancelled_request_frees_its_place() -> None:
