@@ -17,7 +17,7 @@ from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import SPAN_DTYPE, scan, token_width
 from logitstream.cache.verify import other_fingerprint, shard_spans
-from logitstream.errors import CacheError, CorruptRecord
+from logitstream.errors import CacheError, CodecError, CorruptRecord
 from logitstream.id_model import IdModel
 
 
@@ -90,9 +90,9 @@ def _entries(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]
     for i in np.unique(np.linspace(0, len(reader) - 1, min(sampled_records, len(reader))).astype(int)):
         try:
             record = reader.record(int(i))
-        except CorruptRecord:
+            targets = codec.decode(record.payload, id_model=id_model, num_rows=len(record.token_ids))
+        except (CorruptRecord, CodecError):
             continue
-        targets = codec.decode(record.payload, id_model=id_model, num_rows=len(record.token_ids))
         per_row = np.diff(targets.row_offsets)
         if record.loss_mask is not None:
             per_row = per_row[record.loss_mask]

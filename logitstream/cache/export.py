@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from logitstream import codec
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import KEY_BYTES, Record, shard_schema
-from logitstream.errors import CacheError, CorruptRecord
+from logitstream.errors import CacheError, CodecError, CorruptRecord
 from logitstream.id_model import IdModel
 
 Progress = Callable[[int], object]
@@ -53,21 +54,19 @@ def export(
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for first in range(start, min(start + records_per_file, len(reader)), ROWS_PER_GROUP):
                 last = min(first + ROWS_PER_GROUP, start + records_per_file, len(reader))
-                records = list(_whole(reader, first, last))
-                skipped += last - first - len(records)
-                rows = [_decoded(record, id_model) for record in records]
+                rows = list(_decoded_rows(reader, first, last, id_model))
+                skipped += last - first - len(rows)
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
                 progress(last - first)
         files.append(path)
     return files, skipped
 
 
-def _whole(reader: CacheReader, first: int, last: int) -> Iterator[Record]:
+def _decoded_rows(reader: CacheReader, first: int, last: int, id_model: IdModel | None) -> Iterator[dict[str, Any]]:
+    """Of the records that are whole and can be decoded."""
     for i in range(first, last):
-        try:
-            yield reader.record(i)
-        except CorruptRecord:
-            continue
+        with contextlib.suppress(CorruptRecord, CodecError):
+            yield _decoded(reader.record(i), id_model)
 
 
 def _decoded(record: Record, id_model: IdModel | None) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 OPEN_PLACE = 1 << 31
 """Places from here on are records of open shards."""
+LOOKS = 8
+"""How often a directory is looked at whose shards keep disappearing."""
+_Sealed = tuple[npt.NDArray[np.void], Spans | None]
+"""Keys of a sealed shard, and its spans where they had to be found again."""
 OpenRows = list[tuple[str, tuple[Any, ...]]]
 """Path of the shard and span of each open record."""
 
@@ -131,48 +136,58 @@ def survey(
 
     remote: sizes of sealed shards that can be fetched; their sidecars are in the directory already.
     """
-    remote = remote or {}
-    for _ in range(5):  # where a shard is sealed, removed or replaced between listing and reading it
+    remote, read = remote or {}, dict[Path, _Sealed]()
+    for _ in range(LOOKS - 1):
         try:
-            growing = {
-                path: _grown(path, manifest, before.growing.get(path, ()))
-                for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))
-            }
-            sealed = {*directory.glob("*.arrow"), *remote}  # after the open ones: no shard is in neither
-            growing = {path: messages for path, messages in growing.items() if path.with_suffix("") not in sealed}
-            pruned = not set(before.shards) <= set(map(str, sealed))
-            if pruned and sealed != {*directory.glob("*.arrow"), *remote}:  # what takes its place may not be listed
-                continue
-            return _extended(Snapshot() if pruned else before, sealed, growing, manifest, remote)
-        except FileNotFoundError:
+            return _look(directory, manifest, before, remote, read)
+        except FileNotFoundError:  # sealed, removed or replaced between listing and reading it: what was read is kept
             continue
-    raise CacheError(f"{directory}: shards kept disappearing while they were listed")
+    return _look(directory, manifest, before, remote, read, tolerant=True)
 
 
-def _extended(
-    before: Snapshot,
-    sealed: set[Path],
-    growing: dict[Path, tuple[Message, ...]],
+def _look(
+    directory: Path,
     manifest: dict[str, Any],
+    before: Snapshot,
     remote: dict[Path, int],
+    read: dict[Path, _Sealed],
+    *,
+    tolerant: bool = False,
 ) -> Snapshot:
+    """One try of `survey`: FileNotFoundError where something disappears meanwhile, or, tolerant, a snapshot without it.
+
+    read: sealed shards that earlier tries have read, and this one reads.
+    """
+    ignored = (FileNotFoundError,) if tolerant else ()
+    growing = {}
+    for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")):
+        with contextlib.suppress(*ignored):
+            growing[path] = _grown(path, manifest, before.growing.get(path, ()))
+    sealed = {*directory.glob("*.arrow"), *remote}  # after the open ones: no shard is in neither
+    growing = {path: messages for path, messages in growing.items() if path.with_suffix("") not in sealed}
+    pruned = not set(before.shards) <= set(map(str, sealed))
+    if pruned and not tolerant and sealed != {*directory.glob("*.arrow"), *remote}:
+        raise FileNotFoundError  # what takes the place of the pruned ones may not be listed
+    before = Snapshot() if pruned else before
     known = set(before.shards)
     new = sorted(path for path in sealed if str(path) not in known)
     if not new and growing == before.growing:
         return before
-    starts, rebuilt, keys = list(before.starts), dict(before.rebuilt), []
-    for path in new:
-        spans, is_rebuilt = _sealed_spans(path, manifest, remote.get(path))
-        if is_rebuilt:
-            rebuilt[str(path)] = spans
-        starts.append(starts[-1] + len(spans))
-        keys.append(np.ascontiguousarray(spans["key"]))
+    for path in [path for path in new if path not in read]:
+        with contextlib.suppress(*ignored):
+            spans, is_rebuilt = _sealed_spans(path, manifest, remote.get(path))
+            read[path] = (np.ascontiguousarray(spans["key"]), spans if is_rebuilt else None)
+    return _extended(before, {path: read[path] for path in new if path in read}, growing)
+
+
+def _extended(before: Snapshot, new: dict[Path, _Sealed], growing: dict[Path, tuple[Message, ...]]) -> Snapshot:
+    keys = [shard_keys for shard_keys, _ in new.values()]
     rows, open_keys = _open_rows(before, growing)
     return Snapshot(
         sealed=before.sealed.extended(keys, before.num_sealed) if keys else before.sealed,
         shards=(*before.shards, *map(str, new)),
-        starts=tuple(starts),
-        rebuilt=rebuilt,
+        starts=(*before.starts[:-1], *accumulate(map(len, keys), initial=before.num_sealed)),
+        rebuilt=before.rebuilt | {str(path): spans for path, (_, spans) in new.items() if spans is not None},
         growing=growing,
         open_rows=rows,
         num_open=len(rows),

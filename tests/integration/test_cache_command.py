@@ -346,6 +346,17 @@ def test_what_killed_processes_had_begun_is_cleared_away_after_an_hour(tmp_path:
     assert (old.exists(), new.exists()) == (False, True)
 
 
+def test_records_that_cannot_be_decoded_are_left_out_like_damaged_ones(
+    tmp_path: Path, records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = records[0]._replace(payload=b"no targets")
+    write(tmp_path / "cache", [broken, *records[1:]])
+    assert main(["cache", "info", str(tmp_path / "cache")]) == 0
+    assert main(["cache", "export", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]) == 0
+    assert "59 records in 1 files, 1 damaged left out" in capsys.readouterr().out
+    assert pq.read_table(tmp_path / "out").num_rows == 59
+
+
 def test_a_cache_of_codec_2_is_exported_with_the_id_model_that_lies_in_it(tmp_path: Path) -> None:
     id_model = IdModel.from_expected_counts(np.ones(VOCAB_SIZE))
     spec = TargetSpec(num_samples=10, codec_version=2).canonical()

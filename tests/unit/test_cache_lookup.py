@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 from collections import Counter
@@ -317,6 +318,34 @@ def test_a_shard_that_is_pruned_again_and_again_is_found_every_time(tmp_path: Pa
         assert list(reader.get_many([r.key for r in records])) == [r.payload for r in records]
         reader._files.clear()
         assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in records}
+
+
+def test_readers_that_refresh_while_everything_is_rewritten_find_all_of_it(tmp_path: Path) -> None:
+    """One process rewrites forty shards again and again; each refresh, and each new reader, finds every record."""
+    records = make_records(200, tokens=10)
+    for part in range(40):
+        with CacheWriter(tmp_path, FINGERPRINT) as writer:
+            put_all(writer, records[5 * part : 5 * part + 5])
+    reader, keys = CacheReader(tmp_path, FINGERPRINT), [record.key for record in records]
+    process = multiprocessing.get_context("spawn").Process(target=rewrite_all, args=(tmp_path, 3))
+    process.start()
+    rounds = 0
+    while process.is_alive() or rounds < 3:
+        rounds += 1
+        assert list(reader.get_many(keys)) == [record.payload for record in records]
+        reader.refresh()
+        assert [reader.key(i) for i in range(len(reader))] == sorted(keys)
+        assert len(CacheReader(tmp_path, FINGERPRINT)) == len(records)
+    process.join()
+    assert process.exitcode == 0
+    assert not reader.damaged
+
+
+def rewrite_all(directory: Path, rounds: int) -> None:
+    for _ in range(rounds):
+        for path in set(directory.glob("*.json")) - {directory / "manifest.json"}:
+            path.unlink()
+        prune(directory, damaged=True)
 
 
 def test_what_was_pruned_away_is_missing_not_damaged(tmp_path: Path) -> None:
