@@ -82,8 +82,11 @@ class Prefetch:
         for work in works:
             name = f"target-stream{work.__name__}"
             thread = threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            with self._changed:  # `close` joins what was started, and nothing starts after it
+                if self._closed.is_set():
+                    return
+                thread.start()
+                self._threads.append(thread)
         while (batch := self._take()) is not None:
             yield batch
 
