@@ -12,8 +12,10 @@ from transformers import TrainingArguments
 
 from logitstream.cache import CacheWriter
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
+from student_worker.__main__ import load_data
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set, count_epochs
 from student_worker.config import StudentConfig
+from student_worker.data import CacheDataset
 
 SPEC = TargetSpec(sampler="threshold", threshold=0.125, seed=7)
 FINGERPRINT = Fingerprint(
@@ -100,3 +102,25 @@ def test_a_run_from_the_cache_alone_takes_its_spec_in_place_of_a_budget(tmp_path
     adopt_cache_spec(config)
     assert config.target_spec().canonical() == SPEC.canonical()
     assert (config.bytes_per_token, config.noise) == (0.0, 0.0)
+
+
+def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_path: Path) -> None:
+    """A new run takes what has come since: other sequences, and a second draw set for its second epoch."""
+
+    def sequences_and_draws(resume: str | None) -> tuple[list[int], list[int], int | None]:
+        config = student(cache, heldout_sequences=2)
+        settings = arguments(num_train_epochs=2, output_dir=str(tmp_path / "run"), resume_from_checkpoint=resume)
+        train, heldout = load_data(config, settings, tokenizer)
+        assert isinstance(train, CacheDataset)
+        draw_set = choose_draw_set(config, settings, len(train), cache=train.cache)
+        ids = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout)]
+        return *ids, draw_set
+
+    tokenizer: Any = None  # nothing is tokenized
+    cache = cache_with(tmp_path / "cache", {0: 8})
+    first = sequences_and_draws(None)
+    assert (sorted(first[0] + first[1]), first[2]) == (list(range(8)), 0)
+    cache_with(tmp_path / "cache", {0: 20, 1: 20})
+    assert sequences_and_draws("checkpoint-2") == first
+    train, heldout, draw_set = sequences_and_draws(None)
+    assert (sorted(train + heldout), draw_set) == (list(range(20)), None)
