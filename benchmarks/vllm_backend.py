@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -19,7 +20,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +71,7 @@ def prefill(backend: VllmBackend, sequences: list[TokenSequence], **params: Any)
     return time.perf_counter() - start
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(backend: VllmBackend, folder: Path) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """The address of a server around this engine, and the loop that it runs on."""
     from teacher_server.config import TeacherConfig
@@ -90,11 +90,13 @@ def serving(backend: VllmBackend, folder: Path) -> Iterator[tuple[str, asyncio.A
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
     server = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    yield server.address, loop
-    loop.call_soon_threadsafe(server.stop)
-    while not running[0].done():
-        time.sleep(0.01)
-    loop.call_soon_threadsafe(loop.stop)
+    try:
+        yield server.address, loop
+    finally:
+        loop.call_soon_threadsafe(server.stop)
+        while not running[0].done():
+            time.sleep(0.01)
+        loop.call_soon_threadsafe(loop.stop)
 
 
 async def delivered(address: str, sequences: list[TokenSequence]) -> tuple[float, float]:
@@ -108,12 +110,13 @@ async def delivered(address: str, sequences: list[TokenSequence]) -> tuple[float
 
 
 def peak_bytes(processes: list[psutil.Process]) -> int:
-    """Sum of peak resident sets since the last call, which forgets them."""
+    """Sum of peak resident sets since the last call, which forgets them; processes that have ended count nothing."""
     total = 0
     for process in processes:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        total += int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) << 10
-        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            total += sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
     return total
 
 
