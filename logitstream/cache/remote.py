@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 import fsspec
 
 from logitstream import metrics
-from logitstream.cache.manifest import ID_MODEL, MANIFEST, manifest_fingerprint, parse, read_manifest, remove_leftovers
+from logitstream.cache.manifest import (
+    ID_MODEL,
+    MANIFEST,
+    manifest_fingerprint,
+    parse,
+    read_id_model,
+    read_manifest,
+    remove_leftovers,
+)
 from logitstream.errors import CacheError
 
 ATTEMPTS = 8
@@ -150,13 +158,22 @@ class Mirror:
                 self._download(name)
         if MANIFEST in self.sizes:
             theirs = self._try(lambda: self._fs.cat_file(f"{self._root}/{MANIFEST}"))
-            mine = manifest_fingerprint(read_manifest(self.staging), self.staging)
             found = manifest_fingerprint(parse(theirs, self.staging / MANIFEST), self.staging / MANIFEST)
+            try:
+                mine = manifest_fingerprint(read_manifest(self.staging), self.staging)
+            except CacheError:  # the staged one is damaged
+                self._download(MANIFEST)
+                mine = found
             if mine != found:
                 raise CacheError(
                     f"{self.staging} holds the staged shards of another cache than {self._root} (there against "
                     f"here): {mine.differences(found)}: remove it or choose another staging folder"
                 )
+            if ID_MODEL in self.sizes:
+                try:
+                    read_id_model(self.staging, mine)
+                except CacheError:
+                    self._download(ID_MODEL)
 
     def push_head(self) -> None:
         for name in (ID_MODEL, MANIFEST):

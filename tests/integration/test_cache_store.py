@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,16 @@ def test_a_damaged_shard_that_is_not_uploaded_yet_is_left_alone(bucket: tuple[st
     with CacheReader(url, FINGERPRINT) as reader:
         assert [number for number, payload in enumerate(payloads(reader, "get")) if payload is None] == [2]
     assert staged.exists()
+
+
+def test_a_damaged_staged_manifest_or_id_model_gives_way_to_the_stores(tmp_path: Path) -> None:
+    url, id_model = f"bucket://{tmp_path}/store", b"\x01a model"
+    (tmp_path / "store").mkdir()
+    known = replace(FINGERPRINT, id_model_digest=hashlib.sha256(id_model).hexdigest())
+    CacheWriter(url, known, id_model=id_model).close()
+    for name in ("manifest.json", "id_model.bin"):
+        staged = staging_folder(url) / name
+        flip(staged, b"model")
+        with CacheReader(url, known) as reader:
+            assert reader.id_model == id_model
+        assert staged.read_bytes() == (tmp_path / "store" / name).read_bytes()
