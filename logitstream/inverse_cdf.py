@@ -157,19 +157,19 @@ def over_rows(
 @functools.lru_cache(maxsize=1)
 def _threads(process_id: int) -> ThreadPoolExecutor:
     """Of this process: a forked one has no threads of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sampling", initializer=_on_any_core)
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="sampling", initializer=_on_other_cores)
 
 
-def _on_any_core() -> None:
-    """Let this thread run wherever one of the process may: where OpenMP has bound the thread that draws to one core,
-    as in vLLM's CPU worker, all of these would share that core."""
+def _on_other_cores() -> None:
+    """Let this thread run wherever one of the process may, but for the core that the drawing thread is bound to, as by
+    OpenMP in vLLM's CPU worker: a new thread inherits that core, and would wait there for the one that it helps."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cores: set[int] = set()
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             cores |= os.sched_getaffinity(int(thread))
-    os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, cores - os.sched_getaffinity(0) or cores)
 
 
 def locate_in_logits(

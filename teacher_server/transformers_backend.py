@@ -66,7 +66,7 @@ class TransformersBackend:
         *,
         vocab_size: int = 0,
         max_padded_tokens: int = 8192,
-        logits_chunk_bytes: int = 64 << 20,
+        logits_chunk_bytes: int = 48 << 20,
     ) -> None:
         num_rows = model.get_output_embeddings().weight.shape[0]
         self._info = replace(info, vocab_size=served_vocab_size(vocab_size, num_rows=num_rows))
@@ -86,7 +86,7 @@ class TransformersBackend:
         device: str = "auto",
         vocab_size: int = 0,
         max_padded_tokens: int = 8192,
-        logits_chunk_bytes: int = 64 << 20,
+        logits_chunk_bytes: int = 48 << 20,
     ) -> TransformersBackend:
         """Load safetensors weights from a folder or the hub; code that comes with a model is never run.
 

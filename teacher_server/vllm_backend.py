@@ -206,7 +206,7 @@ class VllmBackend:
         revision: str | None = None,
         max_sequence_tokens: int | None = None,
         vocab_size: int = 0,
-        logits_chunk_bytes: int = 64 << 20,
+        logits_chunk_bytes: int = 48 << 20,
         engine_options: Mapping[str, Any] | None = None,
         engine_restarts: int = 3,
         exit: Callable[[int], Any] = os._exit,

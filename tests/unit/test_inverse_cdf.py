@@ -118,7 +118,7 @@ def test_the_torch_search_gathers_a_bounded_number_of_blocks() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() == 1, reason="needs two cores to bind to")
-def test_threads_draw_on_every_core_of_the_process_though_the_drawing_thread_is_bound_to_one() -> None:
+def test_threads_draw_on_the_other_cores_of_the_process_where_the_drawing_thread_is_bound_to_one() -> None:
     script = """
 import os, threading
 import numpy as np, torch
@@ -128,7 +128,7 @@ cores, done = os.sched_getaffinity(0), threading.Event()
 threading.Thread(target=done.wait, daemon=True).start()
 os.sched_setaffinity(0, {min(cores)})  # as OpenMP does to its first thread
 inverse_cdf.locate_in_logits(torch.zeros(4, 64), 1.0, np.arange(4), np.full((4, 1), 0.5))
-assert inverse_cdf._threads(os.getpid()).submit(os.sched_getaffinity, 0).result() == cores
+assert inverse_cdf._threads(os.getpid()).submit(os.sched_getaffinity, 0).result() == cores - {min(cores)}
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
