@@ -46,7 +46,7 @@ class TeacherConfig:
     max_message_bytes: int = setting("Largest message of requests, and largest targets of one sequence.", 4 << 20)
     max_streams: int = setting("Streams that may be open at a time.", 256)
     max_client_streams: int = setting("Streams that one client may have open; 0: half of max_streams.", 0)
-    logits_chunk_bytes: int = setting("Logits are made in chunks of this size, never all at once.", 48 << 20)
+    logits_chunk_bytes: int = setting("Logits are made in chunks of this size, never all at once.", 24 << 20)
     drain_seconds: float = setting("After SIGTERM, how long what is in flight may take.", 30.0)
     client_weights: dict[str, str] = setting(
         "Share of the teacher by client_id, as JSON; 1 where not named.", factory=dict

@@ -75,7 +75,7 @@ class PromptDraws:
     """The rows drawn so far of the requests that an engine is scoring.
 
     project: hidden states [R, H] -> logits [R, V]; is_drawing: False on the ranks that take part in the projection of a
-    divided vocabulary and leave the draw to one of them; chunk_bytes: of float32 logits made at a time.
+    divided vocabulary and leave the draw to one of them; chunk_bytes: of logits made at a time.
     """
 
     def __init__(
@@ -84,12 +84,13 @@ class PromptDraws:
         *,
         vocab_size: int,
         chunk_bytes: int,
+        bytes_per_logit: int = 4,
         is_drawing: bool = True,
     ) -> None:
         self._project = project
         self.is_drawing = is_drawing
         self._vocab_size = vocab_size
-        self.max_rows = max(1, chunk_bytes // (4 * vocab_size))
+        self.max_rows = max(1, chunk_bytes // (bytes_per_logit * vocab_size))
         self._progress: dict[str, _Progress] = {}
 
     def add(self, key: str, packed: Mapping[str, Any]) -> None:

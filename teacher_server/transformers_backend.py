@@ -66,13 +66,13 @@ class TransformersBackend:
         *,
         vocab_size: int = 0,
         max_padded_tokens: int = 8192,
-        logits_chunk_bytes: int = 48 << 20,
+        logits_chunk_bytes: int = 24 << 20,
     ) -> None:
         num_rows = model.get_output_embeddings().weight.shape[0]
         self._info = replace(info, vocab_size=served_vocab_size(vocab_size, num_rows=num_rows))
         self._lm: SplitCausalLM | None = SplitCausalLM(model.eval().requires_grad_(False))
         self._max_padded_tokens = max_padded_tokens
-        self._chunk_rows = max(1, logits_chunk_bytes // (4 * num_rows))
+        self._chunk_rows = max(1, logits_chunk_bytes // (model.dtype.itemsize * num_rows))
         self._pass_overhead_tokens = PASS_OVERHEAD_TOKENS.get(model.device.type, 1024)
 
     @classmethod
@@ -86,7 +86,7 @@ class TransformersBackend:
         device: str = "auto",
         vocab_size: int = 0,
         max_padded_tokens: int = 8192,
-        logits_chunk_bytes: int = 48 << 20,
+        logits_chunk_bytes: int = 24 << 20,
     ) -> TransformersBackend:
         """Load safetensors weights from a folder or the hub; code that comes with a model is never run.
 

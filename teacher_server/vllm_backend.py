@@ -112,6 +112,7 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
                 project,
                 vocab_size=vocab_size,
                 chunk_bytes=_chunk_bytes(self.vllm_config),
+                bytes_per_logit=self.model_config.dtype.itemsize,
                 is_drawing=get_tp_group().rank_in_group == 0,
             )
             hook(runner, self.prompt_draws)
@@ -121,7 +122,8 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
         available = int(super().determine_available_memory())
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        return available - COPIES_OF_LOGITS * _chunk_bytes(self.vllm_config)
+        itemsize = int(self.model_config.dtype.itemsize)
+        return available - COPIES_OF_LOGITS * _chunk_bytes(self.vllm_config) * 4 // itemsize
 
     def take_targets(self, keys: list[str]) -> list[Outcome]:
         """The outcomes of these requests, from the one rank that drew them; every rank forgets them."""
@@ -190,7 +192,7 @@ class VllmBackend:
     """TeacherBackend over a vLLM engine in a process of its own.
 
     max_sequence_tokens: None for the model's context, at most 8192; vocab_size: only the first so many ids are served,
-    0: all of the head; logits_chunk_bytes: of float32 logits made at a time, whose copies are taken off what is left
+    0: all of the head; logits_chunk_bytes: of logits made at a time, whose float32 copies are taken off what is left
     for the KV cache; engine_options: passed to vLLM by their own names; engine_restarts: how often an engine that died
     is started again before `exit` is called with EXIT_ENGINE_DEAD.
     Raises ValueError for options that vLLM does not know or that are ours, RuntimeError for a vLLM of another version.
@@ -206,7 +208,7 @@ class VllmBackend:
         revision: str | None = None,
         max_sequence_tokens: int | None = None,
         vocab_size: int = 0,
-        logits_chunk_bytes: int = 48 << 20,
+        logits_chunk_bytes: int = 24 << 20,
         engine_options: Mapping[str, Any] | None = None,
         engine_restarts: int = 3,
         exit: Callable[[int], Any] = os._exit,
