@@ -145,6 +145,7 @@ class PromptDraws:
                 num_rows = sum(len(piece.rows) for piece in part)
                 _draw_part(logits[start : start + num_rows], spec, part)
                 start += num_rows
+            del logits  # before the next chunk's, which then take their place in memory and in the cache
 
     def take(self, keys: Iterable[str]) -> list[Outcome]:
         """The outcome of each request, nothing on a rank that does not draw; the requests are forgotten."""
