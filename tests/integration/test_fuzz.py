@@ -91,7 +91,7 @@ async def semantic_fuzz(address: str, *, seed: int, count: int, batch: int = 250
             await client.call.write(
                 pb.StreamTargetsRequest(cancel=pb.Cancel(request_ids=rng.integers(1 << 60, size=9)))
             )
-            results = await client.receive(batch)
+            results = await client.receive(batch, seconds=120)
             for message, good in made:
                 result = results[message.request_id]
                 assert (result.WhichOneof("outcome") == "targets") == good, (message, result)
