@@ -69,7 +69,10 @@ def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_teacher_and_students(tmp_path: Path, teacher_dir: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "demo", "--sequences", "1024", "--output", str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
+    with started as demo:
         assert demo.stdout is not None
         assert any("loading the teacher" in line for line in demo.stdout)
         deadline = time.monotonic() + 60
