@@ -136,7 +136,8 @@ def over_rows(
     bits, shift = _bits(logits)
     scale = np.float32(LOG2_E / temperature)
     num_threads = min(torch.get_num_threads(), len(bits))
-    step = max(1, -(-len(bits) // (num_threads * RANGES_OF_A_THREAD))) if num_threads > 1 else max(1, len(bits))
+    num_ranges = num_threads * RANGES_OF_A_THREAD if num_threads > 1 else 1
+    step = max(1, -(-len(bits) // num_ranges))
     starts = iter(range(0, len(bits), step))  # each `next` is one step under the GIL
     bad: list[int] = []
 

@@ -79,13 +79,12 @@ def rows_at_once(spec: TargetSpec, vocab_size: int) -> int:
     return max(1, MAX_POINTS // points)
 
 
-def warm_up() -> None:
-    """Compile what drawing on the CPU needs, so that it happens at start and not with the first request."""
-    sequence = TokenSequence(token_ids=np.zeros(2, np.int32))
-    for dtype in (torch.float32, torch.bfloat16):
-        for sampler in ("systematic", "threshold", "top_k"):
-            sample(torch.zeros(2, 2, dtype=dtype), TargetSpec(sampler=sampler), sequence)
-    sample(torch.zeros(2, 2), TargetSpec(sampler="multinomial", proposal_temperature=0.5), sequence)
+def warm_up(dtype: torch.dtype = torch.float32) -> None:
+    """Compile what drawing on the CPU from logits of this kind needs, at start and not with the first request."""
+    logits, sequence = torch.zeros(2, 2, dtype=dtype), TokenSequence(token_ids=np.zeros(2, np.int32))
+    for sampler in ("systematic", "threshold", "top_k"):
+        sample(logits, TargetSpec(sampler=sampler), sequence)
+    sample(logits, TargetSpec(sampler="multinomial", proposal_temperature=0.5), sequence)
 
 
 def draw(

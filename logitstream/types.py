@@ -53,7 +53,7 @@ class TargetSpec:
             if one.name != "sampler":
                 object.__setattr__(self, one.name, _number(one.name, value, whole=one.type == "int"))
         if self.sampler not in SAMPLERS:
-            raise InvalidSpec(f"unknown sampler {self.sampler[:64]!r}: expected one of {', '.join(SAMPLERS)}")
+            raise InvalidSpec(f"unknown sampler {str(self.sampler)[:64]!r}: expected one of {', '.join(SAMPLERS)}")
         _check_range("num_samples", self.num_samples, 1, PROBABILITY_UNITS)
         _check_range("threshold", self.threshold, 1 / PROBABILITY_UNITS, 1.0)
         _check_range("top_k", self.top_k, 1, MAX_VOCAB_SIZE)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from datasets import Dataset
 
 from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
@@ -17,6 +16,7 @@ from logitstream.cache import CacheReader
 from logitstream.errors import RequestError
 from logitstream.id_model import IdModel
 from logitstream.types import TargetSpec, TokenSequence
+from student_worker.agreement import is_main_process, of_main_process
 from student_worker.batches import split_batch
 from student_worker.data import CacheDataset, collate
 from student_worker.target_cache import may_hold_targets
@@ -50,24 +50,22 @@ def choose_spec(
     None: no teacher is asked in any case. Raises ValueError where there is no sequence, RequestError where the teacher
     refuses every one.
     """
-    chosen: list[TargetSpec | Exception] = [spec]
-    distributed = dist.is_available() and dist.is_initialized()
-    if not distributed or dist.get_rank() == 0:  # the cache too: another process may look when this one has made it
+    chosen: TargetSpec | Exception = spec
+    if is_main_process():  # the cache too: another process may look when this one has made it
         try:
             known = _spec_of_cache(cache, spec) if cache and may_hold_targets(cache) else None
             if known is not None or connect is None:
-                chosen = [known or spec]
+                chosen = known or spec
             else:
                 choice = _choose(connect, sequences, spec, bytes_per_token=bytes_per_token, noise=noise)
                 logger.info("%s", choice.sentence)
-                chosen = [choice.spec]
+                chosen = choice.spec
         except Exception as error:  # raised on every process, so that none waits for the others
-            chosen = [error]
-    if distributed:
-        dist.broadcast_object_list(chosen, src=0)
-    if isinstance(chosen[0], Exception):
-        raise chosen[0]
-    return chosen[0]
+            chosen = error
+    chosen = of_main_process(chosen)
+    if isinstance(chosen, Exception):
+        raise chosen
+    return chosen
 
 
 def _spec_of_cache(directory: str, spec: TargetSpec) -> TargetSpec | None:

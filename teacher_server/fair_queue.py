@@ -49,10 +49,6 @@ class FairQueue(Generic[Item]):
         client = self._clients.get(client_id)
         return client.cost if client else 0
 
-    @property
-    def num_waiting_clients(self) -> int:
-        return sum(client.cost > 0 for client in self._clients.values())
-
     def push(self, item: Item, *, client_id: str, cost: int, priority: int = 0) -> Ticket[Item]:
         """Queue `item`; within a client the smallest priority is next, then the earliest arrival."""
         client = self._clients.get(client_id)

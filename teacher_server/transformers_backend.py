@@ -102,7 +102,7 @@ class TransformersBackend:
         lm = lm.to(device)
         if device == "cpu":
             _own_weights(lm)
-        warm_up()
+        warm_up(lm.dtype)
         info = TeacherInfo(
             model=model,
             revision="" if Path(model).is_dir() else revision,

@@ -15,7 +15,7 @@ from logitstream import codec
 from logitstream.cache.manifest import parse, summary
 from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import SPAN_DTYPE, scan, token_width
+from logitstream.cache.shard import scanned_spans, token_width
 from logitstream.cache.verify import other_fingerprint, shard_spans
 from logitstream.errors import CacheError, CodecError, CorruptRecord
 from logitstream.id_model import IdModel
@@ -78,9 +78,7 @@ def _entry(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             return parse(sidecar.read_bytes(), sidecar)
     if path.suffix == ".arrow":
         return summary(shard_spans(path, manifest)[0])
-    return summary(
-        np.concatenate([np.zeros(0, SPAN_DTYPE), *(message.spans for message in scan(path, token_width(manifest)))])
-    )
+    return summary(scanned_spans(path, token_width(manifest)))
 
 
 def _entries(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]:

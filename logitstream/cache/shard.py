@@ -193,6 +193,11 @@ def scan(path: Path, width: int, start: int = 0) -> Iterator[Message]:
             start = stop
 
 
+def scanned_spans(path: Path, width: int) -> Spans:
+    """The spans of all readable record batches of a shard; width: of a token id."""
+    return np.concatenate([np.zeros(0, SPAN_DTYPE), *(message.spans for message in scan(path, width))])
+
+
 def _next_message(path: Path, start: int) -> int:
     """Where the next message may begin (messages are aligned to 8 bytes), or the end of the file."""
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import INDEX_HEADER, read_index
 from logitstream.cache.open_shard import OPEN_SUFFIX
-from logitstream.cache.shard import SPAN, SPAN_DTYPE, Message, Spans, read_schema, scan, token_width
+from logitstream.cache.shard import SPAN, SPAN_DTYPE, Message, Spans, read_schema, scan, scanned_spans, token_width
 from logitstream.cache.shard_file import Row
 from logitstream.errors import CacheError
 
@@ -254,7 +254,7 @@ def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None
             logger.warning("%s is skipped: it is no shard of this cache, or its head is damaged", path)
             return nothing, True
         logger.warning("%s; %s is scanned instead", problem, path.name)
-        return np.concatenate([nothing, *(message.spans for message in scan(path, token_width(manifest)))]), True
+        return scanned_spans(path, token_width(manifest)), True
     except OSError as error:
         logger.warning("%s is skipped: %s", path, error)
         return nothing, True

@@ -24,7 +24,16 @@ from logitstream.cache.manifest import (
 )
 from logitstream.cache.open_shard import OPEN_SUFFIX
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import END_OF_STREAM, SCHEMAS, SPAN_DTYPE, Spans, read_schema, scan, token_width
+from logitstream.cache.shard import (
+    END_OF_STREAM,
+    SCHEMAS,
+    SPAN_DTYPE,
+    Spans,
+    read_schema,
+    scan,
+    scanned_spans,
+    token_width,
+)
 from logitstream.cache.shard_file import ShardFile
 from logitstream.errors import CacheError
 
@@ -84,8 +93,7 @@ def shard_spans(path: Path, manifest: dict[str, Any] | None) -> tuple[Spans, str
     try:
         return read_index(path.with_suffix(".index"), digest, path.stat().st_size), ""
     except CacheError as error:
-        parts = [message.spans for message in scan(path, _width(path, manifest))]
-        return np.concatenate([np.zeros(0, SPAN_DTYPE), *parts]), str(error)
+        return scanned_spans(path, _width(path, manifest)), str(error)
 
 
 def other_fingerprint(path: Path, manifest: dict[str, Any]) -> str:

@@ -48,6 +48,9 @@ def test_equal_specs_have_one_fingerprint_whatever_kind_of_numbers_they_were_mad
         TargetSpec(num_samples=30.0, temperature=np.float32(2), seed=np.uint64(7)),  # type: ignore[arg-type]
     ):
         assert json.dumps(other.canonical()) == json.dumps(plain.canonical())
+    for sampler in (5, None, "x" * 1000):
+        with pytest.raises(InvalidSpec, match="unknown sampler"):
+            TargetSpec(sampler=sampler)  # type: ignore[arg-type]
     for name, value in (("num_samples", 30.5), ("top_k", "12"), ("temperature", None), ("seed", float("nan"))):
         with pytest.raises(InvalidSpec, match=f"{name} must"):
             TargetSpec(**{name: value})  # type: ignore[arg-type]
