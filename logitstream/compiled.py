@@ -53,6 +53,31 @@ prefetch = cast(Callable[[Any, int], None], intrinsic(_prefetch))
 """In kernels: start reading what lies at an index of an array, or past its end, without waiting for it."""
 
 
+def _block_sum(typing_context: Any, array: Any, index: Any) -> Any:
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, quarter = ir.IntType(32), ir.VectorType(ir.FloatType(), 16)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        block = builder.bitcast(builder.gep(data, [arguments[1]]), quarter.as_pointer())
+        parts = [builder.load(builder.gep(block, [ir.Constant(number, i)]), align=4) for i in range(4)]
+
+        def half(lanes: Any, which: list[int]) -> Any:
+            mask = ir.Constant(ir.VectorType(number, len(which)), which)
+            return builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), mask)
+
+        lanes = builder.fadd(builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3]))
+        for first, second in ((range(8), range(8, 16)), (range(4), range(4, 8)), ((0, 2), (1, 3))):
+            lanes = builder.fadd(half(lanes, list(first)), half(lanes, list(second)))
+        return builder.fadd(*(builder.extract_element(lanes, ir.Constant(number, i)) for i in range(2)))
+
+    return types.float32(array, index), generate
+
+
+block_sum = cast(Callable[[Any, int], Any], intrinsic(_block_sum))
+"""In kernels: the sum of 64 float32 from an index on, in the order of inverse_cdf.block_sum; written as vectors because
+LLVM makes 63 scalar additions of the same sum in Python, which take as long as the exponentials."""
+
+
 def _multiply_high(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide = ir.IntType(128)

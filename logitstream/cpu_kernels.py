@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.compiled import contracted_part, kernel, part, prefetch
+from logitstream.compiled import block_sum, contracted_part, kernel, part, prefetch
 
 BLOCK = 64
 Bits = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
@@ -81,22 +81,8 @@ def _exp2(y: np.float32, constants: Any) -> np.float32:
 
 
 @part
-def _block_sum(block: Floats, lanes: Floats) -> np.float32:
-    """In the order of inverse_cdf.block_sum."""
-    for j in range(16):
-        lanes[j] = (block[j] + block[16 + j]) + (block[32 + j] + block[48 + j])
-    for j in range(8):
-        lanes[j] += lanes[8 + j]
-    total: np.float32 = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + (
-        (lanes[2] + lanes[6]) + (lanes[3] + lanes[7])
-    )
-    return total
-
-
-@part
 def _relative(
-    row: Bits, shift: np.uint32, reference: np.float32, scale: np.float32, constants: Any, values: Floats,
-    sums: Doubles, lanes: Floats,
+    row: Bits, shift: np.uint32, reference: np.float32, scale: np.float32, constants: Any, values: Floats, sums: Doubles
 ) -> float:  # fmt: skip
     """Fill values with 2^((logit - reference)·scale) and sums with its blocks'; their sum."""
     total = 0.0
@@ -107,7 +93,7 @@ def _relative(
         for i in range(len(piece)):
             into[i] = _exp2((_float(piece[i], shift) - reference) * scale, constants)
         for block in range(start // BLOCK, min((start + _TILE) // BLOCK, len(sums))):
-            sums[block] = _block_sum(values[block * BLOCK : block * BLOCK + BLOCK], lanes)
+            sums[block] = block_sum(values, block * BLOCK)
             total += sums[block]
     return total
 
@@ -118,10 +104,10 @@ def _fill(
 ) -> float:
     """Unnormalised probabilities of a row, a multiple of at most 2^40 of exp(logit - largest), and their block sums."""
     reference = _peak(row[:_REFERENCE], shift, lanes)
-    total = _relative(row, shift, reference, scale, constants, values, sums, lanes)
+    total = _relative(row, shift, reference, scale, constants, values, sums)
     if not total <= _MOST_TOTAL:
         reference = _peak(row, shift, lanes)
-        total = _relative(row, shift, reference, scale, constants, values, sums, lanes)
+        total = _relative(row, shift, reference, scale, constants, values, sums)
     return total
 
 
@@ -208,7 +194,7 @@ def draw_at_points(
 
 @part
 def _take_heads(
-    values: Floats, sums: Doubles, total: float, theta: float, heads: Ints, shares: Doubles, lanes: Floats
+    values: Floats, sums: Doubles, total: float, theta: float, heads: Ints, shares: Doubles
 ) -> tuple[int, float]:
     """Entries of θ on, in the order of ids, out of the values and into heads and shares: how many they are, and the
     largest share of what is left if that is θ/2 or more (no other can be hit by two tail points), else 0.
@@ -228,7 +214,7 @@ def _take_heads(
             elif share >= least:
                 largest_tail = max(largest_tail, share)
         if num_heads > before:
-            sums[block] = _block_sum(piece, lanes)
+            sums[block] = block_sum(values, block * BLOCK)
     return num_heads, largest_tail
 
 
@@ -278,7 +264,7 @@ def draw_by_threshold(
         if not _is_finite(total):
             bad = row if bad < 0 else bad
             continue
-        num_heads, largest_tail = _take_heads(values, sums, total, theta, heads, shares, lanes)
+        num_heads, largest_tail = _take_heads(values, sums, total, theta, heads, shares)
         running, before = 0.0, 0.0
         for i in range(num_heads):
             running += shares[i]
