@@ -31,7 +31,11 @@ def cost_in_tokens(request: ScoreRequest, vocab_size: int) -> int:
 
 
 class TeacherBackend(Protocol):
-    """Called from one thread at a time, never from the event loop, but for `describe` and `healthy`."""
+    """Called from one thread at a time, never from the event loop, but for `describe` and `healthy`.
+
+    One that has an attribute `batches_at_once` (an int) has `score` called from so many threads: another batch is at
+    hand when one is done.
+    """
 
     def describe(self) -> TeacherInfo:
         """What is served now; limits of the server are filled in by the caller."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from logitstream.errors import RequestError, ScoringFailed
@@ -31,39 +33,105 @@ class Trouble:
     num_given_up: int = 0
 
 
+class Turns:
+    """Of threads that score: batches side by side, but what failed is tried again with nothing else in the backend, so
+    that no sequence is blamed for what another one breaks."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_shared = 0
+        self._is_taken = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Beside others of this kind."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken)
+            self._num_shared += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_shared -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Once everybody else is done; nobody begins meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_taken)
+            self._is_taken = True
+            self._changed.wait_for(lambda: self._num_shared == 0)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
+
+
 def score_isolating(
-    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble
+    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble, turns: Turns | None = None
 ) -> list[SparseTargets | RequestError]:
     """One result a request, in order; never raises for what the backend does.
 
     A batch that fails is scored in halves, so one bad sequence costs log2(n) batches and the others get their targets.
+    turns: shared with other threads that score.
     """
-    tries = TRIES_ALONE if len(batch) == 1 else 1
-    for _ in range(tries):
-        try:
-            results = backend.score(batch)
-            if len(results) != len(batch):
-                raise RuntimeError(f"the backend gave {len(results)} results for {len(batch)} sequences")
-            return results
-        except Exception as error:
-            out_of_memory = is_out_of_memory(error)
-            lasting = not out_of_memory and type(error).__name__ != ENGINE_DEAD
-            _note(trouble, batch, error, out_of_memory=out_of_memory)
+    turns = turns or Turns()
+    with turns.shared():
+        first = _try(backend, batch, trouble)
+    if not isinstance(first, Exception):
+        return first
+    with turns.alone():
+        return _score_again(backend, batch, trouble, first)
+
+
+def _try(
+    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble
+) -> list[SparseTargets | RequestError] | Exception:
+    try:
+        results = backend.score(batch)
+        if len(results) != len(batch):
+            raise RuntimeError(f"the backend gave {len(results)} results for {len(batch)} sequences")
+        return results
+    except Exception as error:
+        _note(trouble, batch, error)
+        return error
+
+
+def _score_again(
+    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble, error: Exception
+) -> list[SparseTargets | RequestError]:
+    """Results of a batch that failed once, with this error."""
     if len(batch) > 1:
         middle = len(batch) // 2
-        first, second = batch[:middle], batch[middle:]
-        return score_isolating(backend, first, trouble) + score_isolating(backend, second, trouble)
+        return [result for half in (batch[:middle], batch[middle:]) for result in _score_half(backend, half, trouble)]
+    for _ in range(TRIES_ALONE - 1):
+        again = _try(backend, batch, trouble)
+        if not isinstance(again, Exception):
+            return again
+        error = again
     trouble.num_given_up += 1
+    out_of_memory = is_out_of_memory(error)
     reason = "it does not fit into the teacher's memory" if out_of_memory else "the teacher failed on it"
-    failure = ScoringFailed(f"sequence of {len(batch[0].sequence)} tokens given up after {tries} tries: {reason}")
-    failure.lasting = lasting
+    failure = ScoringFailed(f"sequence of {len(batch[0].sequence)} tokens given up after {TRIES_ALONE} tries: {reason}")
+    failure.lasting = not out_of_memory and type(error).__name__ != ENGINE_DEAD
     return [failure]
 
 
-def is_broken(backend: TeacherBackend, good: ScoreRequest) -> bool:
+def _score_half(
+    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble
+) -> list[SparseTargets | RequestError]:
+    first = _try(backend, batch, trouble)
+    return _score_again(backend, batch, trouble, first) if isinstance(first, Exception) else first
+
+
+def is_broken(backend: TeacherBackend, good: ScoreRequest, turns: Turns | None = None) -> bool:
     """Whether the backend fails on a request that it has answered before: then no sequence is to blame."""
     try:
-        backend.score([good])
+        with (turns or Turns()).alone():
+            backend.score([good])
     except Exception:
         log.exception("the backend fails on a sequence that it has scored before")
         return True
@@ -75,7 +143,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _note(trouble: Trouble, batch: Sequence[ScoreRequest], error: Exception, *, out_of_memory: bool) -> None:
+def _note(trouble: Trouble, batch: Sequence[ScoreRequest], error: Exception) -> None:
+    out_of_memory = is_out_of_memory(error)
     trouble.num_failures += 1
     trouble.num_out_of_memory += out_of_memory
     num_tokens = sum(len(request.sequence) for request in batch)

@@ -1,4 +1,4 @@
-"""Token-budget batches across all clients, scored by one thread while other threads encode what came before.
+"""Token-budget batches across all clients, scored by the backend's thread while others encode what came before.
 
 Everything but scoring and encoding happens on the event loop, so there are no locks. What waits is bounded by what
 clients may have in flight (`accounts.py`).
@@ -10,10 +10,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining
@@ -23,11 +23,11 @@ from teacher_server.batch_budget import BatchBudget
 from teacher_server.checkpoints import check_successor
 from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue
-from teacher_server.isolation import BackendBroken, Trouble, is_broken, score_isolating
+from teacher_server.isolation import BackendBroken, Trouble, Turns, is_broken, score_isolating
 from teacher_server.stored_targets import StoredTargets
 from teacher_server.work import Key, Scored, Work
 
-MAX_ENCODING_BATCHES = 2
+MAX_ENCODING_BATCHES = 1
 """Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
 MAX_REMEMBERED_FAILURES = 1024
 SLICE = 64
@@ -36,6 +36,7 @@ SLICE = 64
 CLOSE_SECONDS = 5.0
 """How long the running batch may take once nobody waits for it."""
 
+Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
@@ -59,11 +60,15 @@ class Scheduler:
         self._works: OrderedDict[Key, Work] = OrderedDict()
         self._failures: OrderedDict[Key, ScoringFailed] = OrderedDict()
         self._wake = asyncio.Event()
-        self._backend_thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
+        self._batches_at_once: int = getattr(backend, "batches_at_once", 1)
+        self._backend_threads = ThreadPoolExecutor(self._batches_at_once, thread_name_prefix="backend")
+        self._turns = Turns()
+        self._scoring: set[asyncio.Task[None]] = set()
+        self._broken: BaseException | None = None
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
         self._stored = stored
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="stored-targets")
-        self._encoding = asyncio.Semaphore(MAX_ENCODING_BATCHES)
+        self._encoding = asyncio.Semaphore(self._batches_at_once + MAX_ENCODING_BATCHES)
         self._finishing: set[asyncio.Task[None]] = set()
         self._next_backend: TeacherBackend | None = None
         self._good: ScoreRequest | None = None
@@ -129,20 +134,32 @@ class Scheduler:
 
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
-        while True:
-            if self._next_backend is not None:
+        while self._broken is None:
+            if self._next_backend is not None and not self._scoring:
                 await self._swap_backend(self._next_backend)
-            if not self._queue.cost:
+            if not self._may_score():
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             await self._encoding.acquire()
-            batch = self._next_batch()  # as late as possible, so that what is urgent now goes first
+            # as late as possible, so that what is urgent now goes first
+            batch = self._next_batch() if self._may_score() else []
             if not batch:
                 self._encoding.release()
                 continue
-            results = await self._score(batch)
-            self._spawn(self._finish(batch, results, self.info))
+            task = asyncio.get_running_loop().create_task(self._score(batch))
+            self._scoring.add(task)
+            task.add_done_callback(self._has_scored)
+        raise self._broken
+
+    def _may_score(self) -> bool:
+        return self._queue.cost > 0 and self._next_backend is None and len(self._scoring) < self._batches_at_once
+
+    def _has_scored(self, task: asyncio.Task[None]) -> None:
+        self._scoring.discard(task)
+        if not task.cancelled():
+            self._broken = self._broken or task.exception()
+        self._wake.set()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -163,14 +180,13 @@ class Scheduler:
             self._works.pop(work.key, None)
         self._wake.set()
 
-    async def _score(self, batch: list[Work]) -> list[SparseTargets | RequestError]:
-        """What the backend makes of a batch, in its thread."""
-        loop = asyncio.get_running_loop()
+    async def _score(self, batch: list[Work]) -> None:
+        """Have a batch scored by the backend, in a thread of its own, and see to it that it is answered."""
         trouble = Trouble()
         requests = [work.request for work in batch]
-        results = await loop.run_in_executor(self._backend_thread, score_isolating, self._backend, requests, trouble)
+        results = await self._in_backend(score_isolating, self._backend, requests, trouble, self._turns)
         if trouble.num_given_up == len(batch) and self._good is not None:
-            if await loop.run_in_executor(self._backend_thread, is_broken, self._backend, self._good):
+            if await self._in_backend(is_broken, self._backend, self._good, self._turns):
                 for work in batch:
                     self._refuse(work, ServerDraining("the teacher broke down: ask another replica"))
                 raise BackendBroken("the backend fails on sequences that it has scored before")
@@ -178,25 +194,34 @@ class Scheduler:
             self._good = requests[-1]
         num_tokens = sum(len(request.sequence) for request in requests)
         self._budget.adapt(trouble, num_sequences=len(batch), num_tokens=num_tokens)
-        return results
+        self._spawn(self._finish(batch, results, self.info))
+
+    def _in_backend(self, function: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
+        return asyncio.get_running_loop().run_in_executor(self._backend_threads, function, *arguments)
 
     async def close(self) -> None:
         """Free the backend once the running batch is done, or give up on it; what still waits is cancelled."""
         self.is_draining = True
+        for task in self._scoring:
+            task.cancel()
         if self._finishing:
             await asyncio.wait(self._finishing, timeout=CLOSE_SECONDS)
         for work in list(self._works.values()):
             for future in list(work.waiters):
                 future.cancel()
         loop = asyncio.get_running_loop()
-        closing = [loop.run_in_executor(self._backend_thread, self._backend.close)]
+        closing = [loop.run_in_executor(self._encoders, self._free_backend)]
         if self._stored is not None:
             closing.append(loop.run_in_executor(self._disk, self._stored.close))
         _, pending = await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         self.is_stuck = bool(pending)
         self._disk.shutdown(wait=False, cancel_futures=True)
-        self._backend_thread.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
+
+    def _free_backend(self) -> None:
+        """In a thread: once no other is in the backend."""
+        self._backend_threads.shutdown(cancel_futures=True)
+        self._backend.close()
 
     def _next_batch(self) -> list[Work]:
         """Work in fair order up to the token budget; at least one where anything waits."""
@@ -265,7 +290,6 @@ class Scheduler:
         self._gauge()
 
     async def _swap_backend(self, backend: TeacherBackend) -> None:
-        loop = asyncio.get_running_loop()
         old, self._backend, self._next_backend = self._backend, backend, None
         version = self.info.teacher_version + 1
         self.info = replace(backend.describe(), teacher_version=version)
@@ -273,7 +297,7 @@ class Scheduler:
         self._budget = BatchBudget(self._budget.max_tokens)
         metrics.TEACHER_VERSION.set(version)
         log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
-        await loop.run_in_executor(self._backend_thread, old.close)
+        await self._in_backend(old.close)
 
     def _gauge(self) -> None:
         metrics.TEACHER_QUEUE_TOKENS.set(self._queue.cost)

@@ -45,6 +45,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from logitstream import metrics
 from logitstream.errors import InvalidSequence, RequestError
+from logitstream.sampling import warm_up
 from logitstream.types import SparseTargets, TeacherInfo
 from teacher_server.backend import ScoreRequest
 from teacher_server.prompt_draws import (
@@ -116,6 +117,8 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
                 is_drawing=get_tp_group().rank_in_group == 0,
             )
             hook(runner, self.prompt_draws)
+            if self.prompt_draws.is_drawing and current_platform.is_cpu():
+                warm_up(self.model_config.dtype)
 
     def determine_available_memory(self) -> int:
         """vLLM's profile leaves the draw out; what the user fixed in bytes stays as it is."""
@@ -197,6 +200,9 @@ class VllmBackend:
     is started again before `exit` is called with EXIT_ENGINE_DEAD.
     Raises ValueError for options that vLLM does not know or that are ours, RuntimeError for a vLLM of another version.
     """
+
+    batches_at_once = 2
+    """The engine's next step takes from the second batch while the first one's targets are on their way out."""
 
     def __init__(
         self,

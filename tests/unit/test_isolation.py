@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from logitstream.errors import RequestError, ScoringFailed
 from logitstream.types import SparseTargets
 from teacher_server.backend import ScoreRequest
-from teacher_server.isolation import Trouble, is_broken, score_isolating
+from teacher_server.isolation import Trouble, Turns, is_broken, score_isolating
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, sequence
 
@@ -74,6 +76,36 @@ def test_a_backend_that_loses_a_result_is_not_believed() -> None:
 
     results = score_isolating(Loses(), requests([1, 2, 3]), Trouble())
     assert all(isinstance(result, SparseTargets) for result in results)
+
+
+def test_whoever_broke_an_engine_that_others_used_too_fails_alone() -> None:
+    poisons_inside: list[bool] = []
+
+    class Engine(FakeBackend):
+        """Dies of the poison, and with it whatever else is in it."""
+
+        def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+            if any(request.sequence.token_ids[0] == POISON for request in batch):
+                poisons_inside.append(True)
+                time.sleep(0.006)
+                poisons_inside.pop()
+                raise RuntimeError("the engine is dead")
+            time.sleep(0.002)
+            if poisons_inside:
+                raise RuntimeError("the engine is dead")
+            return super().score(batch)
+
+    backend, turns, failures = Engine(), Turns(), []
+
+    def run(token_ids: Sequence[int]) -> list[bool]:
+        results = score_isolating(backend, requests(token_ids), trouble := Trouble(), turns)
+        failures.append(trouble.num_failures)
+        return [isinstance(result, ScoringFailed) for result in results]
+
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(20):
+            assert list(threads.map(run, ([1, POISON, 2], [3, 4], [5]))) == [[False, True, False], [False] * 2, [False]]
+    assert sum(failures) > 20 * 4  # four of the poison's own: others did fail beside it
 
 
 def test_a_backend_is_broken_when_it_fails_on_what_it_could_do() -> None:

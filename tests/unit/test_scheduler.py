@@ -16,19 +16,22 @@ from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.encoding import encoder
 from teacher_server.isolation import BackendBroken
 from teacher_server.scheduler import Scheduler
-from tests.fakes import FakeBackend
+from tests.fakes import FAKE_DIGEST, FakeBackend
 from tests.serving import SPEC, sequence
 
 
 class GatedBackend(FakeBackend):
     """Scores nothing while its gate is shut, so that a test decides what has arrived before a batch is formed."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, batches_at_once: int = 1, **options: Any) -> None:
         super().__init__(**options)
+        self.batches_at_once = batches_at_once
         self.gate = threading.Event()
         self.entered = threading.Event()
+        self.sizes_entered: list[int] = []
 
     def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        self.sizes_entered.append(len(batch))
         self.entered.set()
         assert self.gate.wait(20)
         return super().score(batch)
@@ -65,6 +68,44 @@ async def test_waiting_requests_of_all_clients_fill_batches_up_to_the_token_budg
         backend.gate.set()
         await asyncio.gather(first, *futures)
         assert [len(batch) for batch in backend.batches] == [1, 10, 10, 5]
+
+
+async def test_a_backend_that_takes_two_batches_has_the_next_one_before_the_first_is_done() -> None:
+    backend, other = GatedBackend(batches_at_once=2), GatedBackend(batches_at_once=2, weights_digest="22" * 32)
+    other.gate.set()
+    async with scheduling(backend) as scheduler:
+        futures = [scheduler.submit(request(number), client_id="x") for number in range(40)]
+        while len(backend.sizes_entered) < 2:
+            await asyncio.sleep(0.01)
+        scheduler.replace_backend(other)
+        await asyncio.sleep(0.05)
+        assert (backend.sizes_entered, backend.batches, other.sizes_entered) == ([10, 10], [], [])
+        backend.gate.set()
+        scored = await asyncio.gather(*futures)
+    assert (backend.sizes_entered, other.sizes_entered) == ([10, 10], [10, 10])
+    assert [one.weights_digest for one in scored] == [FAKE_DIGEST] * 20 + ["22" * 32] * 20
+    assert backend.closed
+
+
+async def test_a_backend_that_breaks_with_two_batches_in_it_ends_the_server() -> None:
+    broken = threading.Event()
+
+    def fault(batch: Sequence[ScoreRequest]) -> None:
+        if broken.is_set():
+            raise RuntimeError("cudaErrorIllegalAddress")
+
+    backend = GatedBackend(batches_at_once=2, fault=fault)
+    backend.gate.set()
+    scheduler = Scheduler(backend, encoder(b"", 1 << 20), max_batch_tokens=100)
+    running = asyncio.ensure_future(scheduler.run())
+    await scheduler.submit(request(1), client_id="x")
+    broken.set()
+    futures = [scheduler.submit(request(number), client_id="x") for number in range(2, 42)]
+    with pytest.raises(BackendBroken):
+        await asyncio.wait_for(running, 20)
+    await scheduler.close()
+    for error in await asyncio.gather(*futures, return_exceptions=True):
+        assert isinstance(error, ServerDraining | asyncio.CancelledError)
 
 
 async def test_one_sequence_over_the_budget_is_still_scored() -> None:
