@@ -134,7 +134,7 @@ def errors(dtype: torch.dtype, seed: int, **shape: int) -> tuple[dict[str, float
     hidden, weight, _, targets, labels, mask = problem(seed, **shape)
     hidden, weight = hidden.to(dtype), (weight * 0.3).to(dtype)
     options: dict[str, Any] = {"loss_mask": mask, "labels": labels, "ce_weight": 0.25}
-    chunk_bytes = CHUNK_ROWS * 8 * len(weight)
+    chunk_bytes = 8 * 8 * len(weight)  # of fewer than 8 rows, MKL multiplies on an AMD processor in one chain of sums
 
     def run(fused: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         h, w = (tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight))
@@ -158,7 +158,7 @@ def errors(dtype: torch.dtype, seed: int, **shape: int) -> tuple[dict[str, float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_err_no_more_than_the_plain_twins(dtype: torch.dtype) -> None:
     """Over ragged shapes and seeds. Rounding favours the one or the other in a single case, so the geometric mean of
-    the ratios is compared: over other seeds 0.87 to 0.98 in float32 and 0.92 to 1.00 in bfloat16."""
+    the ratios is compared: over other seeds 0.73 to 1.00 in float32 and 0.90 to 1.00 in bfloat16."""
     shapes = [
         {"num_rows": 40, "vocab_size": 17, "max_entries": 5},
         {"num_rows": 33, "vocab_size": 101, "max_entries": 60},
