@@ -14,12 +14,17 @@ import psutil
 
 from benchmarks.load import Client, instant, process, random_sequences
 
+TOKENS_IN_FLIGHT = 65_536
+"""Of all clients together: the credit of one."""
+
 
 async def steady_rss(address: str, server: psutil.Process, *, num_clients: int, seconds: float) -> int:
-    """The server's resident bytes under load from that many clients, the median of the last half."""
+    """The server's resident bytes under full load from that many clients, the median of the last half."""
     async with contextlib.AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(Client(address, f"client {i}", window_tokens=4096))
+            await stack.enter_async_context(
+                Client(address, f"client {i}", window_tokens=TOKENS_IN_FLIGHT // num_clients)
+            )
             for i in range(num_clients)
         ]
         sequences = random_sequences([256] * 4000, seed=num_clients)
@@ -36,7 +41,7 @@ async def steady_rss(address: str, server: psutil.Process, *, num_clients: int, 
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Resident bytes from 1 to 64 clients: of a real teacher, and of the server alone."""
+    """Resident bytes from 1 to 64 clients at the same load: of a real teacher, and of the server alone."""
     from demo.assets import teacher_folder
 
     command = ["-m", "teacher_server", "--model", str(teacher_folder()), "--dtype", "float32", "--device", "cpu"]
