@@ -1,5 +1,7 @@
 """Replay against reading the same bytes raw with pyarrow; opening a million sequences; memory over an epoch.
 
+    python -m benchmarks.cache
+
 Writes benchmarks/results/cache.json. Both sides read from the page cache in one thread; they are measured in turn, so
 that their ratio survives a machine that others use, and the medians of wall and CPU seconds are given.
 """
@@ -9,20 +11,19 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.machine import machine
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.types import Fingerprint, TargetSpec
 
@@ -220,27 +221,11 @@ def replay_memory(directory: Path) -> int:
     return max(sizes[2:]) - sizes[2]
 
 
-def machine() -> dict[str, Any]:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    names = ("pyarrow", "numpy", "xxhash", "logitstream")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load_average": [round(load, 1) for load in os.getloadavg()],
-        "versions": {name: version(name) for name in names},
-    }
-
-
 def main() -> None:
     if len(sys.argv) == 2:
         print(json.dumps(open_small(Path(sys.argv[1]))))
         return
-    results: dict[str, Any] = {"machine": machine(), "replay": []}
+    results: dict[str, Any] = {"machine": machine("pyarrow", "numpy", "xxhash", "logitstream"), "replay": []}
     with tempfile.TemporaryDirectory() as folder:
         for num_tokens, bytes_per_token in SHAPES:
             directory = Path(folder) / f"{num_tokens}-{bytes_per_token}"
@@ -250,7 +235,7 @@ def main() -> None:
         started = time.perf_counter()
         fill(Path(folder) / "small", num_records=NUM_SMALL, num_tokens=8, payload_bytes=32)
         results["write_microseconds_per_small_record"] = round((time.perf_counter() - started) / NUM_SMALL * 1e6, 1)
-        command = [sys.executable, __file__, str(Path(folder) / "small")]
+        command = [sys.executable, "-m", "benchmarks.cache", str(Path(folder) / "small")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         results["million"] = json.loads(done.stdout)
         print(done.stdout, flush=True)

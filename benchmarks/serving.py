@@ -13,11 +13,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import numpy as np
 
 from benchmarks.instant_teacher import VOCAB_SIZE
 from benchmarks.load import Client, instant, process, random_sequences, tokens_per_second
+from benchmarks.machine import machine
 from benchmarks.serving_goodput import measure_goodput
 from benchmarks.serving_memory import measure_memory, measure_soak
 from logitstream.rpc import convert
@@ -191,23 +189,13 @@ def main() -> None:
     args = parser.parse_args()
     for part in args.parts or [name for name in PARTS if name != "soak"]:
         print(f"{part}: {PARTS[part].__doc__}", flush=True)
-        result = PARTS[part](args) | {"machine": machine()}
+        where = machine("torch", "transformers", "grpcio", "protobuf", "numpy")
+        result = PARTS[part](args) | {"machine": where}
         print(json.dumps(result, indent=2), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         results[part] = result
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "grpcio", "protobuf", "numpy")
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 if __name__ == "__main__":

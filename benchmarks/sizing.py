@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
+from benchmarks.machine import machine
 from logitstream.types import TargetSpec
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
@@ -48,13 +46,7 @@ def main() -> None:
             "steps": NUM_STEPS,
             "skipped_steps": SKIPPED_STEPS,
         },
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("grpcio", "numpy", "torch")},
-        },
+        "machine": machine("grpcio", "numpy", "torch"),
         "points": [],
     }
     for num_teachers in TEACHERS:

@@ -15,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.machine import machine
 from logitstream import codec
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.fused_loss import fused_linear_sparse_kl
@@ -372,16 +371,6 @@ def draw(table: dict[str, Any]) -> None:
     figure.savefig(FIGURE, dpi=130)
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :"),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "liger_kernel")},
-        "load_average_before": os.getloadavg()[0],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of `own_processes`")
@@ -390,10 +379,10 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in options.parts:
-        before = machine()
+        before = machine("torch", "transformers", "liger_kernel")
         figures = PARTS[part](options)
         settings = {"rounds": options.rounds, "steps": options.steps, "sizes": SIZES, "dtype": "float32"}
-        load = {"load_average_after": os.getloadavg()[0]}
+        load = {"load_after": round(os.getloadavg()[0], 1)}
         results[part] = {"figures": figures, "machine": before | load, "settings": settings}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")

@@ -11,13 +11,10 @@ Writes benchmarks/results/target_stream.json. Medians of runs in turn; ratios ar
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
+from benchmarks.machine import machine
 from logitstream.types import TargetSpec
 from student_worker.batches import Batch
 from student_worker.target_cache import open_target_cache
@@ -40,16 +38,9 @@ STEP_PRODUCTS = 24
 
 def main() -> None:
     torch.set_num_threads(1)
-    load_before = os.getloadavg()[0]
     results: dict[str, Any] = {
         "settings": {"batches": NUM_BATCHES, "sequences": BATCH_SEQUENCES, "tokens": NUM_TOKENS, "rounds": ROUNDS},
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before": load_before,
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("grpcio", "numpy", "numba", "torch")},
-        },
+        "machine": machine("grpcio", "numpy", "numba", "torch"),
     }
     with instant() as (address, _):
         for codec_version in (1, 2):

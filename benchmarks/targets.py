@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +21,6 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from demo.assets import teacher_folder, text_file
 from logitstream import codec
 from logitstream.budget import choose_for_bytes, choose_for_noise
@@ -267,7 +265,6 @@ def timings(data: Scored, forward: Callable[[], Any]) -> dict[str, Any]:
         **{f"decode_{n}": lambda n=n: [codec.decode(x, id_model=data.id_model) for x in payloads[n]] for n in pieces},
     }
     return {
-        "load_average": os.getloadavg()[0],
         "entries_a_token": {
             n: sum(x.num_entries for x in parts) / sum(x.num_rows for x in parts) for n, parts in pieces.items()
         },
@@ -390,13 +387,11 @@ def main() -> None:
     path = Path(__file__).parent / "results" / "targets.json"
     report: dict[str, Any] = {}
     for part in sys.argv[1:] or parts:
+        before = machine("torch", "numpy", "numba", "transformers")
         result = parts[part]()
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         report[part] = result
-        report[f"{part}_made"] = {
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("torch", "numpy", "numba", "transformers")},
-        }
+        report[f"{part}_made"] = before
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if "curves" in report and "gradients" in report:
         figures(report, Path(__file__).parents[1] / "docs" / "figures")

