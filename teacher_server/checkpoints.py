@@ -40,12 +40,18 @@ def stamped_checkpoints(folder: Path) -> list[tuple[Stamp, Path]]:
 
 
 async def watch_checkpoints(
-    folder: Path, *, every_seconds: float, load: LoadCheckpoint, replace: Callable[[TeacherBackend], None]
+    folder: Path,
+    *,
+    every_seconds: float,
+    load: LoadCheckpoint,
+    replace: Callable[[TeacherBackend], None],
+    has_looked: asyncio.Event,
 ) -> None:
     """Load each newer checkpoint in a thread while the old one serves, and hand it to `replace`; until cancelled.
 
     Newer is what was written after what is served, so the weights never go back when a checkpoint is deleted. One that
     cannot be loaded is reported once and passed over: the old weights go on. Both lie in memory for a moment.
+    has_looked: set once what is there at first has been loaded, so that a server that starts again begins with it.
     """
     served = NOTHING
     passed_over: set[tuple[Stamp, Path]] = set()
@@ -64,6 +70,7 @@ async def watch_checkpoints(
             if looked_at not in passed_over:
                 log.exception("checkpoint %s cannot be served, the weights stay as they are", looked_at[1])
             passed_over.add(looked_at)
+        has_looked.set()
         await asyncio.sleep(every_seconds)
 
 

@@ -138,16 +138,22 @@ class TeacherServer:
             if config.cache
             else None,
         )
-        servicer = self._gate.servicer = TeacherServicer(scheduler, _limits(config, backend), id_model=id_model)
+        servicer = TeacherServicer(scheduler, _limits(config, backend), id_model=id_model)
         running = asyncio.ensure_future(scheduler.run())
-        tasks = [
-            asyncio.ensure_future(self._keep_house(scheduler)),
+        has_looked = asyncio.Event()
+        looking: asyncio.Future[Any] = asyncio.ensure_future(has_looked.wait())
+        tasks: list[asyncio.Future[Any]] = [
+            looking,
             asyncio.ensure_future(self._refresh_stored(scheduler)),
-            *self._watch(scheduler),
+            *self._watch(scheduler, has_looked),
         ]
         try:
-            self._health.set(serving=True)
-            self._announce()
+            await asyncio.wait({stopping, running, looking}, return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                self._gate.servicer = servicer
+                self._health.set(serving=True)
+                self._announce()
+                tasks.append(asyncio.ensure_future(self._keep_house(scheduler)))
             await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 await self._drain(scheduler, servicer)
@@ -188,10 +194,11 @@ class TeacherServer:
             await scheduler.refresh_stored()
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
-    def _watch(self, scheduler: Scheduler) -> list[asyncio.Future[None]]:
+    def _watch(self, scheduler: Scheduler, has_looked: asyncio.Event) -> list[asyncio.Future[None]]:
         """The task that follows new checkpoints, where that is wanted."""
         config = self._config
         if not config.watch_checkpoints:
+            has_looked.set()
             return []
         if self._load_checkpoint is None:
             raise ValueError(f"watch_checkpoints is set, but the {config.backend} backend cannot replace its weights")
@@ -200,6 +207,7 @@ class TeacherServer:
             every_seconds=config.watch_seconds,
             load=self._load_checkpoint,
             replace=scheduler.replace_backend,
+            has_looked=has_looked,
         )
         return [asyncio.ensure_future(watching)]
 

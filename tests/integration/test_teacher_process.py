@@ -98,6 +98,13 @@ def test_new_checkpoints_are_served_as_they_appear_and_broken_ones_are_not(tiny_
     arguments = ["--model", str(tiny_teacher), "--watch_checkpoints", str(watched), "--watch_seconds", "0.1"]
     with teacher_process(*arguments) as (_, address):
         asyncio.run(scenario(address))
+    with teacher_process(*arguments) as (_, address):  # begins with what it served when it ended
+        assert asyncio.run(served(address)) == weights_digest(watched / "checkpoint-5")
+
+
+async def served(address: str) -> str:
+    async with WireClient(address) as client:
+        return (await client.describe()).weights_digest
 
 
 async def test_an_id_model_is_made_once_and_then_shared(tiny_teacher: Path, tmp_path: Path) -> None:

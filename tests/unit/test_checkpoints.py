@@ -66,7 +66,13 @@ async def watching(
 ) -> AsyncIterator[Watched]:
     watched = Watched(while_loading)
     task = asyncio.ensure_future(
-        watch_checkpoints(folder, every_seconds=EVERY_SECONDS, load=watched.load, replace=watched.served.append)
+        watch_checkpoints(
+            folder,
+            every_seconds=EVERY_SECONDS,
+            load=watched.load,
+            replace=watched.served.append,
+            has_looked=asyncio.Event(),
+        )
     )
     try:
         yield watched
