@@ -129,7 +129,9 @@ class Scheduler:
         Raises ValueError where the students' handshake does not hold for them.
         """
         check_successor(self.info, backend.describe())
-        self._next_backend = backend
+        superseded, self._next_backend = self._next_backend, backend
+        if superseded is not None:  # by the time of its first batch there are newer weights
+            self._in_backend(superseded.close)
         self._wake.set()
 
     async def run(self) -> None:
@@ -142,8 +144,7 @@ class Scheduler:
                 await self._wake.wait()
                 continue
             await self._encoding.acquire()
-            # as late as possible, so that what is urgent now goes first
-            batch = self._next_batch() if self._may_score() else []
+            batch = self._next_batch() if self._may_score() else []  # as late as can be: what is urgent now goes first
             if not batch:
                 self._encoding.release()
                 continue
@@ -153,7 +154,8 @@ class Scheduler:
         raise self._broken
 
     def _may_score(self) -> bool:
-        return self._queue.cost > 0 and self._next_backend is None and len(self._scoring) < self._batches_at_once
+        has_room = len(self._scoring) < self._batches_at_once
+        return has_room and self._queue.cost > 0 and self._next_backend is None and self._broken is None
 
     def _has_scored(self, task: asyncio.Task[None]) -> None:
         self._scoring.discard(task)

@@ -77,6 +77,7 @@ async def test_a_backend_that_takes_two_batches_has_the_next_one_before_the_firs
         futures = [scheduler.submit(request(number), client_id="x") for number in range(40)]
         while len(backend.sizes_entered) < 2:
             await asyncio.sleep(0.01)
+        scheduler.replace_backend(never := FakeBackend(weights_digest="11" * 32))
         scheduler.replace_backend(other)
         await asyncio.sleep(0.05)
         assert (backend.sizes_entered, backend.batches, other.sizes_entered) == ([10, 10], [], [])
@@ -85,6 +86,7 @@ async def test_a_backend_that_takes_two_batches_has_the_next_one_before_the_firs
     assert (backend.sizes_entered, other.sizes_entered) == ([10, 10], [10, 10])
     assert [one.weights_digest for one in scored] == [FAKE_DIGEST] * 20 + ["22" * 32] * 20
     assert backend.closed
+    assert (never.batches, never.closed) == ([], True)
 
 
 async def test_a_backend_that_breaks_with_two_batches_in_it_ends_the_server() -> None:
