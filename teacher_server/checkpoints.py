@@ -56,22 +56,28 @@ async def watch_checkpoints(
     served = NOTHING
     passed_over: set[tuple[Stamp, Path]] = set()
     while True:
-        looked_at = (NOTHING, folder)
-        try:
-            for looked_at in await asyncio.to_thread(stamped_checkpoints, folder):
-                stamp, path = looked_at
-                if stamp <= served:
-                    break
+        for looked_at in await asyncio.to_thread(_newest_first, folder):
+            stamp, path = looked_at
+            if stamp <= served:
+                break
+            try:
                 if looked_at not in passed_over and await asyncio.to_thread(is_complete, path):
                     replace(await asyncio.to_thread(_load_unchanged, path, stamp, load))
                     served = stamp
                     break
-        except Exception:
-            if looked_at not in passed_over:
-                log.exception("checkpoint %s cannot be served, the weights stay as they are", looked_at[1])
-            passed_over.add(looked_at)
+            except Exception:
+                log.exception("checkpoint %s cannot be served, the weights stay as they are", path)
+                passed_over.add(looked_at)
         has_looked.set()
         await asyncio.sleep(every_seconds)
+
+
+def _newest_first(folder: Path) -> list[tuple[Stamp, Path]]:
+    try:
+        return stamped_checkpoints(folder)
+    except Exception:
+        log.exception("checkpoints are not looked for")
+        return []
 
 
 def _load_unchanged(path: Path, stamp: Stamp, load: LoadCheckpoint) -> TeacherBackend:

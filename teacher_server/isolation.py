@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from logitstream.errors import RequestError, ScoringFailed
+from logitstream.errors import RequestError, ScoringFailed, ServerDraining
 from logitstream.types import SparseTargets
 from teacher_server.backend import ScoreRequest, TeacherBackend
 
@@ -16,6 +16,7 @@ TRIES_ALONE = 2
 """How often a sequence is tried by itself before it is given up."""
 ENGINE_DEAD = "EngineDeadError"
 """vLLM's error of an engine that died, told by name; it is started again, and need not die of the same sequence."""
+BROKE_DOWN = "the teacher broke down: ask another replica"
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Turns:
         self._changed = threading.Condition()
         self._num_shared = 0
         self._is_taken = False
+        self.is_over = False  # what has failed is not tried again
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -71,12 +73,17 @@ class Turns:
 
 
 def score_isolating(
-    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble, turns: Turns | None = None
+    backend: TeacherBackend,
+    batch: Sequence[ScoreRequest],
+    trouble: Trouble,
+    turns: Turns | None = None,
+    good: ScoreRequest | None = None,
 ) -> list[SparseTargets | RequestError]:
-    """One result a request, in order; never raises for what the backend does.
+    """One result a request, in order.
 
     A batch that fails is scored in halves, so one bad sequence costs log2(n) batches and the others get their targets.
-    turns: shared with other threads that score.
+    turns: shared with other threads that score; good: a request that the backend has answered before. Raises
+    BackendBroken where the whole batch and this one fail, which ends the turns; else nothing for what the backend does.
     """
     turns = turns or Turns()
     with turns.shared():
@@ -84,7 +91,11 @@ def score_isolating(
     if not isinstance(first, Exception):
         return first
     with turns.alone():
-        return _score_again(backend, batch, trouble, first)
+        results = _score_again(backend, batch, trouble, first, turns)
+        if good is not None and trouble.num_given_up == len(batch) and is_broken(backend, good):
+            turns.is_over = True
+            raise BackendBroken("the backend fails on sequences that it has scored before")
+        return results
 
 
 def _try(
@@ -101,12 +112,15 @@ def _try(
 
 
 def _score_again(
-    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble, error: Exception
+    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble, error: Exception, turns: Turns
 ) -> list[SparseTargets | RequestError]:
     """Results of a batch that failed once, with this error."""
+    if turns.is_over:
+        return [ServerDraining(BROKE_DOWN) for _ in batch]
     if len(batch) > 1:
         middle = len(batch) // 2
-        return [result for half in (batch[:middle], batch[middle:]) for result in _score_half(backend, half, trouble)]
+        halves = (batch[:middle], batch[middle:])
+        return [result for half in halves for result in _score_half(backend, half, trouble, turns)]
     for _ in range(TRIES_ALONE - 1):
         again = _try(backend, batch, trouble)
         if not isinstance(again, Exception):
@@ -121,17 +135,16 @@ def _score_again(
 
 
 def _score_half(
-    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble
+    backend: TeacherBackend, batch: Sequence[ScoreRequest], trouble: Trouble, turns: Turns
 ) -> list[SparseTargets | RequestError]:
     first = _try(backend, batch, trouble)
-    return _score_again(backend, batch, trouble, first) if isinstance(first, Exception) else first
+    return _score_again(backend, batch, trouble, first, turns) if isinstance(first, Exception) else first
 
 
-def is_broken(backend: TeacherBackend, good: ScoreRequest, turns: Turns | None = None) -> bool:
+def is_broken(backend: TeacherBackend, good: ScoreRequest) -> bool:
     """Whether the backend fails on a request that it has answered before: then no sequence is to blame."""
     try:
-        with (turns or Turns()).alone():
-            backend.score([good])
+        backend.score([good])
     except Exception:
         log.exception("the backend fails on a sequence that it has scored before")
         return True

@@ -23,7 +23,7 @@ from teacher_server.batch_budget import BatchBudget
 from teacher_server.checkpoints import check_successor
 from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue
-from teacher_server.isolation import BackendBroken, Trouble, Turns, is_broken, score_isolating
+from teacher_server.isolation import BROKE_DOWN, BackendBroken, Trouble, Turns, score_isolating
 from teacher_server.stored_targets import StoredTargets
 from teacher_server.work import Key, Scored, Work
 
@@ -137,7 +137,7 @@ class Scheduler:
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
         while self._broken is None:
-            if self._next_backend is not None and not self._scoring:
+            while self._next_backend is not None and not self._scoring:
                 await self._swap_backend(self._next_backend)
             if not self._may_score():
                 self._wake.clear()
@@ -186,13 +186,13 @@ class Scheduler:
         """Have a batch scored by the backend, in a thread of its own, and see to it that it is answered."""
         trouble = Trouble()
         requests = [work.request for work in batch]
-        results = await self._in_backend(score_isolating, self._backend, requests, trouble, self._turns)
-        if trouble.num_given_up == len(batch) and self._good is not None:
-            if await self._in_backend(is_broken, self._backend, self._good, self._turns):
-                for work in batch:
-                    self._refuse(work, ServerDraining("the teacher broke down: ask another replica"))
-                raise BackendBroken("the backend fails on sequences that it has scored before")
-        elif not trouble.num_failures:
+        try:
+            results = await self._in_backend(score_isolating, self._backend, requests, trouble, self._turns, self._good)
+        except BackendBroken:
+            for work in batch:
+                self._refuse(work, ServerDraining(BROKE_DOWN))
+            raise
+        if not trouble.num_failures:
             self._good = requests[-1]
         num_tokens = sum(len(request.sequence) for request in requests)
         self._budget.adapt(trouble, num_sequences=len(batch), num_tokens=num_tokens)
@@ -203,7 +203,7 @@ class Scheduler:
 
     async def close(self) -> None:
         """Free the backend once the running batch is done, or give up on it; what still waits is cancelled."""
-        self.is_draining = True
+        self.is_draining = self._turns.is_over = True
         for task in self._scoring:
             task.cancel()
         if self._finishing:

@@ -252,7 +252,13 @@ def serve(
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
-        await server.run()
+        try:
+            await server.run()
+        except Exception:
+            if server.scheduler is not None and server.scheduler.is_stuck:
+                log.exception("the server ends with a thread still busy")
+                _exit(EXIT_STUCK)
+            raise
         await _leave_threads(server, workers)
 
     try:

@@ -45,6 +45,7 @@ class Watched:
         self.loaded: list[float] = []
         self.served: list[TeacherBackend] = []
         self.while_loading = while_loading
+        self.has_looked = asyncio.Event()
 
     def load(self, folder: Path) -> TeacherBackend:
         self.loaded.append(value_of(folder))
@@ -71,7 +72,7 @@ async def watching(
             every_seconds=EVERY_SECONDS,
             load=watched.load,
             replace=watched.served.append,
-            has_looked=asyncio.Event(),
+            has_looked=watched.has_looked,
         )
     )
     try:
@@ -153,5 +154,7 @@ async def test_where_the_newest_cannot_be_loaded_the_one_before_is_served(tmp_pa
             raise MemoryError
 
     async with watching(tmp_path, while_loading=while_loading) as watched:
+        await watched.has_looked.wait()
+        assert len(watched.served) == 1  # by then: a server that starts again begins with it
         await watched.until_loaded(2.0, 1.0)
         assert len(watched.served) == 1

@@ -89,6 +89,29 @@ async def test_a_backend_that_takes_two_batches_has_the_next_one_before_the_firs
     assert (never.batches, never.closed) == ([], True)
 
 
+async def test_weights_that_come_while_the_old_ones_are_freed_serve_what_waits() -> None:
+    closing, may_close = threading.Event(), threading.Event()
+
+    class SlowToFree(GatedBackend):
+        def close(self) -> None:
+            closing.set()
+            assert may_close.wait(20)
+            super().close()
+
+    backend, last = SlowToFree(), FakeBackend(weights_digest="33" * 32)
+    async with scheduling(backend) as scheduler:
+        first = await hold(scheduler, backend)
+        futures = [scheduler.submit(request(number), client_id="x") for number in range(3)]
+        scheduler.replace_backend(FakeBackend(weights_digest="22" * 32))
+        backend.gate.set()
+        await first
+        await asyncio.to_thread(closing.wait, 10)
+        scheduler.replace_backend(last)
+        may_close.set()
+        scored = await asyncio.wait_for(asyncio.gather(*futures), 10)
+    assert {one.weights_digest for one in scored} == {"33" * 32}
+
+
 async def test_a_backend_that_breaks_with_two_batches_in_it_ends_the_server() -> None:
     broken = threading.Event()
 
@@ -102,10 +125,16 @@ async def test_a_backend_that_breaks_with_two_batches_in_it_ends_the_server() ->
     running = asyncio.ensure_future(scheduler.run())
     await scheduler.submit(request(1), client_id="x")
     broken.set()
+    backend.sizes_entered.clear()
     futures = [scheduler.submit(request(number), client_id="x") for number in range(2, 42)]
     with pytest.raises(BackendBroken):
         await asyncio.wait_for(running, 20)
     await scheduler.close()
+    assert not scheduler.is_stuck
+    # One batch of ten was halved down to ten sequences, each tried twice (29 times in all), the other was tried once;
+    # and then what had been scored before.
+    assert sorted(backend.sizes_entered, reverse=True)[:3] == [10, 10, 5]
+    assert len(backend.sizes_entered) <= 29 + 1 + 1
     for error in await asyncio.gather(*futures, return_exceptions=True):
         assert isinstance(error, ServerDraining | asyncio.CancelledError)
 
