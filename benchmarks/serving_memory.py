@@ -94,8 +94,8 @@ def measure_soak(args: argparse.Namespace) -> dict[str, Any]:
 def slope(samples: list[tuple[float, int]], *, num_blocks: int = 8) -> dict[str, float]:
     """Least squares through the means of eight blocks after the first fifth (warming up).
 
-    Few blocks, as the allocator's level wanders over minutes: means of shorter ones depend on each other, and an interval
-    made from them is too small (two runs with 20 blocks gave -1.0 ± 0.5 and 2.1 ± 0.6 MiB/h).
+    Few blocks, as the allocator's level wanders over minutes: means of shorter ones depend on each other, and their
+    interval is too small (two runs with 20 blocks gave -1.0 ± 0.5 and 2.1 ± 0.6 MiB/h).
     """
     kept = np.array(samples[len(samples) // 5 :], dtype=float)
     blocks = np.array([block.mean(axis=0) for block in np.array_split(kept, num_blocks)])
