@@ -18,7 +18,7 @@ from demo.processes import child, stop, wait_for
 from student_worker.progress import PLAIN_LINE_SECONDS, describe
 
 NUM_WORKERS = 2
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 EPOCH_SECONDS = 1800.0
 
 

@@ -16,6 +16,7 @@ from teacher_server.backend import ScoreRequest, TeacherBackend
 
 SEQUENCE_TOKENS = 256
 MAX_SEQUENCES = 40
+BATCH_SEQUENCES = 8
 SPEC = TargetSpec(num_samples=1000)
 """Unbiased and near the distribution itself: its weights add up to the teacher's average."""
 
@@ -54,11 +55,12 @@ def calibrate(backend: TeacherBackend, token_ids: list[int]) -> IdModel:
     if not sequences:
         raise ValueError("the calibration text holds no token")
     log.info("id model from %d sequences of the calibration text", len(sequences))
-    scored = (backend.score([ScoreRequest(sequence=sequence, spec=SPEC)])[0] for sequence in sequences)
     expected_counts = np.zeros(backend.describe().vocab_size)
-    for targets in scored:
-        if isinstance(targets, SparseTargets):
-            np.add.at(expected_counts, targets.token_ids, targets.weights())
+    for start in range(0, len(sequences), BATCH_SEQUENCES):
+        batch = [ScoreRequest(sequence=sequence, spec=SPEC) for sequence in sequences[start : start + BATCH_SEQUENCES]]
+        for targets in backend.score(batch):
+            if isinstance(targets, SparseTargets):
+                np.add.at(expected_counts, targets.token_ids, targets.weights())
     return IdModel.from_expected_counts(expected_counts)
 
 
