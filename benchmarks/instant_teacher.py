@@ -62,7 +62,7 @@ class InstantBackend:
             tokenizer_digest="00" * 32,
             vocab_size=VOCAB_SIZE,
             dtype="float32",
-            max_sequence_tokens=4096,
+            max_sequence_tokens=8192,
             backend="instant",
         )
 
@@ -144,8 +144,8 @@ def main() -> None:
         address_file=str(args.address_file),
         max_batch_tokens=args.max_batch_tokens,
         max_message_bytes=MAX_MESSAGE_BYTES,
-        max_in_flight_tokens=1 << 22,
-        max_queue_tokens=1 << 22,
+        max_in_flight_tokens=1 << 23,
+        max_queue_tokens=1 << 23,
         drain_seconds=2.0,
     )
     server.serve(config, lambda: backend, make_encoder=encoded_before if args.encoded_before else server.encoder)

@@ -85,12 +85,13 @@ class Client:
     async def run_messages(self, groups: list[list[pb.TargetRequest]]) -> None:
         reading = asyncio.ensure_future(self._read(sum(map(len, groups))))
         for group in groups:
-            num_tokens = sum(len(request.token_ids) for request in group)
+            lengths = {request.request_id: len(request.token_bytes) // convert.ID_BYTES for request in group}
+            num_tokens = sum(lengths.values())
             async with self._room:
                 await self._room.wait_for(lambda n=num_tokens: not self._held or self._held + n <= self._window)
                 self._held += num_tokens
             now = time.perf_counter()
-            self._in_flight |= {request.request_id: (len(request.token_ids), now) for request in group}
+            self._in_flight |= {request_id: (length, now) for request_id, length in lengths.items()}
             await self._call.write(convert.requests_to_message(group))
         await reading
 

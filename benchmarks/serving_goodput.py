@@ -19,9 +19,15 @@ from logitstream import codec
 from logitstream.rpc import convert
 from logitstream.rpc.channel import open_channel
 from logitstream.rpc.v1 import teacher_pb2 as pb
+from teacher_server.backend import ScoreRequest
 from teacher_server.gate import SERVICE
+from teacher_server.replies import reply_messages
+from teacher_server.stream import Event, Outcome
+from teacher_server.work import Scored, key_of
 
 STREAM_METHOD = f"/{SERVICE}/StreamTargets"
+LENGTHS = (512, 8192)
+LARGE_BATCH_TOKENS = 262_144
 
 
 async def raw_run(address: str, method: str, requests: list[bytes]) -> tuple[float, list[int]]:
@@ -46,41 +52,48 @@ async def raw_run(address: str, method: str, requests: list[bytes]) -> tuple[flo
 
 def measure_goodput(args: argparse.Namespace) -> dict[str, Any]:
     """Payload bytes/s of a backend that answers at once over those of a bare stream of equal messages."""
-    sequences = random_sequences([512] * args.num_requests)
-    messages = [convert.request_to_message(number, one) for number, one in enumerate(sequences)]
-    groups = [convert.requests_to_message(messages[i : i + 8]) for i in range(0, len(messages), 8)]
-    hello = pb.Open(client_id="goodput", vocab_size=1 << 24, spec=convert.spec_to_message(SPEC))
-    requests = [message.SerializeToString() for message in (pb.StreamTargetsRequest(open=hello), *groups)]
-    num_tokens = sum(map(len, sequences))
-    found: dict[str, list[float]] = {
-        "bare": [],
-        "encoded_before": [],
-        "encoded_before_large_batches": [],
-        "encoding": [],
-    }
-    cpu: dict[str, list[float]] = {name: [] for name in found}
-    sizes = [0]
-
-    def run(name: str, address: str, server: psutil.Process, method: str, messages: list[bytes]) -> None:
-        nonlocal sizes
-        before = sum(server.cpu_times()[:2])
-        seconds, sizes = asyncio.run(raw_run(address, method, messages))
-        found[name].append(seconds)
-        cpu[name].append((sum(server.cpu_times()[:2]) - before) / len(sequences))
-
-    large = ("--encoded-before", "--max-batch-tokens", "65536")
+    large = ("--encoded-before", "--max-batch-tokens", str(LARGE_BATCH_TOKENS))
     with (
         instant("--bare") as bare,
         instant("--encoded-before") as ready,
         instant(*large) as ready_large,
         instant() as encoding,
     ):
-        for _ in range(args.repeats + 1):
-            run("encoding", *encoding, STREAM_METHOD, requests)
-            run("encoded_before_large_batches", *ready_large, STREAM_METHOD, requests)
-            run("encoded_before", *ready, STREAM_METHOD, requests)
-            plan = BARE_HEADER.pack(len(requests), len(sizes), sum(sizes) // len(sizes))
-            run("bare", *bare, BARE_METHOD, [plan, *requests])
+        servers = {
+            "encoding": encoding,
+            "encoded_before": ready,
+            "encoded_before_large_batches": ready_large,
+            "bare": bare,
+        }
+        return {
+            f"sequences_of_{length}_tokens": goodput(servers, length, args.num_requests * 512 // length, args.repeats)
+            for length in LENGTHS
+        }
+
+
+def goodput(
+    servers: dict[str, tuple[str, psutil.Process]], length: int, num_sequences: int, repeats: int
+) -> dict[str, Any]:
+    """`bare` moves, as the last of the servers, what the one before it has sent."""
+    sequences = random_sequences([length] * num_sequences)
+    messages = [convert.request_to_message(number, one) for number, one in enumerate(sequences)]
+    groups = [convert.requests_to_message(messages[i : i + 8]) for i in range(0, len(messages), 8)]
+    hello = pb.Open(client_id="goodput", vocab_size=1 << 24, spec=convert.spec_to_message(SPEC))
+    requests = [message.SerializeToString() for message in (pb.StreamTargetsRequest(open=hello), *groups)]
+    num_tokens = sum(map(len, sequences))
+    found: dict[str, list[float]] = {name: [] for name in servers}
+    cpu: dict[str, list[float]] = {name: [] for name in servers}
+    sizes = [0]
+    for _ in range(repeats + 1):
+        for name, (address, server) in servers.items():
+            before = sum(server.cpu_times()[:2])
+            if name == "bare":
+                plan = BARE_HEADER.pack(len(requests), len(sizes), sum(sizes) // len(sizes))
+                seconds, _ = asyncio.run(raw_run(address, BARE_METHOD, [plan, *requests]))
+            else:
+                seconds, sizes = asyncio.run(raw_run(address, STREAM_METHOD, requests))
+            found[name].append(seconds)
+            cpu[name].append((sum(server.cpu_times()[:2]) - before) / len(sequences))
     medians = {name: statistics.median(values[1:]) for name, values in found.items()}
     return {
         "targets_tokens_per_second": {name: num_tokens / seconds for name, seconds in medians.items()},
@@ -98,10 +111,13 @@ def measure_goodput(args: argparse.Namespace) -> dict[str, Any]:
 def steps_alone(group: pb.StreamTargetsRequest) -> dict[str, float]:
     """What each step that every sequence takes costs by itself, one after another in one thread: the least of five."""
     data, count = group.SerializeToString(), len(group.requests.requests)
-    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_sequence_tokens": 4096}
+    limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_sequence_tokens": max(LENGTHS)}
     sequences = [convert.sequence_from_message(request, **limits) for request in group.requests.requests]
     targets = typical_targets(len(sequences[0]))
-    answers = [pb.Result(request_id=i, targets=codec.encode(targets), weights_digest=bytes(8)) for i in range(count)]
+    scored = Scored(payload=codec.encode(targets), teacher_version=0, weights_digest="00" * 32)
+    answers: list[Event] = [
+        Outcome(request_id=number, num_tokens=len(sequences[0]), was_taken=True, answer=scored) for number in range(count)
+    ]
 
     def answer_one_future_each() -> None:
         async def answer() -> None:
@@ -118,9 +134,9 @@ def steps_alone(group: pb.StreamTargetsRequest) -> dict[str, float]:
     steps: dict[str, Callable[[], object]] = {
         "parse": lambda: pb.StreamTargetsRequest.FromString(data),
         "check_and_convert": lambda: [convert.sequence_from_message(one, **limits) for one in group.requests.requests],
-        "digest": lambda: [one.digest() for one in sequences],
+        "key": lambda: [hash(key_of(ScoreRequest(sequence=one, spec=SPEC))) for one in sequences],
         "future": answer_one_future_each,
-        "serialize": lambda: pb.StreamTargetsResponse(results=pb.Results(results=answers)).SerializeToString(),
+        "serialize": lambda: list(reply_messages(answers, max_message_bytes=MAX_MESSAGE_BYTES)),
         "encode": lambda: [codec.encode(targets) for _ in sequences],
     }
     alone = {name: 1e6 * min(timeit.repeat(step, number=20, repeat=5)) / 20 / count for name, step in steps.items()}

@@ -110,6 +110,7 @@ class IdTables(NamedTuple):
     reciprocal: npt.NDArray[np.uint64]
 
 
+@functools.lru_cache(maxsize=4)
 def uniform_tables(vocab_size: int) -> IdTables:
     """Tables for ids of which nothing is known."""
     size = min(-(-vocab_size // NUM_BUCKETS), MAX_BUCKET_SIZE)

@@ -135,13 +135,21 @@ ENTRIES_PER_TOKEN = 1024
 def entries_bound(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
     """The most entries that a sequence's targets can have."""
     num_rows = len(sequence) if sequence.loss_mask is None else int(sequence.loss_mask.sum())
-    per_row = {
-        "full": vocab_size,
-        "top_k": spec.top_k,
-        "top_k_ghost": spec.top_k + 1,
-        "threshold": 2 * math.ceil(1 / spec.threshold) + 1,
-    }.get(spec.sampler, spec.num_samples)
-    return num_rows * min(per_row, vocab_size)
+    return num_rows * min(_entries_per_row(spec, vocab_size), vocab_size)
+
+
+def _entries_per_row(spec: TargetSpec, vocab_size: int) -> int:
+    match spec.sampler:
+        case "systematic" | "multinomial":
+            return spec.num_samples
+        case "top_k":
+            return spec.top_k
+        case "top_k_ghost":
+            return spec.top_k + 1
+        case "threshold":
+            return 2 * math.ceil(1 / spec.threshold) + 1
+        case _:
+            return vocab_size
 
 
 def credit_tokens(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:

@@ -25,7 +25,7 @@ from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue
 from teacher_server.isolation import BROKE_DOWN, BackendBroken, Trouble, Turns, score_isolating
 from teacher_server.stored_targets import StoredTargets
-from teacher_server.work import Key, Scored, Work
+from teacher_server.work import Key, Scored, Work, key_of
 
 MAX_ENCODING_BATCHES = 1
 """Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
@@ -36,6 +36,7 @@ SLICE = 64
 CLOSE_SECONDS = 5.0
 """How long the running batch may take once nobody waits for it."""
 
+FailureKey = tuple[TargetSpec, int, bytes]
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,10 @@ class Scheduler:
         self._backend = backend
         self._encode = encode
         self._budget = BatchBudget(max_batch_tokens)
-        self._queue: FairQueue[Work] = FairQueue(client_weights)
+        queue = self._queue = FairQueue[Work](client_weights)
+        metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
         self._works: OrderedDict[Key, Work] = OrderedDict()
-        self._failures: OrderedDict[Key, ScoringFailed] = OrderedDict()
+        self._failures: OrderedDict[FailureKey, ScoringFailed] = OrderedDict()
         self._wake = asyncio.Event()
         self._batches_at_once: int = getattr(backend, "batches_at_once", 1)
         self._backend_threads = ThreadPoolExecutor(self._batches_at_once, thread_name_prefix="backend")
@@ -78,11 +80,11 @@ class Scheduler:
 
     def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
         """The request's future; cancelling it takes the request back. Raises RequestError where it is refused."""
-        key = (request.spec, request.sequence.digest(), request.draw_set)
         if self.is_draining:
             raise ServerDraining("the server is draining: ask another replica")
-        if key in self._failures:
-            raise ScoringFailed(str(self._failures[key]))
+        if self._failures and (failure := self._failures.get(_failure_key(request))) is not None:
+            raise ScoringFailed(str(failure))
+        key = key_of(request)
         cost = cost_in_tokens(request, self.info.vocab_size)
         work = self._works.get(key)
         if work is None:
@@ -98,7 +100,6 @@ class Scheduler:
             work.waiters[future] = self._queue.push(work, client_id=client_id, cost=cost, priority=priority)
         future.add_done_callback(lambda done: self._leave(work, done))
         self._wake.set()
-        self._gauge()
         return future
 
     @property
@@ -241,7 +242,6 @@ class Scheduler:
             batch.append(work)
         if batch:
             metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._budget.max_tokens)
-            self._gauge()
         return batch
 
     async def _finish(self, batch: list[Work], results: list[SparseTargets | RequestError], info: TeacherInfo) -> None:
@@ -274,7 +274,7 @@ class Scheduler:
 
     def _refuse(self, work: Work, error: RequestError) -> None:
         if isinstance(error, ScoringFailed) and error.lasting:
-            self._failures[work.key] = error
+            self._failures[_failure_key(work.request)] = error
             if len(self._failures) > MAX_REMEMBERED_FAILURES:
                 self._failures.popitem(last=False)
         self._works.pop(work.key, None)
@@ -287,9 +287,8 @@ class Scheduler:
         ticket = work.waiters.pop(future, None)
         if ticket is not None:
             self._queue.cancel(ticket)
-        if not work.waiters and not work.running and self._works.get(work.key) is work:
+        if not work.running and not work.waiters and self._works.get(work.key) is work:
             del self._works[work.key]
-        self._gauge()
 
     async def _swap_backend(self, backend: TeacherBackend) -> None:
         old, self._backend, self._next_backend = self._backend, backend, None
@@ -301,10 +300,12 @@ class Scheduler:
         log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
         await self._in_backend(old.close)
 
-    def _gauge(self) -> None:
-        metrics.TEACHER_QUEUE_TOKENS.set(self._queue.cost)
-
     def measure_age(self) -> None:
         """Set the gauge of the oldest waiting request's age; called now and then."""
         oldest = next((work.arrived for work in self._works.values() if not work.running), None)
         metrics.TEACHER_QUEUE_AGE.set(0.0 if oldest is None else time.monotonic() - oldest)
+
+
+def _failure_key(request: ScoreRequest) -> FailureKey:
+    """Smaller than `Key`, as it is kept."""
+    return request.spec, request.draw_set, request.sequence.digest()

@@ -64,7 +64,8 @@ class _ClientGone(LogitstreamError):
 
 
 class TeacherServicer:
-    """Takes raw bytes, so that what is no message is refused as such and sizes are known before decoding."""
+    """Takes raw bytes, so that what is no message is refused as such and sizes are known before decoding; a stream's
+    answers are serialized in `replies.py`."""
 
     def __init__(self, scheduler: Scheduler, limits: StreamLimits, *, id_model: bytes = b"") -> None:
         self._scheduler = scheduler
@@ -89,9 +90,7 @@ class TeacherServicer:
                 "Describe": grpc.unary_unary_rpc_method_handler(
                     self.describe, response_serializer=pb.DescribeResponse.SerializeToString
                 ),
-                "StreamTargets": grpc.stream_stream_rpc_method_handler(
-                    self.stream_targets, response_serializer=pb.StreamTargetsResponse.SerializeToString
-                ),
+                "StreamTargets": grpc.stream_stream_rpc_method_handler(self.stream_targets),
             },
         )
 
@@ -138,7 +137,7 @@ class TeacherServicer:
 
     async def _serve(self, stream: ClientStream, opened: pb.Open, context: Context) -> None:
         opening = pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=self._accounts.credit))
-        await _write(context, opening)
+        await _write(context, opening.SerializeToString())
         async with asyncio.TaskGroup() as group:
             receiving = group.create_task(self._receive(stream, context))
             await self._send(stream, opened.weights_digest, context)
@@ -218,7 +217,8 @@ class TeacherServicer:
             if kind == "requests":
                 for requests in _slices(message.requests.requests):
                     self._take(stream, requests)
-                    await asyncio.sleep(0)
+                    if len(requests) == SLICE:
+                        await asyncio.sleep(0)
                     await stream.wait_for_room()
             elif kind == "cancel":
                 for request_ids in _slices(message.cancel.request_ids):
@@ -292,7 +292,7 @@ def _expected(group: BaseExceptionGroup[BaseException]) -> LogitstreamError:
     return error
 
 
-async def _write(context: Context, message: pb.StreamTargetsResponse) -> None:
+async def _write(context: Context, message: bytes) -> None:
     try:
         await context.write(message)
     except aio.InternalError:

@@ -9,7 +9,14 @@ from logitstream.types import TargetSpec
 from teacher_server.backend import ScoreRequest
 from teacher_server.fair_queue import Ticket
 
-Key = tuple[TargetSpec, bytes, int]
+Key = tuple[TargetSpec, int, bytes, bytes]
+
+
+def key_of(request: ScoreRequest) -> Key:
+    """What requests for the same targets have in common. Its bytes are compared only where their hashes agree, and
+    take a third of the time of a digest."""
+    ids, mask = request.sequence.token_ids, request.sequence.loss_mask
+    return request.spec, request.draw_set, ids.tobytes(), b"" if mask is None else mask.tobytes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

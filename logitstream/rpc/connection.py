@@ -182,7 +182,7 @@ class TeacherConnection:
 
 
 def request_bytes(sequence: TokenSequence) -> int:
-    """An upper bound on one request's size in a message: token ids are varints of at most 4 bytes (ids < 2^24)."""
+    """An upper bound on one request's size in a message."""
     return 64 + 4 * len(sequence) + len(sequence) // 8
 
 

@@ -12,6 +12,7 @@ from logitstream.errors import REQUEST_ERRORS, InvalidSequence, RequestError
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
 
+ID_BYTES = 4
 WIRE_DIGEST_BYTES = 8
 """Bytes of the weights' digest that travel with every result."""
 
@@ -40,7 +41,7 @@ def request_to_message(
     mask = sequence.loss_mask
     return pb.TargetRequest(
         request_id=request_id,
-        token_ids=sequence.token_ids.tolist(),
+        token_bytes=sequence.token_ids.astype("<i4", copy=False).tobytes(),
         loss_mask=b"" if mask is None or mask.all() else np.packbits(mask, bitorder="little").tobytes(),
         draw_set=draw_set,
         priority=priority,
@@ -49,11 +50,16 @@ def request_to_message(
 
 def sequence_from_message(message: pb.TargetRequest, *, vocab_size: int, max_sequence_tokens: int) -> TokenSequence:
     """Raises InvalidSequence, saying what was expected and what came."""
-    num_tokens = len(message.token_ids)
+    data = message.token_bytes
+    num_tokens, rest = divmod(len(data), ID_BYTES) if data else (len(message.token_ids), 0)
+    if rest:
+        raise InvalidSequence(f"token_bytes of {len(data)} bytes: expected {ID_BYTES} a token")
     if not 0 < num_tokens <= max_sequence_tokens:  # before anything is made of its length
         raise InvalidSequence(f"sequence of {num_tokens} tokens: expected 1 to {max_sequence_tokens}")
-    token_ids = np.array(message.token_ids, dtype=np.uint32)
-    largest = int(token_ids.max())
+    if data and message.token_ids:
+        raise InvalidSequence("token_ids and token_bytes are both set: expected one of them")
+    token_ids = np.frombuffer(data, "<u4").astype(np.uint32) if data else np.array(message.token_ids, np.uint32)
+    largest = int(np.maximum.reduce(token_ids))
     if largest >= vocab_size:
         raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")
     loss_mask = None

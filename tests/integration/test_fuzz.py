@@ -33,23 +33,33 @@ BAD_INPUT = {
 def hostile_request(rng: np.random.Generator, request_id: int) -> tuple[pb.TargetRequest, bool]:
     """A request and whether it can be scored."""
     kind = int(rng.integers(8))
+    as_bytes = bool(rng.integers(2))
     message = pb.TargetRequest(
         request_id=request_id, draw_set=int(rng.integers(1 << 62)) * 4 + 3, priority=int(rng.integers(1 << 62)) * 4 + 3
     )
     if kind == 0:
         return message, False
-    message.token_ids.extend(rng.integers(0, VOCAB_SIZE, int(rng.integers(1, 20))).tolist())
+    ids = rng.integers(0, VOCAB_SIZE, int(rng.integers(1, 20))).tolist()
     if kind in (1, 4):
-        message.token_ids.append(int(rng.integers(VOCAB_SIZE, 1 << 32)))
-        return message, False
+        ids.append(int(rng.integers(VOCAB_SIZE, 1 << 32)))
     if kind in (2, 5):
-        message.token_ids.extend([1] * 64)
+        ids.extend([1] * 64)
+    if as_bytes:
+        message.token_bytes = np.array(ids, "<u4").tobytes()
+    else:
+        message.token_ids.extend(ids)
+    if kind in (1, 2, 4, 5):
         return message, False
-    if kind in (3, 6):
+    if kind == 3:
         message.loss_mask = rng.bytes(int(rng.integers(1, 40)))
-        num_tokens = len(message.token_ids)
         bits = np.unpackbits(np.frombuffer(message.loss_mask, np.uint8), bitorder="little")
-        return message, len(message.loss_mask) == (num_tokens + 7) // 8 and not bits[num_tokens:].any()
+        return message, len(message.loss_mask) == (len(ids) + 7) // 8 and not bits[len(ids) :].any()
+    if kind == 6 and as_bytes:
+        if rng.integers(2):
+            message.token_bytes += rng.bytes(int(rng.integers(1, 4)))
+        else:
+            message.token_ids.append(1)
+        return message, False
     return message, True
 
 

@@ -76,6 +76,11 @@ BAD_REQUESTS = {
     4: (pb.TargetRequest(token_ids=[2**32 - 1]), "token id 4294967295 is outside"),
     5: (pb.TargetRequest(token_ids=[1, 2], loss_mask=b"\1\1"), "loss_mask of 2 bytes for 2 tokens"),
     6: (pb.TargetRequest(token_ids=[1, 2], loss_mask=b"\7"), "bits set beyond the sequence's 2 tokens"),
+    7: (pb.TargetRequest(token_bytes=b"\1\0\0\0\2"), "token_bytes of 5 bytes: expected 4 a token"),
+    8: (pb.TargetRequest(token_bytes=bytes(4 * 65)), "sequence of 65 tokens: expected 1 to 64"),
+    9: (pb.TargetRequest(token_bytes=b"\xff" * 4), "token id 4294967295 is outside"),
+    10: (pb.TargetRequest(token_bytes=b"\xe8\3\0\0"), "token id 1000 is outside the teacher's vocabulary of 1000"),
+    11: (pb.TargetRequest(token_bytes=bytes(4), token_ids=[0]), "token_ids and token_bytes are both set"),
 }
 
 

@@ -5,6 +5,7 @@ Run with `make test-vllm`. Engines start in 10 to 20 seconds, so tests share the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -253,8 +254,9 @@ def test_a_dead_engine_is_noticed_started_again_and_in_the_end_left_to_the_super
 def kill_engine() -> None:
     """Kill the engine's processes as the system does when memory runs out."""
     for process in psutil.Process().children(recursive=True):
-        if "resource_tracker" not in " ".join(process.cmdline()):
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # of ones that ended with those before them, zombies too
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                process.kill()
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:

@@ -87,6 +87,18 @@ def test_a_sequence_survives_the_wire(rows: list[tuple[int, bool]], masked: bool
     assert found.digest() == one.digest()
 
 
+def test_ids_may_come_as_numbers_or_as_bytes() -> None:
+    ids = [0, 1, 300, 49_151]
+    limits = {"vocab_size": 49_152, "max_sequence_tokens": 4}
+    for message in (
+        pb.TargetRequest(token_ids=ids),
+        pb.TargetRequest(token_bytes=b"".join(one.to_bytes(4, "little") for one in ids)),
+    ):
+        found = convert.sequence_from_message(message, **limits)
+        assert found.token_ids.tolist() == ids
+        assert found.token_ids.flags.writeable  # torch warns of arrays that are not
+
+
 @pytest.mark.parametrize("name", REQUEST_ERRORS)
 def test_in_band_errors_keep_their_class_and_whether_another_try_may_help(name: str) -> None:
     error = REQUEST_ERRORS[name]("what came")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from logitstream.errors import InvalidSequence
+from logitstream.rpc import convert
+from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.replies import RESULTS_BYTES, reply_messages
 from teacher_server.stream import Event, Outcome
 from teacher_server.work import Scored
@@ -30,4 +35,37 @@ def test_refusals_and_small_answers_are_counted_as_what_they_take_on_the_wire() 
     ]
     replies = list(reply_messages(events + outcomes([0] * 2000), max_message_bytes=1 << 16))
     assert sum(len(sent) for _, sent in replies) == 4000
-    assert all(1 << 13 < message.ByteSize() <= 1 << 16 for message, _ in replies[:-1])
+    assert all(1 << 13 < len(message) <= 1 << 16 for message, _ in replies[:-1])
+
+
+ANSWERS = st.one_of(
+    st.builds(
+        Scored,
+        payload=st.binary(max_size=40_000),
+        teacher_version=st.integers(0, (1 << 64) - 1),
+        weights_digest=st.binary(min_size=32, max_size=32).map(bytes.hex),
+    ),
+    st.builds(InvalidSequence, st.text(max_size=200)),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, (1 << 64) - 1), ANSWERS), min_size=1, max_size=8))
+def test_messages_are_what_protobuf_reads(answers: list[tuple[int, Scored | InvalidSequence]]) -> None:
+    events: list[Event] = [
+        Outcome(request_id=request_id, num_tokens=1, was_taken=True, answer=answer) for request_id, answer in answers
+    ]
+    replies = list(reply_messages(events, max_message_bytes=1 << 16))
+    assert all(len(message) <= 1 << 16 for message, _ in replies)
+    found = [result for message, _ in replies for result in pb.StreamTargetsResponse.FromString(message).results.results]
+    assert found == [expected_result(request_id, answer) for request_id, answer in answers]
+
+
+def expected_result(request_id: int, answer: Scored | InvalidSequence) -> pb.Result:
+    if isinstance(answer, InvalidSequence):
+        return pb.Result(request_id=request_id, error=convert.error_to_message(answer))
+    return pb.Result(
+        request_id=request_id,
+        targets=answer.payload,
+        teacher_version=answer.teacher_version,
+        weights_digest=bytes.fromhex(answer.weights_digest)[:8],
+    )
