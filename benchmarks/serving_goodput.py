@@ -116,7 +116,8 @@ def steps_alone(group: pb.StreamTargetsRequest) -> dict[str, float]:
     targets = typical_targets(len(sequences[0]))
     scored = Scored(payload=codec.encode(targets), teacher_version=0, weights_digest="00" * 32)
     answers: list[Event] = [
-        Outcome(request_id=number, num_tokens=len(sequences[0]), was_taken=True, answer=scored) for number in range(count)
+        Outcome(request_id=number, num_tokens=len(sequences[0]), was_taken=True, answer=scored)
+        for number in range(count)
     ]
 
     def answer_one_future_each() -> None:

@@ -56,7 +56,8 @@ def test_messages_are_what_protobuf_reads(answers: list[tuple[int, Scored | Inva
     ]
     replies = list(reply_messages(events, max_message_bytes=1 << 16))
     assert all(len(message) <= 1 << 16 for message, _ in replies)
-    found = [result for message, _ in replies for result in pb.StreamTargetsResponse.FromString(message).results.results]
+    messages = [pb.StreamTargetsResponse.FromString(message) for message, _ in replies]
+    found = [result for message in messages for result in message.results.results]
     assert found == [expected_result(request_id, answer) for request_id, answer in answers]
 
 
