@@ -59,7 +59,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_soak(args: argparse.Namespace) -> dict[str, Any]:
-    """Full load with clients that come and go; the slope of the server's memory and its 95 % interval."""
+    """Full load with clients that come and go; the drift of the server's memory and its 95 % interval."""
 
     async def load(address: str, server: psutil.Process) -> list[tuple[float, int]]:
         samples: list[tuple[float, int]] = []
