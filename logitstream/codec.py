@@ -14,7 +14,7 @@ from logitstream.id_model import IdModel, IdTables, uniform_tables
 from logitstream.range_coder import MAX_ENTRY_BYTES, decode_block, encode_block, row_kind
 from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets
 
-__all__ = ["IdModel", "decode", "decode_rows", "encode", "warm_up"]
+__all__ = ["IdModel", "decode", "decode_rows", "encode", "varint", "warm_up"]
 
 BLOCK_ROWS = 256
 """Rows of a version 2 block, which decodes alone."""
@@ -157,8 +157,8 @@ def _encode_coded(targets: SparseTargets, id_model: IdModel | None, sums_to_unit
     header = bytes([2, _HAS_MODEL * (id_model is not None) | _SUMS_TO_UNITS * sums_to_units])
     if id_model is not None:
         header += bytes.fromhex(id_model.digest)[:_MODEL_DIGEST_BYTES]
-    header += b"".join(map(_varint, shape))
-    header += b"".join(_varint(num_entries) + _varint(len(block)) for num_entries, block in blocks)
+    header += b"".join(map(varint, shape))
+    header += b"".join(varint(num_entries) + varint(len(block)) for num_entries, block in blocks)
     body = header + b"".join(block for _, block in blocks)
     return body.ljust(-(-targets.num_entries // MAX_ENTRIES_PER_BYTE), b"\0")
 
@@ -271,7 +271,7 @@ def _decode_blocks(body: bytes, header: _Header, first: int, last: int, id_model
     )
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first; the high bit says that more follow."""
     digits = []
     while value > 127:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 
 from logitstream import metrics
+from logitstream.codec import varint
 from logitstream.errors import RequestError
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
@@ -59,7 +60,7 @@ def reply_messages(events: list[Event], *, max_message_bytes: int) -> Iterator[t
 
 
 def _message(parts: list[bytes], num_bytes: int) -> bytes:
-    return b"".join((RESPONSE_TAG, _varint(num_bytes), *parts))
+    return b"".join((RESPONSE_TAG, varint(num_bytes), *parts))
 
 
 def _result(outcome: Outcome) -> tuple[bytes, bytes]:
@@ -72,17 +73,8 @@ def _result(outcome: Outcome) -> tuple[bytes, bytes]:
         targets = outcome.answer.payload
         result.teacher_version = outcome.answer.teacher_version
         result.weights_digest = _wire_digest(outcome.answer.weights_digest)
-        body = result.SerializeToString() + TARGETS_TAG + _varint(len(targets))
-    return RESULT_TAG + _varint(len(body) + len(targets)) + body, targets
-
-
-def _varint(value: int) -> bytes:
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
+        body = result.SerializeToString() + TARGETS_TAG + varint(len(targets))
+    return RESULT_TAG + varint(len(body) + len(targets)) + body, targets
 
 
 @functools.lru_cache(maxsize=8)

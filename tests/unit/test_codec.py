@@ -156,7 +156,7 @@ def test_more_or_fewer_rows_than_the_reader_knows_of_are_refused(version: int) -
 def test_a_small_payload_of_very_many_rows_is_refused_before_they_take_memory() -> None:
     """32 KiB, two zeros for each block of empty rows, would become 64 MiB of row lengths and offsets."""
     num_rows = 1 << 22
-    payload = sealed(b"\x02\x00\x0a\x03\x00" + codec._varint(num_rows) + bytes(2 * num_rows // BLOCK_ROWS))
+    payload = sealed(b"\x02\x00\x0a\x03\x00" + codec.varint(num_rows) + bytes(2 * num_rows // BLOCK_ROWS))
     decode(encode(targets_of([{}], 10, 3)))
     tracemalloc.start()
     try:

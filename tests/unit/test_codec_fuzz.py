@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_codec import drawn_targets, targets_of, zipf_model
 
-from logitstream.codec import MAX_ENTRIES_PER_BYTE, IdModel, _varint, decode, encode
+from logitstream.codec import MAX_ENTRIES_PER_BYTE, IdModel, decode, encode, varint
 from logitstream.errors import CodecError
 from logitstream.types import SparseTargets
 
@@ -117,7 +117,7 @@ def test_more_entries_than_the_rows_can_have_are_refused_before_memory_is_taken(
 ) -> None:
     """Four MiB that promise a quarter of a billion entries of one row."""
     shape = [vocab_size, units, 0, 1, MAX_ENTRIES_PER_BYTE << 22, 1]
-    body = (bytes([2, flags]) + b"".join(map(_varint, shape))).ljust(1 << 22, b"\0")
+    body = (bytes([2, flags]) + b"".join(map(varint, shape))).ljust(1 << 22, b"\0")
     tracemalloc.start()
     with pytest.raises(CodecError, match="entries in block 0 of 1 rows"):
         decode(sealed(body))
