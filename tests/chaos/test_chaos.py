@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from logitstream import codec
 from tests.chaos.chaos_teacher import run_real_server
 from tests.chaos.chaos_worker import (
     NUM_SEQUENCES,
@@ -97,6 +98,7 @@ class Chaos:
     """Three teachers, their proxies and two workers, and what may happen to them."""
 
     def __init__(self, folder: Path) -> None:
+        codec.warm_up()  # what is compiled is kept on disk; in the servers the compiler's memory would pass for growth
         self.random = random.Random(SEED)
         self.counts: Counter[str] = Counter()
         self.teacher_rss: list[int] = []
