@@ -34,7 +34,7 @@ def reply_messages(events: list[Event], *, max_message_bytes: int) -> Iterator[t
     most_bytes = min(RESULTS_BYTES, max_message_bytes) - ENVELOPE_BYTES
     parts: list[bytes] = []
     outcomes: list[Outcome] = []
-    num_bytes = num_payload_bytes = num_scored = 0
+    num_bytes = 0
     for event in events:
         if isinstance(event, CreditChanged):
             credit = pb.Credit(max_in_flight_tokens=event.max_in_flight_tokens)
@@ -46,33 +46,36 @@ def reply_messages(events: list[Event], *, max_message_bytes: int) -> Iterator[t
             head, payload = _result(event)
             size = len(head) + len(payload)
             if outcomes and num_bytes + size > most_bytes:
-                yield _message(parts, num_bytes), outcomes
+                yield _message(parts, outcomes), outcomes
                 parts, outcomes, num_bytes = [], [], 0
             parts += head, payload
             outcomes.append(event)
             num_bytes += size
-            num_payload_bytes += len(payload)
-            num_scored += isinstance(event.answer, Scored)
     if outcomes:
-        yield _message(parts, num_bytes), outcomes
-    metrics.TEACHER_SEQUENCES.inc(num_scored)
-    metrics.TEACHER_PAYLOAD_BYTES.inc(num_payload_bytes)
+        yield _message(parts, outcomes), outcomes
 
 
-def _message(parts: list[bytes], num_bytes: int) -> bytes:
-    return b"".join((RESPONSE_TAG, varint(num_bytes), *parts))
+def _message(parts: list[bytes], outcomes: list[Outcome]) -> bytes:
+    """Of these parts; the answers that it carries are counted."""
+    payloads = [len(one.answer.payload) for one in outcomes if isinstance(one.answer, Scored)]
+    metrics.TEACHER_SEQUENCES.inc(len(payloads))
+    metrics.TEACHER_PAYLOAD_BYTES.inc(sum(payloads))
+    return b"".join((RESPONSE_TAG, varint(sum(map(len, parts))), *parts))
 
 
 def _result(outcome: Outcome) -> tuple[bytes, bytes]:
     """One of a message's results as two parts: all that precedes its targets, and these."""
-    result, targets = pb.Result(request_id=outcome.request_id), b""
-    if isinstance(outcome.answer, RequestError):
-        result.error.CopyFrom(convert.error_to_message(outcome.answer))
-        body = result.SerializeToString()
+    answer = outcome.answer
+    if isinstance(answer, RequestError):
+        targets = b""
+        body = pb.Result(request_id=outcome.request_id, error=convert.error_to_message(answer)).SerializeToString()
     else:
-        targets = outcome.answer.payload
-        result.teacher_version = outcome.answer.teacher_version
-        result.weights_digest = _wire_digest(outcome.answer.weights_digest)
+        targets = answer.payload
+        result = pb.Result(
+            request_id=outcome.request_id,
+            teacher_version=answer.teacher_version,
+            weights_digest=_wire_digest(answer.weights_digest),
+        )
         body = result.SerializeToString() + TARGETS_TAG + varint(len(targets))
     return RESULT_TAG + varint(len(body) + len(targets)) + body, targets
 

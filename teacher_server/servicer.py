@@ -217,7 +217,7 @@ class TeacherServicer:
             if kind == "requests":
                 for requests in _slices(message.requests.requests):
                     self._take(stream, requests)
-                    if len(requests) == SLICE:
+                    if len(requests) == SLICE:  # after fewer, reading the next message gives others their turn
                         await asyncio.sleep(0)
                     await stream.wait_for_room()
             elif kind == "cancel":

@@ -32,8 +32,8 @@ BAD_INPUT = {
 
 def hostile_request(rng: np.random.Generator, request_id: int) -> tuple[pb.TargetRequest, bool]:
     """A request and whether it can be scored."""
-    kind = int(rng.integers(8))
-    as_bytes = bool(rng.integers(2))
+    kind = int(rng.integers(9))
+    as_bytes = kind == 8 or bool(rng.integers(2))
     message = pb.TargetRequest(
         request_id=request_id, draw_set=int(rng.integers(1 << 62)) * 4 + 3, priority=int(rng.integers(1 << 62)) * 4 + 3
     )
@@ -50,11 +50,11 @@ def hostile_request(rng: np.random.Generator, request_id: int) -> tuple[pb.Targe
         message.token_ids.extend(ids)
     if kind in (1, 2, 4, 5):
         return message, False
-    if kind == 3:
+    if kind in (3, 6):
         message.loss_mask = rng.bytes(int(rng.integers(1, 40)))
         bits = np.unpackbits(np.frombuffer(message.loss_mask, np.uint8), bitorder="little")
         return message, len(message.loss_mask) == (len(ids) + 7) // 8 and not bits[len(ids) :].any()
-    if kind == 6 and as_bytes:
+    if kind == 8:
         if rng.integers(2):
             message.token_bytes += rng.bytes(int(rng.integers(1, 4)))
         else:
