@@ -50,13 +50,22 @@ async def watch_checkpoints(
     """Load each newer checkpoint in a thread while the old one serves, and hand it to `replace`; until cancelled.
 
     Newer is what was written after what is served, so the weights never go back when a checkpoint is deleted. One that
-    cannot be loaded is reported once and passed over: the old weights go on. Both lie in memory for a moment.
+    cannot be loaded is reported once and passed over, as is a folder that cannot be read: the old weights go on. Both
+    lie in memory for a moment.
     has_looked: set once what is there at first has been loaded, so that a server that starts again begins with it.
     """
     served = NOTHING
     passed_over: set[tuple[Stamp, Path]] = set()
+    trouble = ""
     while True:
-        for looked_at in await asyncio.to_thread(_newest_first, folder):
+        newest_first: list[tuple[Stamp, Path]] = []
+        try:
+            newest_first, trouble = await asyncio.to_thread(stamped_checkpoints, folder), ""
+        except Exception as error:
+            if str(error) != trouble:
+                trouble = str(error)
+                log.error("checkpoints cannot be looked for until this is mended: %s", trouble)
+        for looked_at in newest_first:
             stamp, path = looked_at
             if stamp <= served:
                 break
@@ -70,14 +79,6 @@ async def watch_checkpoints(
                 passed_over.add(looked_at)
         has_looked.set()
         await asyncio.sleep(every_seconds)
-
-
-def _newest_first(folder: Path) -> list[tuple[Stamp, Path]]:
-    try:
-        return stamped_checkpoints(folder)
-    except Exception:
-        log.exception("checkpoints are not looked for")
-        return []
 
 
 def _load_unchanged(path: Path, stamp: Stamp, load: LoadCheckpoint) -> TeacherBackend:

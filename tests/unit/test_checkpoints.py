@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,3 +158,25 @@ async def test_where_the_newest_cannot_be_loaded_the_one_before_is_served(tmp_pa
         assert len(watched.served) == 1  # by then: a server that starts again begins with it
         await watched.until_loaded(2.0, 1.0)
         assert len(watched.served) == 1
+
+
+async def test_a_folder_that_cannot_be_read_is_reported_once_and_read_when_it_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "checkpoint-1", 1.0)
+    looks, list_folder = 0, Path.iterdir
+
+    def iterdir(folder: Path) -> Iterator[Path]:
+        nonlocal looks
+        looks += 1
+        if 1 < looks <= 10:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return list_folder(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    async with watching(tmp_path) as watched:
+        await watched.until_loaded(1.0)
+        save(tmp_path / "checkpoint-2", 2.0)
+        await watched.until_loaded(1.0, 2.0)
+    assert looks > 10
+    assert caplog.text.count("Permission denied") == 1
