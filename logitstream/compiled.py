@@ -53,6 +53,20 @@ prefetch = cast(Callable[[Any, int], None], intrinsic(_prefetch))
 """In kernels: start reading what lies at an index of an array, or past its end, without waiting for it."""
 
 
+def _wide_vectors(typing_context: Any) -> Any:
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # its own `add` knows plain words alone
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+wide_vectors = cast(Callable[[], None], intrinsic(_wide_vectors))
+"""In parts: LLVM may use vectors of 512 bits for the loops of this one, which it keeps to 256 on Intel's processors for
+the sake of their clocks; the matrix products that logits come from have lowered those already."""
+
+
 def _block_sum(typing_context: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

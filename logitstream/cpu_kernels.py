@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.compiled import block_sum, contracted_part, kernel, part, prefetch
+from logitstream.compiled import block_sum, contracted_part, kernel, part, prefetch, wide_vectors
 
 BLOCK = 64
 Bits = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
@@ -85,6 +85,7 @@ def _relative(
     row: Bits, shift: np.uint32, reference: np.float32, scale: np.float32, constants: Any, values: Floats, sums: Doubles
 ) -> float:  # fmt: skip
     """Fill values with 2^((logit - reference)·scale) and sums with its blocks'; their sum."""
+    wide_vectors()
     total = 0.0
     for start in range(0, len(row), _TILE):
         for i in range(start, start + _TILE, 64 // row.itemsize):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,3 +150,28 @@ def test_the_device_s_path_compiles_to_the_same_ids() -> None:
     distribution = relative_probs_plain(logits, 0.7, np.arange(6), torch.zeros(6, 1024))
     whole = torch.compile(locate_blocked, backend="aot_eager", fullgraph=True)
     assert torch.equal(whole(distribution, points), expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86 processors")
+def test_exponentials_are_taken_512_bits_at_a_time_on_an_intel_processor_too(tmp_path: Path) -> None:
+    """LLVM keeps loops to 256 bits there; the code is made for one and looked at, not run."""
+    script = """if True:
+        from numba import types, typeof
+        from logitstream.cpu_kernels import EXP2, fill_rows
+        bits, values, sums = (types.Array(dtype, 2, "C") for dtype in (types.uint16, types.float32, types.float64))
+        fill_rows.compile((bits, types.uint32, types.float32, typeof(EXP2), values, sums))
+        print(fill_rows.inspect_asm(fill_rows.signatures[0]))
+    """
+    intel = {
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+avx512f,+avx512dq,+avx512bw,+avx512vl",
+    }
+    made = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **intel, "NUMBA_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    products = [line for line in made.stdout.splitlines() if "vfmadd" in line and "%zmm" in line]
+    assert len(products) >= 5, "the polynomial of degree 5"
