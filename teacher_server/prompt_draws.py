@@ -9,6 +9,7 @@ Suffixes: R rows of one step, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,7 +46,11 @@ class PromptChunk:
 
 @dataclass(slots=True)
 class _Progress:
-    """One request, its wanted rows drawn so far and the key of their uniforms."""
+    """One request, its wanted rows drawn so far and the key of their uniforms.
+
+    error: of the engine, seen by all ranks, which project the request no more; bad_logits: seen by the rank that draws
+    alone, which goes on to project, as the others do.
+    """
 
     request: ScoreRequest
     wanted: npt.NDArray[np.int64]
@@ -53,6 +58,12 @@ class _Progress:
     rows_done: int = 0
     parts: list[SparseTargets] = field(default_factory=list)
     error: RequestError | None = None
+    bad_logits: NonFiniteLogits | None = None
+
+    def add(self, drawn: SparseTargets) -> None:
+        """The next rows, unless some before them could not be drawn."""
+        if self.bad_logits is None:
+            self.parts.append(drawn)
 
     def restart_at(self, row: int) -> None:
         """Forget the rows from `row` on: the engine computes them again."""
@@ -74,8 +85,8 @@ class _Piece:
 class PromptDraws:
     """The rows drawn so far of the requests that an engine is scoring.
 
-    project: hidden states [R, H] -> logits [R, V]; is_drawing: False on the ranks that take part in the projection of a
-    divided vocabulary and leave the draw to one of them; chunk_bytes: of logits made at a time.
+    project: hidden states [R, H] -> logits [R, V]; max_rows: projected at a time; is_drawing: False on the ranks that
+    take part in the projection of a divided vocabulary and leave the draw to one of them.
     """
 
     def __init__(
@@ -83,14 +94,14 @@ class PromptDraws:
         project: Callable[[Tensor], Tensor | None],
         *,
         vocab_size: int,
-        chunk_bytes: int,
-        bytes_per_logit: int = 4,
+        max_rows: int,
         is_drawing: bool = True,
     ) -> None:
         self._project = project
         self.is_drawing = is_drawing
         self._vocab_size = vocab_size
-        self.max_rows = max(1, chunk_bytes // (bytes_per_logit * vocab_size))
+        self.max_rows = max_rows
+        self.has_met_nan = False
         self._progress: dict[str, _Progress] = {}
 
     def add(self, key: str, packed: Mapping[str, Any]) -> None:
@@ -103,7 +114,12 @@ class PromptDraws:
             self._progress[key] = _Progress(request, wanted, uniforms_key)
 
     def step(self, hidden_states: Tensor, chunks: Iterable[PromptChunk]) -> None:
-        """Draw the wanted rows of one step from its hidden states [R, H]."""
+        """Draw the wanted rows of one step from its hidden states [R, H].
+
+        On a CPU, `has_met_nan` is from now on True where they are not all finite, masked rows among them.
+        """
+        if hidden_states.device.type == "cpu" and not self.has_met_nan:
+            self.has_met_nan = not math.isfinite(float(hidden_states.sum(dtype=torch.float32)))
         by_spec: dict[TargetSpec, list[_Piece]] = {}
         for chunk in chunks:
             piece = self._advance(chunk)
@@ -194,7 +210,7 @@ def _append(drawn: SparseTargets, group: Sequence[_Piece]) -> None:
     start = 0
     for piece in group:
         stop = start + len(piece.rows)
-        piece.progress.parts.append(drawn.slice_rows(start, stop))
+        piece.progress.add(drawn.slice_rows(start, stop))
         start = stop
 
 
@@ -205,9 +221,10 @@ def _draw_apart(logits: Tensor, group: Sequence[_Piece]) -> None:
         stop = start + len(piece.rows)
         try:
             drawn = draw(logits[start:stop], piece.progress.request.spec, _uniforms(piece), row_names=piece.rows)
-            piece.progress.parts.append(drawn)
+            piece.progress.add(drawn)
         except NonFiniteLogits as error:
-            piece.progress.error = error
+            piece.progress.bad_logits = piece.progress.bad_logits or error
+            piece.progress.parts.clear()
         start = stop
 
 
@@ -215,10 +232,11 @@ def _outcome(progress: _Progress | None, vocab_size: int) -> Outcome:
     if progress is None:
         return _failure(ScoringFailed("the engine never computed this request"))
     num_rows = len(progress.request.sequence)
-    if progress.error is None and progress.rows_done != num_rows:
+    if progress.rows_done != num_rows and progress.error is None:
         progress.error = ScoringFailed(f"the engine computed {progress.rows_done} of {num_rows} rows")
-    if progress.error is not None:
-        return _failure(progress.error)
+    error = progress.bad_logits or progress.error
+    if error is not None:
+        return _failure(error)
     row_lengths = np.zeros(num_rows, np.int64)
     row_lengths[progress.wanted] = _join([np.diff(part.row_offsets) for part in progress.parts])
     spec = progress.request.spec

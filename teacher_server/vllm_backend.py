@@ -11,6 +11,8 @@ logprobs (docs/vllm.md says why there) and hands the draws out by `collective_rp
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import difflib
 import inspect
 import itertools
@@ -22,6 +24,8 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import psutil
+import torch
 from torch import Tensor
 
 from teacher_server.vllm_hooks import KEY, REQUEST, check_version, hook
@@ -76,6 +80,8 @@ CHUNK_BYTES = "logitstream_chunk_bytes"
 """The name under which logits_chunk_bytes travels to the worker."""
 VOCAB_SIZE = "logitstream_vocab_size"
 """Likewise of vocab_size."""
+SERVER_PID = "LOGITSTREAM_SERVER_PID"
+"""Environment variable, for the worker; in vLLM's configuration it would spoil what is compiled for each start."""
 
 OUR_OPTIONS = {
     "worker_cls": "the draws live in our worker",
@@ -84,7 +90,13 @@ OUR_OPTIONS = {
     "model": "set model",
     "dtype": "set dtype",
     "data_parallel_size": "start one server per replica, and name them all to the students",
-    "speculative_config": "nothing is decoded",
+    "revision": "set revision",
+    **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), "nothing is decoded"),
+    **dict.fromkeys(("runner", "convert"), "targets are drawn from the model's own next-token head"),
+    **dict.fromkeys(
+        ("kv_sharing_fast_prefill", "kv_transfer_config", "kv_offloading_size"),
+        "every position of a prompt has to be computed",
+    ),
 }
 """Engine options that cannot be passed through, and why."""
 
@@ -99,6 +111,7 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
     """The platform's worker, with draws at the prompt-logprob step."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        _end_with_server()
         super().load_model(*args, **kwargs)
         self.prompt_draws: PromptDraws | None = None
         if get_pp_group().is_last_rank:
@@ -112,13 +125,30 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
             self.prompt_draws = PromptDraws(
                 project,
                 vocab_size=vocab_size,
-                chunk_bytes=_chunk_bytes(self.vllm_config),
-                bytes_per_logit=self.model_config.dtype.itemsize,
+                max_rows=max(1, _chunk_bytes(self.vllm_config) // self._bytes_of_a_row()),
                 is_drawing=get_tp_group().rank_in_group == 0,
             )
             hook(runner, self.prompt_draws)
             if self.prompt_draws.is_drawing and current_platform.is_cpu():
                 warm_up(self.model_config.dtype)
+
+    def _bytes_of_a_row(self) -> int:
+        """Of logits: all of the head is projected, however few ids are served."""
+        return int(self.model_config.get_vocab_size() * self.model_config.dtype.itemsize)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's CPU attention multiplies what a request has not filled of its last block by zero, which is NaN where
+        the request before left NaN there: after the first one, blocks are cleared when they are given out."""
+        if current_platform.is_cpu() and self.prompt_draws is not None and self.prompt_draws.has_met_nan:
+            self._clear(list(_new_blocks(scheduler_output)))
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    @torch.inference_mode()
+    def _clear(self, blocks: list[int]) -> None:
+        for cache in self.model_runner.kv_caches:
+            if blocks and isinstance(cache, Tensor):
+                # vLLM may divide a block into several of its attention's.
+                cache.view(self.cache_config.num_gpu_blocks, -1)[blocks] = 0
 
     def determine_available_memory(self) -> int:
         """vLLM's profile leaves the draw out; what the user fixed in bytes stays as it is."""
@@ -131,6 +161,32 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
     def take_targets(self, keys: list[str]) -> list[Outcome]:
         """The outcomes of these requests, from the one rank that drew them; every rank forgets them."""
         return self.prompt_draws.take(keys) if self.prompt_draws is not None else []
+
+
+def _end_with_server() -> None:
+    """Kill the engine, this worker with it, once the server is gone: vLLM's engine would wait for it for ever, and keep
+    the memory that the next server needs."""
+    above = [psutil.Process(), *psutil.Process().parents()]
+    server = next((process for process in above if str(process.pid) == os.environ.get(SERVER_PID)), None)
+    if server is None:  # on another machine
+        return
+    engine = above[: above.index(server)]
+
+    def watch() -> None:
+        while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(WATCH_SECONDS)
+        for process in reversed(engine):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    threading.Thread(target=watch, name="server-watch", daemon=True).start()
+
+
+def _new_blocks(scheduler_output: Any) -> Iterator[int]:
+    """The blocks of the KV cache that are given out with this step, of all groups."""
+    of_requests = [request.block_ids for request in scheduler_output.scheduled_new_reqs]
+    of_requests += [given for given in scheduler_output.scheduled_cached_reqs.new_block_ids if given is not None]
+    return (block for given in of_requests for group in given for block in group)
 
 
 def _chunk_bytes(config: VllmConfig) -> int:
@@ -148,6 +204,7 @@ def check_seam() -> None:
 
 def _seam() -> Iterator[tuple[str, bool]]:
     """What this file relies on inside vLLM, in words, and whether it is there."""
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -168,6 +225,10 @@ def _seam() -> Iterator[tuple[str, bool]]:
         "CachedRequestState.num_computed_tokens and .sampling_params",
         has(CachedRequestState, "num_computed_tokens", "sampling_params"),
     )
+    yield (
+        "NewRequestData.block_ids and CachedRequestData.new_block_ids",
+        has(NewRequestData, "block_ids") and has(CachedRequestData, "new_block_ids"),
+    )
     add = getattr(PromptLogprobsWorker, "add_request", None)
     compute = getattr(PromptLogprobsWorker, "compute_prompt_logprobs", None)
     yield (
@@ -183,8 +244,11 @@ def _seam() -> Iterator[tuple[str, bool]]:
         has(InputBatch, "req_ids", "num_computed_prefill_tokens_np", "num_scheduled_tokens", "query_start_loc_np"),
     )
     yield (
-        "Worker.load_model and determine_available_memory",
-        all(callable(getattr(PlatformWorker, name, None)) for name in ("load_model", "determine_available_memory")),
+        "Worker.load_model, execute_model and determine_available_memory",
+        all(
+            callable(getattr(PlatformWorker, name, None))
+            for name in ("load_model", "execute_model", "determine_available_memory")
+        ),
     )
 
 
@@ -223,6 +287,7 @@ class VllmBackend:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process has threads: it must not fork
         if current_platform.is_cpu() and "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", CPU_SPIN_COUNT)
+        os.environ[SERVER_PID] = str(os.getpid())
         self._args = engine_args(
             model,
             dtype=dtype,
@@ -237,6 +302,7 @@ class VllmBackend:
         self._restarts_left = engine_restarts
         self._exit = exit
         self._keys = (f"{number:x}" for number in itertools.count())
+        self._limits: dict[str, int] = {}
         self._starting = threading.Lock()
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -244,6 +310,8 @@ class VllmBackend:
         self._loop_thread.start()
         try:
             self._engine = self._run(self._start())
+            info = self.describe()
+            self._limits = {"vocab_size": info.vocab_size, "max_sequence_tokens": info.max_sequence_tokens}
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
@@ -290,7 +358,7 @@ class VllmBackend:
 
     async def _start(self) -> AsyncLLM:
         log.info("starting vLLM %s: %s", vllm.__version__, self._args)
-        engine = AsyncLLM.from_engine_args(self._args)
+        engine = AsyncLLM.from_engine_args(copy.deepcopy(self._args))  # vLLM writes into its arguments
         log.info("vLLM runs with %s", engine.vllm_config)
         return engine
 
@@ -298,23 +366,40 @@ class VllmBackend:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+        """As `score`; raises EngineDeadError within WATCH_SECONDS of the engine's death, which vLLM does not tell to
+        whoever waits for a collective_rpc."""
+        engine = self._engine
+        scoring = asyncio.ensure_future(self._score_with(engine, batch))
+        try:
+            while not (await asyncio.wait({scoring}, timeout=WATCH_SECONDS))[0]:
+                if engine.errored:
+                    raise EngineDeadError
+            return scoring.result()
+        finally:
+            scoring.cancel()
+
+    async def _score_with(self, engine: AsyncLLM, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
         keys = [next(self._keys) for _ in batch]
-        tasks = [asyncio.ensure_future(self._prefill(*pair)) for pair in zip(keys, batch, strict=True)]
+        tasks = [asyncio.ensure_future(self._prefill(engine, *pair)) for pair in zip(keys, batch, strict=True)]
         try:
             refused = await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if not self._engine.errored:
-                await self._engine.collective_rpc("take_targets", args=(keys,))
+            if not engine.errored:
+                await engine.collective_rpc("take_targets", args=(keys,))
             raise
-        outcomes = await self._engine.collective_rpc("take_targets", args=(keys,))
+        outcomes = await engine.collective_rpc("take_targets", args=(keys,))
         drawn = (outcome for of_rank in outcomes for outcome in of_rank)
         return [error or unpack_outcome(outcome) for error, outcome in zip(refused, drawn, strict=True)]
 
-    async def _prefill(self, key: str, request: ScoreRequest) -> RequestError | None:
-        """Run one prompt through the engine; what it refuses comes back as an error."""
+    async def _prefill(self, engine: AsyncLLM, key: str, request: ScoreRequest) -> RequestError | None:
+        """Run one prompt through the engine; what it refuses, or would die of, comes back as an error."""
+        try:
+            request.sequence.validate(**self._limits)
+        except InvalidSequence as error:
+            return error
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -326,7 +411,7 @@ class VllmBackend:
         )
         prompt = tokens_input(request.sequence.token_ids.tolist())
         try:
-            async for _ in self._engine.generate(prompt, params, key):
+            async for _ in engine.generate(prompt, params, key):
                 pass
         except VLLMClientError as error:
             return InvalidSequence(str(error))
@@ -338,7 +423,9 @@ class VllmBackend:
             self._revive()
 
     def _revive(self) -> None:
-        """Start a dead engine again, or exit where that was done too often."""
+        """Start a dead engine again, or exit where that was done too often; after a start that failed, wait first: what
+        the one before held, memory for one, may still be on its way back."""
+        pause = WATCH_SECONDS
         with self._starting:
             while not self._closed.is_set() and self._engine.errored:
                 if self._restarts_left == 0:
@@ -351,7 +438,9 @@ class VllmBackend:
                 try:
                     self._engine = self._run(self._start())
                 except Exception:
-                    log.exception("the vLLM engine did not start")
+                    log.exception("the vLLM engine did not start: the next try, if one is left, in %g s", pause)
+                    self._closed.wait(pause)
+                    pause *= 4
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +25,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from logitstream.errors import InvalidSequence, RequestError
+from logitstream.errors import InvalidSequence, NonFiniteLogits, RequestError
 from logitstream.sampling import sample
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.backend import ScoreRequest
@@ -32,6 +36,8 @@ from teacher_server.vllm_hooks import KEY, REQUEST, hook
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm")
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     from teacher_server.vllm_backend import EXIT_ENGINE_DEAD, VllmBackend, check_seam, engine_args
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
@@ -202,10 +208,36 @@ def test_samplers_can_be_mixed_in_one_batch(tiny: Tiny) -> None:
 
 def test_what_vllm_refuses_fails_alone(tiny: Tiny) -> None:
     _, backend, _ = tiny
-    requests = requests_of(random_ids([5, LONGEST + 1, 7]))
-    first, refused, last = backend.score(requests)
-    assert isinstance(refused, InvalidSequence)
-    assert_one_row_each([first, last], [requests[0], requests[2]])
+    good, too_long, other = requests_of(random_ids([5, LONGEST + 1, 7]))
+    ids = np.arange(4, dtype=np.int32)
+    unknown, masked = requests_of([ids + 497]), requests_of([ids], loss_mask=np.ones(9, np.bool_))
+    first, *refused, last = backend.score([good, too_long, *unknown, *masked, other])
+    assert [type(one) for one in refused] == [InvalidSequence] * 3
+    assert [word in str(one) for word, one in zip(("limit", "500", "loss_mask"), refused, strict=True)] == [True] * 3
+    assert_one_row_each([first, last], [good, other])
+
+
+def test_a_sequence_that_turns_the_model_s_numbers_into_nan_fails_alone_and_leaves_nothing_behind(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    model.model.embed_tokens.weight.data[7] = torch.nan
+    model.save_pretrained(tmp_path)
+    spoilt, *ids = (np.where(one == 7, 8, one).astype(np.int32) for one in random_ids([120, 5, 31, 70, 40]))
+    spoilt[20] = 7
+    requests = requests_of(ids)
+    expected = targets_of(reference(tiny_dir).score(requests))
+    backend = start(tmp_path, dtype="float32", engine_options={"max_num_batched_tokens": 64})
+    try:
+        assert agreement(targets_of(backend.score(requests)), expected) > 0.995
+        for wanted_rows in (np.arange(120) == 0, np.arange(120) > 0):  # NaN from row 20 on: not projected, projected
+            first, *others = backend.score(requests_of([spoilt], loss_mask=wanted_rows) + requests)
+            assert wanted_rows[0] or isinstance(first, NonFiniteLogits)
+            assert agreement(targets_of(others), expected) > 0.995
+            for request, wanted in zip(requests, expected, strict=True):
+                assert agreement(targets_of(backend.score([request])), [wanted]) > 0.98
+    finally:
+        backend.close()
 
 
 def test_two_ranks_share_the_vocabulary_and_draw_each_row_once(tiny_dir: Path) -> None:
@@ -251,12 +283,66 @@ def test_a_dead_engine_is_noticed_started_again_and_in_the_end_left_to_the_super
         backend.close()
 
 
-def kill_engine() -> None:
-    """Kill the engine's processes as the system does when memory runs out."""
-    for process in psutil.Process().children(recursive=True):
+def test_a_batch_whose_targets_are_asked_for_when_the_engine_dies_fails_and_the_next_one_does_not(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM answers between two steps, so that with two batches somebody is nearly always waiting."""
+    backend = start(tiny_dir, dtype="float32")
+    requests = requests_of(random_ids([20, 30]))
+    try:
+        before = targets_of(backend.score(requests))
+        ask = backend._engine.collective_rpc
+
+        async def ask_a_dying_engine(*args: Any, **kwargs: Any) -> Any:
+            for process in engine_processes():
+                process.suspend()
+            threading.Timer(0.5, kill_engine).start()
+            return await ask(*args, **kwargs)
+
+        monkeypatch.setattr(backend._engine, "collective_rpc", ask_a_dying_engine)
+        with ThreadPoolExecutor(1) as thread:
+            assert isinstance(thread.submit(backend.score, requests).exception(timeout=60), EngineDeadError)
+        assert agreement(targets_of(backend.score(requests)), before) > 0.999
+    finally:
+        backend.close()
+
+
+SERVER = """if __name__ == "__main__":
+    import sys, time
+    from teacher_server.vllm_backend import VllmBackend
+    options = {"kv_cache_memory_bytes": 256 << 20}
+    VllmBackend(sys.argv[1], weights_digest="", tokenizer_digest="", dtype="float32", engine_options=options)
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_engine_ends_with_a_server_that_is_killed(tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    command = [sys.executable, str(tmp_path / "server.py"), str(tiny_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        while server.stdout.readline().strip() != "up":
+            assert server.poll() is None
+        engine = [process for process in engine_processes(server.pid) if "VLLM" in " ".join(process.cmdline())]
+        server.kill()
+    assert len(engine) >= 2  # its core, its worker
+    _, left = psutil.wait_procs(engine, timeout=20)
+    assert left == []
+
+
+def engine_processes(server: int | None = None) -> Iterator[psutil.Process]:
+    for process in psutil.Process(server).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # of ones that ended with those before them, zombies too
             if "resource_tracker" not in " ".join(process.cmdline()):
-                process.kill()
+                yield process
+
+
+def kill_engine() -> None:
+    """Kill the engine's processes as the system does when memory runs out."""
+    for process in engine_processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
@@ -391,7 +477,7 @@ def test_the_second_runners_own_class_takes_the_hook() -> None:
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
     head = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
-    draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=100, chunk_bytes=4 * 4 * 100)
+    draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=100, max_rows=4)
     worker = PromptLogprobsWorker(4, torch.device("cpu"))
     hook(SimpleNamespace(prompt_logprobs_worker=worker), draws)
     (request,) = requests_of(random_ids([9], vocab_size=100))

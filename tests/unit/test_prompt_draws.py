@@ -61,7 +61,7 @@ def make_request(num_tokens: int, *, seed: int = 0, spec: TargetSpec = SPEC, mas
 
 
 def make_draws(requests: Sequence[ScoreRequest], *, chunk_rows: int = 4, head: Tensor = HEAD) -> PromptDraws:
-    draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=VOCAB, chunk_bytes=chunk_rows * 4 * VOCAB)
+    draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=VOCAB, max_rows=chunk_rows)
     for number, request in enumerate(requests):
         draws.add(str(number), pack_request(request))
     return draws
@@ -122,7 +122,7 @@ def test_logits_never_hold_more_rows_than_the_chunk() -> None:
         return hidden @ HEAD
 
     requests = [make_request(10), make_request(7, masked=True), make_request(1)]
-    draws = PromptDraws(project, vocab_size=VOCAB, chunk_bytes=4 * 4 * VOCAB)
+    draws = PromptDraws(project, vocab_size=VOCAB, max_rows=4)
     for number, request in enumerate(requests):
         draws.add(str(number), pack_request(request))
     step(draws, requests, [(0, 0, 10), (1, 0, 7), (2, 0, 1)])
@@ -166,11 +166,36 @@ def test_a_rank_that_does_not_draw_projects_as_often_as_the_one_that_does() -> N
             sizes.append(len(hidden))
             return hidden @ HEAD if is_drawing else None
 
-        draws = PromptDraws(project, vocab_size=VOCAB, chunk_bytes=16 * VOCAB, is_drawing=is_drawing)
+        draws = PromptDraws(project, vocab_size=VOCAB, max_rows=4, is_drawing=is_drawing)
         draws.add("0", pack_request(request))
         step(draws, [request], [(0, 0, 11)])
         assert len(draws.take(["0"])) == is_drawing
     assert calls[True] == calls[False] != []
+
+
+def test_bad_logits_do_not_change_what_is_projected() -> None:
+    """They are seen by the rank that draws alone; ranks that project different rows would mix halves of two rows."""
+    calls: dict[bool, list[int]] = {True: [], False: []}
+    requests = [make_request(8), make_request(8, seed=1)]
+    head = HEAD.clone()
+    found: list[SparseTargets | RequestError] = []
+    for is_drawing, sizes in calls.items():
+
+        def project(hidden: Tensor, sizes: list[int] = sizes, is_drawing: bool = is_drawing) -> Tensor | None:
+            sizes.append(len(hidden))
+            logits = hidden @ head
+            logits[0] = torch.nan if len(sizes) == 1 else logits[0]
+            return logits if is_drawing else None
+
+        draws = PromptDraws(project, vocab_size=VOCAB, max_rows=8, is_drawing=is_drawing)
+        for number, request in enumerate(requests):
+            draws.add(str(number), pack_request(request))
+        for first_row in (0, 4, 2, 6):  # the third starts earlier, as after a preemption
+            step(draws, requests, [(number, first_row, min(4, 8 - first_row)) for number in (0, 1)])
+        found = taken(draws, 2) if is_drawing else found
+    assert calls[True] == calls[False] == [8, 8, 8, 4]
+    assert isinstance(found[0], NonFiniteLogits)
+    assert_equal(found[1], requests[1])
 
 
 def test_uniforms_are_made_for_wanted_rows_alone() -> None:
