@@ -147,8 +147,8 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
     def _clear(self, blocks: list[int]) -> None:
         for cache in self.model_runner.kv_caches:
             if blocks and isinstance(cache, Tensor):
-                # vLLM may divide a block into several of its attention's.
-                cache.view(self.cache_config.num_gpu_blocks, -1)[blocks] = 0
+                parts = len(cache) // self.cache_config.num_gpu_blocks  # the attention may divide a block
+                cache[[block * parts + part for block in blocks for part in range(parts)]] = 0
 
     def determine_available_memory(self) -> int:
         """vLLM's profile leaves the draw out; what the user fixed in bytes stays as it is."""
