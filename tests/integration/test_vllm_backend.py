@@ -6,6 +6,7 @@ Run with `make test-vllm`. Engines start in 10 to 20 seconds, so tests share the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -36,9 +37,10 @@ from teacher_server.vllm_hooks import KEY, REQUEST, hook
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    from teacher_server.vllm_backend import EXIT_ENGINE_DEAD, VllmBackend, check_seam, engine_args
+    from teacher_server.vllm_backend import EXIT_ENGINE_DEAD, OUR_OPTIONS, VllmBackend, check_seam, engine_args
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -510,6 +512,10 @@ def test_options_reach_vllm_by_their_own_names_and_mistakes_are_named(tiny_dir: 
         args(max_num_seq=3)
     with pytest.raises(ValueError, match="a cached position has no logits"):
         args(enable_prefix_caching=True)
+    assert set(OUR_OPTIONS) <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in OUR_OPTIONS:
+        with pytest.raises(ValueError, match=f"engine option '{name}' cannot be set"):
+            args(**{name: None})
 
 
 def test_more_ids_than_the_head_has_are_refused(tiny_dir: Path) -> None:
