@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -59,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run(config, arguments)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Threads of a group that is still there when the interpreter ends abort the process now and then (torch 2.13);
+        # the trainer, whose model holds the group, is garbage in cycles.
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def run(config: StudentConfig, arguments: TrainingArguments) -> None:
