@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -103,6 +104,7 @@ class Replica:
         self._outbox: list[Request] = []
         self._cancelled: list[int] = []
         self._wake = asyncio.Event()
+        self._again = asyncio.Event()
         self.gone = False  # its address has vanished: what is in flight is finished, nothing new is sent
         self._was_ready = False
         self._reading: asyncio.Task[None] | None = None
@@ -149,9 +151,13 @@ class Replica:
     def break_off(self, reason: str) -> None:
         """Give the connection up, whatever is in flight is not to blame; it goes elsewhere.
 
-        Where a stalled replica was slow after all, it has twice as long next time.
+        Where a stalled replica was slow after all, it has twice as long next time. One that was refused is asked again
+        at once.
         """
         self.broken_off = True
+        if self.state == "refused":
+            self.state = "connecting"
+            self._again.set()
         if self.in_flight:
             self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - self._last_progress)
         self._interrupt(reason)
@@ -161,13 +167,15 @@ class Replica:
         failures = 0
         while not self.gone:
             self.has_answered = self.broken_off = False
+            self._again.clear()
             error = await self._one_connection()
             failures = 0 if self.has_answered else failures + 1
             self._give_up(error)
             low, high = RECONNECT_SECONDS
             bound = REFUSED_SECONDS if self.state == "refused" else min(high, low * 2 ** min(failures, 10))
             if not self.gone:
-                await asyncio.sleep(random.uniform(0.05, 1.0) * bound)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._again.wait(), random.uniform(0.05, 1.0) * bound)
 
     async def _one_connection(self) -> LogitstreamError:
         """Serve requests over one connection; why it ended."""

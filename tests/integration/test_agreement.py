@@ -19,7 +19,7 @@ from tests.fake_teacher import SPEC, VOCAB_SIZE, fake_teacher, weights_digest
 from tests.integration.crashing_writer import FINGERPRINT, record
 
 PROCESS = """
-import sys
+import sys, time
 from pathlib import Path
 import torch.distributed as dist
 from student_worker.agreement import agree_on_teacher
@@ -30,13 +30,19 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 first, later = sys.argv[2 + rank], sys.argv[3 - rank]
 behind = [first]
+num_looks = 0
 
 async def look_up(name):
+    global num_looks
+    num_looks += 1
     return list(behind)
 
 client = GrpcTeacherClient(["teachers:1"], SPEC, vocab_size=VOCAB_SIZE, resolve=look_up, resolve_seconds=0.05)
 before = client.info.weights_digest
 behind.append(later)
+seen = num_looks + 2  # the second look from now on comes after what the first found is known
+while num_looks < seen:
+    time.sleep(0.01)
 agree_on_teacher(client, SPEC, Path(sys.argv[1]))
 print(f"rank {rank} {before} {client.info.weights_digest}\\n", end="", flush=True)
 client.close()
