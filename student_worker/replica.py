@@ -174,8 +174,7 @@ class Replica:
             low, high = RECONNECT_SECONDS
             bound = REFUSED_SECONDS if self.state == "refused" else min(high, low * 2 ** min(failures, 10))
             if not self.gone:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._again.wait(), random.uniform(0.05, 1.0) * bound)
+                await wait(self._again, random.uniform(0.05, 1.0) * bound)
 
     async def _one_connection(self) -> LogitstreamError:
         """Serve requests over one connection; why it ended."""
@@ -298,3 +297,9 @@ class Replica:
         self._outbox, self._cancelled = [], []
         self.credit = self.in_flight_tokens = 0
         self._dispatcher.lost(self, requests, error)
+
+
+async def wait(event: asyncio.Event, timeout_seconds: float) -> None:
+    """Until the event is set, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), timeout_seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import logging
@@ -37,7 +36,7 @@ from logitstream.types import (
 )
 from student_worker.dispatcher import DeliverySettings, Dispatcher
 from student_worker.known_teacher import Identity, KnownTeacher
-from student_worker.replica import Request
+from student_worker.replica import Request, wait
 from student_worker.resolver import resolve, split_address
 
 logger = logging.getLogger(__name__)
@@ -240,7 +239,7 @@ class GrpcTeacherClient:
         try:
             while not self._stopping.is_set():
                 self._dispatcher.tick()
-                await _wait(self._stopping, TICK_SECONDS)
+                await wait(self._stopping, TICK_SECONDS)
         finally:
             resolving.cancel()
             await asyncio.gather(resolving, return_exceptions=True)
@@ -288,9 +287,3 @@ def _background_loop(process_id: int) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="teacher-client", daemon=True).start()
     return loop
-
-
-async def _wait(event: asyncio.Event, timeout_seconds: float) -> None:
-    """Until the event is set, but no longer than that."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_seconds)

@@ -232,7 +232,7 @@ def _outcome(progress: _Progress | None, vocab_size: int) -> Outcome:
     if progress is None:
         return _failure(ScoringFailed("the engine never computed this request"))
     num_rows = len(progress.request.sequence)
-    if progress.rows_done != num_rows and progress.error is None:
+    if progress.error is None and progress.rows_done != num_rows:
         progress.error = ScoringFailed(f"the engine computed {progress.rows_done} of {num_rows} rows")
     error = progress.bad_logits or progress.error
     if error is not None:

@@ -302,7 +302,6 @@ class VllmBackend:
         self._restarts_left = engine_restarts
         self._exit = exit
         self._keys = (f"{number:x}" for number in itertools.count())
-        self._limits: dict[str, int] = {}
         self._starting = threading.Lock()
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -310,8 +309,6 @@ class VllmBackend:
         self._loop_thread.start()
         try:
             self._engine = self._run(self._start())
-            info = self.describe()
-            self._limits = {"vocab_size": info.vocab_size, "max_sequence_tokens": info.max_sequence_tokens}
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
@@ -396,8 +393,9 @@ class VllmBackend:
 
     async def _prefill(self, engine: AsyncLLM, key: str, request: ScoreRequest) -> RequestError | None:
         """Run one prompt through the engine; what it refuses, or would die of, comes back as an error."""
+        info = self.describe()
         try:
-            request.sequence.validate(**self._limits)
+            request.sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
         except InvalidSequence as error:
             return error
         params = SamplingParams(
