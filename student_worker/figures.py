@@ -20,8 +20,14 @@ from student_worker.supervision import supervised_mask
 if TYPE_CHECKING:
     from student_worker.target_stream import TargetStream
 
-SUMS = ("tokens", "entries", "training_seconds", "waiting_seconds", "decoding_seconds", "payload_bytes", "rows")
-OF_THE_STREAM = SUMS[3:]
+OF_THE_STREAM = {
+    "waiting_seconds": "waiting_seconds",
+    "decoding_seconds": "decoding_seconds",
+    "payload_bytes": "payload_bytes",
+    "target_rows": "rows",
+}
+"""Names of the sums that StreamStats counts, and theirs; `rows` alone is a name of Diagnostics."""
+SUMS = ("tokens", "entries", "training_seconds", *OF_THE_STREAM)
 
 
 class StepFigures(TrainerCallback):
@@ -129,7 +135,7 @@ class StepFigures(TrainerCallback):
             "decoding_seconds": run["decoding_seconds"] / num_processes,
             "queue_batches": float(self.stream.queue_depth) if self.stream is not None else 0.0,
             "entries_per_token": _ratio(last["entries"], last["tokens"]),
-            "bytes_per_token": _ratio(last["payload_bytes"], last["rows"]),
+            "payload_bytes_per_token": _ratio(last["payload_bytes"], last["target_rows"]),
             "kl": _ratio(last["kl"], last["kept_rows"]),
             "student_kept_mass": _ratio(last["kept_mass"], last["kept_rows"]),
             "teacher_top1_agreement": _ratio(last["agreements"], last["kept_rows"]),
@@ -140,7 +146,7 @@ class StepFigures(TrainerCallback):
         """Seconds of waiting and of decoding since the last step's end; adds all that the stream counts to the sums."""
         if self.stream is None:
             return 0.0, 0.0
-        now = {name: float(getattr(self.stream.stats, name)) for name in OF_THE_STREAM}
+        now = {name: float(getattr(self.stream.stats, theirs)) for name, theirs in OF_THE_STREAM.items()}
         since = {name: value - self._seen[name] for name, value in now.items()}
         self._seen = now
         for name, value in since.items():

@@ -28,7 +28,8 @@ from statistics import fmean, median
 MAX_STEPS = 10_000
 """Steps that are remembered: a longer run's figures are those of its last ones."""
 WARM_UP_STEPS = 2
-"""First steps that are never measured: they allocate memory and start threads."""
+"""First steps that are never measured: they allocate memory and start threads. The first measured step rehearses its
+cross-entropy pass once, for the same reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

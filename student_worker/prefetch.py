@@ -34,6 +34,15 @@ class _Pending:
     asked: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Ready:
+    """A batch with its targets, and how many rows and encoded bytes these came in."""
+
+    batch: Batch
+    num_rows: int
+    payload_bytes: int
+
+
 class Prefetch:
     """Threads ask ahead, write through and decode; the caller's takes batches in order. All share one condition.
 
@@ -52,7 +61,7 @@ class Prefetch:
         raise_refused: bool = False,
         first_step: int = 0,
     ) -> None:
-        self.ready: deque[Batch] = deque()
+        self.ready: deque[_Ready] = deque()
         self._source = source
         self._batches = batches
         self._stats = stats
@@ -119,7 +128,7 @@ class Prefetch:
         with self._changed:
             self._changed.wait_for(lambda: self.ready or self._finished or self._error or self._closed.is_set())
             if self.ready:
-                batch = self.ready.popleft()
+                ready = self.ready.popleft()
                 self._taken += 1
                 self._changed.notify_all()
             elif self._error is not None and not self._closed.is_set():
@@ -132,9 +141,18 @@ class Prefetch:
             self._source.flush()
         waited = time.perf_counter() - started
         self._stats.waiting_seconds += waited
-        self._stats.batches += 1
+        self._count(ready)
         metrics.STUDENT_WAITING_SECONDS.inc(waited)
-        return batch
+        return ready.batch
+
+    def _count(self, ready: _Ready) -> None:
+        """Count a batch when it is taken, not when it is decoded ahead: so rows and bytes belong to the same step."""
+        num_entries = ready.batch["targets"].num_entries
+        self._stats.batches += 1
+        self._stats.rows += ready.num_rows
+        self._stats.entries += num_entries
+        self._stats.payload_bytes += ready.payload_bytes
+        metrics.STUDENT_ENTRIES.inc(num_entries)
 
     def _guard(self, work: Callable[[], None]) -> None:
         """An error in a thread is raised where the batches are taken, after those that came before it."""
@@ -212,10 +230,10 @@ class Prefetch:
                     self._changed.notify_all()
                     break
                 pending = self._pending[0]
-            batch = self._complete(pending)
+            ready = self._complete(pending)
             with self._changed:
                 self._pending.popleft()
-                self.ready.append(batch)
+                self.ready.append(ready)
                 metrics.STUDENT_QUEUE_BATCHES.set(len(self.ready))
                 self._changed.notify_all()
         if self._asking_error is not None:
@@ -227,8 +245,9 @@ class Prefetch:
         has_room = len(self.ready) < self._prefetch_batches
         return has_room and bool(self._pending) and self._pending[0].asked
 
-    def _complete(self, pending: _Pending) -> Batch:
+    def _complete(self, pending: _Pending) -> _Ready:
         """Wait for a batch's targets; refused sequences and damaged records are left out of the loss."""
+        bytes_before = self._source.payload_bytes
         parts: list[tuple[Rows, SparseTargets]] = []
         refused: list[Rows] = []
         for slot in pending.slots:
@@ -243,8 +262,11 @@ class Prefetch:
         batch["targets"] = place_rows(parts, num_rows=num_rows, vocab_size=self._source.vocab_size)
         if refused:
             leave_out(batch, np.concatenate(refused))
-        self._count_rows(parts, batch["targets"])
-        return batch
+        return _Ready(
+            batch=batch,
+            num_rows=sum(part.num_rows for _, part in parts),
+            payload_bytes=self._source.payload_bytes - bytes_before,
+        )
 
     def _count_refused(self, slot: Slot, error: RequestError | CorruptRecord) -> None:
         """Raises where refusals are errors, or where so many mean that something is wrong with the run."""
@@ -257,9 +279,3 @@ class Prefetch:
             raise LogitstreamError(
                 f"{stats.refused_sequences} of {stats.sequences} sequences are refused or damaged; the last: {error}"
             ) from error
-
-    def _count_rows(self, parts: list[tuple[Rows, SparseTargets]], targets: SparseTargets) -> None:
-        num_rows = sum(part.num_rows for _, part in parts)
-        self._stats.rows += num_rows
-        self._stats.entries += targets.num_entries
-        metrics.STUDENT_ENTRIES.inc(targets.num_entries)

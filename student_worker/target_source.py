@@ -28,7 +28,11 @@ MAX_FETCHES = 4
 
 @dataclass(slots=True)
 class StreamStats:
-    """Totals over all epochs of a stream; waiting by the clock, decoding in CPU seconds, bytes as encoded."""
+    """Totals over all epochs of a stream.
+
+    Waiting is by the clock, decoding in CPU seconds; batches, rows, entries and payload_bytes (as encoded, without the
+    messages around them) are counted when the caller takes a batch.
+    """
 
     waiting_seconds: float = 0.0
     decoding_seconds: float = 0.0
@@ -82,6 +86,8 @@ class TargetSource:
         self._id_model: IdModel | None = None
         self._replaced_weights: set[bytes] = set()
         self.vocab_size = 0
+        self.payload_bytes = 0
+        """Encoded bytes decoded so far, what had to be asked for again included."""
 
     @property
     def writable(self) -> bool:
@@ -227,6 +233,6 @@ class TargetSource:
         seconds = time.thread_time() - started
         self._stats.decoding_seconds += seconds
         metrics.STUDENT_DECODING_SECONDS.inc(seconds)
-        self._stats.payload_bytes += len(received.payload)
+        self.payload_bytes += len(received.payload)
         self._stats.cached_sequences += received.from_cache
         return targets
