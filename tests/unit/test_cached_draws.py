@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 
 from logitstream.cache import CacheWriter
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
-from student_worker.__main__ import load_data
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set, count_epochs
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset
+from student_worker.run import load_data
 
 SPEC = TargetSpec(sampler="threshold", threshold=0.125, seed=7)
 FINGERPRINT = Fingerprint(

@@ -11,8 +11,8 @@ import pytest
 from transformers import TrainingArguments
 
 from logitstream.settings import parse_settings, setting
-from student_worker.__main__ import write_resolved
 from student_worker.config import StudentConfig
+from student_worker.run import write_resolved
 
 
 @dataclass(kw_only=True)
