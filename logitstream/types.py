@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -77,6 +78,27 @@ class TargetSpec:
             "full": set[str](),
         }[self.sampler]
         return {name: value for name, value in asdict(self).items() if name in used}
+
+    @classmethod
+    def from_canonical(cls, values: object) -> TargetSpec:
+        """Undo `canonical` for values that came from a disk or a network; the fields that they leave out are defaults.
+
+        Raises InvalidSpec where a name is unknown, missing or of another sampler, or a value of another type.
+        """
+        if not isinstance(values, dict):
+            raise InvalidSpec(f"expected a target specification, got a {type(values).__name__}")
+        types = {one.name: {"str": str, "int": int, "float": float}[str(one.type)] for one in fields(cls)}
+        if unknown := sorted(str(name)[:64] for name in values if name not in types):
+            raise InvalidSpec(f"a target specification has no {', '.join(unknown[:8])}: expected {', '.join(types)}")
+        for name, value in values.items():
+            if type(value) is not types[name]:
+                raise InvalidSpec(f"{name} must be of type {types[name].__name__}, got {str(value)[:64]!r}")
+        spec = cls(**values)
+        if values != spec.canonical():
+            raise InvalidSpec(
+                f"expected the parameters of {spec.sampler} ({', '.join(spec.canonical())}), got {', '.join(values)}"
+            )
+        return spec
 
 
 def _number(name: str, value: Any, *, whole: bool) -> int | float:
@@ -268,6 +290,14 @@ class TeacherInfo:
     backend: str = ""
 
 
+_FINGERPRINT_TEXTS = {
+    "weights_digest": re.compile("[0-9a-f]{2,128}"),
+    "tokenizer_digest": re.compile("[0-9a-f]{0,128}"),
+    "id_model_digest": re.compile("[0-9a-f]{0,128}"),
+    "dtype": re.compile("[a-z0-9_]{1,32}"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
     """Everything that affects a target but the sequence and the draw set; `digest` is part of every cache key."""
@@ -289,6 +319,24 @@ class Fingerprint:
             id_model_digest=hashlib.sha256(info.id_model).hexdigest() if info.id_model else "",
             spec=spec.canonical(),
         )
+
+    @classmethod
+    def from_json(cls, values: object) -> Fingerprint:
+        """Undo `asdict` for what was read from a file; ValueError names what is missing, unknown or of another kind."""
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a fingerprint, got a {type(values).__name__}")
+        names = {one.name for one in fields(cls)}
+        if wrong := sorted(str(name)[:64] for name in names ^ values.keys()):
+            raise ValueError(
+                f"a fingerprint has {', '.join(sorted(names))}: missing or unknown: {', '.join(wrong[:8])}"
+            )
+        for name, pattern in _FINGERPRINT_TEXTS.items():
+            if not isinstance(values[name], str) or not pattern.fullmatch(values[name]):
+                raise ValueError(f"{name} must match {pattern.pattern}, got {str(values[name])[:80]!r}")
+        vocab_size = values["vocab_size"]
+        if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size must be a whole number in [1, {MAX_VOCAB_SIZE}], got {str(vocab_size)[:64]}")
+        return cls(**values | {"spec": TargetSpec.from_canonical(values["spec"]).canonical()})
 
     @property
     def digest(self) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from logitstream.cache import CacheReader
+from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.teacher_client import GrpcTeacherClient
 
@@ -24,7 +25,13 @@ def expected_teacher(folder: Path, spec: TargetSpec, *, resumes: bool) -> Finger
     path = folder / FILE
     if not resumes or not path.exists():
         return None
-    return replace(Fingerprint(**json.loads(path.read_text(encoding="utf-8"))), spec=spec.canonical())
+    try:
+        noted = Fingerprint.from_json(_read_json(path))
+    except ValueError as error:
+        raise FingerprintMismatch(
+            f"{path} does not tell which teacher this run began with ({error}): delete it to take the one served now"
+        ) from None
+    return replace(noted, spec=spec.canonical())
 
 
 def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) -> None:
@@ -50,7 +57,7 @@ def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheRe
     view = None
     if is_main_process():
         with CacheReader(directory) as cache:
-            view = json.loads(path.read_text(encoding="utf-8")) if resumes and path.exists() else cache.view()
+            view = _noted_view(path) if resumes and path.exists() else cache.view()
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(view), encoding="utf-8")
     view = of_main_process(view)
@@ -58,6 +65,29 @@ def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheRe
     cache = CacheReader(directory)  # after the main process has looked, so that what it saw is there
     cache.keep_to(view)
     return cache
+
+
+def _noted_view(path: Path) -> dict[str, Any]:
+    """Of CacheReader.view, as an earlier start of this run wrote it; CacheError where it is none."""
+    try:
+        view = _read_json(path)
+        records = view["records"]
+        is_whole = view.keys() == {"records", "digest"} and isinstance(view["digest"], str)
+        if not is_whole or not all(type(count) is int and count >= 0 for count in records.values()):
+            raise ValueError("expected the records of each shard and a digest")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CacheError(
+            f"{path} does not tell which sequences this run began with ({error!r}): delete it to take all there are"
+        ) from None
+    return dict(view)
+
+
+def _read_json(path: Path) -> Any:
+    """Raises ValueError where the file holds no JSON, however deep."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
 
 
 def is_main_process() -> bool:

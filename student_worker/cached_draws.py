@@ -10,6 +10,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from logitstream.cache import CacheReader
+from logitstream.types import TargetSpec
 from student_worker.config import StudentConfig
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,7 @@ logger = logging.getLogger(__name__)
 def adopt_cache_spec(config: StudentConfig) -> None:
     """Take the targets as they were drawn, in place of the run's own sampler settings and budget."""
     with CacheReader(config.cache) as cache:
-        for name, value in cache.fingerprint.spec.items():
-            setattr(config, "target_seed" if name == "seed" else name, value)
+        config.draw_by(TargetSpec.from_canonical(cache.fingerprint.spec))
     config.bytes_per_token = config.noise = 0.0
     logger.info("targets of the cache %s were drawn by %s", config.cache, config.target_spec().canonical())
 

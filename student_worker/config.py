@@ -114,3 +114,14 @@ class StudentConfig:
             seed=self.target_seed,
             codec_version=self.codec_version,
         )
+
+    def draw_by(self, spec: TargetSpec) -> None:
+        """Take the sampler's settings from a spec."""
+        self.sampler = spec.sampler
+        self.num_samples = spec.num_samples
+        self.threshold = spec.threshold
+        self.top_k = spec.top_k
+        self.proposal_temperature = spec.proposal_temperature
+        self.temperature = spec.temperature
+        self.target_seed = spec.seed
+        self.codec_version = spec.codec_version

@@ -135,7 +135,7 @@ def meet_budget(
         noise=config.noise,
         cache=config.cache,
     )
-    config.num_samples, config.threshold, config.top_k = spec.num_samples, spec.threshold, spec.top_k
+    config.draw_by(spec)
     config.bytes_per_token = config.noise = 0.0
 
 

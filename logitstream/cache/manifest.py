@@ -115,11 +115,11 @@ def read_id_model(directory: Path, fingerprint: Fingerprint) -> bytes:
 
 
 def manifest_fingerprint(manifest: dict[str, Any], path: Path) -> Fingerprint:
-    """The fingerprint of a manifest or shard, whose own digest must agree."""
+    """The fingerprint of a manifest or shard, each part of it checked, whose own digest must agree."""
     try:
-        fingerprint = Fingerprint(**manifest["fingerprint"])
-    except (KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged: no whole fingerprint ({error})") from error
+        fingerprint = Fingerprint.from_json(manifest["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{path} holds no fingerprint of ours: {error}") from error
     if fingerprint.digest != manifest.get("fingerprint_digest"):
         raise CacheError(
             f"{path} is damaged: its fingerprint {asdict(fingerprint)} has digest {fingerprint.digest}, "

@@ -165,3 +165,19 @@ def test_a_resumed_run_goes_on_with_its_sequences_after_the_cache_grew_and_is_re
     shard.unlink()
     with pytest.raises(CacheError, match="does not hold the sequences any more"):
         sequences(resumes=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"[" * 100_000, b'{"records": 1, "digest": "x"}', b'{"teacher": "evil.example:1"}']
+)
+def test_a_state_file_that_is_none_of_ours_is_named_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    with CacheWriter(tmp_path / "cache", FINGERPRINT) as writer:
+        writer.put(*record(0, 0)[:5])
+    (tmp_path / "teacher.json").write_bytes(content)
+    assert expected_teacher(tmp_path, SPEC, resumes=False) is None
+    with pytest.raises(FingerprintMismatch, match=r"teacher\.json does not tell .*: delete it"):
+        expected_teacher(tmp_path, SPEC, resumes=True)
+    open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", resumes=True).close()
+    (tmp_path / "run/cache_view.json").write_bytes(content)
+    with pytest.raises(CacheError, match=r"cache_view\.json does not tell .*: delete it"):
+        open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", resumes=True)

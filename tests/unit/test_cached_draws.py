@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from transformers import TrainingArguments
 
 from logitstream.cache import CacheWriter
+from logitstream.cache.manifest import MANIFEST, parse, render
+from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set, count_epochs
 from student_worker.config import StudentConfig
@@ -102,6 +106,55 @@ def test_a_run_from_the_cache_alone_takes_its_spec_in_place_of_a_budget(tmp_path
     adopt_cache_spec(config)
     assert config.target_spec().canonical() == SPEC.canonical()
     assert (config.bytes_per_token, config.noise) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("added", "named"),
+    [
+        ({"teacher": ["evil.example:1"], "token_file": "/etc/passwd"}, "has no teacher, token_file"),
+        ({"output_dir": "/somewhere"}, "has no output_dir"),
+        ({"target_seed": 1}, "has no target_seed"),
+        ({"__class__": "x"}, "has no __class__"),
+        ({"num_samples": 9}, r"expected the parameters of threshold \(sampler, .*\), got .*num_samples"),
+        ({"threshold": "0.125"}, "threshold must be of type float, got '0.125'"),
+        ({"temperature": 1}, "temperature must be of type float, got '1'"),
+        ({"seed": True}, "seed must be of type int, got 'True'"),
+        ({"threshold": 7.0}, "threshold must lie in"),
+        ({"sampler": ["threshold"]}, "sampler must be of type str"),
+    ],
+)
+def test_a_foreign_caches_manifest_sets_nothing_but_the_sampler(
+    tmp_path: Path, added: dict[str, Any], named: str
+) -> None:
+    cache = cache_with(tmp_path, {0: 1})
+    forged = replace(FINGERPRINT, spec=FINGERPRINT.spec | added)
+    manifest = parse((tmp_path / MANIFEST).read_bytes(), tmp_path)
+    manifest |= {"fingerprint": asdict(forged), "fingerprint_digest": forged.digest}
+    (tmp_path / MANIFEST).write_bytes(render(manifest))
+    config, untouched = student(cache), student(cache)
+    with pytest.raises(CacheError, match=named):
+        adopt_cache_spec(config)
+    assert vars(config) == vars(untouched)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"weights_digest": "../../x"}, "weights_digest must match"),
+        ({"dtype": 32}, "dtype must match"),
+        ({"vocab_size": "100"}, "vocab_size must be a whole number"),
+        ({"vocab_size": 1 << 40}, "vocab_size must be a whole number"),
+        ({"teacher": "evil.example:1"}, "missing or unknown: teacher"),
+        ({"spec": "systematic"}, "expected a target specification, got a str"),
+    ],
+)
+def test_a_fingerprint_from_a_file_is_checked_part_by_part(changes: dict[str, Any], named: str) -> None:
+    written = json.loads(json.dumps(asdict(FINGERPRINT)))
+    assert Fingerprint.from_json(written) == FINGERPRINT
+    with pytest.raises(ValueError, match=named):
+        Fingerprint.from_json(written | changes)
+    with pytest.raises(ValueError, match="missing or unknown: dtype"):
+        Fingerprint.from_json({name: value for name, value in written.items() if name != "dtype"})
 
 
 def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_path: Path) -> None:
