@@ -6,13 +6,15 @@ import struct
 import zlib
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from logitstream.errors import CodecError
 from logitstream.id_model import IdModel, IdTables, uniform_tables
 from logitstream.range_coder import MAX_ENTRY_BYTES, decode_block, encode_block, row_kind
-from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets
+from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets, TargetSpec
 
 __all__ = ["IdModel", "decode", "decode_rows", "encode", "varint", "warm_up"]
 
@@ -40,43 +42,82 @@ def encode(targets: SparseTargets, *, version: int = 2, id_model: IdModel | None
     return body + _CHECKSUM.pack(zlib.crc32(body))
 
 
-def decode(payload: bytes, *, id_model: IdModel | None = None, num_rows: int | None = None) -> SparseTargets:
-    """What was encoded; CodecError where the bytes are damaged, of an unknown version, need another id model or hold
-    other than num_rows rows (None: more than MAX_ROWS).
+def decode(
+    payload: bytes,
+    *,
+    spec: TargetSpec | None = None,
+    vocab_size: int | None = None,
+    id_model: IdModel | None = None,
+    num_rows: int | None = None,
+) -> SparseTargets:
+    """What was encoded, with `spec`; memory and time are bounded by what the reader says that it expects.
+
+    spec: how the targets were drawn, which bounds the entries of a row; vocab_size: of the teacher; num_rows: tokens of
+    the sequence. Where one is None the format's own limit holds (64 entries a byte, 2^24 ids, MAX_ROWS). CodecError
+    where the bytes are damaged, of an unknown version, need another id model or hold anything but what is expected.
     """
+    expected = _Expected(spec, vocab_size, num_rows)
     body = _checked(payload)
     if body[0] == 1:
-        return _decode_plain(body, num_rows)
-    header = _parse_header(body, id_model, num_rows)
-    return _decode_blocks(body, header, 0, len(header.block_entries), id_model)
+        return _decode_plain(body, expected)
+    header = _parse_header(body, id_model, expected)
+    return _decode_blocks(body, header, 0, len(header.block_entries), id_model, expected)
 
 
 def decode_rows(
-    payload: bytes, start: int, stop: int, *, id_model: IdModel | None = None, num_rows: int | None = None
+    payload: bytes,
+    start: int,
+    stop: int,
+    *,
+    spec: TargetSpec | None = None,
+    vocab_size: int | None = None,
+    id_model: IdModel | None = None,
+    num_rows: int | None = None,
 ) -> SparseTargets:
-    """Rows start to stop of what was encoded; version 2 decodes no more than the blocks that hold them."""
+    """Rows start to stop, as in `decode`; version 2 decodes no more than the blocks that hold them."""
+    expected = _Expected(spec, vocab_size, num_rows)
     body = _checked(payload)
     if body[0] == 1:
-        targets = _decode_plain(body, num_rows)
+        targets = _decode_plain(body, expected)
         _check_rows(start, stop, targets.num_rows)
         return targets.slice_rows(start, stop)
-    header = _parse_header(body, id_model, num_rows)
+    header = _parse_header(body, id_model, expected)
     _check_rows(start, stop, header.num_rows)
     first, last = start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)
-    targets = _decode_blocks(body, header, min(first, last), last, id_model)
+    targets = _decode_blocks(body, header, min(first, last), last, id_model, expected)
     return targets.slice_rows(start - first * BLOCK_ROWS, stop - first * BLOCK_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What the reader knows of a payload before it looks inside; None: nothing."""
+
+    spec: TargetSpec | None
+    vocab_size: int | None
+    num_rows: int | None
+
+    def check_shape(self, vocab_size: int, num_rows: int) -> None:
+        if self.vocab_size is not None and vocab_size != self.vocab_size:
+            raise CodecError(f"expected targets over {self.vocab_size} ids, got {vocab_size}")
+        if self.num_rows is not None and num_rows != self.num_rows:
+            raise CodecError(f"expected {self.num_rows} rows, got {num_rows}")
+        if self.num_rows is None and num_rows > MAX_ROWS:
+            raise CodecError(f"expected at most {MAX_ROWS} rows, got {num_rows}")
+
+    def most_entries(self, vocab_size: int) -> int:
+        """Of a row."""
+        return vocab_size if self.spec is None else self.spec.max_entries(vocab_size)
+
+    def check_lengths(self, lengths: npt.NDArray[np.integer[Any]], vocab_size: int) -> None:
+        """lengths [R]: entries of each row."""
+        longest, most = lengths.max(initial=0), self.most_entries(vocab_size)
+        if longest > most:
+            raise CodecError(f"expected rows of at most {most} entries, got one of {longest}")
 
 
 def _check_rows(start: int, stop: int, num_rows: int) -> None:
     if not 0 <= start <= stop <= num_rows:
         raise ValueError(f"expected rows within the {num_rows} that were encoded, got {start} to {stop}")
-
-
-def _check_num_rows(found: int, expected: int | None) -> None:
-    if expected is not None and found != expected:
-        raise CodecError(f"expected {expected} rows, got {found}")
-    if expected is None and found > MAX_ROWS:
-        raise CodecError(f"expected at most {MAX_ROWS} rows, got {found}")
 
 
 def warm_up() -> None:
@@ -115,15 +156,16 @@ def _encode_plain(targets: SparseTargets) -> bytes:
     return header + b"".join(a.astype("<u4").tobytes() for a in (lengths, targets.token_ids, targets.counts))
 
 
-def _decode_plain(body: bytes, expected_rows: int | None) -> SparseTargets:
+def _decode_plain(body: bytes, expected: _Expected) -> SparseTargets:
     if len(body) < _PLAIN_HEADER.size:
         raise CodecError(f"{len(body)} bytes are too few for the header of version 1")
     _, vocab_size, units, tail_units, num_rows, num_entries = _PLAIN_HEADER.unpack_from(body)
     if len(body) != _PLAIN_HEADER.size + 4 * num_rows + 8 * num_entries:
         raise CodecError(f"{num_rows} rows and {num_entries} entries do not fit {len(body)} bytes")
-    _check_num_rows(num_rows, expected_rows)
+    expected.check_shape(vocab_size, num_rows)
     values = np.frombuffer(body, "<u4", offset=_PLAIN_HEADER.size)
     lengths, token_ids, counts = np.split(values, [num_rows, num_rows + num_entries])
+    expected.check_lengths(lengths, vocab_size)
     if num_entries and max(token_ids.max(), counts.max()) > np.iinfo(np.int32).max:
         raise CodecError("a token id or count exceeds 31 bits")
     targets = SparseTargets(
@@ -133,6 +175,7 @@ def _decode_plain(body: bytes, expected_rows: int | None) -> SparseTargets:
         row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
         token_ids=token_ids.astype(np.int32),
         counts=counts.astype(np.int32),
+        spec=expected.spec,
     )
     try:
         targets.validate()
@@ -205,7 +248,7 @@ class _Header:
     block_ends: list[int]
 
 
-def _parse_header(body: bytes, id_model: IdModel | None, expected_rows: int | None) -> _Header:
+def _parse_header(body: bytes, id_model: IdModel | None, expected: _Expected) -> _Header:
     flags = body[1] if len(body) > 1 else -1
     if not 0 <= flags <= (_HAS_MODEL | _SUMS_TO_UNITS):
         raise CodecError(f"unknown flags {flags} in the header of version 2")
@@ -218,14 +261,15 @@ def _parse_header(body: bytes, id_model: IdModel | None, expected_rows: int | No
         raise CodecError(f"vocabulary of {vocab_size}, {units} units or {tail_units} tail units out of bounds")
     if flags & _HAS_MODEL and id_model is not None and vocab_size != id_model.vocab_size:
         raise CodecError(f"targets over {vocab_size} ids coded with a model of {id_model.vocab_size}")
-    _check_num_rows(num_rows, expected_rows)
+    expected.check_shape(vocab_size, num_rows)
     index, position = _read_varints(body, position, 2 * -(-num_rows // BLOCK_ROWS))
     ends = list(accumulate(index[1::2], initial=position))
     num_entries = sum(index[::2])
     if len(body) != max(ends[-1], -(-num_entries // MAX_ENTRIES_PER_BYTE)):
         raise CodecError(f"{num_rows} rows and {num_entries} entries in {ends[-1]} bytes do not fit {len(body)} bytes")
     sums_to_units = bool(flags & _SUMS_TO_UNITS)
-    most = min(vocab_size, units) if sums_to_units else vocab_size
+    most = expected.most_entries(vocab_size)
+    most = min(most, units) if sums_to_units else most
     for number, promised in enumerate(index[::2]):  # before anything is allocated
         rows = min(BLOCK_ROWS, num_rows - number * BLOCK_ROWS)
         if promised > rows * most:
@@ -240,7 +284,9 @@ def _check_model(digest: bytes, id_model: IdModel | None) -> None:
         raise CodecError(f"the targets need the id model {digest.hex()}, at hand is {id_model.digest}")
 
 
-def _decode_blocks(body: bytes, header: _Header, first: int, last: int, id_model: IdModel | None) -> SparseTargets:
+def _decode_blocks(
+    body: bytes, header: _Header, first: int, last: int, id_model: IdModel | None, expected: _Expected
+) -> SparseTargets:
     """Blocks first to last."""
     tables = _tables(header.vocab_size, id_model if body[1] & _HAS_MODEL else None)
     num_rows = max(0, min(last * BLOCK_ROWS, header.num_rows) - first * BLOCK_ROWS)
@@ -261,6 +307,7 @@ def _decode_blocks(body: bytes, header: _Header, first: int, last: int, id_model
         if not is_whole:
             raise CodecError(f"block {i} of {len(header.block_entries)} holds no rows of {stop - entry} entries in all")
         entry = stop
+    expected.check_lengths(lengths, header.vocab_size)
     return SparseTargets(
         vocab_size=header.vocab_size,
         units=header.units,
@@ -268,6 +315,7 @@ def _decode_blocks(body: bytes, header: _Header, first: int, last: int, id_model
         row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         token_ids=token_ids,
         counts=counts,
+        spec=expected.spec,
     )
 
 

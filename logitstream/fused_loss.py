@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitstream.chunk_gradient import Diagnostics, Objective, Rows, logits_to_gradient_
-from logitstream.loss import check_vocabulary, supervised_rows
+from logitstream.loss import as_drawn, check_vocabulary, supervised_rows
 from logitstream.types import SparseTargets
 
 __all__ = ["Diagnostics", "FusedLoss", "fused_linear_sparse_kl"]
@@ -42,11 +42,11 @@ def fused_linear_sparse_kl(
     bias: Tensor | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     logit_softcap: float | None = None,
     loss_mask: Tensor | None = None,
     num_items: Tensor | float | None = None,
-    ghost: bool = False,
+    ghost: bool | None = None,
     chunk_bytes: int | None = None,
 ) -> FusedLoss:
     """`loss.sparse_kl` of the logits hidden @ weight.T + bias, in memory bounded by chunk_bytes beside the gradients.
@@ -58,6 +58,7 @@ def fused_linear_sparse_kl(
     hidden_RH = hidden.reshape(-1, hidden.shape[-1])
     labels_R = None if labels is None else labels.reshape(-1).to(hidden.device)
     mask_R = supervised_rows(hidden_RH, targets, labels_R, loss_mask, ce_weight)
+    temperature, ghost = as_drawn(targets, temperature, ghost)
     if targets is not None:
         check_vocabulary(targets, len(weight))
     index_N = mask_R.nonzero().squeeze(1)

@@ -27,10 +27,10 @@ def sparse_kl(
     *,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     loss_mask: Tensor | None = None,
     num_items: Tensor | float | None = None,
-    ghost: bool = False,
+    ghost: bool | None = None,
 ) -> Tensor:
     """Scalar ((1 − ce_weight)·τ²·KL + ce_weight·cross-entropy), summed over supervised rows and divided by num_items.
 
@@ -39,13 +39,16 @@ def sparse_kl(
     labels: int64, R in all, row r's next token, already shifted, -100 where there is none; cross-entropy at τ = 1.
     loss_mask: bool, R in all: the supervised rows; without it, those with a label, or all rows where no labels came.
     num_items: supervised rows of the whole step over all micro-batches and processes; without it, those of this call.
-    ghost: one more bucket holds what the kept ids leave of the teacher's and of the student's mass (RS-KD, section 2).
+    temperature, ghost: None takes them from the targets' spec (τ = 1 and no ghost where that is not known); values that
+        contradict it are refused. ghost: one more bucket holds what the kept ids leave of the teacher's and of the
+        student's mass (RS-KD, section 2).
 
     ValueError where shapes or settings do not fit.
     """
     logits_RV = logits.reshape(-1, logits.shape[-1])
     labels_R = None if labels is None else labels.reshape(-1)
     mask_R = supervised_rows(logits_RV, targets, labels_R, loss_mask, ce_weight)
+    temperature, ghost = as_drawn(targets, temperature, ghost)
     if num_items is None:
         num_items = mask_R.sum().clamp(min=1)
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
@@ -57,6 +60,25 @@ def sparse_kl(
         ce_R = torch.nn.functional.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED_LABEL, reduction="none")
         total = total + ce_weight * ce_R[mask_R].sum()
     return total / num_items
+
+
+def as_drawn(targets: SparseTargets | None, temperature: float | None, ghost: bool | None) -> tuple[float, bool]:
+    """Temperature and ghost bucket as the targets were drawn; ValueError where a given value contradicts."""
+    spec = None if targets is None else targets.spec
+    if spec is None:
+        return (1.0 if temperature is None else temperature), bool(ghost)
+    has_ghost = spec.sampler == "top_k_ghost"
+    if temperature is not None and temperature != spec.temperature:
+        raise ValueError(
+            f"the targets were drawn at temperature {spec.temperature:g}, but the loss was given {temperature:g}: "
+            "leave it out, or draw targets at that temperature"
+        )
+    if ghost is not None and ghost != has_ghost:
+        raise ValueError(
+            f"the targets were drawn by {spec.sampler}, which goes with ghost={has_ghost}, but the loss was given "
+            f"ghost={ghost}: leave it out, or draw targets by {'top_k_ghost' if ghost else 'top_k'}"
+        )
+    return spec.temperature, has_ghost
 
 
 def supervised_rows(

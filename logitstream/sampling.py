@@ -129,6 +129,7 @@ def _draw_compiled(logits: Tensor, spec: TargetSpec, uniforms: Float64s, row_nam
         row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         token_ids=ids[used],
         counts=counts[used],
+        spec=spec,
     )
 
 
@@ -156,6 +157,7 @@ def _targets(spec: TargetSpec, vocab_size: int, num_rows: int, entries: Entries)
         row_offsets=np.searchsorted(rows, np.arange(num_rows + 1)),
         token_ids=token_ids.astype(np.int32),
         counts=counts.astype(np.int32),
+        spec=spec,
     )
 
 

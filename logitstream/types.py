@@ -100,6 +100,20 @@ class TargetSpec:
             )
         return spec
 
+    def max_entries(self, vocab_size: int) -> int:
+        """The most entries that a row of this sampler's targets can have."""
+        return min(
+            vocab_size,
+            {
+                "systematic": self.num_samples,
+                "multinomial": self.num_samples,
+                "threshold": 2 * math.ceil(1 / self.threshold) + 1,
+                "top_k": self.top_k,
+                "top_k_ghost": self.top_k,
+                "full": vocab_size,
+            }[self.sampler],
+        )
+
 
 def _number(name: str, value: Any, *, whole: bool) -> int | float:
     kind = int if whole else float
@@ -157,21 +171,7 @@ ENTRIES_PER_TOKEN = 1024
 def entries_bound(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
     """The most entries that a sequence's targets can have."""
     num_rows = len(sequence) if sequence.loss_mask is None else int(sequence.loss_mask.sum())
-    return num_rows * min(_entries_per_row(spec, vocab_size), vocab_size)
-
-
-def _entries_per_row(spec: TargetSpec, vocab_size: int) -> int:
-    match spec.sampler:
-        case "systematic" | "multinomial":
-            return spec.num_samples
-        case "top_k":
-            return spec.top_k
-        case "top_k_ghost":
-            return spec.top_k + 1
-        case "threshold":
-            return 2 * math.ceil(1 / spec.threshold) + 1
-        case _:
-            return vocab_size
+    return num_rows * spec.max_entries(vocab_size)
 
 
 def credit_tokens(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
@@ -189,6 +189,7 @@ class SparseTargets:
         row's m tail entries share what its other entries leave of 1, but no less than tail_units in all, so each
         weighs max(units - sum(counts), tail_units) / (m * units).
     units: N for systematic and for multinomial at τ = 1, a fine grid otherwise.
+    spec: how they were drawn, from which the losses take the temperature and the ghost bucket; None: not known.
     """
 
     vocab_size: int
@@ -197,6 +198,7 @@ class SparseTargets:
     token_ids: npt.NDArray[np.int32]
     counts: npt.NDArray[np.int32]
     tail_units: int = 0
+    spec: TargetSpec | None = None
 
     @property
     def num_rows(self) -> int:
@@ -235,12 +237,15 @@ class SparseTargets:
 
     @staticmethod
     def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
-        """All rows of several targets drawn alike; ValueError where vocabulary or units differ."""
+        """All rows of several targets drawn alike; ValueError where vocabulary, units or spec differ."""
         if len({(part.vocab_size, part.units, part.tail_units) for part in parts}) != 1:
             raise ValueError(
                 "expected targets of one vocabulary and one sampler, got (vocab_size, units, tail_units) = "
                 f"{sorted({(part.vocab_size, part.units, part.tail_units) for part in parts})}"
             )
+        if len(specs := {part.spec for part in parts}) != 1:
+            drawn = " and ".join(sorted("unknown" if one is None else str(one.canonical()) for one in specs))
+            raise ValueError(f"expected targets drawn alike, got those of different specs: {drawn}")
         starts = np.cumsum([0] + [part.num_entries for part in parts])
         offsets = [part.row_offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
         return replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from logitstream.errors import CodecError
-from logitstream.types import SparseTargets, TokenSequence
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 
 Batch = dict[str, Any]
 """input_ids [B, T] and, where there are any, attention_mask, labels and loss_mask of the same shape."""
@@ -47,29 +48,28 @@ def _wanted(batch: Batch, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | Non
     return wanted
 
 
-def place_rows(parts: Sequence[tuple[Rows, SparseTargets]], *, num_rows: int, vocab_size: int) -> SparseTargets:
+def place_rows(
+    parts: Sequence[tuple[Rows, SparseTargets]], *, num_rows: int, vocab_size: int, spec: TargetSpec | None = None
+) -> SparseTargets:
     """Targets of several sequences, each on its rows, in rising order; every other row is empty.
+
+    vocab_size, spec: of the targets where there are no sequences.
 
     Raises CodecError where targets do not have a row for each of their sequence's tokens.
     """
     nothing = np.zeros(0, np.int32)
     if not parts:
         offsets = np.zeros(num_rows + 1, np.int64)
-        return SparseTargets(vocab_size=vocab_size, units=1, row_offsets=offsets, token_ids=nothing, counts=nothing)
+        return SparseTargets(
+            vocab_size=vocab_size, units=1, row_offsets=offsets, token_ids=nothing, counts=nothing, spec=spec
+        )
     joined = SparseTargets.concatenate([targets for _, targets in parts])
     entries = np.zeros(num_rows, np.int64)
     for rows, targets in parts:
         if targets.num_rows != len(rows):
             raise CodecError(f"expected targets of {len(rows)} rows, one a token, got {targets.num_rows}")
     entries[np.concatenate([rows for rows, _ in parts])] = np.diff(joined.row_offsets)
-    return SparseTargets(
-        vocab_size=joined.vocab_size,
-        units=joined.units,
-        tail_units=joined.tail_units,
-        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(entries)]),
-        token_ids=joined.token_ids,
-        counts=joined.counts,
-    )
+    return replace(joined, row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(entries)]))
 
 
 def leave_out(batch: Batch, rows: Rows) -> None:

@@ -259,7 +259,9 @@ class Prefetch:
                 refused.append(slot.rows)
         batch = dict(pending.batch)
         num_rows = int(np.prod(tuple(batch["input_ids"].shape)))
-        batch["targets"] = place_rows(parts, num_rows=num_rows, vocab_size=self._source.vocab_size)
+        batch["targets"] = place_rows(
+            parts, num_rows=num_rows, vocab_size=self._source.vocab_size, spec=self._source.spec
+        )
         if refused:
             leave_out(batch, np.concatenate(refused))
         return _Ready(

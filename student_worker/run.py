@@ -215,8 +215,6 @@ def build_trainer(
         data_collator=collate,
         wrap_dataloader=stream,
         ce_weight=config.ce_weight,
-        temperature=config.temperature,
-        ghost=config.sampler == "top_k_ghost",
         overhead_every=config.overhead_every,
         callbacks=[ProgressDisplay(output_folder(arguments))],
     )

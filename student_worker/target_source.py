@@ -86,6 +86,7 @@ class TargetSource:
         self._id_model: IdModel | None = None
         self._replaced_weights: set[bytes] = set()
         self.vocab_size = 0
+        self.spec: TargetSpec | None = None
         self.payload_bytes = 0
         """Encoded bytes decoded so far, what had to be asked for again included."""
 
@@ -101,10 +102,11 @@ class TargetSource:
             cache.refresh()
         if cache is not None and self._look_up:
             id_model, self.vocab_size = cache.id_model, cache.fingerprint.vocab_size
+            self.spec = TargetSpec.from_canonical(cache.fingerprint.spec)
         else:
             assert self._client is not None
             info = self._client.info
-            id_model, self.vocab_size = info.id_model, info.vocab_size
+            id_model, self.vocab_size, self.spec = info.id_model, info.vocab_size, self._client.spec
         self._id_model = IdModel.from_bytes(id_model) if id_model else None
 
     def locate(self, slot: Slot, received: Callable[[Slot], None] | None) -> None:
@@ -229,7 +231,9 @@ class TargetSource:
 
     def _decode(self, received: ReceivedTargets, num_rows: int) -> SparseTargets:
         started = time.thread_time()  # by the clock, a crowded machine's other work would count
-        targets = codec.decode(received.payload, id_model=self._id_model, num_rows=num_rows)
+        targets = codec.decode(
+            received.payload, spec=self.spec, vocab_size=self.vocab_size, id_model=self._id_model, num_rows=num_rows
+        )
         seconds = time.thread_time() - started
         self._stats.decoding_seconds += seconds
         metrics.STUDENT_DECODING_SECONDS.inc(seconds)

@@ -26,6 +26,7 @@ class TargetStream:
     Unwanted rows, padding and the rows of refused sequences are empty. Each iteration is the
     next epoch, unless set_epoch says otherwise.
 
+    spec: ValueError where the client's or the cache's targets are drawn otherwise; None: only those two are compared.
     mode: `online` asks the teacher for everything and writes it to the cache, if there is one; `cache_then_online` asks
         it for what the cache does not hold; `cache` never asks it, and raises CacheMiss for what is not there.
     draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch.
@@ -57,9 +58,9 @@ class TargetStream:
             raise ValueError(f"mode {mode!r} with spill_batches = {spill_batches} needs {needs}")
         if isinstance(dataloader, DataLoaderDispatcher):
             raise ValueError("batches dispatched by one process cannot be prefetched: set `dispatch_batches: false`")
+        _check_spec(spec, client, cache)
         self.dataloader = dataloader
         self.client = client
-        self.spec = spec
         self.cache = cache
         self.mode = mode
         self.prefetch_batches = prefetch_batches
@@ -138,3 +139,15 @@ class TargetStream:
         if self._current is not None:
             self._current.close()
             self._current = None
+
+
+def _check_spec(spec: TargetSpec | None, client: TeacherClient | None, cache: TargetCache | None) -> None:
+    """ValueError where the client's targets, the cache's and the spec that was asked for are not drawn alike."""
+    drawn = {
+        "the spec given": spec and spec.canonical(),
+        "the client": client and client.spec.canonical(),
+        "the cache": cache and cache.fingerprint.spec,
+    }
+    known = {name: one for name, one in drawn.items() if one is not None}
+    if any(one != next(iter(known.values())) for one in known.values()):
+        raise ValueError("expected one way to draw targets, got " + ", ".join(f"{n}: {s}" for n, s in known.items()))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +57,11 @@ class TeacherClient(Protocol):
         ...
 
     @property
+    def spec(self) -> TargetSpec:
+        """How every sequence's targets are drawn."""
+        ...
+
+    @property
     def max_teacher_lag(self) -> int:
         """As in KnownTeacher; other than 0: the teacher may replace its weights while a student trains."""
         ...
@@ -87,7 +93,7 @@ class LocalTeacherClient:
     ) -> None:
         self._score = score
         self._info = info
-        self._spec = spec
+        self.spec = spec
         self._id_model = IdModel.from_bytes(info.id_model) if info.id_model else None
         self._digest = Fingerprint.of(info, spec).digest
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-teacher")
@@ -109,8 +115,12 @@ class LocalTeacherClient:
     def _answer(self, sequence: TokenSequence, draw_set: int) -> ReceivedTargets:
         sequence.validate(vocab_size=self._info.vocab_size, max_sequence_tokens=self._info.max_sequence_tokens)
         targets = self._score(sequence, draw_set)
+        if targets.spec is not None:
+            drawn = replace(targets.spec, codec_version=self.spec.codec_version).canonical()
+            if drawn != self.spec.canonical():
+                raise ValueError(f"expected targets drawn by {self.spec.canonical()}, got {drawn}")
         return ReceivedTargets(
-            payload=codec.encode(targets, version=self._spec.codec_version, id_model=self._id_model),
+            payload=codec.encode(targets, version=self.spec.codec_version, id_model=self._id_model),
             key=request_key(self._digest, sequence, draw_set),
             teacher_version=self._info.teacher_version,
             weights_digest=bytes.fromhex(self._info.weights_digest)[:8],
@@ -171,6 +181,7 @@ class GrpcTeacherClient:
         self._deadline_seconds = deadline_seconds
         self._connect_timeout = connect_timeout_seconds
         self._resolve, self._resolve_seconds = resolve, resolve_seconds
+        self.spec = spec
         self._request_ids = itertools.count(1)
         self._stopping = asyncio.Event()
         self._closed = threading.Event()

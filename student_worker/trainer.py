@@ -40,7 +40,7 @@ class DistillationTrainer(Trainer):
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
         targets, or have none.
-    ce_weight, temperature, ghost, chunk_bytes: as in `fused_linear_sparse_kl`.
+    ce_weight, temperature, ghost, chunk_bytes: as in `fused_linear_sparse_kl`; temperature, ghost None: the targets'.
     overhead_every: measure the overhead over cross-entropy at every n-th optimizer step; 0: never. See `overhead`.
     """
 
@@ -51,8 +51,8 @@ class DistillationTrainer(Trainer):
         *args: Any,
         wrap_dataloader: Callable[[DataLoader[Any]], TargetStream] | None = None,
         ce_weight: float = 0.0,
-        temperature: float = 1.0,
-        ghost: bool = False,
+        temperature: float | None = None,
+        ghost: bool | None = None,
         chunk_bytes: int | None = None,
         overhead_every: int = 0,
         **kwargs: Any,

@@ -42,6 +42,10 @@ class Watched:
         return future
 
     @property
+    def spec(self) -> TargetSpec:
+        return self.client.spec
+
+    @property
     def max_teacher_lag(self) -> int:
         return self.client.max_teacher_lag
 

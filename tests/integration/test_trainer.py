@@ -48,9 +48,9 @@ def one_thread() -> Iterator[None]:
 class Asked:
     """A teacher that remembers what it was asked: (first token, draw set)."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: TargetSpec = SPEC) -> None:
         self.requests: list[tuple[int, int]] = []
-        self.client = LocalTeacherClient(self.score, info=INFO, spec=SPEC)
+        self.client = LocalTeacherClient(self.score, info=INFO, spec=spec)
 
     def score(self, sequence: TokenSequence, draw_set: int) -> SparseTargets:
         self.requests.append((int(sequence.token_ids[0]), draw_set))
@@ -96,7 +96,7 @@ def trainer_of(folder: Path, teacher: Asked, *, model: Any = None, **options: An
         ),
         train_dataset=dataset(),
         eval_dataset=dataset().select(range(6)),
-        wrap_dataloader=lambda dataloader: TargetStream(dataloader, teacher.client, spec=SPEC, prefetch_batches=1),
+        wrap_dataloader=lambda dataloader: TargetStream(dataloader, teacher.client, prefetch_batches=1),
         **options,
     )
 
@@ -292,3 +292,27 @@ def test_supervised_rows_follow_mask_labels_and_padding() -> None:
     assert next_token_labels(everything | padded).tolist() == [[6, 7, -100, -100]]
     masked = {"loss_mask": torch.tensor([[1, 0, 0, 1]])}
     assert supervised_mask(everything | masked | labels).tolist() == [[True, False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (TargetSpec(num_samples=10, temperature=2.0), {"temperature": 2.0}),
+        (TargetSpec(sampler="top_k_ghost", top_k=5), {"ghost": True}),
+    ],
+)
+def test_a_trainer_takes_temperature_and_ghost_from_its_targets(
+    tmp_path: Path, spec: TargetSpec, options: dict[str, Any]
+) -> None:
+    """The same targets without a word on how they were drawn, and the settings told by hand, give the same losses."""
+    hot, untold = Asked(spec), Asked(spec)
+    taken = trainer_of(tmp_path / "a", hot, max_steps=2)
+    taken.train()
+    told = trainer_of(tmp_path / "b", untold, max_steps=2, **options)
+    told.train()
+    plain = trainer_of(tmp_path / "c", Asked(), max_steps=2)
+    plain.train()
+    assert losses_of(taken) == losses_of(told) != losses_of(plain)
+    wrong = trainer_of(tmp_path / "d", hot, max_steps=2, temperature=1.0, ghost=spec.sampler != "top_k_ghost")
+    with pytest.raises(ValueError, match="the targets were drawn"):
+        wrong.train()

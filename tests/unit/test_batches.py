@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitstream.errors import CodecError
-from logitstream.types import SparseTargets, TokenSequence
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from student_worker.batches import leave_out, place_rows, split_batch
 
 
@@ -103,3 +105,15 @@ def test_targets_with_a_row_too_few_are_refused() -> None:
     targets = echo(TokenSequence(token_ids=np.arange(3, dtype=np.int32)))
     with pytest.raises(CodecError, match="targets of 4 rows, one a token, got 3"):
         place_rows([(np.arange(4), targets)], num_rows=4, vocab_size=1000)
+
+
+def test_targets_keep_how_they_were_drawn_and_do_not_mix() -> None:
+    spec, other = TargetSpec(num_samples=1), TargetSpec(num_samples=1, temperature=2.0)
+    drawn = replace(echo(TokenSequence(token_ids=np.arange(4, dtype=np.int32))), spec=spec)
+    assert drawn.slice_rows(1, 3).spec == spec
+    assert SparseTargets.concatenate([drawn, drawn]).spec == spec
+    assert place_rows([(np.arange(4), drawn)], num_rows=6, vocab_size=1000).spec == spec
+    assert place_rows([], num_rows=6, vocab_size=1000, spec=spec).spec == spec
+    for stranger in (replace(drawn, spec=other), replace(drawn, spec=None)):
+        with pytest.raises(ValueError, match="got those of different specs"):
+            SparseTargets.concatenate([drawn, stranger])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from logitstream.fused_loss import fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
-from logitstream.types import SparseTargets
+from logitstream.types import SparseTargets, TargetSpec
 from tests.sparse_rows import random_targets
 
 VOCAB_SIZE = 23
@@ -124,3 +127,23 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     arguments: dict[str, object] = {"logits": logits, "targets": targets} | change
     with pytest.raises(ValueError, match=message):
         sparse_kl(**arguments)  # type: ignore[arg-type]
+
+
+def test_temperature_and_ghost_come_from_the_targets_and_nothing_else_is_taken() -> None:
+    logits, targets, _, _ = cases(3)
+    hot = replace(targets, spec=TargetSpec(temperature=2.0))
+    assert sparse_kl(logits, hot).item() == sparse_kl(logits, targets, temperature=2.0).item()
+    assert sparse_kl(logits, hot, temperature=2).item() == sparse_kl(logits, hot).item()
+    ghost = replace(targets, spec=TargetSpec(sampler="top_k_ghost"))
+    assert sparse_kl(logits, ghost).item() == sparse_kl(logits, targets, ghost=True).item()
+    weight = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    for loss in (sparse_kl, partial(fused_linear_sparse_kl, weight=weight)):
+        with pytest.raises(ValueError, match="drawn at temperature 2, but the loss was given 1"):
+            loss(logits, targets=hot, temperature=1.0)
+        with pytest.raises(ValueError, match="goes with ghost=True, but the loss was given ghost=False"):
+            loss(logits, targets=ghost, ghost=False)
+        with pytest.raises(ValueError, match="goes with ghost=False, but the loss was given ghost=True"):
+            loss(logits, targets=hot, ghost=True)
+    for one in (hot, ghost):
+        fused = fused_linear_sparse_kl(logits, weight, one).loss
+        assert fused.item() == pytest.approx(sparse_kl(logits, one).item(), rel=1e-6)

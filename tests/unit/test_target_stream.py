@@ -49,6 +49,7 @@ class HandTeacher:
         self.stale = 0
         self.max_teacher_lag = 0
         self.info = INFO
+        self.spec = SPEC
 
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
         future: Future[ReceivedTargets] = Future()
@@ -577,6 +578,40 @@ def test_a_local_teacher_streams_without_a_network() -> None:
     client = LocalTeacherClient(expected_targets, info=INFO, spec=SPEC)
     for got, source in zip(TargetStream(batches, client, spec=SPEC), batches, strict=True):
         assert_same(got["targets"], expected(source))
+        assert got["targets"].spec == SPEC
+    client.close()
+
+
+def test_a_stream_whose_client_cache_and_caller_draw_otherwise_is_refused(tmp_path: Path) -> None:
+    teacher = HandTeacher()
+    cache = open_cache(tmp_path, teacher)
+    wrong = replace(SPEC, temperature=2.0)
+    with pytest.raises(ValueError, match=r"one way to draw targets, got the spec given: .*2\.0.*, the client: .*1\.0"):
+        TargetStream([], teacher, spec=wrong)
+    with pytest.raises(ValueError, match="the cache: "):
+        TargetStream([], None, spec=wrong, cache=cache, mode="cache")
+    teacher.spec = wrong
+    with pytest.raises(ValueError, match=r"the client: .*, the cache: "):
+        TargetStream([], teacher, cache=cache)
+    cache.close()
+
+
+def test_targets_of_the_stream_say_how_they_were_drawn_from_the_teacher_and_from_the_cache(tmp_path: Path) -> None:
+    teacher, batches = HandTeacher(), make_batches(3)
+    cache = open_cache(tmp_path, teacher)
+    got = list(TargetStream(batches, teacher, cache=cache, draw_set=0))
+    got += list(TargetStream(batches, None, cache=cache, mode="cache", draw_set=0))
+    assert {str(batch["targets"].spec.canonical()) for batch in got} == {str(SPEC.canonical())}
+    cache.close()
+
+
+def test_a_local_teacher_that_draws_otherwise_than_it_says_is_refused() -> None:
+    def score(sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        return replace(expected_targets(sequence, draw_set), spec=replace(SPEC, temperature=2.0))
+
+    client = LocalTeacherClient(score, info=INFO, spec=SPEC)
+    with pytest.raises(ValueError, match="expected targets drawn by"):
+        client.submit(TokenSequence(token_ids=np.arange(4, dtype=np.int32))).result()
     client.close()
 
 
