@@ -5,6 +5,7 @@ The answer is one number for the whole run (N, θ or k), so that the bytes go to
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -50,26 +51,29 @@ def measure(
     *,
     with_noise: bool,
     id_model: IdModel | None = None,
+    vocab_size: int | None = None,
 ) -> Measured:
-    """Bytes and entries per wanted row; noise from two independent draw sets, as E |t̂ - t̂'|² / 2."""
+    """Bytes and entries per wanted row; noise from two independent draw sets, as E |t̂ - t̂'|² / 2.
+
+    id_model, vocab_size: the teacher's, to decode with.
+    """
+    decode_one = functools.partial(decode, spec=spec, vocab_size=vocab_size, id_model=id_model)
+
+    def decoded(payloads: Sequence[bytes]) -> list[SparseTargets]:
+        return [decode_one(payload, num_rows=len(s)) for payload, s in zip(payloads, sequences, strict=True)]
+
     payloads = draw(sequences, spec, 0)
-    targets = _decoded(payloads, sequences, id_model)
+    targets = decoded(payloads)
     num_tokens = max(1, _num_wanted(sequences))
     noise = None
     if with_noise:
-        others = _decoded(draw(sequences, spec, 1), sequences, id_model)
+        others = decoded(draw(sequences, spec, 1))
         noise = sum(map(_squared_distance, targets, others)) / 2 / num_tokens
     return Measured(
         bytes_per_token=sum(map(len, payloads)) / num_tokens,
         entries_per_token=sum(part.num_entries for part in targets) / num_tokens,
         noise=noise,
     )
-
-
-def _decoded(
-    payloads: Sequence[bytes], sequences: Sequence[TokenSequence], id_model: IdModel | None
-) -> list[SparseTargets]:
-    return [decode(p, id_model=id_model, num_rows=len(s)) for p, s in zip(payloads, sequences, strict=True)]
 
 
 def _num_wanted(sequences: Sequence[TokenSequence]) -> int:
@@ -90,18 +94,20 @@ def choose_for_bytes(
     bytes_per_token: float,
     *,
     id_model: IdModel | None = None,
+    vocab_size: int | None = None,
 ) -> Choice:
     """The most samples (the largest k) whose encoded targets take at most so many bytes a token on these sequences."""
+    measured_as = functools.partial(measure, draw, sequences, id_model=id_model, vocab_size=vocab_size)
 
     def size_of(index: int) -> float:
-        return measure(draw, sequences, _with_index(spec, index), with_noise=False, id_model=id_model).bytes_per_token
+        return measured_as(_with_index(spec, index), with_noise=False).bytes_per_token
 
     index = _nearest(size_of, bytes_per_token, _index_of(spec), _index_range(spec), TYPICAL_EXPONENT, from_below=True)
     if index is None:
         raise ValueError(f"{bytes_per_token:g} bytes a token are too few for any {spec.sampler} targets of this text")
     chosen = _with_index(spec, index)
     with_noise = spec.sampler in ("systematic", "multinomial", "threshold")
-    measured = measure(draw, sequences, chosen, with_noise=with_noise, id_model=id_model)
+    measured = measured_as(chosen, with_noise=with_noise)
     return _choice(chosen, measured, f"at most {bytes_per_token:g} bytes a token", sequences)
 
 
@@ -112,13 +118,15 @@ def choose_for_noise(
     noise: float,
     *,
     id_model: IdModel | None = None,
+    vocab_size: int | None = None,
 ) -> Choice:
     """The fewest samples whose targets are within this MSE per position of the teacher's distribution."""
     if spec.sampler not in ("systematic", "multinomial", "threshold"):
         raise ValueError(f"a noise budget needs an unbiased sampler, not {spec.sampler}")
+    measured_as = functools.partial(measure, draw, sequences, id_model=id_model, vocab_size=vocab_size)
 
     def precision_of(index: int) -> float:
-        measured = measure(draw, sequences, _with_index(spec, index), with_noise=True, id_model=id_model)
+        measured = measured_as(_with_index(spec, index), with_noise=True)
         return 1.0 / max(measured.noise or 0.0, 1e-12)
 
     index = _nearest(
@@ -127,7 +135,7 @@ def choose_for_noise(
     if index is None:
         raise ValueError(f"no {spec.sampler} targets come within a noise of {noise:g}")
     chosen = _with_index(spec, index)
-    measured = measure(draw, sequences, chosen, with_noise=True, id_model=id_model)
+    measured = measured_as(chosen, with_noise=True)
     return _choice(chosen, measured, f"noise of at most {noise:g}", sequences)
 
 

@@ -90,12 +90,12 @@ def _choose(
     if not sequences:
         raise ValueError("the sequences that a budget is measured on have no supervised token: set num_samples instead")
     with contextlib.closing(connect(spec)) as client:
-        content = client.info.id_model
+        content, vocab_size = client.info.id_model, client.info.vocab_size
         sequences = _accepted(client, sequences)
     id_model = IdModel.from_bytes(content) if content else None
     if bytes_per_token:
-        return choose_for_bytes(draw, sequences, spec, bytes_per_token, id_model=id_model)
-    return choose_for_noise(draw, sequences, spec, noise, id_model=id_model)
+        return choose_for_bytes(draw, sequences, spec, bytes_per_token, id_model=id_model, vocab_size=vocab_size)
+    return choose_for_noise(draw, sequences, spec, noise, id_model=id_model, vocab_size=vocab_size)
 
 
 def _accepted(client: TeacherClient, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logitstream import codec
+from logitstream.cache.decoding import decoder
 from logitstream.cache.manifest import parse, summary
 from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import scanned_spans, token_width
 from logitstream.cache.verify import other_fingerprint, shard_spans
 from logitstream.errors import CacheError, CodecError, CorruptRecord
-from logitstream.id_model import IdModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +82,12 @@ def _entry(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _entries(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]:
     """Histogram of entries a wanted row."""
-    id_model = IdModel.from_bytes(reader.id_model) if reader.id_model else None
+    decode = decoder(reader)
     histogram = np.zeros(1, np.int64)
     for i in np.unique(np.linspace(0, len(reader) - 1, min(sampled_records, len(reader))).astype(int)):
         try:
             record = reader.record(int(i))
-            targets = codec.decode(record.payload, id_model=id_model, num_rows=len(record.token_ids))
+            targets = decode(record)
         except (CorruptRecord, CodecError):
             continue
         per_row = np.diff(targets.row_offsets)

@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from logitstream import codec
+from logitstream.cache.decoding import Decode, decoder
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import KEY_BYTES, Record, shard_schema
 from logitstream.errors import CacheError, CodecError, CorruptRecord
-from logitstream.id_model import IdModel
 
 Progress = Callable[[int], object]
 ROWS_PER_GROUP = 256
@@ -46,7 +45,7 @@ def export(
     if any(output.glob("*.parquet")):
         raise CacheError(f"expected a folder without Parquet files, {output} holds some of an earlier export")
     schema = pa.schema(COLUMNS, metadata=shard_schema(reader.manifest).metadata)
-    id_model = IdModel.from_bytes(reader.id_model) if reader.id_model else None
+    decode = decoder(reader)
     files: list[Path] = []
     skipped = 0
     for start in range(0, len(reader), records_per_file):
@@ -54,7 +53,7 @@ def export(
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
             for first in range(start, min(start + records_per_file, len(reader)), ROWS_PER_GROUP):
                 last = min(first + ROWS_PER_GROUP, start + records_per_file, len(reader))
-                rows = list(_decoded_rows(reader, first, last, id_model))
+                rows = list(_decoded_rows(reader, first, last, decode))
                 skipped += last - first - len(rows)
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
                 progress(last - first)
@@ -62,15 +61,15 @@ def export(
     return files, skipped
 
 
-def _decoded_rows(reader: CacheReader, first: int, last: int, id_model: IdModel | None) -> Iterator[dict[str, Any]]:
+def _decoded_rows(reader: CacheReader, first: int, last: int, decode: Decode) -> Iterator[dict[str, Any]]:
     """Of the records that are whole and can be decoded."""
     for i in range(first, last):
         with contextlib.suppress(CorruptRecord, CodecError):
-            yield _decoded(reader.record(i), id_model)
+            yield _decoded(reader.record(i), decode)
 
 
-def _decoded(record: Record, id_model: IdModel | None) -> dict[str, Any]:
-    targets = codec.decode(record.payload, id_model=id_model, num_rows=len(record.token_ids))
+def _decoded(record: Record, decode: Decode) -> dict[str, Any]:
+    targets = decode(record)
     mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
     return {
         "key": record.key,

@@ -6,16 +6,21 @@ import contextlib
 import struct
 import tracemalloc
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_codec import drawn_targets, targets_of, zipf_model
 
-from logitstream.codec import MAX_ENTRIES_PER_BYTE, IdModel, decode, encode, varint
+from logitstream.codec import MAX_ENTRIES_PER_BYTE, IdModel, decode, decode_rows, encode, varint
 from logitstream.errors import CodecError
-from logitstream.types import SparseTargets
+from logitstream.id_model import uniform_tables
+from logitstream.types import SparseTargets, TargetSpec
 
 MODEL = zipf_model(300)
+SPEC = TargetSpec(num_samples=8)
 SOURCES: list[tuple[SparseTargets, int, IdModel | None]] = [
     (drawn_targets(5, 300, 8), 1, None),
     (drawn_targets(9, 300, 8), 2, None),
@@ -86,12 +91,96 @@ def test_forged_payloads_give_valid_targets_or_are_refused(source: int) -> None:
 
 
 def test_random_bytes_are_refused() -> None:
+    """With and without a checksum that matches, by a reader that knows what it asked for."""
     rng = np.random.default_rng(7)
     for _ in range(10_000):
         data = rng.bytes(int(rng.integers(40)))
         for forged in (data, sealed(data), sealed(bytes([rng.integers(1, 3), rng.integers(4)]) + data)):
-            with contextlib.suppress(CodecError):
-                decode(forged, id_model=MODEL).validate()
+            with pytest.raises(CodecError):
+                decode(forged, spec=SPEC, vocab_size=300, id_model=MODEL, num_rows=20)
+
+
+def test_random_bytes_that_a_reader_without_expectations_takes_are_valid_targets() -> None:
+    rng = np.random.default_rng(7)
+    num_decoded = 0
+    for _ in range(10_000):
+        body = bytes([2, 0, *rng.integers(1, 4, 2), 0, rng.integers(2), *rng.integers(4, size=3)])
+        with contextlib.suppress(CodecError):
+            decode(sealed(body)).validate()
+            num_decoded += 1
+    assert num_decoded > 10
+
+
+def test_another_vocabulary_is_refused_before_its_tables_are_built() -> None:
+    forged = sealed(bytes([2, 0]) + b"".join(map(varint, (2_000_003, 8, 0, 1, 1, 1))) + b"\1")
+    assert len(forged) == 15
+    before = uniform_tables.cache_info().misses
+    for read in (decode, partial(decode_rows, start=0, stop=1)):
+        with pytest.raises(CodecError, match="expected targets over 300 ids, got 2000003"):
+            read(forged, spec=SPEC, vocab_size=300, num_rows=1)
+    plain = encode(targets_of([{3: 8}], 301, 8), version=1)
+    with pytest.raises(CodecError, match="expected targets over 300 ids, got 301"):
+        decode(plain, spec=SPEC, vocab_size=300, num_rows=1)
+    assert uniform_tables.cache_info().misses == before
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TargetSpec(num_samples=4),
+        TargetSpec(sampler="multinomial", num_samples=4, proposal_temperature=0.8),
+        TargetSpec(sampler="threshold", threshold=0.7),
+        TargetSpec(sampler="top_k", top_k=4),
+        TargetSpec(sampler="top_k_ghost", top_k=4),
+    ],
+    ids=lambda spec: spec.sampler,
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_more_entries_than_the_sampler_gives_are_refused(spec: TargetSpec, version: int) -> None:
+    """In all rows together before memory is taken, and in a single row that takes from its neighbours."""
+    most = spec.max_entries(300)
+    assert 4 <= most <= 5
+    full, fuller = dict.fromkeys(range(most), 1), dict.fromkeys(range(most + 1), 1)
+    taken = targets_of([full, full], 300, 8)
+    assert same(decode(encode(taken, version=version), spec=spec, vocab_size=300, num_rows=2), taken)
+    for rows in ([fuller, fuller], [fuller, {}], [{}, fuller]):
+        payload = encode(targets_of(rows, 300, 8), version=version)
+        for read in (decode, partial(decode_rows, start=0, stop=2)):
+            with pytest.raises(CodecError, match="entries"):
+                read(payload, spec=spec, vocab_size=300, num_rows=2)
+
+
+@given(
+    data=st.data(),
+    vocab_size=st.sampled_from([10, 300, 50_000]),
+    num_rows=st.integers(1, 600),
+    num_samples=st.integers(1, 20),
+    num_bytes=st.integers(20, 1 << 16),
+)
+@settings(max_examples=150, deadline=None)
+def test_memory_is_bounded_by_what_the_reader_expects_whatever_comes(
+    data: st.DataObject, vocab_size: int, num_rows: int, num_samples: int, num_bytes: int
+) -> None:
+    """Well-formed headers that promise up to 64 entries a byte: 16 bytes an entry that may come, and 64 KiB."""
+    spec = TargetSpec(num_samples=num_samples)
+    most = num_rows * spec.max_entries(vocab_size)
+    promised = data.draw(st.one_of(st.integers(0, 2 * most), st.integers(0, MAX_ENTRIES_PER_BYTE * num_bytes)))
+    blocks = [min(256, num_rows - start) for start in range(0, num_rows, 256)]
+    index = b"".join(varint(promised * rows // num_rows) + varint(1) for rows in blocks)
+    header = bytes([2, data.draw(st.sampled_from([0, 2]))])
+    header += b"".join(map(varint, (vocab_size, num_samples, 0, num_rows)))
+    forged = sealed((header + index + b"\0" * len(blocks)).ljust(num_bytes, b"\0"))
+    uniform_tables(vocab_size)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(CodecError):
+            targets = decode(forged, spec=spec, vocab_size=vocab_size, num_rows=num_rows)
+            assert targets.num_rows == num_rows
+            assert np.diff(targets.row_offsets).max() <= num_samples
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 16 * most + 40 * num_rows + len(forged) + (64 << 10)
 
 
 def test_forged_sizes_allocate_little() -> None:
