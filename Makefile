@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test check proto clean
+.PHONY: help demo test test-fast check proto clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##[ ]*/\1\t/' | expand -t 16
 
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +21,9 @@ demo: $(STAMP)  ## the main job, with a real model and real text: runs/demo/
 
 test: $(STAMP)  ## the whole suite on the CPU
 	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)  ## the unit tests alone
+	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 check: $(STAMP)  ## lint, types, import rules, generated code
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
