@@ -9,6 +9,7 @@ Legend: N supervised rows, C rows of a chunk, V ids, H hidden size, K kept entri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ __all__ = ["Diagnostics", "FusedLoss", "fused_linear_sparse_kl"]
 CPU_CHUNK_BYTES = 24 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
 """Room for a chunk's logits: larger costs memory, smaller reads the head's weight more often."""
+OPERAND_PEAK = 256.0
+"""Far from either end of float16: small probabilities keep their digits, and no product of usual weights overflows."""
 
 
 class FusedLoss(NamedTuple):
@@ -96,6 +99,12 @@ class _Step:
     product_dtype: torch.dtype
     wants_gradients: bool
 
+    @property
+    def operand_scale(self) -> float:
+        """What the gradient at the logits, of weights that sum to 1, is multiplied by to be at most OPERAND_PEAK."""
+        kd = (1 - self.objective.ce_weight) * self.objective.temperature
+        return OPERAND_PEAK / 2.0 ** math.ceil(math.log2(max(kd + self.objective.ce_weight, 1)))
+
     def chunk_rows(self, vocab_size: int, dtype: torch.dtype) -> int:
         id_bytes = self.objective.num_buffers * dtype.itemsize
         if self.product_dtype != dtype:
@@ -144,7 +153,7 @@ def _chunk_by_chunk(
     num_rows, vocab_size = len(hidden), len(weight)
     dtype = _accumulator(hidden.dtype)
     products_weight = weight.to(step.product_dtype)
-    grad_hidden = torch.empty_like(hidden) if needs[0] else None
+    grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs[0] else None
     grad_weight = torch.empty_like(weight, dtype=dtype) if needs[1] else None
     grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs[2] else None
     sums = Diagnostics(*hidden.new_zeros(len(Diagnostics._fields), dtype=torch.float64).unbind())
@@ -154,13 +163,20 @@ def _chunk_by_chunk(
         hidden_CH = hidden[start : start + chunk_rows].to(step.product_dtype)
         logits_CV = _project(hidden_CH, products_weight, bias, buffer[: len(hidden_CH)])
         factor_C = logits_to_gradient_(logits_CV, step.objective, step.rows.chunk(start, start + len(hidden_CH)), sums)
-        factor_C = factor_C / step.num_items
+        item_factor_C = factor_C / step.num_items
+        operand_CV, unit = logits_CV, item_factor_C[:, None]
+        if step.product_dtype != dtype:
+            operand_CV, unit = _low_precision_operand(logits_CV, factor_C, step)
         if grad_hidden is not None:
-            _write_grad_hidden(grad_hidden[start : start + chunk_rows], logits_CV, factor_C, products_weight)
-        if grad_weight is not None:
-            _add_grad_weight(grad_weight, logits_CV, factor_C, hidden_CH, is_first=start == 0)
+            torch.mul(_mm(operand_CV, products_weight, dtype), unit, out=grad_hidden[start : start + chunk_rows])
+        if grad_weight is not None and operand_CV is not logits_CV and weight.device.type == "cuda":
+            product_VH = _mm(operand_CV.t(), hidden_CH, dtype).mul_(unit)
+            grad_weight.copy_(product_VH) if start == 0 else grad_weight.add_(product_VH)
+        elif grad_weight is not None:  # float32 operands on a CPU, whose low-precision products come rounded
+            scaled_CH = hidden_CH.to(dtype) * item_factor_C[:, None]
+            grad_weight.addmm_(logits_CV.t(), scaled_CH, beta=0.0 if start == 0 else 1.0)
         if grad_bias is not None:
-            grad_bias.addmv_(logits_CV.t(), factor_C)
+            grad_bias.addmv_(logits_CV.t(), item_factor_C)
     if num_rows == 0 and grad_weight is not None:
         grad_weight.zero_()
     return sums, [grad_hidden, grad_weight, grad_bias]
@@ -175,21 +191,20 @@ def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV
     return out_CV if bias_V is None else out_CV.add_(bias_V)
 
 
-def _add_grad_weight(
-    out_VH: Tensor, gradient_CV: Tensor, factor_C: Tensor, hidden_CH: Tensor, *, is_first: bool
-) -> None:
-    """In the accumulator's dtype; on a GPU low-precision products are added up in float32 by the product itself."""
-    if hidden_CH.dtype == out_VH.dtype or out_VH.device.type != "cuda":
-        out_VH.addmm_(gradient_CV.t(), hidden_CH.to(out_VH.dtype) * factor_C[:, None], beta=0.0 if is_first else 1.0)
-        return
-    scaled_CV = (gradient_CV * factor_C[:, None]).to(hidden_CH.dtype)
-    product_VH = torch.mm(scaled_CV.t(), hidden_CH, out_dtype=out_VH.dtype)
-    out_VH.copy_(product_VH) if is_first else out_VH.add_(product_VH)
+def _low_precision_operand(gradient_CV: Tensor, factor_C: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+    """The gradient at the logits in bf16 or fp16, and the power of two that its products are to be multiplied by.
+
+    float16 ends at 6e-8: probabilities over thousands of items would vanish in it. So of 1 / num_items only the
+    mantissa goes into the operand; the power of two is left for the products in float32, where it rounds nothing.
+    """
+    per_item = torch.as_tensor(1 / step.num_items, dtype=factor_C.dtype, device=factor_C.device)
+    mantissa, exponent = torch.frexp(per_item)
+    operand_CV = (gradient_CV * (factor_C * mantissa * step.operand_scale)[:, None]).to(step.product_dtype)
+    return operand_CV, torch.ldexp(torch.ones_like(mantissa), exponent) / step.operand_scale
 
 
-def _write_grad_hidden(out_CH: Tensor, gradient_CV: Tensor, factor_C: Tensor, weight_VH: Tensor) -> None:
-    if weight_VH.dtype == gradient_CV.dtype:
-        out_CH.copy_(torch.mm(gradient_CV, weight_VH).mul_(factor_C[:, None]))
-    else:
-        scaled_CV = (gradient_CV * factor_C[:, None]).to(weight_VH.dtype)
-        out_CH.copy_(torch.mm(scaled_CV, weight_VH))
+def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """In dtype: a GPU sums low-precision products up in it, a CPU rounds each sum to the operands' dtype first."""
+    if left.dtype != dtype and left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
