@@ -111,29 +111,33 @@ def _info(arguments: argparse.Namespace) -> int:
             for key, inner in value.items():
                 print(f"  {key}: {inner}")
         else:
-            print(f"{name}: {value}")
+            print(f"{name}: {'unknown, there are no records' if value is None else value}")
     _print_histogram(found.entries)
     return 0
 
 
 def _as_json(found: Description) -> dict[str, object]:
-    rows = max(int(found.entries.sum()), 1)
     return {
         "records": found.records,
         "distinct_keys": found.distinct_keys,
         "tokens": found.tokens,
         "directory_bytes": found.directory_bytes,
-        "payload_bytes_per_token": round(found.payload_bytes_per_token, 3),
-        "bytes_per_token": round(found.bytes_per_token, 3),
+        "shard_bytes": found.shard_bytes,
+        "payload_bytes_per_token": _rounded(found.payload_bytes_per_token),
+        "bytes_per_token": _rounded(found.bytes_per_token),
         "shards": {"sealed": found.sealed_shards, "open": found.open_shards},
         "records_by_draw_set": {str(draw_set): count for draw_set, count in found.draw_sets.items()},
-        "entries_per_row": round(float(found.entries @ np.arange(len(found.entries))) / rows, 3),
+        "entries_per_row": _rounded(found.entries_per_row),
         "entries_histogram": {str(k): int(n) for k, n in enumerate(found.entries) if n},
         "fingerprint_digest": found.manifest["fingerprint_digest"],
         "fingerprint": found.manifest["fingerprint"],
         "provenance": found.manifest["provenance"],
         "created": found.manifest["created"],
     }
+
+
+def _rounded(figure: float | None) -> float | None:
+    return None if figure is None else round(figure, 3)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

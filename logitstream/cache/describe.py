@@ -12,20 +12,24 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.cache.decoding import decoder
-from logitstream.cache.manifest import parse, summary
-from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes
+from logitstream.cache.manifest import read_entry, summary
+from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes, file_bytes, shard_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import scanned_spans, token_width
-from logitstream.cache.verify import other_fingerprint, shard_spans
+from logitstream.cache.verify import other_fingerprint, shard_spans, unreadable
 from logitstream.errors import CacheError, CodecError, CorruptRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """Sizes in bytes; entries: how many of the sampled wanted rows hold 0, 1, 2, … entries."""
+    """Sizes in bytes; entries: how many of the sampled wanted rows hold 0, 1, 2, … entries.
+
+    directory_bytes: of all files; shard_bytes: of the shards and their sidecars alone, which grow with the records.
+    """
 
     manifest: dict[str, Any]
     directory_bytes: int
+    shard_bytes: int
     payload_bytes: int
     sealed_shards: int
     open_shards: int
@@ -36,21 +40,29 @@ class Description:
     entries: npt.NDArray[np.int64]
 
     @property
-    def payload_bytes_per_token(self) -> float:
-        return self.payload_bytes / max(self.tokens, 1)
+    def payload_bytes_per_token(self) -> float | None:
+        """None where there are no tokens."""
+        return self.payload_bytes / self.tokens if self.tokens else None
 
     @property
-    def bytes_per_token(self) -> float:
-        """With token ids, masks, keys, checksums and indexes."""
-        return self.directory_bytes / max(self.tokens, 1)
+    def bytes_per_token(self) -> float | None:
+        """With token ids, masks, keys, checksums and indexes, without manifest and id model; None without tokens."""
+        return self.shard_bytes / self.tokens if self.tokens else None
+
+    @property
+    def entries_per_row(self) -> float | None:
+        """Mean over the sampled wanted rows; None where there are none."""
+        rows = int(self.entries.sum())
+        return float(self.entries @ np.arange(len(self.entries))) / rows if rows else None
 
 
 def describe(directory: Path, *, sampled_records: int = 256) -> Description:
     """Read the shards' entries, scan open shards, decode a sample spread over the keys."""
     reader = CacheReader(directory)
     totals, draw_sets = Counter[str](), Counter[int]()
-    sealed = [path for path in sorted(directory.glob("*.arrow")) if not other_fingerprint(path, reader.manifest)]
-    growing = sorted(directory.glob(f"*{OPEN_SUFFIX}"))
+    sealed = [path for path in sorted(directory.glob("*.arrow")) if not unreadable(path)]
+    sealed = [path for path in sealed if not other_fingerprint(path, reader.manifest)]
+    growing = [path for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")) if not unreadable(path)]
     for path in [*sealed, *growing]:
         entry = _entry(path, reader.manifest)
         totals.update({name: entry[name] for name in ("records", "tokens", "payload_bytes")})
@@ -58,6 +70,7 @@ def describe(directory: Path, *, sampled_records: int = 256) -> Description:
     return Description(
         manifest=reader.manifest,
         directory_bytes=directory_bytes(directory),
+        shard_bytes=sum(map(shard_bytes, sealed)) + sum(map(file_bytes, growing)),
         payload_bytes=totals["payload_bytes"],
         sealed_shards=len(sealed),
         open_shards=len(growing),
@@ -71,10 +84,9 @@ def describe(directory: Path, *, sampled_records: int = 256) -> Description:
 
 def _entry(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """A sealed shard's entry; made anew for an open one, or where it is damaged."""
-    sidecar = path.with_suffix(".json")
-    if path.suffix == ".arrow" and sidecar.exists():
+    if path.suffix == ".arrow":
         with contextlib.suppress(CacheError):
-            return parse(sidecar.read_bytes(), sidecar)
+            return read_entry(path)
     if path.suffix == ".arrow":
         return summary(shard_spans(path, manifest)[0])
     return summary(scanned_spans(path, token_width(manifest)))

@@ -28,6 +28,8 @@ from logitstream.types import Fingerprint
 FORMAT = "logitstream-cache/2"
 MANIFEST = "manifest.json"
 ID_MODEL = "id_model.bin"
+VERSIONS = "versions"
+"""The folder of the caches of newer weights."""
 INDEX_HEADER = struct.Struct("<8s3Q32s")
 """Magic, number of records, size of the shard in bytes, XXH3 of the spans, digest of the fingerprint."""
 UNKNOWN_FINGERPRINT = bytes(32)
@@ -91,6 +93,8 @@ def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> di
     manifest = parse(content, path)
     if manifest.get("format") not in (FORMAT, FIRST_FORMAT):
         raise CacheError(f"{path}: expected format {FORMAT!r} or {FIRST_FORMAT!r}, got {manifest.get('format')!r}")
+    if not isinstance(manifest.get("provenance"), dict) or not isinstance(manifest.get("created"), str):
+        raise CacheError(f"{path} is damaged: expected an object `provenance` and a text `created` in it")
     found = manifest_fingerprint(manifest, path)
     if fingerprint is not None and found != fingerprint:
         raise FingerprintMismatch(
@@ -108,6 +112,8 @@ def read_id_model(directory: Path, fingerprint: Fingerprint) -> bytes:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing: its SHA-256 should be {fingerprint.id_model_digest}") from error
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != fingerprint.id_model_digest:
         raise CacheError(f"{path} is damaged: expected SHA-256 {fingerprint.id_model_digest}, got {found}")
@@ -130,22 +136,39 @@ def manifest_fingerprint(manifest: dict[str, Any], path: Path) -> Fingerprint:
 
 def render(content: dict[str, Any]) -> bytes:
     """JSON with its own SHA-256, in the one form that `parse` accepts, so that any flipped byte is found."""
-    body = json.dumps(content, indent=1, sort_keys=True)
+    body = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     return json.dumps(
         content | {"sha256_of_the_rest": hashlib.sha256(body.encode()).hexdigest()}, indent=1, sort_keys=True
     ).encode()
 
 
 def parse(content: bytes, path: Path) -> dict[str, Any]:
-    """The inverse of `render`; CacheError where a byte was changed."""
+    """The inverse of `render`; CacheError where a byte was changed, or where no `render` can have made it."""
     try:
         parsed = json.loads(content)
         rest = {name: value for name, value in parsed.items() if name != "sha256_of_the_rest"}
-    except (ValueError, AttributeError) as error:
+        rendered = render(rest)
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CacheError(f"{path} is damaged: no JSON object ({error})") from error
-    if render(rest) != content:
+    if rendered != content:
         raise CacheError(f"{path} is damaged: its content does not match its own SHA-256")
     return rest
+
+
+def read_entry(shard: Path) -> dict[str, Any]:
+    """A sealed shard's entry, checked; CacheError where it is missing, damaged or not one."""
+    path = shard.with_suffix(".json")
+    try:
+        entry = parse(path.read_bytes(), path)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error}") from error
+    draw_sets, sha256 = entry.get("draw_sets"), entry.get("sha256")
+    if isinstance(draw_sets, dict) and isinstance(sha256, str):
+        numbers = [entry.get(name) for name in ("bytes", "records", "tokens", "payload_bytes")]
+        are_numbers = all(type(n) is int and n >= 0 for n in [*numbers, *draw_sets.values()])
+        if are_numbers and all(re.fullmatch(r"[0-9]{1,20}", name) for name in draw_sets):
+            return entry
+    raise CacheError(f"{path} is damaged: it is no entry of a shard")
 
 
 def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
@@ -222,7 +245,7 @@ def _index_header(body: bytes | memoryview, shard_bytes: int, fingerprint: bytes
 
 def caches_in(directory: Path) -> list[Path]:
     """The folder of a cache and those of newer weights below it."""
-    return [directory, *sorted(path.parent for path in directory.glob(f"versions/*/{MANIFEST}"))]
+    return [directory, *sorted(path.parent for path in directory.glob(f"{VERSIONS}/*/{MANIFEST}"))]
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import time
 import uuid
 from pathlib import Path
@@ -29,6 +30,8 @@ from logitstream.cache.shard import (
 logger = logging.getLogger(__name__)
 
 OPEN_SUFFIX = ".open"
+SHARD_NAME = re.compile(r"-\d{13}-[0-9a-f]{8}$")
+"""How the names of shards that writers make end, without their suffixes."""
 
 
 class OpenShard:
@@ -171,16 +174,22 @@ def origin(path: Path) -> tuple[str, int]:
 
 def directory_bytes(directory: Path) -> int:
     """Bytes of a cache's own files, without those of the caches below it."""
-    return sum(map(_file_bytes, directory.iterdir()))
+    return sum(map(file_bytes, directory.iterdir()))
 
 
 def tree_bytes(directory: Path) -> int:
     """Bytes of a cache and of those below it: newer weights have theirs in `versions`."""
-    return sum(_file_bytes(Path(folder, name)) for folder, _, names in os.walk(directory) for name in names)
+    return sum(file_bytes(Path(folder, name)) for folder, _, names in os.walk(directory) for name in names)
 
 
-def _file_bytes(path: Path) -> int:
+def shard_bytes(shard: Path) -> int:
+    """Bytes of a sealed shard and its sidecars."""
+    return sum(map(file_bytes, (shard, shard.with_suffix(".index"), shard.with_suffix(".json"))))
+
+
+def file_bytes(path: Path) -> int:
+    """Of a regular file; 0 where it is none, or was renamed or removed meanwhile."""
     try:
         return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:  # renamed or removed meanwhile
+    except OSError:
         return 0

@@ -29,6 +29,7 @@ from logitstream.cache.manifest import (
     MANIFEST,
     manifest_fingerprint,
     parse,
+    read_entry,
     read_id_model,
     read_manifest,
     remove_leftovers,
@@ -106,8 +107,8 @@ def _new_folder(parent: Path) -> TemporaryDirectory[str]:
 def _is_damaged(shard: Path) -> bool:
     """Whether its bytes are not those that its entry names."""
     try:
-        entry = parse(shard.with_suffix(".json").read_bytes(), shard)
-    except (CacheError, OSError):
+        entry = read_entry(shard)
+    except CacheError:
         return False
     with shard.open("rb") as file:
         return bool(hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"])

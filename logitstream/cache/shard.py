@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 CONTINUATION = b"\xff\xff\xff\xff"
 MAX_SHARD_BYTES = 1 << 31
 """Spans are 32-bit offsets."""
+SEARCHED_BYTES = 1 << 20
+"""How much is read at a time where messages are looked for."""
+BLOCK_BYTES = 4096
+"""What a disk fails to read at a time."""
 
 SCHEMAS = {
     width: pa.schema(
@@ -200,16 +205,27 @@ def scanned_spans(path: Path, width: int) -> Spans:
 
 def _next_message(path: Path, start: int) -> int:
     """Where the next message may begin (messages are aligned to 8 bytes), or the end of the file."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(1 << 20):
+    with path.open("rb", buffering=0) as file:
+        size, step = os.fstat(file.fileno()).st_size, SEARCHED_BYTES
+        while start < size:
+            try:
+                chunk = os.pread(file.fileno(), step, start)
+            except OSError:  # a bad block: what lies around it in smaller steps, without it
+                start, step = (start, BLOCK_BYTES) if step > BLOCK_BYTES else (_after_block(start), SEARCHED_BYTES)
+                continue
+            if not chunk:
+                break
             found = chunk.find(CONTINUATION)
             while found >= 0:
                 if found % 8 == 0 and chunk[found : found + 8] != END_OF_STREAM:
                     return start + found
                 found = chunk.find(CONTINUATION, found + 1)
             start += len(chunk)
-    return start
+    return max(start, size)
+
+
+def _after_block(position: int) -> int:
+    return (position // BLOCK_BYTES + 1) * BLOCK_BYTES
 
 
 def unpack_record(span: tuple[Any, ...], tokens: bytes, mask: bytes, payload: bytes) -> Record:

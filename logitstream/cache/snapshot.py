@@ -246,7 +246,7 @@ def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None
         problem = error
     if remote_bytes is None and not os.path.lexists(path):
         raise FileNotFoundError(path)
-    if not path.exists():
+    if not path.is_file():
         logger.warning("%s; its shard is skipped", problem)
         return nothing, True
     try:

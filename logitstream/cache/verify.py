@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +16,18 @@ import numpy as np
 import pyarrow as pa
 
 from logitstream.cache.manifest import (
+    ID_MODEL,
     MANIFEST,
+    VERSIONS,
     caches_in,
     manifest_fingerprint,
-    parse,
+    read_entry,
     read_id_model,
     read_index,
     read_manifest,
+    summary,
 )
-from logitstream.cache.open_shard import OPEN_SUFFIX
+from logitstream.cache.open_shard import OPEN_SUFFIX, SHARD_NAME
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import (
     END_OF_STREAM,
@@ -37,6 +42,7 @@ from logitstream.cache.shard import (
 from logitstream.cache.shard_file import ShardFile
 from logitstream.errors import CacheError
 
+SIDECARS = (".index", ".json")
 Progress = Callable[[int], object]
 """Told how many bytes were read since the last call."""
 
@@ -65,63 +71,142 @@ class Damage:
 
 
 def verify(directory: Path, progress: Progress = lambda _: None) -> Damage:
-    """Read every byte of every file, also of the caches of newer weights below; CacheError where there is no cache."""
+    """Read every byte of every file, also of the caches of newer weights below; CacheError where there is no cache.
+
+    What cannot be read is named, and the rest is read all the same.
+    """
     damage = Damage()
     for folder in caches_in(directory):
-        damage.add(_verify_one(folder, progress))
+        try:
+            damage.add(_verify_one(folder, progress))
+        except OSError as error:
+            damage.problems.append(f"{folder} cannot be listed: {error}")
     return damage
 
 
 def _verify_one(directory: Path, progress: Progress) -> Damage:
     damage = Damage()
     manifest = _check_head(directory, damage)
-    for path in sorted(directory.glob("*.arrow")):
-        check_sealed(path, manifest, damage, progress)
-    for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")):
-        _check_open(path, manifest, damage, progress)
+    shards = [*sorted(directory.glob("*.arrow")), *sorted(directory.glob(f"*{OPEN_SUFFIX}"))]
+    for path in shards:
+        try:
+            if path.suffix == OPEN_SUFFIX:
+                _check_open(path, manifest, damage, progress)
+            else:
+                check_sealed(path, manifest, damage, progress)
+        except FileNotFoundError:  # sealed or pruned while the others were read
+            if os.path.lexists(path):
+                raise
+        except OSError as error:
+            damage.problems.append(f"{path.name} cannot be read: {error}")
     for shard in missing_shards(directory):
         _check_missing(shard, manifest, damage)
+    damage.notes += [f"{path.name} is no file of a cache: nobody reads it" for path in strangers(directory)]
     if damage.damaged_keys:
-        reader = CacheReader(directory) if manifest is not None else None
+        reader = _reader(directory) if manifest is not None else None
         damage.lost_keys = sorted(key for key in damage.damaged_keys if reader is None or reader.get(key) is None)
     return damage
 
 
-def shard_spans(path: Path, manifest: dict[str, Any] | None) -> tuple[Spans, str]:
-    """A sealed shard's spans, from its index or, where that is damaged, from the shard; and what is wrong with it."""
-    digest = manifest["fingerprint_digest"] if manifest is not None else ""
+def _reader(directory: Path) -> CacheReader | None:
     try:
-        return read_index(path.with_suffix(".index"), digest, path.stat().st_size), ""
-    except CacheError as error:
-        return scanned_spans(path, _width(path, manifest)), str(error)
+        return CacheReader(directory)
+    except (CacheError, OSError):  # has been named
+        return None
+
+
+def unreadable(path: Path) -> str:
+    """Why a shard's file cannot be opened for reading, in words; empty where it can."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    if not stat.S_ISREG(mode):
+        return f"{path.name} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: expected a shard"
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    return ""
+
+
+def shard_spans(path: Path, manifest: dict[str, Any] | None) -> tuple[Spans, str]:
+    """The spans of a sealed shard, found again in the shard itself where its index is damaged, and what was wrong.
+
+    Never raises: what cannot be read has no spans.
+    """
+    digest: str = manifest["fingerprint_digest"] if manifest is not None else ""
+    problem = unreadable(path)
+    try:
+        return read_index(path.with_suffix(".index"), digest, None if problem else path.stat().st_size), problem
+    except (CacheError, OSError) as error:
+        problem = problem or str(error)
+    try:
+        if is_foreign(path):
+            problem = f"{path.name} is an Arrow file of other columns, no shard: nobody reads it"
+        elif not unreadable(path):
+            return scanned_spans(path, _width(path, manifest)), problem
+    except OSError as error:
+        problem = f"{problem}; {path.name} cannot be read: {error}"
+    return np.zeros(0, SPAN_DTYPE), problem
 
 
 def other_fingerprint(path: Path, manifest: dict[str, Any]) -> str:
     """Digest of the fingerprint that a shard's head names, if it is whole and not the manifest's; else empty."""
+    schema = _head(path)
     try:
-        with pa.OSFile(str(path)) as file:
-            named = json.loads(pa.ipc.read_schema(file).metadata[b"logitstream"])
+        named = json.loads(schema.metadata[b"logitstream"]) if schema is not None else {}
         found = manifest_fingerprint(named, path).digest
-    except (pa.ArrowException, OSError, EOFError, MemoryError, CacheError, KeyError, TypeError, ValueError):
+    except (CacheError, RecursionError, KeyError, TypeError, ValueError):
         return ""
     return "" if found == manifest["fingerprint_digest"] else found
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file that is named like a shard is an Arrow stream of other columns: somebody else's."""
+    schema = _head(path)
+    return schema is not None and not any(schema.equals(known) for known in SCHEMAS.values())
+
+
+def _head(path: Path) -> pa.Schema | None:
+    """The schema at the head of a file, if one can be read there."""
+    if unreadable(path):
+        return None
+    try:
+        with pa.OSFile(str(path)) as file:
+            return pa.ipc.read_schema(file)
+    except (pa.ArrowException, OSError, EOFError, MemoryError):
+        return None
 
 
 def _width(path: Path, manifest: dict[str, Any] | None) -> int:
     """Bytes of a token id, by the manifest or else by the shard's own head."""
     if manifest is not None:
         return token_width(manifest)
-    with contextlib.suppress(pa.ArrowException, OSError, EOFError, MemoryError), pa.OSFile(str(path)) as file:
-        schema = pa.ipc.read_schema(file)
-        return next((width for width, known in SCHEMAS.items() if schema.equals(known)), 4)
-    return 4
+    schema = _head(path)
+    return next((width for width, known in SCHEMAS.items() if schema is not None and schema.equals(known)), 4)
 
 
 def missing_shards(directory: Path) -> list[Path]:
     """Sealed shards of which only sidecars are left; one that is about to be sealed has its own already."""
-    sidecars = {*directory.glob("*.index"), *directory.glob("*.json")} - {directory / MANIFEST}
+    sidecars = {path for suffix in SIDECARS for path in directory.glob(f"*{suffix}") if SHARD_NAME.search(path.stem)}
     shards = sorted({sidecar.with_suffix(".arrow") for sidecar in sidecars})
-    return [path for path in shards if not (path.with_name(path.name + OPEN_SUFFIX).exists() or path.exists())]
+    return [path for path in shards if not (path.with_name(path.name + OPEN_SUFFIX).exists() or os.path.lexists(path))]
+
+
+def strangers(directory: Path) -> list[Path]:
+    """What lies in a cache's folder and is none of its files."""
+    return [path for path in sorted(directory.iterdir()) if not _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    if path.name.startswith(".") or path.name in (MANIFEST, ID_MODEL, VERSIONS):
+        return True
+    if path.suffix in SIDECARS and (SHARD_NAME.search(path.stem) or os.path.lexists(path.with_suffix(".arrow"))):
+        return True
+    return path.name.endswith((".arrow", OPEN_SUFFIX))
 
 
 def _check_missing(shard: Path, manifest: dict[str, Any] | None, damage: Damage) -> None:
@@ -129,54 +214,89 @@ def _check_missing(shard: Path, manifest: dict[str, Any] | None, damage: Damage)
     try:
         spans = read_index(shard.with_suffix(".index"), manifest["fingerprint_digest"] if manifest is not None else "")
         damage.damaged_keys.update(spans["key"].tolist())
-    except CacheError:
-        with contextlib.suppress(CacheError, OSError):
-            damage.unnamed_records += parse(shard.with_suffix(".json").read_bytes(), shard)["records"]
+    except (CacheError, OSError):
+        with contextlib.suppress(CacheError):
+            damage.unnamed_records += read_entry(shard)["records"]
 
 
 def _check_head(directory: Path, damage: Damage) -> dict[str, Any] | None:
-    if not any(directory.glob("*.arrow*")) and not (directory / MANIFEST).exists():
+    if not any(directory.glob("*.arrow*")) and not os.path.lexists(directory / MANIFEST):
         raise CacheError(f"{directory} is no cache: expected manifest.json or shards in it")
     try:
         manifest = read_manifest(directory)
-        read_id_model(directory, manifest_fingerprint(manifest, directory))
-        return manifest
     except CacheError as error:
         damage.problems.append(str(error))
         return None
+    try:
+        read_id_model(directory, manifest_fingerprint(manifest, directory))
+    except CacheError as error:
+        damage.problems.append(str(error))
+    return manifest
 
 
 def check_sealed(
     path: Path, manifest: dict[str, Any] | None, damage: Damage, progress: Progress = lambda _: None
 ) -> tuple[Spans, list[int]]:
-    """The spans of a sealed shard, and which of its records are damaged; none of another fingerprint's."""
+    """The spans of a sealed shard, and which of its records are damaged; none of another fingerprint's.
+
+    OSError where the file as a whole cannot be read.
+    """
+    if not os.path.lexists(path):  # pruned meanwhile
+        return np.zeros(0, SPAN_DTYPE), []
     if manifest is not None and (other := other_fingerprint(path, manifest)):
         damage.problems.append(f"{path.name} is a shard of another fingerprint, {other}: nobody reads it, remove it")
         return np.zeros(0, SPAN_DTYPE), []
     spans, problem = shard_spans(path, manifest)
     if problem:
         damage.problems.append(problem)
+    if unreadable(path):
+        damage.damaged_keys.update(spans["key"].tolist())
+        return spans, list(range(len(spans)))
+    entry: dict[str, Any] = {}
     try:
-        entry = parse(path.with_suffix(".json").read_bytes(), path.with_suffix(".json"))
-    except (CacheError, FileNotFoundError) as error:
+        entry = read_entry(path)
+    except CacheError as error:
         damage.problems.append(str(error))
-        entry = {}
     bad = _check_records(path, spans, _width(path, manifest), damage)
     if bad:
-        damage.problems.append(f"{path.name}: {len(bad)} of {len(spans)} records are damaged")
-    found = _sha256(path, progress)
-    if entry and entry["sha256"] != found and not bad:
-        damage.problems.append(f"{path.name}: damaged outside of its records (SHA-256 {found}, not {entry['sha256']})")
-    if entry and entry["records"] > len(spans):
+        damage.problems.append(f"{path.name}: {len(bad)} of {len(spans)} records are damaged or cannot be read")
+    lost = _named_elsewhere(path, manifest, spans) if problem else set()
+    damage.damaged_keys |= lost
+    if lost:
+        damage.problems.append(f"{path.name}: {len(lost)} records that its index names are not in it")
+    elif entry and entry["records"] > len(spans):
         damage.unnamed_records += entry["records"] - len(spans)
         damage.problems.append(f"{path.name}: {entry['records'] - len(spans)} records cannot be named any more")
+    elif entry and entry | summary(spans) | {"bytes": path.stat().st_size} != entry:
+        damage.problems.append(f"{path.name}: its entry counts other records than the {len(spans)} that are in it")
+    try:
+        found = _sha256(path, progress)
+    except OSError as error:
+        damage.problems.append(f"{path.name} cannot be read: {error}")
+        return spans, bad
+    if entry and entry["sha256"] != found and not bad:
+        damage.problems.append(f"{path.name}: damaged outside of its records (SHA-256 {found}, not {entry['sha256']})")
     return spans, bad
+
+
+def _named_elsewhere(path: Path, manifest: dict[str, Any] | None, spans: Spans) -> set[bytes]:
+    """The keys of a whole index whose shard is not as long as it was, as far as no span is left of them."""
+    try:
+        named = read_index(path.with_suffix(".index"), manifest["fingerprint_digest"] if manifest is not None else "")
+    except (CacheError, OSError):
+        return set()
+    return set(named["key"].tolist()) - set(spans["key"].tolist())
 
 
 def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, progress: Progress) -> None:
     """An open shard has no checksum as a whole: between its records only what breaks their layout is found."""
+    if problem := unreadable(path):
+        damage.problems.append(problem)
+        return
     messages = list(scan(path, width := _width(path, manifest)))
     end = read_schema(path, manifest) if manifest is not None else (messages[0].start if messages else 0)
+    if end == 0:
+        damage.problems.append(f"{path.name}: no head of a shard of this cache can be read")
     for message in messages:
         if message.start != end:
             damage.problems.append(f"{path.name}: bytes {end} to {message.start} cannot be read")
@@ -185,8 +305,14 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
         if bad:
             damage.problems.append(f"{path.name}: {len(bad)} records of the batch at byte {message.start} are damaged")
     size = path.stat().st_size
-    if size > end and path.read_bytes()[end:] != END_OF_STREAM:
-        damage.notes.append(f"{path.name}: {size - end} bytes after its last whole batch (a write under way, or torn)")
+    if size > end:
+        with path.open("rb") as file:
+            file.seek(end)
+            rest = file.read()
+        if rest != END_OF_STREAM:
+            damage.notes.append(
+                f"{path.name}: {size - end} bytes after its last whole batch (a write under way, or torn)"
+            )
     progress(size)
 
 

@@ -374,3 +374,33 @@ def test_a_cache_of_codec_2_is_exported_with_the_id_model_that_lies_in_it(tmp_pa
         np.testing.assert_allclose(rows[record.key]["entry_weights"], drawn.counts / 10, rtol=1e-6)
     (tmp_path / "cache" / "id_model.bin").write_bytes(b"\x01")
     assert main(["cache", "export", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]) == 2
+
+
+def test_info_of_an_empty_cache_has_no_figures_a_token_and_of_one_record_those_counted_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the manifest nor the id model, which every cache holds once, counts as bytes a token."""
+    id_model = IdModel.from_expected_counts(np.ones(VOCAB_SIZE)).to_bytes()
+    known = replace(FINGERPRINT, id_model_digest=hashlib.sha256(id_model).hexdigest())
+    CacheWriter(tmp_path, known, id_model=id_model).close()
+    assert main(["cache", "info", str(tmp_path), "--json"]) == 0
+    empty = json.loads(capsys.readouterr().out)
+    assert (empty["records"], empty["tokens"], empty["shard_bytes"]) == (0, 0, 0)
+    assert [empty[f"{name}_per_token"] for name in ("bytes", "payload_bytes")] == [None, None]
+    assert empty["entries_per_row"] is None
+    assert empty["directory_bytes"] == sum(path.stat().st_size for path in tmp_path.iterdir()) > len(id_model)
+    assert main(["cache", "info", str(tmp_path)]) == 0
+    assert "bytes_per_token: unknown, there are no records" in capsys.readouterr().out
+    ((record, drawn),) = make_records(1)
+    with CacheWriter(tmp_path, known, id_model=id_model) as writer:
+        assert writer.put(*record[:5])
+        assert writer.flush()
+        for _ in ("open", "sealed"):
+            assert main(["cache", "info", str(tmp_path), "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
+            head = (tmp_path / "manifest.json").stat().st_size + len(id_model)
+            assert (found["records"], found["tokens"]) == (1, 16)
+            assert found["bytes_per_token"] == round((found["directory_bytes"] - head) / 16, 3)
+            assert found["payload_bytes_per_token"] == round(len(record.payload) / 16, 3)
+            assert found["entries_per_row"] == round(drawn.num_entries / 16, 3)
+            writer.close()
