@@ -24,7 +24,7 @@ import torch
 from benchmarks.load import VOCAB_SIZE, instant
 from benchmarks.machine import machine
 from logitstream.types import TargetSpec
-from student_worker.batches import Batch
+from student_worker.documents import Batch
 from student_worker.target_cache import open_target_cache
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,40 +11,31 @@ import torch
 
 from logitstream.errors import CodecError
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
+from student_worker.documents import Batch, number_documents, to_numpy
+from student_worker.supervision import supervised_mask
 
-Batch = dict[str, Any]
-"""input_ids [B, T] and, where there are any, attention_mask, labels and loss_mask of the same shape."""
 Rows = npt.NDArray[np.int64]
 """Which of a batch's flattened [B*T] rows a sequence's targets belong to, rising."""
 
 
 def split_batch(batch: Batch) -> list[tuple[Rows, TokenSequence]]:
-    """A batch's sequences without padding, and their rows; a sequence with no wanted row is left out."""
-    input_ids = to_numpy(batch["input_ids"])
-    if input_ids.ndim != 2:
-        raise ValueError(f"expected input_ids of shape [batch, tokens], got {list(input_ids.shape)}")
+    """A batch's documents without padding, and their rows; a document with no wanted row is left out.
+
+    Raises ValueError where the batch holds something that the teacher cannot be told of.
+    """
+    input_ids, numbers = to_numpy(batch["input_ids"]), number_documents(batch)
+    wanted = to_numpy(supervised_mask(batch, with_targets=True))
     num_tokens = input_ids.shape[1]
-    present = None if batch.get("attention_mask") is None else to_numpy(batch["attention_mask"]).astype(bool)
-    wanted = _wanted(batch, input_ids.shape)
     parts = []
-    for index, ids in enumerate(input_ids):
-        keep = np.arange(num_tokens) if present is None else np.flatnonzero(present[index])
-        mask = np.ones(len(keep), bool) if wanted is None else wanted[index, keep]
-        if mask.any():
-            sequence = TokenSequence(token_ids=ids[keep].astype(np.int32), loss_mask=None if mask.all() else mask)
-            parts.append((index * num_tokens + keep, sequence))
+    for index, own in enumerate(numbers):
+        for number in range(1, own.max(initial=0) + 1):
+            keep = np.flatnonzero(own == number)
+            mask = wanted[index, keep]
+            if mask.any():
+                ids = input_ids[index, keep].astype(np.int32)
+                sequence = TokenSequence(token_ids=ids, loss_mask=None if mask.all() else mask)
+                parts.append((index * num_tokens + keep, sequence))
     return parts
-
-
-def _wanted(batch: Batch, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
-    """bool [B, T]: the rows that will be trained on; None: all."""
-    if batch.get("loss_mask") is not None:
-        return to_numpy(batch["loss_mask"]).astype(bool)
-    if batch.get("labels") is None:
-        return None
-    wanted = np.zeros(shape, dtype=bool)
-    wanted[:, :-1] = to_numpy(batch["labels"])[:, 1:] != -100
-    return wanted
 
 
 def place_rows(
@@ -77,15 +67,20 @@ def leave_out(batch: Batch, rows: Rows) -> None:
 
     The batch's tensors are replaced, not changed: they may be the dataset's.
     """
-    index = torch.from_numpy(rows)
     if batch.get("labels") is None and batch.get("loss_mask") is None:
-        batch["loss_mask"] = torch.ones(tuple(batch["input_ids"].shape), dtype=torch.bool)
+        batch["loss_mask"] = torch.ones_like(torch.as_tensor(batch["input_ids"]), dtype=torch.bool)
     for name, value in (("labels", -100), ("loss_mask", False)):
         if batch.get(name) is not None:
-            flat = torch.as_tensor(batch[name]).clone().reshape(-1)
-            flat[index.to(flat.device)] = value
-            batch[name] = flat.reshape(tuple(batch["input_ids"].shape))
+            _fill(batch, name, rows, value)
 
 
-def to_numpy(values: Any) -> npt.NDArray[Any]:
-    return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+def blank_out(batch: Batch, rows: Rows) -> None:
+    """As `leave_out`, and the tokens become id 0: what the teacher refuses does not reach the student's forward."""
+    leave_out(batch, rows)
+    _fill(batch, "input_ids", rows, 0)
+
+
+def _fill(batch: Batch, name: str, rows: Rows, value: int | bool) -> None:
+    flat = torch.as_tensor(batch[name]).clone().reshape(-1)
+    flat[torch.from_numpy(rows).to(flat.device)] = value
+    batch[name] = flat.reshape(tuple(batch["input_ids"].shape))

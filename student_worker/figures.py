@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from logitstream import metrics
 from logitstream.fused_loss import Diagnostics
-from student_worker.batches import Batch
+from student_worker.documents import Batch
 from student_worker.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
 from student_worker.supervision import supervised_mask
 

@@ -16,7 +16,8 @@ import numpy as np
 from logitstream import metrics
 from logitstream.errors import CorruptRecord, LogitstreamError, RequestError, TeacherUnavailable
 from logitstream.types import SparseTargets
-from student_worker.batches import Batch, Rows, leave_out, place_rows, split_batch
+from student_worker.batches import Rows, blank_out, place_rows, split_batch
+from student_worker.documents import Batch
 from student_worker.target_source import Slot, StreamStats, TargetSource
 
 logger = logging.getLogger(__name__)
@@ -263,7 +264,7 @@ class Prefetch:
             parts, num_rows=num_rows, vocab_size=self._source.vocab_size, spec=self._source.spec
         )
         if refused:
-            leave_out(batch, np.concatenate(refused))
+            blank_out(batch, np.concatenate(refused))
         return _Ready(
             batch=batch,
             num_rows=sum(part.num_rows for _, part in parts),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from accelerate.data_loader import DataLoaderDispatcher
 
 from logitstream.types import TargetSpec
-from student_worker.batches import Batch
+from student_worker.documents import Batch
 from student_worker.prefetch import Prefetch
 from student_worker.target_cache import TargetCache
 from student_worker.target_source import StreamStats, TargetSource

@@ -21,18 +21,18 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from logitstream import metrics
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
-from student_worker.batches import Batch, leave_out
+from student_worker.batches import leave_out
+from student_worker.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from student_worker.figures import StepFigures
 from student_worker.overhead import Pair, PassTime
 from student_worker.split_model import install_fused_loss, reshard
+from student_worker.student_limits import StudentLimits, sees_documents_alone, takes_positions
 from student_worker.supervision import next_token_labels, supervised_mask
 
 if TYPE_CHECKING:
     from student_worker.target_stream import TargetStream
 
 logger = logging.getLogger(__name__)
-
-NOT_FOR_THE_MODEL = ("labels", "loss_mask", "targets")
 
 
 class DistillationTrainer(Trainer):
@@ -73,6 +73,7 @@ class DistillationTrainer(Trainer):
             overhead_every = 0
         self.figures = StepFigures(overhead_every=overhead_every)
         self.add_callback(self.figures)
+        self._sees_documents_alone = False
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._heldout = torch.zeros(2, dtype=torch.float64)
@@ -193,7 +194,7 @@ class DistillationTrainer(Trainer):
         if num_items_in_batch is not None:
             averaged = self.args.average_tokens_across_devices
             arguments["num_items"] = num_items_in_batch / (self.accelerator.num_processes if averaged else 1)
-        model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        model_inputs = self._model_inputs(inputs)
         if not self.is_fused:
             outputs = model(**model_inputs)
             loss = sparse_kl(outputs.logits, **arguments)
@@ -203,6 +204,22 @@ class DistillationTrainer(Trainer):
         if model.training and arguments["targets"] is not None:
             self.figures.add_diagnostics(fused.diagnostics)
         return (fused.loss, {"loss": fused.loss}) if return_outputs else fused.loss
+
+    def _model_inputs(self, inputs: Batch) -> Batch:
+        """What the student's forward gets; ValueError where it cannot take that, or is not what the teacher is told."""
+        assert isinstance(self.model, nn.Module)
+        model_inputs = for_the_model(inputs, takes_positions=takes_positions(self.model))
+        StudentLimits.of(self.model).check(model_inputs)
+        is_packed = "position_ids" in model_inputs and "attention_mask" not in model_inputs
+        if is_packed and not self._sees_documents_alone:
+            self._sees_documents_alone = sees_documents_alone(self.model, num_rows=len(inputs["input_ids"]))
+            reshard(self.model)
+            if not self._sees_documents_alone:
+                raise ValueError(
+                    f"{type(self.model).__name__} sees across the documents of a packed row, the teacher does not: "
+                    "give it one document a row, or attn_implementation='sdpa'"
+                )
+        return model_inputs
 
     def _loss_arguments(self, inputs: Batch) -> dict[str, Any]:
         targets = inputs.get("targets")
@@ -249,7 +266,7 @@ class DistillationTrainer(Trainer):
             self._heldout += torch.tensor([float(loss) * num_rows, num_rows], dtype=torch.float64)
             if prediction_loss_only:
                 return loss, None, None
-            logits = model(**{name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}).logits
+            logits = model(**self._model_inputs(inputs)).logits
         labels = inputs.get("labels")
         return loss, logits.detach(), inputs["input_ids"] if labels is None else labels
 
@@ -279,4 +296,4 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
-        self._signature_columns = list(dict.fromkeys([*known, *NOT_FOR_THE_MODEL]))  # type: ignore[assignment]
+        self._signature_columns = list(dict.fromkeys([*known, *PACKING, *FOR_THE_LOSS]))  # type: ignore[assignment]

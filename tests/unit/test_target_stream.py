@@ -28,7 +28,7 @@ from logitstream.errors import (
     TeacherUnavailable,
 )
 from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TokenSequence, request_key
-from student_worker.batches import Batch
+from student_worker.documents import Batch
 from student_worker.target_cache import TargetCache, open_target_cache
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import LocalTeacherClient

@@ -1,0 +1,213 @@
+"""Packed rows are trained on as their documents are: with the teacher's own weights the loss is 0, else as padded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, TrainingArguments
+
+from logitstream.errors import InvalidSequence
+from logitstream.sampling import sample
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from student_worker.batches import split_batch
+from student_worker.data import collate
+from student_worker.documents import Batch
+from student_worker.target_stream import TargetStream
+from student_worker.teacher_client import LocalTeacherClient
+from student_worker.trainer import DistillationTrainer
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+
+SPEC = TargetSpec(sampler="full")
+INFO = TeacherInfo(
+    model="local",
+    weights_digest="ab" * 32,
+    tokenizer_digest="cd" * 32,
+    vocab_size=VOCAB_SIZE,
+    dtype="float32",
+    max_sequence_tokens=64,
+)
+LENGTHS = (12, 9, 15, 4)
+Row = dict[str, Any]
+Collator = Callable[[list[Row]], Batch]
+
+
+def documents() -> list[Row]:
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(3, VOCAB_SIZE, length).tolist()} for length in LENGTHS]
+    return [row | {"labels": row["input_ids"]} for row in rows]
+
+
+def flattened(**options: Any) -> Collator:
+    return DataCollatorWithFlattening(return_tensors="pt", **options)  # type: ignore[no-any-return]
+
+
+def two_rows(rows: list[Row]) -> Batch:
+    """The first three documents in a row, the fourth and padding in another; position_ids beside a mask of padding."""
+    packed = [flattened()(rows[:3]), flattened()(rows[3:])]
+    longest = max(part["input_ids"].shape[1] for part in packed)
+    batch = {
+        name: torch.cat(
+            [nn.functional.pad(part[name], (0, longest - part[name].shape[1]), value=-100) for part in packed]
+        )
+        for name in packed[0]
+    }
+    batch["attention_mask"] = (batch["position_ids"] >= 0).long()
+    batch["input_ids"] = batch["input_ids"].clamp(min=0)
+    batch["position_ids"] = batch["position_ids"].clamp(min=0)
+    return batch
+
+
+def numbered(rows: list[Row]) -> Batch:
+    batch = two_rows(rows)
+    starts = (batch.pop("position_ids") == 0) & (batch["attention_mask"] == 1)
+    batch["attention_mask"] = starts.cumsum(1) * batch["attention_mask"]
+    return batch
+
+
+def blocks(rows: list[Row]) -> Batch:
+    batch = numbered(rows)
+    numbers = batch["attention_mask"]
+    same = (numbers[:, :, None] == numbers[:, None, :]) & (numbers > 0)[:, None, :]
+    batch["attention_mask"] = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[:, None]
+    return batch
+
+
+def with_lengths(rows: list[Row]) -> Batch:
+    return flattened(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
+
+
+def padded_on_the_left(rows: list[Row]) -> Batch:
+    longest = max(LENGTHS)
+    pad = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    full = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: torch.tensor([[value] * (longest - len(row[name])) + row[name] for row in full])
+        for name, value in pad.items()
+    }
+
+
+WAYS: list[Collator] = [flattened(), two_rows, numbered, blocks, with_lengths, padded_on_the_left]
+NAMES = ["flattened", "two_rows", "numbered", "blocks", "with_lengths", "padded_on_the_left"]
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def client_of(teacher: Any, refuse: Callable[[TokenSequence], bool] = lambda _: False) -> LocalTeacherClient:
+    @torch.no_grad()
+    def score(sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        if refuse(sequence):
+            raise InvalidSequence("told to refuse")
+        logits = teacher(input_ids=torch.from_numpy(sequence.token_ids[None]).long(), use_cache=False).logits[0]
+        return sample(logits, SPEC, sequence, draw_set=draw_set)
+
+    return LocalTeacherClient(score, info=INFO, spec=SPEC)
+
+
+def trainer_of(
+    folder: Path, student: Any, client: LocalTeacherClient | None, collator: Collator
+) -> DistillationTrainer:
+    stream = None if client is None else (lambda loader: TargetStream(loader, client, spec=SPEC))
+    return DistillationTrainer(
+        model=student,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            report_to="none",
+            per_device_train_batch_size=len(LENGTHS),
+            per_device_eval_batch_size=len(LENGTHS),
+            use_cpu=True,
+            max_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            learning_rate=0.0,
+            logging_steps=1,
+        ),
+        train_dataset=documents(),  # type: ignore[arg-type]
+        eval_dataset=documents(),  # type: ignore[arg-type]
+        data_collator=collator,
+        wrap_dataloader=stream,
+    )
+
+
+def losses(folder: Path, teacher: Any, student: Any, collator: Collator) -> tuple[float, float]:
+    """Of one training step, and of the evaluation, which has no targets."""
+    client = client_of(teacher)
+    student = copy.deepcopy(student)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trainer = trainer_of(folder, student, client, collator)
+    trainer.train()
+    client.close()
+    return trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_a_packed_batch_has_the_loss_of_its_documents(tmp_path: Path, one_thread: None, family: str) -> None:
+    """Relative and absolute positions, windows shorter than a document; the teacher's weights, then others."""
+    teacher, student = tiny_model(family, seed=1), tiny_model(family, seed=2)
+    expected = losses(tmp_path, teacher, student, collate)
+    assert expected[0] > 0.1
+    for name, way in zip(NAMES, WAYS, strict=True):
+        assert losses(tmp_path, teacher, teacher, way)[0] == pytest.approx(0, abs=2e-5), name
+        assert losses(tmp_path, teacher, student, way) == pytest.approx(expected, rel=1e-4), name
+
+
+def test_a_student_that_sees_across_documents_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, state_size=4, use_mambapy=False
+    )
+    auto: Any = AutoModelForCausalLM
+    trainer = trainer_of(tmp_path, auto.from_config(config), client_of(tiny_model("llama")), flattened())
+    with pytest.raises(ValueError, match="MambaForCausalLM sees across the documents of a packed row"):
+        trainer.train()
+
+
+class Seen:
+    """The rows of ids that an embedding was asked for."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        self.rows: list[list[int]] = []
+        embedding.register_forward_pre_hook(lambda _, ids: self.rows.extend(ids[0].tolist()))
+
+
+def test_a_refused_sequence_never_reaches_the_student(tmp_path: Path, one_thread: None) -> None:
+    """Its tokens do not, whether it is a row or a document of one; the others' loss is as without it."""
+    teacher, student = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    refused = [row["input_ids"] for row in documents()][1]
+    found = []
+    for collator in (collate, flattened()):
+        client = client_of(teacher, lambda sequence: sequence.token_ids.tolist() == refused)
+        trainer = trainer_of(tmp_path, copy.deepcopy(student), client, collator)
+        seen = Seen(trainer.model.get_input_embeddings())
+        trainer.train()
+        client.close()
+        assert seen.rows
+        assert not any(str(refused)[1:-1] in str(row) for row in seen.rows)
+        found.append(trainer.state.log_history[0]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_ids_and_lengths_beyond_the_student_are_named_before_its_forward(tmp_path: Path, one_thread: None) -> None:
+    trainer = trainer_of(tmp_path, tiny_model("gpt2"), None, collate)
+    rows = [{"input_ids": [3, 4]}, {"input_ids": [5, VOCAB_SIZE]}]
+    with pytest.raises(ValueError, match=f"row 1 of a batch: token id {VOCAB_SIZE} is outside the student's .* of 96"):
+        trainer.evaluate(rows)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="65 tokens, but the student has 64 positions"):
+        trainer.evaluate([{"input_ids": [3] * 65}])  # type: ignore[arg-type]
+    packed = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": [3] * 40}] * 3)
+    assert len(split_batch(packed)) == 3
+    trainer.data_collator = flattened()
+    assert np.isfinite(trainer.evaluate([{"input_ids": [3] * 40}] * 3)["eval_loss"])  # type: ignore[arg-type]
