@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import socket
+import threading
 from collections.abc import Iterable
+from socketserver import ThreadingTCPServer
+from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, MetricsHandler
 from prometheus_client.registry import Collector
 
 from logitstream.errors import REQUEST_ERRORS
 
-__all__ = ["serve", "start_http_server"]
+MAX_SCRAPES = 16
+SCRAPE_SECONDS = 10.0
+"""How long a scraper may stay silent."""
+
+log = logging.getLogger(__name__)
 
 STAGES = ("forward", "draw", "encode", "send")
 OVERHEAD_PARTS = ("total", "waiting", "decoding", "computing")
@@ -28,6 +38,9 @@ TEACHER_SHARED = Counter(
 )
 TEACHER_CACHE_HITS = Counter("logitstream_teacher_cache_hits_total", "Sequences answered from the server's own cache")
 TEACHER_REJECTS = Counter("logitstream_teacher_rejects_total", "Requests refused, by error class", ["reason"])
+TEACHER_UNAUTHENTICATED = Counter(
+    "logitstream_teacher_unauthenticated_total", "Calls refused for want of a known token"
+)
 TEACHER_QUEUE_TOKENS = Gauge("logitstream_teacher_queue_tokens", "Tokens waiting to be scored")
 TEACHER_QUEUE_AGE = Gauge("logitstream_teacher_queue_age_seconds", "Age of the oldest waiting request")
 TEACHER_CLIENTS = Gauge("logitstream_teacher_clients", "Open target streams")
@@ -116,9 +129,52 @@ class _OneSide(Collector):
         return (metric for metric in REGISTRY.collect() if not metric.name.startswith(self._other))
 
 
-def serve(port: int, *, side: str, address: str = "0.0.0.0") -> int:
-    """Serve /metrics of a `teacher` or a `student` from a thread of its own; the port, chosen freely where it is 0."""
+class _Server(ThreadingTCPServer):
+    """One thread a scrape, MAX_SCRAPES at a time: beyond, the connection that is open longest is closed for a new one.
+
+    So connections that ask for nothing, however many, keep nobody out.
+    """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry) -> None:
+        self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        self._open: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()
+        handler = type("Handler", (MetricsHandler,), {"registry": registry, "timeout": SCRAPE_SECONDS})
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            while len(self._open) >= MAX_SCRAPES:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a scrape from %s ended early", client_address, exc_info=True)
+
+
+def serve(port: int, *, side: str, address: str = "127.0.0.1") -> int:
+    """Serve /metrics of a `teacher` or a `student` from a thread of its own; the port, chosen freely where it is 0.
+
+    address: the interface; whoever reaches it can read the metrics. OSError says where nothing can be served.
+    """
     registry = CollectorRegistry()
     registry.register(_OneSide(side))
-    server, _ = start_http_server(port, address, registry)
+    try:
+        server = _Server((address, port), registry)
+    except OSError as error:
+        raise OSError(f"cannot serve metrics on {address}:{port}: {error}") from error
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return int(server.server_address[1])

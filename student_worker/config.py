@@ -82,6 +82,7 @@ class StudentConfig:
     tls_key: str = setting("Key (PEM) of `tls_cert`.", "")
     token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used where it is empty.", "")
     metrics_port: int = setting("Serve Prometheus metrics on this port plus the local rank; 0: do not.", 0)
+    metrics_address: str = setting("Interface of the Prometheus metrics; 0.0.0.0: all of them.", "127.0.0.1")
 
     def __post_init__(self) -> None:
         if bool(self.model) == bool(self.model_config):

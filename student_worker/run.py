@@ -45,7 +45,8 @@ from student_worker.trainer import DistillationTrainer
 def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
     if config.metrics_port:
-        metrics.serve(config.metrics_port + arguments.local_process_index, side="student")
+        port = config.metrics_port + arguments.local_process_index
+        metrics.serve(port, side="student", address=config.metrics_address)
     if not config.text:
         adopt_cache_spec(config)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)

@@ -26,6 +26,7 @@ from logitstream.rpc.channel import (
     open_channel,
 )
 from logitstream.rpc.connection import TeacherConnection
+from logitstream.rpc.tokens import TokenFile, checked_token
 from logitstream.types import (
     Fingerprint,
     ReceivedTargets,
@@ -160,7 +161,8 @@ class GrpcTeacherClient:
     ) -> None:
         """fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
 
-        Raises ValueError for an address that is none, OSError for a token or certificate file that cannot be read.
+        Raises ValueError for an address or a token that is none, OSError for a token or certificate file that cannot
+        be read.
         """
         if not addresses:
             raise ValueError("expected at least one teacher address, host:port")
@@ -168,7 +170,9 @@ class GrpcTeacherClient:
             address: address if address.startswith("unix:") else split_address(address)[0] for address in addresses
         }
         self._resolved: dict[str, list[str]] = {}
-        self._token, self._token_file = token, token_file
+        self._token = token or ("" if token_file else os.environ.get(TOKEN_VARIABLE, ""))
+        self._token_file = TokenFile(Path(token_file)) if token_file and not token else None
+        checked_token(self._token.encode(), "the token")
         self._tls = tls
         self._read_token()
         if tls is not None:
@@ -285,11 +289,7 @@ class GrpcTeacherClient:
         )
 
     def _read_token(self) -> str:
-        if self._token:
-            return self._token
-        if self._token_file:
-            return Path(self._token_file).read_text(encoding="utf-8").strip()
-        return os.environ.get(TOKEN_VARIABLE, "")
+        return self._token_file.read() if self._token_file is not None else self._token
 
 
 @functools.cache

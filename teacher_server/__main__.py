@@ -6,25 +6,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from logitstream.errors import LogitstreamError
-from logitstream.rpc.channel import certificate_expiry
-from teacher_server import logs
-from teacher_server.backend import TeacherBackend
-from teacher_server.config import TeacherConfig
-from teacher_server.preflight import check_access, check_places
+from teacher_server.stopping import stop_while_starting
+
+if TYPE_CHECKING:  # imported where they are used: they take seconds, in which signals are heeded already
+    from teacher_server.backend import TeacherBackend
+    from teacher_server.config import TeacherConfig
 
 DESCRIPTION = "Score sequences with a large language model and stream sparse targets to student workers."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    if argv is None:  # as a command
+        stop_while_starting()
     from logitstream.settings import parse_settings
+    from teacher_server import logs
+    from teacher_server.config import TeacherConfig
 
     (config,) = parse_settings([TeacherConfig], command="teacher-server", description=DESCRIPTION, argv=argv)
     logs.configure(level=config.log_level, as_json=config.log_json)
     if config.check:
         check(config)
         return
+    from teacher_server.preflight import check_access
+
     try:
         check_access(config)
     except (OSError, ValueError) as error:
@@ -44,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: TeacherConfig) -> None:
     """Load everything that serving needs, say what was found, serve nothing; SystemExit says what is wrong."""
+    from logitstream.errors import LogitstreamError
+    from logitstream.rpc.certificates import certificate_expiry
+    from teacher_server.preflight import check_access, check_places
+
     try:
         check_access(config)
         check_places(config)

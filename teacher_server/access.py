@@ -9,6 +9,9 @@ import os
 from contextvars import ContextVar
 from pathlib import Path
 
+from logitstream.rpc.certificates import Stamp, file_stamp
+from logitstream.rpc.tokens import checked_token
+
 MAX_PORT = 65535
 
 caller: ContextVar[str] = ContextVar("caller", default="")
@@ -42,19 +45,23 @@ def is_loopback(address: str) -> bool:
 class BearerTokens:
     """The tokens that are let in; a file is read again when it changes, so tokens are rotated without a restart.
 
-    A line of the file is a token, or a token and the name of the client that it was given to.
+    A line of the file is a token, or a token and the name of the client that it was given to. A changed file that holds
+    no token, or one that no header can carry, is logged once, and the last good tokens stay in force.
     """
 
     def __init__(self, *, path: Path | None = None, variable: str | None = None) -> None:
         self._path = path
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: Stamp | None = None
         self._names: dict[bytes, str] = {}
-        self._fixed = os.environ.get(variable, "").strip().encode() if variable else b""
+        self._fixed = b""
+        self._trouble = ""
         if path is not None:
             self._read(path)
-        for source, found in ((path, self._names), (variable and f"environment variable {variable}", self._fixed)):
-            if source and not found:
-                raise ValueError(f"no token in {source}")
+        if variable:
+            where = f"environment variable {variable}"
+            self._fixed = os.environb.get(variable.encode(), b"").strip()
+            if not checked_token(self._fixed, where):
+                raise ValueError(f"no token in {where}")
 
     def name_of(self, authorization: str | bytes | None) -> str | None:
         """The name that goes with an `authorization: Bearer …` header, empty without one; None for no known token.
@@ -72,18 +79,28 @@ class BearerTokens:
         if self._path is None:
             return
         try:
-            if _stamp(self._path) != self._stamp:
+            if file_stamp(self._path) != self._stamp:
                 self._read(self._path)
+                self._trouble = ""
                 log.info("tokens read again: %d", len(self._names))
-        except OSError as error:
-            log.warning("token file cannot be read, the tokens stay as they were: %s", error)
+        except (OSError, ValueError) as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.warning("the token file cannot be used, the tokens stay as they were: %s", error)
 
     def _read(self, path: Path) -> None:
-        stamp = _stamp(path)  # of before: what is written meanwhile is read at the next call
-        lines = (line.split(None, 1) for line in path.read_bytes().splitlines())
-        words = [line for line in lines if line and not line[0].startswith(b"#")]
-        self._names = {token: " ".join(name.decode(errors="replace") for name in names) for token, *names in words}
-        self._stamp = stamp
+        stamp = file_stamp(path)  # of before: what is written meanwhile is read at the next call
+        content = path.read_bytes()
+        self._stamp = stamp  # whatever the file holds: it is looked into once
+        names: dict[bytes, str] = {}
+        for number, line in enumerate(content.splitlines(), start=1):
+            words = line.split(None, 1)
+            if words and not words[0].startswith(b"#"):
+                token = checked_token(words[0], f"line {number} of {path}")
+                names[token.encode()] = b"".join(words[1:]).strip().decode(errors="replace")
+        if not names:
+            raise ValueError(f"no token in {path}")
+        self._names = names
 
 
 def bearer_tokens(token_file: str, token_env: str) -> BearerTokens | None:
@@ -91,8 +108,3 @@ def bearer_tokens(token_file: str, token_env: str) -> BearerTokens | None:
     if not (token_file or token_env):
         return None
     return BearerTokens(path=Path(token_file) if token_file else None, variable=token_env or None)
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size

@@ -36,7 +36,7 @@ class TeacherConfig:
         "HOST:PORT that answers health checks alone, in plaintext, for probes that cannot do TLS; empty: none.", ""
     )
     metrics_port: int = setting("Port of the Prometheus metrics; 0 takes a free one, -1 serves none.", -1)
-    metrics_address: str = setting("Interface of the Prometheus metrics.", "127.0.0.1")
+    metrics_address: str = setting("Interface of the Prometheus metrics; 0.0.0.0: all of them.", "127.0.0.1")
     max_batch_tokens: int = setting(
         "Tokens of one forward batch, across all clients: more is faster on a GPU, fewer answers sooner.", 4096
     )
@@ -44,6 +44,10 @@ class TeacherConfig:
     max_in_flight_tokens: int = setting("Tokens one stream may have in flight, its credit.", 65_536)
     max_queue_tokens: int = setting("Tokens that may wait in the whole server.", 1 << 20)
     max_message_bytes: int = setting("Largest message of requests, and largest targets of one sequence.", 4 << 20)
+    max_connections: int = setting(
+        "Connections that may be open at a time, silent ones included; 0: half of the files that the process may open.",
+        0,
+    )
     max_streams: int = setting("Streams that may be open at a time.", 256)
     max_client_streams: int = setting("Streams that one client may have open; 0: half of max_streams.", 0)
     logits_chunk_bytes: int = setting("Logits are made in chunks of this size, never all at once.", 24 << 20)
@@ -93,7 +97,7 @@ class TeacherConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_message_bytes < LEAST_MESSAGE_BYTES:
             raise ValueError(f"max_message_bytes must be at least {LEAST_MESSAGE_BYTES}, got {self.max_message_bytes}")
-        for name in ("max_sequence_tokens", "vocab_size", "max_client_streams", "drain_seconds"):
+        for name in ("max_sequence_tokens", "vocab_size", "max_connections", "max_client_streams", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.watch_seconds <= 0:

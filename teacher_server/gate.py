@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -9,6 +12,7 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 
+from logitstream import metrics
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.access import BearerTokens, bearer_tokens, caller
 from teacher_server.config import TeacherConfig
@@ -16,13 +20,18 @@ from teacher_server.servicer import TeacherServicer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+REFUSALS_LOG_SECONDS = 10.0
+"""Callers without a known token are logged in one line this often, whatever they send."""
+
+log = logging.getLogger(__name__)
 
 
 class TokenGate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Lets calls with a known token through, and health checks without one: probes hold no secrets."""
 
-    def __init__(self, tokens: BearerTokens) -> None:
+    def __init__(self, tokens: BearerTokens, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._tokens = tokens
+        self._refusals = Refusals(clock=clock)
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -30,11 +39,35 @@ class TokenGate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
         metadata = dict(details.invocation_metadata or ())
         if details.method.startswith(f"/{HEALTH_SERVICE}/"):
             return await continuation(details)
-        name = self._tokens.name_of(metadata.get("authorization"))
+        authorization = metadata.get("authorization")
+        name = self._tokens.name_of(authorization)
         if name is not None:
             caller.set(name)
             return await continuation(details)
-        return aborting(grpc.StatusCode.UNAUTHENTICATED, "expected a known bearer token as `authorization` metadata")
+        reason = "no token" if authorization is None else "an unknown token"
+        return aborting(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "expected a known bearer token as `authorization` metadata",
+            notice=lambda peer: self._refusals.note(peer, reason),
+        )
+
+
+class Refusals:
+    """Counts the calls that are not let in, and logs where they come from, a line for all of some seconds."""
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._logged = -math.inf
+        self._unlogged = 0
+
+    def note(self, peer: str, reason: str) -> None:
+        """One more; `peer` as gRPC names it: ipv4:ADDRESS:PORT."""
+        metrics.TEACHER_UNAUTHENTICATED.inc()
+        self._unlogged += 1
+        now = self._clock()
+        if now - self._logged >= REFUSALS_LOG_SECONDS:
+            log.warning("refused %d calls without a known token, the last from %s: %s", self._unlogged, peer, reason)
+            self._logged, self._unlogged = now, 0
 
 
 class WhenLoaded(grpc.GenericRpcHandler):  # type: ignore[type-arg]
@@ -51,10 +84,11 @@ class WhenLoaded(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         return None
 
 
-def aborting(code: grpc.StatusCode, details: str) -> Any:
-    """A handler that ends any kind of call before it reads a message."""
+def aborting(code: grpc.StatusCode, details: str, *, notice: Callable[[str], None] = lambda _peer: None) -> Any:
+    """A handler that ends any kind of call before it reads a message; `notice` is told who called."""
 
     async def abort(_requests: object, context: aio.ServicerContext[Any, Any]) -> None:
+        notice(context.peer())
         await context.abort(code, details)
 
     return grpc.stream_stream_rpc_method_handler(abort)

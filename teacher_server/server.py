@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import grpc
 from grpc import aio
-from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
 from logitstream.errors import LogitstreamError
-from logitstream.rpc.channel import TlsFiles, certificate_expiry, server_credentials, server_options
+from logitstream.rpc.certificates import CertificateExpiry, server_credentials
+from logitstream.rpc.channel import TlsFiles
+from teacher_server import listening
 from teacher_server.access import is_loopback
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
@@ -30,6 +29,7 @@ from teacher_server.gate import HEALTH_SERVICE, SERVICE, WhenLoaded, interceptor
 from teacher_server.health import Health
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
+from teacher_server.stopping import stopping_signals
 from teacher_server.stored_targets import StoredTargets
 
 HOUSEKEEPING_SECONDS = 1.0
@@ -67,9 +67,11 @@ class TeacherServer:
         self._gate = WhenLoaded()
         self._server = aio.server(
             interceptors=interceptors(config),
-            options=server_options(config.max_message_bytes, max_streams=config.max_streams),
+            options=listening.teacher_options(
+                config.max_message_bytes, max_streams=config.max_streams, max_connections=config.max_connections
+            ),
         )
-        self._probed = aio.server() if config.health_address else None
+        self._probed = aio.server(options=listening.health_options()) if config.health_address else None
         self.scheduler: Scheduler | None = None
         self.address = ""
 
@@ -99,33 +101,21 @@ class TeacherServer:
 
     async def _listen(self) -> None:
         config = self._config
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
-        self._server.add_generic_rpc_handlers((self._gate,))
+        self._server.add_generic_rpc_handlers((self._health.handler(), self._gate))
+        credentials = None
         if config.tls_cert:
             files = TlsFiles(certificate=config.tls_cert, key=config.tls_key, authority=config.tls_client_ca or None)
-            port = self._bind(self._server, config.address, server_credentials(files))
-            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(lambda: certificate_expiry(config.tls_cert))
-        else:
-            if not is_loopback(config.address):
-                log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
-            port = self._bind(self._server, config.address)
-        host = config.address.rpartition(":")[0]
-        self.address = f"{host}:{port}" if host and port else config.address
-        await self._server.start()
+            credentials = server_credentials(files)
+            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(CertificateExpiry(config.tls_cert))
+        elif not is_loopback(config.address):
+            log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
+        self.address = listening.bind(self._server, config.address, credentials)
         if self._probed is not None:
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
-            self._bind(self._probed, config.health_address)
+            self._probed.add_generic_rpc_handlers((self._health.handler(),))
+            listening.bind(self._probed, config.health_address)
             await self._probed.start()
-
-    @staticmethod
-    def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        try:
-            if credentials is None:
-                return server.add_insecure_port(address)
-            return server.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot serve on {address}: {error}") from error
+        await self._server.start()
 
     async def _serve(self, backend: TeacherBackend, id_model: bytes, stopping: asyncio.Future[Any]) -> None:
         config = self._config
@@ -228,7 +218,7 @@ def serve(
     make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
     make_encoder: Callable[[bytes, int], Encode] = encoder,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; returns when everything is drained.
+    """Serve until SIGTERM, SIGINT or SIGHUP; returns when everything is drained.
 
     drain_seconds is a bound: a batch or a disk that cannot be stopped ends the process with EXIT_STUCK, the loading of
     weights that nobody needs any more ends it with 0. SystemExit says in a line why the server cannot start.
@@ -240,9 +230,11 @@ def serve(
         nonlocal server
         workers = ThreadPoolExecutor(thread_name_prefix=WORKERS)
         asyncio.get_running_loop().set_default_executor(workers)
+        file_limit = listening.raise_file_limit()
         if config.metrics_port >= 0:
             port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
             log.info("metrics on %s:%d", config.metrics_address, port)
+        log.info("up to %d files and connections may be open", file_limit)
         server = TeacherServer(
             config,
             make_backend,
@@ -250,7 +242,7 @@ def serve(
             make_id_model=make_id_model,
             make_encoder=make_encoder,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping_signals():
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         try:
             await server.run()

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc import aio
 
 from logitstream import metrics
@@ -31,11 +30,11 @@ from logitstream.types import TargetSpec, TeacherInfo
 from teacher_server.access import caller
 from teacher_server.accounts import Accounts
 from teacher_server.backend import ScoreRequest
+from teacher_server.first_message import EOF, Context, first_message, parse
 from teacher_server.replies import reply_messages
 from teacher_server.scheduler import SLICE, Scheduler
 from teacher_server.stream import ClientStream
 
-OPEN_TIMEOUT_SECONDS = 30.0
 GONE_SECONDS = 10.0
 MAX_CLIENT_ID_CHARS = 128
 MAX_MESSAGE_REQUESTS = 8192
@@ -43,8 +42,6 @@ ENTRIES_PER_MESSAGE_BYTE = 4
 """Requests whose targets could not fit into a message even at two bits an entry are refused before they are scored."""
 
 T = TypeVar("T")
-Context = aio.ServicerContext[Any, Any]
-EOF = aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +84,7 @@ class TeacherServicer:
         return grpc.method_handlers_generic_handler(
             service.full_name,
             {
-                "Describe": grpc.unary_unary_rpc_method_handler(
-                    self.describe, response_serializer=pb.DescribeResponse.SerializeToString
-                ),
+                "Describe": grpc.stream_stream_rpc_method_handler(self.describe),
                 "StreamTargets": grpc.stream_stream_rpc_method_handler(self.stream_targets),
             },
         )
@@ -115,12 +110,13 @@ class TeacherServicer:
         for stream in self._streams:
             stream.announce_drain(grace_seconds)
 
-    async def describe(self, request: bytes, context: Context) -> pb.DescribeResponse:
+    async def describe(self, _requests: object, context: Context) -> None:
+        """One request, one response, as unary calls are on the wire; read here, so that a silent caller is cut off."""
         try:
-            _parse(pb.DescribeRequest, request)
+            await first_message(context, pb.DescribeRequest)
+            await _write(context, convert.info_to_message(self.info).SerializeToString())
         except LogitstreamError as error:
             await _abort(context, error)
-        return convert.info_to_message(self.info)
 
     async def stream_targets(self, _requests: object, context: Context) -> None:
         """One stream from `open` to the last answer; a client that goes away cancels this coroutine."""
@@ -144,14 +140,7 @@ class TeacherServicer:
             receiving.cancel()
 
     async def _read_open(self, context: Context) -> pb.Open:
-        try:
-            async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
-                data = await context.read()
-        except TimeoutError:
-            raise ProtocolViolation(f"no `open` message within {OPEN_TIMEOUT_SECONDS:g} seconds") from None
-        if data is EOF:
-            raise ProtocolViolation("the stream ended before its `open` message")
-        message = _parse(pb.StreamTargetsRequest, data)
+        message = await first_message(context, pb.StreamTargetsRequest, name="`open` message")
         if message.WhichOneof("kind") != "open":
             raise ProtocolViolation(f"expected `open` as the first message, got {message.WhichOneof('kind')}")
         opened: pb.Open = message.open
@@ -212,7 +201,7 @@ class TeacherServicer:
 
     async def _receive(self, stream: ClientStream, context: Context) -> None:
         while (data := await context.read()) is not EOF:
-            message = _parse(pb.StreamTargetsRequest, data)
+            message = parse(pb.StreamTargetsRequest, data)
             kind = message.WhichOneof("kind")
             if kind == "requests":
                 for requests in _slices(message.requests.requests):
@@ -271,13 +260,6 @@ def _slices(requests: Sequence[T]) -> Iterator[Sequence[T]]:
 def _check_weights(wanted: str, served: str) -> None:
     if wanted and wanted != served:
         raise FingerprintMismatch(f"the student wants weights {wanted[:64]}, this server serves {served}")
-
-
-def _parse(kind: Any, data: bytes) -> Any:
-    try:
-        return kind.FromString(data)
-    except DecodeError:
-        raise ProtocolViolation(f"{len(data)} bytes that are no {kind.DESCRIPTOR.name}") from None
 
 
 def _expected(group: BaseExceptionGroup[BaseException]) -> LogitstreamError:

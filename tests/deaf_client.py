@@ -14,7 +14,7 @@ ACK, END_STREAM, END_HEADERS = 1, 1, 4
 INITIAL_WINDOW_SIZE = 4
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
@@ -28,7 +28,7 @@ def _answer_pings(connection: socket.socket) -> None:
         while header := connection.recv(9, socket.MSG_WAITALL):
             payload = connection.recv(int.from_bytes(header[:3], "big"), socket.MSG_WAITALL)
             if header[3] in (PING, SETTINGS) and not header[4] & ACK:
-                connection.sendall(_frame(header[3], ACK, 0, payload if header[3] == PING else b""))
+                connection.sendall(frame(header[3], ACK, 0, payload if header[3] == PING else b""))
 
 
 @contextmanager
@@ -41,9 +41,9 @@ def deaf_call(address: str, path: str, *messages: bytes, half_close: bool) -> It
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
             PREFACE
-            + _frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
-            + _frame(HEADERS, END_HEADERS, 1, headers)
-            + _frame(DATA, END_STREAM if half_close else 0, 1, body)
+            + frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
+            + frame(HEADERS, END_HEADERS, 1, headers)
+            + frame(DATA, END_STREAM if half_close else 0, 1, body)
         )
         threading.Thread(target=_answer_pings, args=(connection,), daemon=True).start()
         yield

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--max-in-flight-tokens", type=int, default=65_536)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--drain-seconds", type=float, default=10.0)
+    parser.add_argument("--health-address", default="")
     parser.add_argument("--metrics-port", type=int, default=-1)
     parser.add_argument("--log-level", default="WARNING")
     args = parser.parse_args()
@@ -33,6 +34,7 @@ def main() -> None:
         max_in_flight_tokens=args.max_in_flight_tokens,
         max_batch_tokens=args.max_batch_tokens,
         drain_seconds=args.drain_seconds,
+        health_address=args.health_address,
         metrics_port=args.metrics_port,
     )
     serve(

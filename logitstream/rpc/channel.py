@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -19,6 +16,10 @@ KEEPALIVE_SECONDS = 20
 KEEPALIVE_TIMEOUT_SECONDS = 10
 ENVELOPE_BYTES = 64 << 10
 """Room for ids and field headers around payloads that may be max_message_bytes long."""
+HANDSHAKE_SECONDS = 5.0
+"""How long a new connection may take to say anything: TLS and the HTTP/2 preface."""
+IDLE_SECONDS = 10.0
+"""How long a connection may have no call open; a client that calls again connects again without noticing."""
 
 
 def _keepalive(seconds: float = KEEPALIVE_SECONDS, timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS) -> Options:
@@ -31,8 +32,11 @@ def _keepalive(seconds: float = KEEPALIVE_SECONDS, timeout_seconds: float = KEEP
     ]
 
 
-def server_options(max_message_bytes: int, *, max_streams: int = 256) -> Options:
-    """A longer message is refused by gRPC itself, before it is parsed: RESOURCE_EXHAUSTED."""
+def server_options(max_message_bytes: int, *, max_streams: int = 256, max_connections: int = 1024) -> Options:
+    """A longer message is refused by gRPC itself, before it is parsed: RESOURCE_EXHAUSTED.
+
+    Connections beyond max_connections are closed as they come; silent and idle ones are closed soon to make room.
+    """
     return [
         *_keepalive(),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
@@ -41,6 +45,9 @@ def server_options(max_message_bytes: int, *, max_streams: int = 256) -> Options
         ("grpc.max_concurrent_streams", max_streams),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.so_reuseport", 0),  # two servers on one port would split a client's streams silently
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_SECONDS * 1000)),
+        ("grpc.max_connection_idle_ms", round(IDLE_SECONDS * 1000)),
     ]
 
 
@@ -74,62 +81,6 @@ class TlsFiles:
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("TLS needs the certificate and the key, or neither")
-
-
-def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
-    """TLS; with an authority, clients must show a certificate that it signed (mTLS).
-
-    Files that change are read again at the next handshake, so certificates are renewed without a restart.
-    """
-    if files.certificate is None or files.key is None:
-        raise ValueError("a server's TLS needs a certificate and a key")
-    stamps = _stamps(files)
-
-    def renewed() -> grpc.ServerCertificateConfiguration | None:
-        nonlocal stamps
-        try:
-            if _stamps(files) == stamps:
-                return None
-            configuration = _certificate_configuration(files)
-            stamps = _stamps(files)
-        except OSError:  # in the middle of being replaced: the next handshake looks again
-            return None
-        return configuration
-
-    return grpc.dynamic_ssl_server_credentials(
-        _certificate_configuration(files),
-        renewed,  # type: ignore[arg-type]  # the stubs do not know that None means no change
-        require_client_authentication=files.authority is not None,
-    )
-
-
-def _certificate_configuration(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
-    assert files.certificate is not None
-    assert files.key is not None
-    pair = (Path(files.key).read_bytes(), Path(files.certificate).read_bytes())
-    authority = Path(files.authority).read_bytes() if files.authority else None
-    return grpc.ssl_server_certificate_configuration([pair], root_certificates=authority)
-
-
-def _stamps(files: TlsFiles) -> list[tuple[int, int]]:
-    paths = [path for path in (files.certificate, files.key, files.authority) if path]
-    return [(stat.st_mtime_ns, stat.st_ino) for stat in (Path(path).stat() for path in paths)]
-
-
-def certificate_expiry(path: str) -> float:
-    """Unix time at which the first certificate of a PEM file expires; ValueError where it holds none.
-
-    The first two times in an X.509 certificate are its validity (RFC 5280, 4.1): UTCTime or GeneralizedTime, in Z.
-    """
-    match = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", Path(path).read_text(), re.DOTALL)
-    if match is None:
-        raise ValueError(f"{path} holds no certificate")
-    times = re.findall(rb"\x17\x0d(\d{12})Z|\x18\x0f(\d{14})Z", ssl.PEM_cert_to_DER_cert(match.group()))
-    if len(times) < 2:
-        raise ValueError(f"{path}: the certificate states no validity")
-    short, long = (time.decode() for time in times[1])
-    digits = long or ("20" if short < "50" else "19") + short
-    return datetime.strptime(digits, "%Y%m%d%H%M%S").replace(tzinfo=UTC).timestamp()
 
 
 def client_credentials(files: TlsFiles) -> grpc.ChannelCredentials:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -16,14 +18,19 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from logitstream.rpc.channel import TlsFiles, certificate_expiry
+from logitstream import metrics
+from logitstream.rpc.certificates import ServerCertificates, certificate_expiry
+from logitstream.rpc.channel import TlsFiles
+from logitstream.rpc.tokens import TokenFile
 from logitstream.rpc.v1 import teacher_pb2 as pb
+from student_worker.teacher_client import GrpcTeacherClient
 from teacher_server.access import BearerTokens, is_loopback
 from teacher_server.config import TeacherConfig
-from teacher_server.server import TeacherServer
+from teacher_server.gate import REFUSALS_LOG_SECONDS, Refusals
+from teacher_server.server import TeacherServer, serve
 from tests.authority import Authority
 from tests.fakes import FakeBackend
-from tests.serving import WireClient, sequence, serving
+from tests.serving import SPEC, WireClient, sequence, serving
 
 SECRET = "correct-horse-battery-staple"
 
@@ -103,6 +110,60 @@ async def test_a_renewed_certificate_is_served_without_a_restart(ours: Authority
         assert await works(server.address, tls=TlsFiles(authority=ours.path))
 
 
+def test_what_is_renewed_while_it_is_read_is_served_at_the_next_handshake(ours: Authority) -> None:
+    files = ours.issue("server")
+
+    def read_and_renew(path: Path) -> bytes:
+        content = path.read_bytes()
+        if path.suffix == ".pem" and renew:
+            renew.pop()
+            ours.issue("server")
+        return content
+
+    renew = ["as the server reads at its start"]
+    certificates = ServerCertificates(files, read_file=read_and_renew)
+    started_with = certificates.read()
+    second = certificates.renewed()
+    assert second is not None
+    assert second != started_with
+    assert files.certificate is not None
+    assert second[1] == Path(files.certificate).read_bytes()
+    assert certificates.renewed() is None
+    renew.append("during a handshake")
+    ours.issue("server")
+    assert certificates.renewed() is not None
+    last = certificates.renewed()
+    assert last is not None
+    assert last[1] == Path(files.certificate).read_bytes()
+
+
+async def test_metrics_are_served_whatever_becomes_of_the_certificate(
+    ours: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = ours.issue("server")
+    assert files.certificate is not None
+    certificate = Path(files.certificate)
+    expected = certificate_expiry(files.certificate)
+    port = metrics.serve(0, side="teacher", address="127.0.0.1")
+
+    def exported() -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        (value,) = re.findall(r"^logitstream_teacher_certificate_expiry_timestamp_seconds (\S+)$", text, re.MULTILINE)
+        return float(value)
+
+    async with serving_tls(files):
+        assert exported() == expected
+        for content in (b"", b"-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n", b"\xff\xfe", None):
+            certificate.unlink() if content is None else certificate.write_bytes(content)
+            assert [exported(), exported()] == [expected, expected]
+        warnings = [record for record in caplog.records if "expiry cannot be read" in record.getMessage()]
+        assert 1 <= len(warnings) <= 4
+        renewed = ours.issue("server").certificate
+        assert renewed is not None
+        assert exported() == certificate_expiry(renewed)
+
+
 def test_the_expiry_of_a_certificate_is_read_from_it(ours: Authority) -> None:
     files = ours.issue("server")
     expected = datetime.now(UTC) + timedelta(days=9)
@@ -135,6 +196,82 @@ async def test_a_changed_token_file_counts_at_once_and_a_vanished_one_changes_no
         assert await refusal(server.address, token="old") is grpc.StatusCode.UNAUTHENTICATED
         token_file.unlink()
         assert await works(server.address, token="new")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"good\nodd\xff\xfe\n", "line 2 of .*tokens: expected a token of printable ASCII"),
+        ("\ufeffgood\n".encode(), "line 1 of .*tokens: expected a token of printable ASCII"),
+        ("good".encode("utf-16"), "line 1 of .*tokens: expected a token of printable ASCII"),
+        ("señal\n".encode(), "line 1 of .*tokens: expected a token of printable ASCII"),
+        (b"one\x00two\n", "line 1 of .*tokens: expected a token of printable ASCII"),
+        (b"", "no token in .*tokens"),
+    ],
+)
+def test_a_token_file_that_no_client_could_match_is_an_error_at_first_and_changes_nothing_later(
+    content: bytes, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_bytes(content)
+    with pytest.raises(ValueError, match=text) as caught:
+        BearerTokens(path=token_file)
+    assert "good" not in str(caught.value)
+    with pytest.raises(SystemExit, match=f"^teacher-server: {text}"):
+        serve(TeacherConfig(model="m", address="127.0.0.1:0", token_file=str(token_file)), FakeBackend)
+    token_file.write_text("first team a\n")
+    tokens, client = BearerTokens(path=token_file), TokenFile(tmp_path / "token")
+    (tmp_path / "token").write_text("first\n")
+    assert client.read() == "first"
+    token_file.write_bytes(content)
+    (tmp_path / "token").write_bytes(content)
+    for _ in range(3):
+        assert tokens.name_of("Bearer first") == "team a"
+        assert tokens.name_of(b"Bearer " + content.strip()) is None
+        assert client.read() == "first"
+    assert re.search(text, caplog.text)
+    assert len(caplog.records) == 2  # one of each side, however often it is looked at
+    token_file.write_text("second\n")
+    (tmp_path / "token").write_text("second")
+    assert (tokens.name_of("Bearer first"), tokens.name_of("Bearer second"), client.read()) == (None, "", "second")
+
+
+def test_a_student_says_at_once_that_its_token_cannot_be_sent(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"odd\xff\n")
+    for options in ({"token_file": str(tmp_path / "token")}, {"token": "two words"}, {"token": "señal"}):
+        with pytest.raises(ValueError, match="printable ASCII characters without spaces") as caught:
+            GrpcTeacherClient(["127.0.0.1:1"], SPEC, vocab_size=1000, **options)  # type: ignore[arg-type]
+        assert "two" not in str(caught.value)
+
+
+async def test_callers_without_a_known_token_are_counted_and_named_in_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text(SECRET)
+    before = metrics.value("logitstream_teacher_unauthenticated_total")
+    assert before is not None
+    async with serving(FakeBackend(), token_file=str(token_file)) as server:
+        for token in ("first-wrong", "second-wrong", None):
+            await refusal(server.address, token=token)
+        assert await works(server.address, token=SECRET)
+    assert metrics.value("logitstream_teacher_unauthenticated_total") == before + 6
+    (line,) = [record.getMessage() for record in caplog.records if "without a known token" in record.getMessage()]
+    assert re.search(r"refused 1 calls .* from ipv4:127\.0\.0\.1:\d+: an unknown token$", line)
+    assert "wrong" not in caplog.text
+
+
+def test_refusals_that_were_not_logged_are_counted_in_the_next_line(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    refusals = Refusals(clock=lambda: now)
+    for _ in range(1000):
+        refusals.note("ipv4:10.0.0.1:1", "no token")
+    now += REFUSALS_LOG_SECONDS
+    refusals.note("ipv4:10.0.0.2:1", "an unknown token")
+    assert [record.getMessage() for record in caplog.records] == [
+        "refused 1 calls without a known token, the last from ipv4:10.0.0.1:1: no token",
+        "refused 1000 calls without a known token, the last from ipv4:10.0.0.2:1: an unknown token",
+    ]
 
 
 def test_a_token_file_that_could_not_be_read_once_is_read_again(tmp_path: Path) -> None:

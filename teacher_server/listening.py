@@ -1,0 +1,89 @@
+"""Where the server listens: ports that nobody else serves, and how many connections each takes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import resource
+import socket
+
+import grpc
+from grpc import aio
+
+from logitstream.rpc.channel import server_options
+from teacher_server.access import split_address
+
+MAX_HEALTH_CONNECTIONS = 1024
+HEALTH_MESSAGE_BYTES = 64 << 10
+UNIX = "unix:"
+
+log = logging.getLogger(__name__)
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may, a connection being one; the limit that holds then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            log.warning("the limit on open files stays at %d: %s", soft, error)
+            return soft
+    return hard
+
+
+def teacher_options(max_message_bytes: int, *, max_streams: int, max_connections: int) -> list[tuple[str, int | str]]:
+    """Options of the server that students talk to; max_connections 0: half of the files that may be open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return server_options(
+        max_message_bytes, max_streams=max_streams, max_connections=max_connections or max(1, soft // 2)
+    )
+
+
+def health_options() -> list[tuple[str, int | str]]:
+    """Options of the server that answers health checks alone: whatever fills the teacher's port leaves it its files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return server_options(HEALTH_MESSAGE_BYTES, max_connections=max(1, min(soft // 8, MAX_HEALTH_CONNECTIONS)))
+
+
+def bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Have the server listen at HOST:PORT or unix:PATH; the address with the port that port 0 became.
+
+    OSError where it cannot, also where anybody listens at one of the host's addresses: gRPC alone would be content with
+    those that are left, and would take a socket's path away from the server that owns it.
+    """
+    try:
+        _check_free(address)
+        port = (
+            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        )
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot serve on {address}: {error}") from error
+    if address.startswith(UNIX):
+        return address
+    host = address.rpartition(":")[0]
+    return f"{host}:{port}"
+
+
+def _check_free(address: str) -> None:
+    if address.startswith(UNIX):
+        path = address.removeprefix(UNIX)
+        path = path[2:] if path.startswith("//") else path
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except (FileNotFoundError, ConnectionRefusedError):  # nobody, or a socket that an ended server left
+                return
+        raise OSError("another server listens there")
+    host, port = split_address(address)
+    for family, kind, protocol, _, where in socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that just ended is in the way
+            try:
+                probe.bind(where)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise
+                # what this machine does not have, as ::1 for localhost, is left to gRPC
