@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from logitstream.rpc.addresses import check_exposure
+from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import setting
 from logitstream.types import TargetSpec
+from student_worker.resolver import teacher_host
 
 
 @dataclass(kw_only=True)
@@ -77,9 +80,14 @@ class StudentConfig:
     overhead_every: int = setting("Time a cross-entropy step beside every n-th step; 0: never.", 10)
 
     client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
-    tls_ca: str = setting("CA certificate (PEM) that signed the teacher's; empty: plaintext.", "")
+    tls_ca: str = setting(
+        "PEM file of the authority that signed the teacher's certificate; `system`: this machine's authorities; empty: "
+        "plaintext, which only a teacher on this machine gets.",
+        "",
+    )
     tls_cert: str = setting("This client's certificate (PEM), where the teacher asks for one.", "")
     tls_key: str = setting("Key (PEM) of `tls_cert`.", "")
+    insecure: bool = setting("Allow plaintext to a teacher on another machine.", False)
     token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used where it is empty.", "")
     metrics_port: int = setting("Serve Prometheus metrics on this port plus the local rank; 0: do not.", 0)
     metrics_address: str = setting("Interface of the Prometheus metrics; 0.0.0.0: all of them.", "127.0.0.1")
@@ -101,6 +109,14 @@ class StudentConfig:
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
         if self.bytes_per_token and self.noise:
             raise ValueError("expected one budget, bytes_per_token or noise, got both")
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_cert and not self.tls_ca):
+            raise ValueError(
+                "TLS needs tls_cert and tls_key or neither, and tls_ca (a PEM file, or `system`) with them"
+            )
+        if self.targets != "cache":
+            for address in self.teacher:
+                teacher_host(address)
+            check_exposure(self.teacher, encrypted=bool(self.tls_ca), insecure=self.insecure)
         self.target_spec()
 
     def target_spec(self) -> TargetSpec:
@@ -115,6 +131,13 @@ class StudentConfig:
             seed=self.target_seed,
             codec_version=self.codec_version,
         )
+
+    def tls_files(self) -> TlsFiles | None:
+        """For the channel to the teacher; None: plaintext."""
+        if not self.tls_ca:
+            return None
+        authority = None if self.tls_ca == "system" else self.tls_ca
+        return TlsFiles(certificate=self.tls_cert or None, key=self.tls_key or None, authority=authority)
 
     def draw_by(self, spec: TargetSpec) -> None:
         """Take the sampler's settings from a spec."""

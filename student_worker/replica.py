@@ -59,6 +59,10 @@ class Request:
         return self.losses >= SUSPECT_LOSSES
 
 
+class _AccessUnreadable(TeacherUnavailable):
+    """This client's own token or certificate cannot be read at the moment."""
+
+
 class Dispatcher(Protocol):
     """What a replica tells the dispatcher."""
 
@@ -180,8 +184,8 @@ class Replica:
         """Serve requests over one connection; why it ended."""
         try:
             connection = self._connect(self.address)
-        except OSError as error:  # a token or certificate file that is being replaced
-            return TeacherUnavailable(f"{self.address}: {error}")
+        except (OSError, ValueError) as error:  # a token or certificate file that is being replaced
+            return _AccessUnreadable(f"{self.address}: {error}")
         self._reading = asyncio.ensure_future(self._serve(connection))
         try:
             await self._reading

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 
+from logitstream.rpc.addresses import is_unix, split_address
+
 
 async def resolve(address: str) -> list[str]:
     """`host:port` to one `ip:port` for each of the host's addresses, sorted; OSError where the look-up fails.
 
     IPv4 addresses where there are any: a replica with both would otherwise be counted twice.
     """
-    if address.startswith("unix:"):
+    if is_unix(address):
         return [address]
     host, port = split_address(address)
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -20,9 +22,14 @@ async def resolve(address: str) -> list[str]:
     return four or six
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Raises ValueError where the address is not host:port."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+def teacher_host(address: str) -> str:
+    """The name or address that a HOST:PORT is at, or the whole of unix:PATH; ValueError where it is neither."""
+    if is_unix(address):
+        return address
+    try:
+        host, port = split_address(address)
+    except ValueError:
+        host, port = "", 0
+    if not host or not port:
         raise ValueError(f"expected a teacher address as host:port, got {address!r}")
-    return host.strip("[]"), int(port)
+    return host

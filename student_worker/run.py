@@ -26,7 +26,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from logitstream import metrics
-from logitstream.rpc.channel import TlsFiles
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
@@ -144,17 +143,15 @@ def connect(
     config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str, expected: Fingerprint | None = None
 ) -> GrpcTeacherClient:
     """A client of the teacher's replicas."""
-    tls = None
-    if config.tls_ca:
-        tls = TlsFiles(certificate=config.tls_cert or None, key=config.tls_key or None, authority=config.tls_ca)
     return GrpcTeacherClient(
         config.teacher,
         spec,
         vocab_size=vocab_size,
         tokenizer_digest=digest,
         client_id=config.client_id,
-        tls=tls,
+        tls=config.tls_files(),
         token_file=config.token_file,
+        insecure=config.insecure,
         deadline_seconds=config.deadline_seconds,
         stalled_seconds=config.stalled_seconds,
         connect_timeout_seconds=config.connect_timeout_seconds,

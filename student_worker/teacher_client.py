@@ -18,12 +18,14 @@ from typing import Protocol
 from logitstream import codec
 from logitstream.errors import TeacherUnavailable
 from logitstream.id_model import IdModel
+from logitstream.rpc.addresses import check_exposure
 from logitstream.rpc.channel import (
     KEEPALIVE_SECONDS,
     KEEPALIVE_TIMEOUT_SECONDS,
     TlsFiles,
     client_credentials,
     open_channel,
+    proxy_of,
 )
 from logitstream.rpc.connection import TeacherConnection
 from logitstream.rpc.tokens import TokenFile, checked_token
@@ -39,7 +41,7 @@ from logitstream.types import (
 from student_worker.dispatcher import DeliverySettings, Dispatcher
 from student_worker.known_teacher import Identity, KnownTeacher
 from student_worker.replica import Request, wait
-from student_worker.resolver import resolve, split_address
+from student_worker.resolver import resolve, teacher_host
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,7 @@ class GrpcTeacherClient:
         tls: TlsFiles | None = None,
         token: str = "",
         token_file: str = "",
+        insecure: bool = False,
         deadline_seconds: float = 300.0,
         connect_timeout_seconds: float = 300.0,
         max_teacher_lag: int = 0,
@@ -161,16 +164,15 @@ class GrpcTeacherClient:
     ) -> None:
         """fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
 
-        Raises ValueError for an address or a token that is none, OSError for a token or certificate file that cannot
-        be read.
+        Raises ValueError for an address that is none, plaintext to another machine without `insecure`, or a token or
+        certificate that is none; OSError for a file that cannot be read.
         """
         if not addresses:
             raise ValueError("expected at least one teacher address, host:port")
-        self._names = {
-            address: address if address.startswith("unix:") else split_address(address)[0] for address in addresses
-        }
+        self._names = {address: teacher_host(address) for address in addresses}
+        check_exposure(addresses, encrypted=tls is not None, insecure=insecure)
         self._resolved: dict[str, list[str]] = {}
-        self._token = token or ("" if token_file else os.environ.get(TOKEN_VARIABLE, ""))
+        self._token = token or ("" if token_file else os.environ.get(TOKEN_VARIABLE, "").strip())
         self._token_file = TokenFile(Path(token_file)) if token_file and not token else None
         checked_token(self._token.encode(), "the token")
         self._tls = tls
@@ -277,15 +279,16 @@ class GrpcTeacherClient:
         return next(names, "")
 
     def _connect(self, address: str) -> TeacherConnection:
+        name, token = self._server_name(address), self._read_token()
         channel = open_channel(
-            address,
-            max_message_bytes=MAX_MESSAGE_BYTES,
-            tls=self._tls,
-            server_name=self._server_name(address),
-            **self._keepalive,
+            address, max_message_bytes=MAX_MESSAGE_BYTES, tls=self._tls, server_name=name, **self._keepalive
         )
+        proxy = proxy_of(address, name)
         return TeacherConnection(
-            channel, address=address, timeout_seconds=self._handshake_seconds, token=self._read_token()
+            channel,
+            address=f"{address} through the proxy {proxy}" if proxy else address,
+            timeout_seconds=self._handshake_seconds,
+            token=token,
         )
 
     def _read_token(self) -> str:

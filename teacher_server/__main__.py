@@ -49,21 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(config: TeacherConfig) -> None:
-    """Load everything that serving needs, say what was found, serve nothing; SystemExit says what is wrong."""
+    """Load everything that serving needs, say what would be served, serve nothing; SystemExit says what is wrong."""
     from logitstream.errors import LogitstreamError
     from logitstream.rpc.certificates import certificate_expiry
     from teacher_server.preflight import check_access, check_places
+    from teacher_server.server import stream_limits
+    from teacher_server.servicer import described
 
     try:
         check_access(config)
         check_places(config)
         backend = backend_factory(config)()
-        id_model_of(config, backend)
+        id_model = id_model_of(config, backend)
         if config.tls_cert:
             print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls_cert), UTC)}")
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {error}") from error
-    for name, value in asdict(backend.describe()).items():
+    info = backend.describe()
+    for name, value in asdict(described(info, stream_limits(config, info), id_model)).items():
         print(f"{name}: {len(value)} bytes" if isinstance(value, bytes) else f"{name}: {value}")
     backend.close()
     print("the settings and the model are good")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 import os
 from contextvars import ContextVar
@@ -12,34 +11,10 @@ from pathlib import Path
 from logitstream.rpc.certificates import Stamp, file_stamp
 from logitstream.rpc.tokens import checked_token
 
-MAX_PORT = 65535
-
 caller: ContextVar[str] = ContextVar("caller", default="")
 """Inside a call: the name that goes with its token; empty where none does."""
 
 log = logging.getLogger(__name__)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host, without brackets, and port; ValueError where it is no HOST:PORT."""
-    host, colon, port = address.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > MAX_PORT or (":" in host and bare == host):
-        raise ValueError(f"expected HOST:PORT with a port up to {MAX_PORT}, got {address!r}")
-    return bare, int(port)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether HOST:PORT (or unix:PATH) can be reached from this machine alone."""
-    if address.startswith("unix:"):
-        return True
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class BearerTokens:

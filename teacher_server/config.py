@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from logitstream.rpc.addresses import MAX_PORT, is_loopback, is_unix, split_address
 from logitstream.settings import setting
-from teacher_server.access import MAX_PORT, is_loopback, split_address
 
 BACKENDS = ("transformers", "vllm")
 LEAST_MESSAGE_BYTES = 64 << 10
@@ -109,7 +109,7 @@ class TeacherConfig:
         for name in ("address", "health_address"):
             address = getattr(self, name)
             try:
-                if address and not address.startswith("unix:"):
+                if address and not is_unix(address):
                     split_address(address)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None

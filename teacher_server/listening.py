@@ -10,12 +10,11 @@ import socket
 import grpc
 from grpc import aio
 
+from logitstream.rpc.addresses import is_unix, split_address
 from logitstream.rpc.channel import server_options
-from teacher_server.access import split_address
 
 MAX_HEALTH_CONNECTIONS = 1024
 HEALTH_MESSAGE_BYTES = 64 << 10
-UNIX = "unix:"
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +58,16 @@ def bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials |
         )
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot serve on {address}: {error}") from error
-    if address.startswith(UNIX):
+    if is_unix(address):
         return address
     host = address.rpartition(":")[0]
     return f"{host}:{port}"
 
 
 def _check_free(address: str) -> None:
-    if address.startswith(UNIX):
-        path = address.removeprefix(UNIX)
-        path = path[2:] if path.startswith("//") else path
+    if is_unix(address):
+        scheme, _, path = address.partition(":")
+        path = f"\0{path}" if scheme == "unix-abstract" else path.removeprefix("//")
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)

@@ -8,7 +8,8 @@ import socket
 import ssl
 from pathlib import Path
 
-from teacher_server.access import bearer_tokens, split_address
+from logitstream.rpc.addresses import is_unix, split_address
+from teacher_server.access import bearer_tokens
 from teacher_server.config import TeacherConfig
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def check_places(config: TeacherConfig) -> None:
     if config.metrics_port >= 0:
         addresses["metrics_address"] = f"{config.metrics_address}:{config.metrics_port}"
     for setting, address in addresses.items():
-        if address and not address.startswith("unix:"):
+        if address and not is_unix(address):
             _bind(setting, address)
     if config.watch_checkpoints and not Path(config.watch_checkpoints).is_dir():
         raise ValueError(f"watch_checkpoints {config.watch_checkpoints} is no folder")

@@ -17,10 +17,11 @@ from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
 from logitstream.errors import LogitstreamError
+from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import CertificateExpiry, server_credentials
 from logitstream.rpc.channel import TlsFiles
+from logitstream.types import TeacherInfo
 from teacher_server import listening
-from teacher_server.access import is_loopback
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
@@ -128,7 +129,7 @@ class TeacherServer:
             if config.cache
             else None,
         )
-        servicer = TeacherServicer(scheduler, _limits(config, backend), id_model=id_model)
+        servicer = TeacherServicer(scheduler, stream_limits(config, backend.describe()), id_model=id_model)
         running = asyncio.ensure_future(scheduler.run())
         has_looked = asyncio.Event()
         looking: asyncio.Future[Any] = asyncio.ensure_future(has_looked.wait())
@@ -286,8 +287,9 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _limits(config: TeacherConfig, backend: TeacherBackend) -> StreamLimits:
-    longest = backend.describe().max_sequence_tokens
+def stream_limits(config: TeacherConfig, info: TeacherInfo) -> StreamLimits:
+    """The settings' limits, within what the backend can do."""
+    longest = info.max_sequence_tokens
     return StreamLimits(
         max_sequence_tokens=min(config.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS, longest),
         max_in_flight_tokens=config.max_in_flight_tokens,

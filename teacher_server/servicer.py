@@ -92,14 +92,7 @@ class TeacherServicer:
     @property
     def info(self) -> TeacherInfo:
         """What is served now, with this server's limits."""
-        return replace(
-            self._scheduler.info,
-            max_sequence_tokens=self._limits.max_sequence_tokens,
-            max_in_flight_tokens=self._limits.max_in_flight_tokens,
-            max_message_bytes=self._limits.max_message_bytes,
-            id_model=self._id_model,
-            server_version=version("logitstream"),
-        )
+        return described(self._scheduler.info, self._limits, self._id_model)
 
     @property
     def num_unsent(self) -> int:
@@ -242,6 +235,18 @@ class TeacherServicer:
                     await _write(context, message)
                 metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
             _check_weights(wanted_weights, self._scheduler.info.weights_digest)
+
+
+def described(info: TeacherInfo, limits: StreamLimits, id_model: bytes) -> TeacherInfo:
+    """What `Describe` tells of a backend behind this server's limits."""
+    return replace(
+        info,
+        max_sequence_tokens=limits.max_sequence_tokens,
+        max_in_flight_tokens=limits.max_in_flight_tokens,
+        max_message_bytes=limits.max_message_bytes,
+        id_model=id_model,
+        server_version=version("logitstream"),
+    )
 
 
 def _client(message: pb.Open) -> str:

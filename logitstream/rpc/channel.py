@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from grpc import aio
+
+from logitstream.rpc.addresses import is_loopback, split_address
+from logitstream.rpc.proxy import proxy_for
 
 Options = list[tuple[str, int | str]]
 
@@ -84,14 +88,42 @@ class TlsFiles:
 
 
 def client_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
-    """TLS; the server's certificate is checked against `authority`, or the system's authorities where it is None."""
-    read = {
-        name: Path(path).read_bytes() if path else None
-        for name, path in (("ca", files.authority), ("key", files.key), ("cert", files.certificate))
-    }
-    return grpc.ssl_channel_credentials(
-        root_certificates=read["ca"], private_key=read["key"], certificate_chain=read["cert"]
-    )
+    """TLS; the server's certificate is checked against `authority`, or the system's authorities where it is None.
+
+    Raises OSError or ValueError for files that let nobody in: gRPC itself takes any bytes and fails each handshake.
+    """
+    authority = Path(files.authority).read_bytes() if files.authority else system_authorities()
+    _check_authority(authority, files.authority)
+    key = certificate = None
+    if files.certificate is not None and files.key is not None:
+        key, certificate = Path(files.key).read_bytes(), Path(files.certificate).read_bytes()
+        try:  # an encrypted key must not ask for its password on the terminal
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(files.certificate, files.key, lambda: b"")
+        except ssl.SSLError as error:
+            message = f"the certificate {files.certificate} and the key {files.key} do not go together: {error}"
+            raise ValueError(message) from None
+    return grpc.ssl_channel_credentials(root_certificates=authority, private_key=key, certificate_chain=certificate)
+
+
+def _check_authority(content: bytes, path: str | None) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError) as error:
+        where = f"the authority {path}" if path else "this system's store of authorities"
+        raise ValueError(f"{where} holds no certificate in PEM: {error}") from None
+
+
+def system_authorities() -> bytes:
+    """The certificates, in PEM, that OpenSSL trusts on this machine; $SSL_CERT_FILE and $SSL_CERT_DIR replace them.
+
+    gRPC would take a list of its own, which knows nothing of what an administrator added.
+    """
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile:
+        return Path(paths.cafile).read_bytes()
+    files = sorted(Path(paths.capath).iterdir()) if paths.capath else []
+    found = (path.read_bytes() for path in files if path.is_file())
+    return b"\n".join(sorted({content for content in found if b"BEGIN CERTIFICATE" in content}))
 
 
 def open_channel(
@@ -110,16 +142,16 @@ def open_channel(
         keepalive_seconds=keepalive_seconds,
         keepalive_timeout_seconds=keepalive_timeout_seconds,
     )
-    if _is_loopback(address):
-        options.append(("grpc.enable_http_proxy", 0))  # $http_proxy is for the way out of this machine
+    if not proxy_of(address, server_name):
+        options.append(("grpc.enable_http_proxy", 0))
     if tls is None:
         return aio.insecure_channel(address, options=options)
     return aio.secure_channel(address, client_credentials(tls), options=options)
 
 
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+def proxy_of(address: str, server_name: str = "") -> str:
+    """The proxy that a channel to this address goes through, for messages; empty: none."""
+    return "" if is_loopback(address) else proxy_for(server_name, split_address(address)[0])
 
 
 def bearer_metadata(token: str | None) -> Sequence[tuple[str, str]]:

@@ -108,6 +108,43 @@ async def test_a_server_known_by_name_is_reached_over_tls_with_certificates_on_b
         await close(client)
 
 
+async def test_the_systems_authorities_are_those_that_openssl_trusts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Authority(tmp_path)
+    files = ours.issue("server")
+    async with serving(FakeBackend(), tls_cert=files.certificate, tls_key=files.key) as server:
+        address = f"localhost:{server.address.rsplit(':', 1)[1]}"
+        client = client_of(address, tls=TlsFiles(), connect_timeout_seconds=1.0)
+        assert "CERTIFICATE_VERIFY_FAILED" in str(await refusal(client))
+        await close(client)
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store/ours.pem").write_bytes(Path(ours.path).read_bytes())
+        for variables in (
+            {"SSL_CERT_FILE": ours.path},
+            {"SSL_CERT_FILE": str(tmp_path / "none"), "SSL_CERT_DIR": str(tmp_path / "store")},
+        ):
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            client = client_of(address, tls=TlsFiles())
+            await exchange(client)
+            await close(client)
+
+
+@pytest.mark.parametrize("kind", ["unix:{}", "unix://{}", "unix-abstract:{}"])
+async def test_a_socket_of_this_machine_is_served_and_named_as_it_was_given(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    address = kind.format(tmp_path / "socket")
+    async with serving(FakeBackend(), address=address, address_file=str(tmp_path / "address")) as server:
+        assert server.address == address
+        assert (tmp_path / "address").read_text() == f"{address}\n"
+        assert f"serving on {address}\n" in capfd.readouterr().out
+        client = client_of(address)
+        await exchange(client)
+        await close(client)
+
+
 async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Path) -> None:
     servers, mine = tmp_path / "tokens", tmp_path / "token"
     servers.write_text("the-first-token-of-this-test\n")

@@ -19,12 +19,13 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from logitstream import metrics
+from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import ServerCertificates, certificate_expiry
 from logitstream.rpc.channel import TlsFiles
 from logitstream.rpc.tokens import TokenFile
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from student_worker.teacher_client import GrpcTeacherClient
-from teacher_server.access import BearerTokens, is_loopback
+from teacher_server.access import BearerTokens
 from teacher_server.config import TeacherConfig
 from teacher_server.gate import REFUSALS_LOG_SECONDS, Refusals
 from teacher_server.server import TeacherServer, serve
@@ -348,7 +349,9 @@ def test_a_token_source_without_a_token_is_an_error(tmp_path: Path) -> None:
         BearerTokens(path=tmp_path / "empty")
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.9.9.9:0", "unix:/tmp/x"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.9.9.9:0", "unix:/tmp/x", "unix-abstract:x"]
+)
 def test_addresses_of_this_machine_alone_may_be_plaintext(address: str) -> None:
     assert is_loopback(address)
     TeacherConfig(model="m", address=address)

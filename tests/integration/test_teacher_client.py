@@ -30,7 +30,7 @@ from logitstream.errors import (
     TeacherUnavailable,
 )
 from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence, request_key
-from student_worker.resolver import resolve, split_address
+from student_worker.resolver import resolve, teacher_host
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import (
@@ -171,7 +171,9 @@ def test_replicas_that_appear_behind_a_name_are_used_and_vanished_ones_are_not()
             assert name == "teachers:50051"
             return list(behind)
 
-        with connected("teachers:50051", resolve=look_up, resolve_seconds=0.05, max_teacher_lag=-1) as client:
+        with connected(
+            "teachers:50051", resolve=look_up, resolve_seconds=0.05, max_teacher_lag=-1, insecure=True
+        ) as client:
             assert versions(check_all(submit_all(client, sequences), sequences)) == {0}
             behind.append(second)
             wait_until(lambda: 1 in versions(check_all(submit_all(client, sequences), sequences)))
@@ -187,7 +189,7 @@ async def test_a_name_stands_for_all_its_addresses_once() -> None:
         await resolve("no-such-host.invalid:1")
     for wrong in ("nowhere", ":1", "host:", "host:port", "host:70000"):
         with pytest.raises(ValueError, match=re.escape(f"host:port, got '{wrong}'")):
-            split_address(wrong)
+            teacher_host(wrong)
 
 
 def test_a_replica_with_other_weights_is_refused_and_not_mixed_in(caplog: pytest.LogCaptureFixture) -> None:
@@ -385,7 +387,7 @@ def test_without_a_teacher_requests_and_the_handshake_end_with_the_address_and_t
 @pytest.mark.parametrize("name", ["no-such-host.invalid:1", "teacher..svc:1", f"{'x' * 64}.svc:1"])
 def test_a_name_that_cannot_be_resolved_is_named(name: str) -> None:
     cause = pytest.raises(TeacherUnavailable, match=re.escape(f"cannot resolve {name}: "))
-    with connected(name, connect_timeout_seconds=0.5) as client, cause:
+    with connected(name, connect_timeout_seconds=0.5, insecure=True) as client, cause:
         client.info  # noqa: B018
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,24 @@ def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
         check(TeacherConfig(model=str(tiny_teacher), device="cpu", id_model=str(path)))
 
 
+async def test_check_tells_what_describe_tells_and_both_what_was_set(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids").write_bytes(IdModel.from_expected_counts(np.ones(96)).to_bytes())
+    settings = {"max_message_bytes": 1 << 17, "max_in_flight_tokens": 777, "max_sequence_tokens": 33}
+    settings |= {"id_model": str(tmp_path / "ids")}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with teacher_process("--model", str(tiny_teacher), *words) as (_, address):
+        async with WireClient(address) as client:
+            told = convert.info_from_message(await client.describe())
+    assert told.id_model == (tmp_path / "ids").read_bytes()
+    assert {name: getattr(told, name) for name in settings} == settings | {"id_model": told.id_model}
+    await asyncio.to_thread(check, TeacherConfig(model=str(tiny_teacher), device="cpu", **settings))
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    expected = asdict(told) | {"id_model": f"{len(told.id_model)} bytes"}
+    assert lines == {name: str(value) for name, value in expected.items()}
+
+
 def test_check_validates_without_serving(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(TeacherConfig(model=str(tiny_teacher), device="cpu"))
     output = capsys.readouterr().out
@@ -250,6 +269,7 @@ async def test_a_batch_that_never_ends_does_not_hold_the_server_beyond_its_drain
 
 SLOW_LOADS = """
 import sys, time
+from dataclasses import asdict
 from pathlib import Path
 from teacher_server.config import TeacherConfig
 from teacher_server.server import serve

@@ -1,0 +1,46 @@
+"""Addresses of teachers: HOST:PORT, unix:PATH and unix-abstract:NAME, and which of them stay on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+MAX_PORT = 65535
+
+
+def is_unix(address: str) -> bool:
+    """Whether the address names a socket of this machine, by a path or an abstract name, as gRPC spells them."""
+    return address.startswith(("unix:", "unix-abstract:"))
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host, without brackets, and port; ValueError where it is no HOST:PORT. The host may be empty, the port 0."""
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > MAX_PORT or (":" in host and bare == host):
+        raise ValueError(f"expected HOST:PORT with a port up to {MAX_PORT}, got {address!r}")
+    return bare, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether the address can be reached from this machine alone."""
+    if is_unix(address):
+        return True
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(addresses: Sequence[str], *, encrypted: bool, insecure: bool) -> None:
+    """Raises ValueError where a client's token and texts would cross a network in plaintext without its leave."""
+    if encrypted or insecure:
+        return
+    if exposed := [address for address in addresses if not is_loopback(address)]:
+        raise ValueError(
+            f"plaintext to {exposed[0]} would show the token and the texts to the network: give tls_ca (its "
+            "authority's PEM file, or `system`), or `insecure` where a proxy or a private network protects it"
+        )
