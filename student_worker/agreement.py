@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,28 +12,23 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from logitstream.cache import CacheReader
-from logitstream.errors import CacheError, FingerprintMismatch
+from logitstream.errors import CacheError, FingerprintMismatch, LogitstreamError
+from logitstream.files import write_whole
 from logitstream.types import Fingerprint, TargetSpec
+from student_worker.checkpoints import RUN_FILES, checkpoints_in
 from student_worker.teacher_client import GrpcTeacherClient
 
-FILE = "teacher.json"
-CORPUS_FILE = "cache_view.json"
+FILE, CORPUS_FILE = RUN_FILES
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 def expected_teacher(folder: Path, spec: TargetSpec, *, resumes: bool) -> Fingerprint | None:
     """The teacher that a resumed run began with, drawing as this one asks it to; None where any will do."""
-    path = folder / FILE
-    if not resumes or not path.exists():
-        return None
-    try:
-        noted = Fingerprint.from_json(_read_json(path))
-    except ValueError as error:
-        raise FingerprintMismatch(
-            f"{path} does not tell which teacher this run began with ({error}): delete it to take the one served now"
-        ) from None
-    return replace(noted, spec=spec.canonical())
+    noted = _noted(folder, FILE, _noted_teacher) if resumes else None
+    return replace(noted, spec=spec.canonical()) if noted is not None else None
 
 
 def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) -> None:
@@ -44,7 +41,7 @@ def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) 
     assert found is not None
     client.insist_on(found)
     if is_main_process():
-        (folder / FILE).write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
+        write_whole(folder / FILE, json.dumps(asdict(found), indent=1))
 
 
 def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheReader:
@@ -53,18 +50,48 @@ def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheRe
     So neither processes nor parts of a run differ in their sequences while somebody writes to the cache. Call it on
     every process. Raises CacheError where some of the sequences are gone.
     """
-    path = folder / CORPUS_FILE
     view = None
     if is_main_process():
         with CacheReader(directory) as cache:
-            view = _noted_view(path) if resumes and path.exists() else cache.view()
+            view = (_noted(folder, CORPUS_FILE, _noted_view) if resumes else None) or cache.view()
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(view), encoding="utf-8")
+        write_whole(folder / CORPUS_FILE, json.dumps(view))
     view = of_main_process(view)
     assert view is not None
     cache = CacheReader(directory)  # after the main process has looked, so that what it saw is there
     cache.keep_to(view)
     return cache
+
+
+def _noted(folder: Path, name: str, read: Callable[[Path], T]) -> T | None:
+    """What a file of the run says, or its copy in the newest checkpoint that holds a readable one; None: no file.
+
+    Raises what `read` raises for the first of them where none can be read.
+    """
+    first_error: LogitstreamError | None = None
+    for path in [folder / name, *(checkpoint / name for checkpoint in checkpoints_in(folder))]:
+        if not path.exists():
+            continue
+        try:
+            found = read(path)
+        except LogitstreamError as error:
+            first_error = first_error or error
+            continue
+        if first_error is not None:
+            logger.warning("%s is read instead: %s", path, first_error)
+        return found
+    if first_error is not None:
+        raise first_error
+    return None
+
+
+def _noted_teacher(path: Path) -> Fingerprint:
+    try:
+        return Fingerprint.from_json(_read_json(path))
+    except ValueError as error:
+        raise FingerprintMismatch(
+            f"{path} does not tell which teacher this run began with ({error}): delete it to take the one served now"
+        ) from None
 
 
 def _noted_view(path: Path) -> dict[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import yaml
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -20,21 +22,28 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
+from logitstream.errors import LogitstreamError
+from logitstream.files import write_whole
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import calibration_sequences, choose_spec
+from student_worker.checkpoints import choose_checkpoint
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
 from student_worker.progress import ProgressDisplay
 from student_worker.report import RunReport
+from student_worker.run_folder import locked
+from student_worker.stopping import Stopped
 from student_worker.target_cache import TargetCache, open_target_cache
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
@@ -43,13 +52,48 @@ from student_worker.trainer import DistillationTrainer
 
 def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
-    if config.metrics_port:
-        port = config.metrics_port + arguments.local_process_index
-        metrics.serve(port, side="student", address=config.metrics_address)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    with contextlib.ExitStack() as resources:
+        if arguments.process_index == 0:
+            resources.enter_context(locked(output_folder(arguments)))
+        with mendable():
+            checkpoint = of_main_process(checkpoint_to_resume(arguments) if arguments.process_index == 0 else None)
+        if config.metrics_port:
+            port = config.metrics_port + arguments.local_process_index
+            metrics.serve(port, side="student", address=config.metrics_address)
+        with mendable():
+            tokenizer, trainer = prepare(config, arguments, checkpoint, resources)
+        report = train(trainer, checkpoint)
+    trainer.save_model()
+    if arguments.process_index == 0:
+        folder = output_folder(arguments)
+        tokenizer.save_pretrained(folder)
+        write_whole(folder / "report.json", json.dumps(report, indent=2))
+
+
+class CannotStart(LogitstreamError):
+    """Settings, files or the teacher do not allow the run to begin."""
+
+
+@contextlib.contextmanager
+def mendable() -> Iterator[None]:
+    """What the libraries refuse before training is a user's to mend: raised as CannotStart, to be said in a line."""
+    try:
+        yield
+    except (ValueError, SafetensorError) as error:
+        raise CannotStart(str(error)) from error
+
+
+def prepare(
+    config: StudentConfig, arguments: TrainingArguments, checkpoint: Path | None, resources: contextlib.ExitStack
+) -> tuple[PreTrainedTokenizerBase, DistillationTrainer]:
+    """Everything that training needs, loaded and connected; what has to be closed again goes to `resources`."""
+    folder = output_folder(arguments)
     if not config.text:
         adopt_cache_spec(config)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    train_set, heldout_set = load_data(config, arguments, tokenizer)
+    train_set, heldout_set = load_data(config, arguments, tokenizer, resumes=checkpoint is not None)
     model = load_model(config, arguments)
     vocab_size, digest = model.config.get_text_config().vocab_size, tokenizer_digest(tokenizer)
     if config.bytes_per_token or config.noise:
@@ -59,26 +103,19 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     draw_set, config.draws = of_main_process((draw_set, config.draws))  # the cache may grow while they look
     if arguments.process_index == 0:
         write_resolved(config, arguments)
-    with contextlib.ExitStack() as resources:
-        client = None
-        if config.targets != "cache":
-            resumes = checkpoint_to_resume(arguments) is not None
-            expected = expected_teacher(output_folder(arguments), config.target_spec(), resumes=resumes)
-            client = connect(config, config.target_spec(), vocab_size, digest, expected)
-            resources.enter_context(contextlib.closing(client))
-            if config.targets == "online":
-                agree_on_teacher(client, config.target_spec(), output_folder(arguments))
-        cache = open_cache(config, client, digest, arguments.process_index, resources)
-        trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
-        report = train(trainer, arguments)
-    trainer.save_model()
-    if arguments.process_index == 0:
-        tokenizer.save_pretrained(output_folder(arguments))
-        (output_folder(arguments) / "report.json").write_text(json.dumps(report, indent=2))
+    client = None
+    if config.targets != "cache":
+        expected = expected_teacher(folder, config.target_spec(), resumes=checkpoint is not None)
+        client = connect(config, config.target_spec(), vocab_size, digest, expected)
+        resources.enter_context(contextlib.closing(client))
+        if config.targets == "online":
+            agree_on_teacher(client, config.target_spec(), folder)
+    cache = open_cache(config, client, digest, arguments.process_index, resources)
+    return tokenizer, build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
 
 
 def load_data(
-    config: StudentConfig, arguments: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+    config: StudentConfig, arguments: TrainingArguments, tokenizer: PreTrainedTokenizerBase, *, resumes: bool = False
 ) -> tuple[Dataset, Dataset] | tuple[CacheDataset, CacheDataset]:
     """Training and held-out sequences: of the text or, without one, of the cache."""
     limits = {
@@ -87,7 +124,6 @@ def load_data(
         "seed": arguments.seed,
     }
     if not config.text:
-        resumes = checkpoint_to_resume(arguments) is not None
         corpus = open_agreed_cache(config.cache, output_folder(arguments), resumes=resumes)
         return split_heldout(CacheDataset(corpus), **limits)
     with arguments.main_process_first(desc="packing the text"):
@@ -104,7 +140,7 @@ def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:
     trainer_settings: dict[str, Any] = arguments.to_dict()  # type: ignore[no-untyped-call]
     settings = asdict(config) | {name: value for name, value in trainer_settings.items() if value is not None}
     del settings["hub_token"]
-    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
+    write_whole(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
 
 
 def output_folder(arguments: TrainingArguments) -> Path:
@@ -205,7 +241,7 @@ def build_trainer(
             draw_set=draw_set,
         )
 
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
@@ -216,25 +252,34 @@ def build_trainer(
         overhead_every=config.overhead_every,
         callbacks=[ProgressDisplay(output_folder(arguments))],
     )
+    for other_display in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(other_display)
+    return trainer
 
 
-def train(trainer: DistillationTrainer, arguments: TrainingArguments) -> dict[str, Any]:
-    """The run's figures, the same on every process; without held-out sequences those of training alone."""
+def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, Any]:
+    """The run's figures, the same on every process; without held-out sequences those of training alone.
+
+    At a signal or an error a checkpoint of the steps done is left; raises Stopped or the error.
+    """
     run_report = RunReport()
     trainer.add_callback(run_report)
-    losses = {"heldout_loss_before": heldout_loss(trainer)}
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
-    losses["heldout_loss_after"] = heldout_loss(trainer)
+    with trainer.stop.listening():
+        losses = {"heldout_loss_before": heldout_loss(trainer)}
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            losses["heldout_loss_after"] = heldout_loss(trainer)
+        except Stopped:
+            trainer.keep_progress()
+            raise
     return losses | run_report.figures()
 
 
-def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """What `resume_from_checkpoint` names; `latest`: the newest checkpoint in output_dir, None before the first."""
-    named, folder = arguments.resume_from_checkpoint, output_folder(arguments)
-    if named != "latest" or not folder.exists():
-        return None if named == "latest" else named
-    newest: str | None = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
-    return newest
+def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
+    """What `resume_from_checkpoint` names in the output folder; see `choose_checkpoint`."""
+    return choose_checkpoint(
+        output_folder(arguments), arguments.resume_from_checkpoint, with_optimizer=not arguments.save_only_model
+    )
 
 
 def heldout_loss(trainer: DistillationTrainer) -> float | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from logitstream import metrics
@@ -25,6 +24,7 @@ from student_worker.batches import leave_out
 from student_worker.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from student_worker.figures import StepFigures
 from student_worker.overhead import Pair, PassTime
+from student_worker.saving import ResumableTrainer
 from student_worker.split_model import install_fused_loss, reshard
 from student_worker.student_limits import StudentLimits, sees_documents_alone, takes_positions
 from student_worker.supervision import next_token_labels, supervised_mask
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains on batches with `targets`; one without them (evaluation) gets plain cross-entropy. See `supervision`.
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
@@ -120,6 +120,7 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Supervised rows, over all processes where average_tokens_across_devices asks for it."""
+        self.stop.agree()
         if not batch_samples:
             return None
         num_items = torch.stack([supervised_mask(batch).sum() for batch in batch_samples]).sum().to(device)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import struct
 import time
-import uuid
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +21,7 @@ import xxhash
 
 from logitstream.cache.shard import FIRST_FORMAT, SPAN_DTYPE, Spans
 from logitstream.errors import CacheError, FingerprintMismatch
+from logitstream.files import write_whole
 from logitstream.types import Fingerprint
 
 FORMAT = "logitstream-cache/2"
@@ -169,32 +168,6 @@ def read_entry(shard: Path) -> dict[str, Any]:
         if are_numbers and all(re.fullmatch(r"[0-9]{1,20}", name) for name in draw_sets):
             return entry
     raise CacheError(f"{path} is damaged: it is no entry of a shard")
-
-
-def write_whole(path: Path, content: bytes, *, replace: bool = True) -> None:
-    """Make a file appear with all of its content or not at all; without `replace` an existing one is kept."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            partial.replace(path)
-        else:
-            _link(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _link(partial: Path, path: Path) -> None:
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links: two first writers at the same moment may race here
-        if not path.exists():
-            partial.rename(path)
 
 
 def write_entry(shard: Path, *, fingerprint_digest: str, sha256: str, size: int, spans: Spans) -> None:

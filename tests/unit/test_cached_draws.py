@@ -160,10 +160,10 @@ def test_a_fingerprint_from_a_file_is_checked_part_by_part(changes: dict[str, An
 def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_path: Path) -> None:
     """A new run takes what has come since: other sequences, and a second draw set for its second epoch."""
 
-    def sequences_and_draws(resume: str | None) -> tuple[list[int], list[int], int | None]:
+    def sequences_and_draws(*, resumes: bool) -> tuple[list[int], list[int], int | None]:
         config = student(cache, heldout_sequences=2)
-        settings = arguments(num_train_epochs=2, output_dir=str(tmp_path / "run"), resume_from_checkpoint=resume)
-        train, heldout = load_data(config, settings, tokenizer)
+        settings = arguments(num_train_epochs=2, output_dir=str(tmp_path / "run"))
+        train, heldout = load_data(config, settings, tokenizer, resumes=resumes)
         assert isinstance(train, CacheDataset)
         draw_set = choose_draw_set(config, settings, len(train), cache=train.cache)
         ids = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout)]
@@ -171,9 +171,9 @@ def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_pa
 
     tokenizer: Any = None  # nothing is tokenized
     cache = cache_with(tmp_path / "cache", {0: 8})
-    first = sequences_and_draws(None)
+    first = sequences_and_draws(resumes=False)
     assert (sorted(first[0] + first[1]), first[2]) == (list(range(8)), 0)
     cache_with(tmp_path / "cache", {0: 20, 1: 20})
-    assert sequences_and_draws("checkpoint-2") == first
-    train, heldout, draw_set = sequences_and_draws(None)
+    assert sequences_and_draws(resumes=True) == first
+    train, heldout, draw_set = sequences_and_draws(resumes=False)
     assert (sorted(train + heldout), draw_set) == (list(range(20)), None)

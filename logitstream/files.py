@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from pathlib import Path
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> None:
+    """Make a file appear with all of its content or not at all; without `replace` an existing one is kept."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            partial.replace(path)
+        else:
+            _link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed `write_whole` left in the folder; call it where nobody else writes there."""
+    for path in folder.glob(".*"):
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links: two first writers at the same moment may race here
+        if not path.exists():
+            partial.rename(path)

@@ -1,0 +1,37 @@
+"""Processes that end with the one that started them, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process as soon as its parent has ended; on Linux alone."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it ended before the kernel knew
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tied(arguments: Sequence[str]) -> list[str]:
+    """The command `python ARGUMENTS` as a process that ends with the one that starts it.
+
+    A small Python asks the kernel for that and becomes the command: code between fork and exec, as preexec_fn runs it,
+    may hang where the parent has threads.
+    """
+    if sys.platform != "linux":
+        return [sys.executable, *arguments]
+    become = (
+        "import ctypes, os, sys\n"
+        f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+        "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
+        "os.execv(sys.argv[2], sys.argv[2:])\n"
+    )
+    return [sys.executable, "-I", "-S", "-c", become, str(os.getpid()), sys.executable, *arguments]

@@ -1,0 +1,221 @@
+"""A run that ends before its time leaves a whole checkpoint, and a resumed one ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from logitstream.errors import TeacherUnavailable
+from logitstream.types import SparseTargets, TokenSequence
+from student_worker.checkpoints import checkpoints_in, choose_checkpoint, fault_of
+from student_worker.saving import CheckpointFailed
+from student_worker.stopping import Stopped
+from student_worker.trainer import DistillationTrainer
+from tests.integration.test_trainer import NUM_SEQUENCES, Asked, losses_of, trainer_of
+
+STEPS_AN_EPOCH = 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def teacher() -> Iterator[Asked]:
+    asked = Asked()
+    yield asked
+    asked.client.close()
+
+
+class AtStep(TrainerCallback):
+    """Does something at the end of an optimizer step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.action()
+
+
+class FailingTeacher(Asked):
+    """Cannot be reached from its n-th sequence on."""
+
+    failing_from = 10
+
+    def score(self, sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        if len(self.requests) >= self.failing_from:
+            raise TeacherUnavailable("no replica answered within 300 s")
+        return super().score(sequence, draw_set)
+
+
+class SilentTeacher(Asked):
+    """Tells that it is asked for its n-th sequence, and answers once it is let."""
+
+    def __init__(self, silent_from: int) -> None:
+        super().__init__()
+        self.silent_from = silent_from
+        self.asked, self.let = threading.Event(), threading.Event()
+
+    def score(self, sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        if len(self.requests) >= self.silent_from:
+            self.asked.set()
+            self.let.wait(60)
+        return super().score(sequence, draw_set)
+
+
+def parameters(trainer: DistillationTrainer) -> list[torch.Tensor]:
+    assert isinstance(trainer.model, torch.nn.Module)
+    return [parameter.detach() for parameter in trainer.model.parameters()]
+
+
+def undisturbed(folder: Path) -> DistillationTrainer:
+    whole = trainer_of(folder, Asked(), num_train_epochs=2)
+    whole.train()
+    return whole
+
+
+class InOrder(DistillationTrainer):
+    """Takes the sequences in order: there is no sampler's generator, and random numbers come from torch's own."""
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+def resumed(folder: Path, teacher: Asked, kind: type[DistillationTrainer] = DistillationTrainer) -> DistillationTrainer:
+    """The same run again, from its newest checkpoint to its end."""
+    trainer = trainer_of(folder, teacher, num_train_epochs=2, kind=kind)
+    trainer.train(resume_from_checkpoint=str(choose_checkpoint(folder / "out", "latest")))
+    return trainer
+
+
+def assert_same_end(trainer: DistillationTrainer, whole: DistillationTrainer) -> None:
+    """Bit for bit, with dropout: the random numbers go on too."""
+    assert losses_of(trainer) == losses_of(whole)
+    for ours, theirs in zip(parameters(trainer), parameters(whole), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> DistillationTrainer:
+    return undisturbed(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("step", [1, 4, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 1])
+def test_a_signal_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, teacher: Asked, whole: DistillationTrainer, step: int
+) -> None:
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
+    trainer.add_callback(AtStep(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(Stopped, match="SIGTERM"), trainer.stop.listening():
+        trainer.train()
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == [f"checkpoint-{step}"]
+    assert_same_end(resumed(tmp_path, teacher), whole)
+
+
+@pytest.mark.parametrize(("silent_from", "step"), [(15, 3), (NUM_SEQUENCES, STEPS_AN_EPOCH)])
+def test_a_signal_ends_the_wait_for_a_teacher_that_does_not_answer(tmp_path: Path, silent_from: int, step: int) -> None:
+    """Also at the border of two epochs, where the dataloader has taken a random number that it will take again."""
+    whole = trainer_of(tmp_path / "whole", Asked(), num_train_epochs=2, kind=InOrder)
+    whole.train()
+    teacher = SilentTeacher(silent_from)
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2, kind=InOrder)
+
+    def interrupt() -> None:
+        teacher.asked.wait(60)
+        while trainer.state.global_step < step:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait(60)
+        teacher.let.set()
+
+    ended = threading.Event()
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Stopped, match="SIGINT"), trainer.stop.listening():
+        trainer.train()
+    ended.set()
+    thread.join()
+    teacher.client.close()
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == [f"checkpoint-{step}"]
+    assert_same_end(resumed(tmp_path, Asked(), kind=InOrder), whole)
+
+
+def test_a_teacher_that_is_gone_leaves_a_checkpoint(tmp_path: Path, teacher: Asked, whole: DistillationTrainer) -> None:
+    trainer = trainer_of(tmp_path, FailingTeacher(), num_train_epochs=2)
+    with pytest.raises(TeacherUnavailable):
+        trainer.train()
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
+    assert_same_end(resumed(tmp_path, teacher), whole)
+
+
+def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked) -> None:
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
+    trainer.stop.number = signal.SIGTERM
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert not checkpoints_in(tmp_path / "out")
+
+
+def test_a_signal_during_the_evaluation_afterwards_keeps_what_was_trained(tmp_path: Path, teacher: Asked) -> None:
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=1)
+    trainer.train()
+    trainer.stop.number = signal.SIGTERM
+    with pytest.raises(Stopped):
+        trainer.evaluate()
+    trainer.keep_progress()
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == [f"checkpoint-{STEPS_AN_EPOCH}"]
+
+
+def test_a_full_disk_leaves_no_half_checkpoint_and_the_last_whole_one(tmp_path: Path, teacher: Asked) -> None:
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=1, save_steps=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))))
+    try:
+        with pytest.raises(CheckpointFailed, match=r"checkpoint-4 cannot be written to .*out: "):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
+    assert not fault_of(tmp_path / "out" / "checkpoint-2")
+
+
+def test_checkpoints_that_are_not_whole_do_not_count(tmp_path: Path, teacher: Asked) -> None:
+    trainer = trainer_of(tmp_path, teacher, max_steps=5, save_steps=1)
+    trainer.args.save_total_limit = 2
+    out = tmp_path / "out"
+
+    def damage_and_add_strangers() -> None:
+        (out / "checkpoint-3" / "trainer_state.json").write_bytes(b"")
+        shutil.copytree(out / "checkpoint-3", out / "checkpoint-99")
+
+    trainer.add_callback(AtStep(4, damage_and_add_strangers))
+    trainer.train()
+    assert [path.name for path in checkpoints_in(out)] == [f"checkpoint-{step}" for step in (99, 5, 4, 3)]
+    assert choose_checkpoint(out, "latest") == out / "checkpoint-5"
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, teacher: Asked) -> None:
+    trainer_of(tmp_path, teacher, max_steps=2, save_steps=1).train()
+    (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
+    trainer = trainer_of(tmp_path, teacher, max_steps=2, save_steps=1)
+    trainer.train(resume_from_checkpoint=str(choose_checkpoint(tmp_path / "out", "latest")))
+    assert choose_checkpoint(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-2"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
