@@ -37,6 +37,9 @@ TEACHER_SHARED = Counter(
     "logitstream_teacher_shared_sequences_total", "Sequences answered from one scoring for several requests"
 )
 TEACHER_CACHE_HITS = Counter("logitstream_teacher_cache_hits_total", "Sequences answered from the server's own cache")
+TEACHER_CACHE_UNKEPT = Counter(
+    "logitstream_teacher_cache_unkept_total", "Sequences scored and not kept, as the cache's disk did not keep up"
+)
 TEACHER_REJECTS = Counter("logitstream_teacher_rejects_total", "Requests refused, by error class", ["reason"])
 TEACHER_UNAUTHENTICATED = Counter(
     "logitstream_teacher_unauthenticated_total", "Calls refused for want of a known token"
@@ -106,6 +109,7 @@ CACHE_CORRUPT = Counter("logitstream_cache_corrupt_total", "Records refused for 
 CACHE_WRITE_ERRORS = Counter(
     "logitstream_cache_write_errors_total", "Writes that failed; the run goes on without the cache"
 )
+CACHE_HANGS = Counter("logitstream_cache_hangs_total", "Times that the cache's disk has not answered for seconds")
 
 for _reason in REQUEST_ERRORS:  # a counter that appears only with its first increment hides that increment from rate()
     TEACHER_REJECTS.labels(_reason)

@@ -68,7 +68,7 @@ class TeacherConfig:
     id_model: str = setting("File of codec 2's static id model, the same for all replicas.", "")
     calibration_text: str = setting("Text that the id model is made from where `id_model` does not exist yet.", "")
     cache: str = setting("Folder that keeps what was scored, a cache for each teacher and spec; empty: none.", "")
-    cache_max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
+    cache_max_bytes: int = setting("Stop writing to the caches beyond this many bytes in all; 0: no bound.", 0)
     log_json: bool = setting("One JSON object a log line instead of text.", False)
     log_level: str = setting("DEBUG, INFO, WARNING or ERROR.", "INFO")
     check: bool = setting("Validate these settings and load the model, then exit without serving.", False)

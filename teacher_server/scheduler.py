@@ -21,6 +21,7 @@ from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.batch_budget import BatchBudget
 from teacher_server.checkpoints import check_successor
+from teacher_server.disk import Disk
 from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue
 from teacher_server.isolation import BROKE_DOWN, BackendBroken, Trouble, Turns, score_isolating
@@ -53,6 +54,7 @@ class Scheduler:
         client_weights: Mapping[str, float] | None = None,
         num_encoders: int = 2,
         stored: StoredTargets | None = None,
+        disk: Disk | None = None,
     ) -> None:
         self._backend = backend
         self._encode = encode
@@ -69,7 +71,7 @@ class Scheduler:
         self._broken: BaseException | None = None
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
         self._stored = stored
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="stored-targets")
+        self._disk = disk if disk is not None else Disk()
         self._encoding = asyncio.Semaphore(self._batches_at_once + MAX_ENCODING_BATCHES)
         self._finishing: set[asyncio.Task[None]] = set()
         self._next_backend: TeacherBackend | None = None
@@ -89,7 +91,7 @@ class Scheduler:
         work = self._works.get(key)
         if work is None:
             work = self._works[key] = Work(key, request, time.monotonic())
-            if self._stored is not None and self._stored.holds(request, self.info):
+            if self._stored is not None and not self._disk.hangs and self._stored.holds(request, self.info):
                 work.running = True
                 self._spawn(self._read(self._stored, work, client_id=client_id, cost=cost, priority=priority))
         else:
@@ -111,14 +113,14 @@ class Scheduler:
         return len(self._works)
 
     async def open_stored(self, spec: TargetSpec) -> None:
-        """Before a stream's first request: find what is stored for its spec."""
+        """Before a stream's first request: find what is stored for its spec, if the disk says it soon."""
         if self._stored is not None:
-            await asyncio.get_running_loop().run_in_executor(self._disk, self._stored.open, spec, self.info)
+            await self._disk.ask(self._stored.open, spec, self.info)
 
     async def refresh_stored(self) -> None:
         """Write out what was put and see what others have; called now and then."""
         if self._stored is not None:
-            await asyncio.get_running_loop().run_in_executor(self._disk, self._stored.refresh)
+            await self._disk.ask(self._stored.refresh)
 
     def start_draining(self) -> None:
         """Refuse new requests from now on; what was taken is still scored."""
@@ -170,9 +172,9 @@ class Scheduler:
         task.add_done_callback(self._finishing.discard)
 
     async def _read(self, stored: StoredTargets, work: Work, *, client_id: str, cost: int, priority: int) -> None:
-        """Answer from the disk; what is damaged there is queued."""
+        """Answer from the disk; what is damaged there, or does not come soon, is queued."""
         info = self.info
-        payload = await asyncio.get_running_loop().run_in_executor(self._disk, stored.get, work.request, info)
+        payload = await self._disk.ask(stored.get, work.request, info)
         if payload is not None:
             self._answer(work, payload, info)
             return
@@ -215,10 +217,10 @@ class Scheduler:
         loop = asyncio.get_running_loop()
         closing = [loop.run_in_executor(self._encoders, self._free_backend)]
         if self._stored is not None:
-            closing.append(loop.run_in_executor(self._disk, self._stored.close))
+            closing.append(self._disk.submit(self._stored.close))
         _, pending = await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         self.is_stuck = bool(pending)
-        self._disk.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown()
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
     def _free_backend(self) -> None:
@@ -263,7 +265,9 @@ class Scheduler:
             scored = [
                 (work.request, answer) for work, answer in zip(batch, answers, strict=True) if isinstance(answer, bytes)
             ]
-            await loop.run_in_executor(self._disk, self._stored.put, scored, info)
+            num_bytes = sum(len(payload) + request.sequence.token_ids.nbytes for request, payload in scored)
+            if not self._disk.offer(num_bytes, self._stored.put, scored, info):
+                metrics.TEACHER_CACHE_UNKEPT.inc(len(scored))
 
     def _answer(self, work: Work, payload: bytes, info: TeacherInfo) -> None:
         scored = Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logitstream import metrics
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.manifest import MANIFEST
-from logitstream.cache.open_shard import directory_bytes
+from logitstream.cache.writer import ENTRY_BYTES, MESSAGE_BYTES, RECORD_BYTES
 from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo, request_key
 from teacher_server.backend import ScoreRequest
+from teacher_server.cache_usage import Usage
 
 MAX_OPEN = 16
 """Caches that are open at a time; each (weights, spec, seed) has one of its own, so clients can ask for any number."""
 MAX_FINGERPRINTS = 1024
+NEW_CACHE_BYTES = 16 << 10
+"""More than a cache takes before its first record, its id model apart."""
+TOKEN_BYTES = 5  # its id and its bit of the mask
+BATCH_BYTES = RECORD_BYTES + 2 * MESSAGE_BYTES + ENTRY_BYTES
+"""More than one record takes beside its tokens and payload, be it the first of a batch and of a shard."""
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +50,21 @@ class StoredTargets:
     """A cache for each (weights, spec) that is served, DIRECTORY/<fingerprint>: students may read it as well.
 
     `holds` looks into memory alone; everything else reads or writes files and belongs into one thread. Nothing raises:
-    a cache that cannot be used is logged once and passed over. Beyond MAX_OPEN the one used longest ago is closed.
+    a cache that cannot be used is logged once and passed over. Beyond MAX_OPEN the one used longest ago is closed. All
+    caches together keep to max_bytes (0: no bound): beyond it nothing more is written.
     """
 
-    def __init__(self, directory: str, *, id_model: bytes = b"", max_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        id_model: bytes = b"",
+        max_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._directory = Path(directory)
         self._id_model = id_model
-        self._max_bytes = max_bytes
+        self._usage = Usage(self._directory, max_bytes, clock=clock)
         self._lock = threading.Lock()
         self._fingerprints: OrderedDict[tuple[TargetSpec, str], tuple[str, Fingerprint]] = OrderedDict()
         self._caches: OrderedDict[str, _Cache] = OrderedDict()
@@ -76,22 +91,32 @@ class StoredTargets:
         return payload
 
     def put(self, scored: Sequence[tuple[ScoreRequest, bytes]], info: TeacherInfo) -> None:
-        """Keep what was scored."""
+        """Keep what was scored, as far as the bound allows."""
         for request, payload in scored:
+            sequence, draw_set = request.sequence, request.draw_set
+            digest, _ = self._fingerprint(request.spec, info)
+            with self._lock:
+                is_new = (known := self._caches.get(digest)) is None or known.writer is None
+            num_bytes = len(payload) + TOKEN_BYTES * len(sequence) + BATCH_BYTES
+            if not self._usage.has_room(num_bytes + (NEW_CACHE_BYTES + len(self._id_model)) * is_new):
+                continue
             cache = self._cache(request.spec, info, for_writing=True)
             if cache.writer is not None and not cache.broken:
-                sequence, draw_set = request.sequence, request.draw_set
-                key = request_key(self._fingerprint(request.spec, info)[0], sequence, draw_set)
+                key = request_key(digest, sequence, draw_set)
                 ids, mask, version = sequence.token_ids, sequence.loss_mask, info.teacher_version
                 cache.writer.put(key, ids, mask, payload, draw_set, teacher_version=version)
+                self._usage.set(cache.writer.directory, cache.writer.num_bytes)
 
     def refresh(self) -> None:
         """Acknowledge what was put, and find what other replicas have written."""
+        if self._usage.look_again():
+            self._begin_anew()
         with self._lock:
             caches = list(self._caches.values())
         for cache in caches:
             if cache.writer is not None:
                 cache.writer.flush()
+                self._usage.set(cache.writer.directory, cache.writer.num_bytes)
             if cache.reader is not None:
                 try:
                     cache.reader.refresh()
@@ -102,6 +127,19 @@ class StoredTargets:
         with self._lock:
             caches, self._caches = self._caches, OrderedDict()
         for cache in caches.values():
+            self._close(cache)
+
+    def _close(self, cache: _Cache) -> None:
+        cache.close()
+        if cache.writer is not None:
+            self._usage.set(cache.writer.directory, cache.writer.num_bytes)
+
+    def _begin_anew(self) -> None:
+        """Forget the caches that nothing more can be written to, as the disk was full or their folder is gone."""
+        with self._lock:
+            writers = {digest: cache.writer for digest, cache in self._caches.items() if cache.writer is not None}
+            lost = [self._caches.pop(digest) for digest, writer in writers.items() if not writer.look_around()]
+        for cache in lost:
             cache.close()
 
     def _fingerprint(self, spec: TargetSpec, info: TeacherInfo) -> tuple[str, Fingerprint]:
@@ -135,7 +173,7 @@ class StoredTargets:
             self._caches.move_to_end(digest)
             excess = [self._caches.popitem(last=False)[1] for _ in range(len(self._caches) - MAX_OPEN)]
         for old in excess:
-            old.close()
+            self._close(old)
         if cache.broken:
             return cache
         directory = self._folder(digest)
@@ -155,13 +193,5 @@ class StoredTargets:
             fingerprint,
             id_model=self._id_model,
             provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
-            max_bytes=self._left(directory),
             writer_id="server",
         )
-
-    def _left(self, directory: Path) -> int:
-        """What the bound leaves to one of the caches, as things are now; at least a byte, since 0 means no bound."""
-        if not self._max_bytes:
-            return 0
-        others = [path for path in self._directory.glob("*/") if path != directory]
-        return max(1, self._max_bytes - sum(map(directory_bytes, others)))

@@ -27,6 +27,10 @@ MAX_PENDING_SECONDS = 1.0
 """A record waits no longer than this for its batch to fill once another one comes."""
 ENTRY_BYTES = 1024
 """More than a shard's entry, end marker and index header take."""
+RECORD_BYTES = 160
+"""More than a record takes beside its tokens, mask and payload: columns, offsets and its span in the index."""
+MESSAGE_BYTES = 4096
+"""More than a record batch's or a schema's metadata and padding take."""
 CHECK_BYTES = 16 << 20
 """How much this writer writes between looks at what others wrote."""
 
@@ -179,6 +183,25 @@ class CacheWriter:
         if self._unchecked_bytes > CHECK_BYTES:
             self._look_around()
         metrics.CACHE_BYTES.set(self._total_bytes())
+
+    def look_around(self) -> bool:
+        """Count what others have written and deleted meanwhile; whether anything more can be written."""
+        with self._lock:
+            try:
+                self._look_around()
+            except OSError as error:
+                self._disable(f"{error}")
+            return not self.disabled
+
+    @property
+    def num_bytes(self) -> int:
+        """At most so many bytes has the directory once all that was put is sealed, as far as this writer knows."""
+        with self._lock:
+            if not self._pending:
+                return self._total_bytes()
+            masks = self._pending_bytes // 8
+            head = MESSAGE_BYTES if self._shard is not None else 2 * MESSAGE_BYTES + ENTRY_BYTES
+            return self._total_bytes(self._pending_bytes + masks + RECORD_BYTES * len(self._pending) + head)
 
     def _total_bytes(self, more: int = 0) -> int:
         """Bytes of the directory as far as this writer knows, with the sidecars that its shard will get."""

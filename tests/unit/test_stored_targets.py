@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
+import shutil
+import sys
 import threading
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from logitstream import metrics
 from logitstream.cache import CacheReader
+from logitstream.cache.open_shard import tree_bytes
 from logitstream.types import Fingerprint
 from teacher_server.backend import ScoreRequest
 from teacher_server.encoding import encoder
@@ -135,6 +141,115 @@ def test_a_spec_has_a_directory_only_once_something_is_kept_and_few_caches_are_o
     stored.open(requests[0].spec, info)
     assert stored.get(requests[0], info) == b"payload"
     stored.close()
+
+
+def seeded(seed: int, first: int = 1, num_tokens: int = 3) -> ScoreRequest:
+    return ScoreRequest(sequence=sequence(*range(first, first + num_tokens)), spec=replace(SPEC, seed=seed), draw_set=0)
+
+
+@pytest.mark.parametrize("id_model_bytes", [0, 20_000])
+@pytest.mark.parametrize("num_seeds", [1, 7, 200])
+def test_all_caches_together_keep_to_the_bound_and_use_it(
+    num_seeds: int, id_model_bytes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    max_bytes, now, info = 600_000, 0.0, FakeBackend().describe()
+    id_model = bytes(range(256)) * (id_model_bytes // 256)
+    stored = StoredTargets(str(tmp_path), id_model=id_model, max_bytes=max_bytes, clock=lambda: now)
+    rng = random.Random(1)
+    for number in range(1500):
+        one = seeded(number % num_seeds, first=number, num_tokens=1 + number % 50)
+        stored.open(one.spec, info)
+        stored.put([(one, rng.randbytes(rng.randrange(1, 2000)))], info)
+        if number % 20 == 0:
+            stored.refresh()
+            assert tree_bytes(tmp_path) <= max_bytes
+    stored.refresh()
+    assert 0.8 * max_bytes < tree_bytes(tmp_path) <= max_bytes
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == [
+        f"the caches in {tmp_path} reach cache_max_bytes = {max_bytes}: "
+        "nothing more is written until some are pruned or deleted"
+    ]
+    for cache in sorted(tmp_path.iterdir())[: num_seeds // 2]:
+        shutil.rmtree(cache)
+    used = tree_bytes(tmp_path)
+    now += 61
+    stored.refresh()
+    other = seeded(num_seeds)
+    stored.put([(other, b"payload")], info)
+    stored.refresh()
+    assert stored.holds(other, info) == (num_seeds > 1)
+    stored.close()
+    assert used <= tree_bytes(tmp_path) <= max_bytes
+
+
+EVENTS: list[tuple[str, object]] = []
+IS_LISTENING = [False]
+
+
+def listen(event: str, arguments: tuple[object, ...]) -> None:
+    if IS_LISTENING[0] and event in ("open", "os.listdir", "os.scandir"):
+        EVENTS.append((event, arguments[0]))
+
+
+def test_opening_a_specs_cache_looks_at_no_other(tmp_path: Path) -> None:
+    info = FakeBackend().describe()
+    stored = StoredTargets(str(tmp_path), max_bytes=1 << 30)
+    for seed in range(2 * MAX_OPEN):
+        stored.put([(seeded(seed), b"payload")], info)
+    stored.refresh()
+    sys.addaudithook(listen)  # for good, and silent from here on
+    IS_LISTENING[0] = True
+    for seed in (1, 1000):  # one that is stored, and closed by now, and a new one
+        digest = Fingerprint.of(info, seeded(seed).spec).digest
+        EVENTS.clear()
+        stored.open(seeded(seed).spec, info)
+        stored.put([(seeded(seed, first=2), b"payload")], info)
+        looked_at = {str(place) for _, place in EVENTS if str(place).startswith(str(tmp_path))}
+        strangers = {place for place in looked_at if digest[:16] not in place}
+        assert looked_at - strangers
+        assert (
+            len({place.removeprefix(str(tmp_path)).split("/")[1] for place in strangers}) <= 1
+        )  # one is closed for it
+    IS_LISTENING[0] = False
+    stored.close()
+
+
+async def test_streams_open_and_are_answered_while_the_disk_hangs(tmp_path: Path) -> None:
+    backend = FakeBackend()
+    sequences = {number: sequence(number, 5, 6) for number in range(40)}
+    async with serving(backend, cache=str(tmp_path)) as server, WireClient(server.address) as early:
+        scheduler = server.scheduler
+        assert scheduler is not None
+        await early.open()
+        await early.request(sequences)
+        expected = {number: result.targets for number, result in (await early.receive(40)).items()}
+        await scheduler.refresh_stored()
+        disk_is_free = threading.Event()
+        scheduler._disk.submit(disk_is_free.wait, 60)
+        try:
+            async with asyncio.timeout(10), WireClient(server.address) as late:
+                await late.open()
+                await late.request(sequences)  # which are stored, and scored again
+                assert {number: one.targets for number, one in (await late.receive(40)).items()} == expected
+            async with asyncio.timeout(2):
+                for _ in range(10):
+                    async with WireClient(server.address) as client:
+                        await client.open(replace(SPEC, seed=_))
+                        await client.request(sequences)
+                        await client.receive(40)
+            assert await health(server.address) == health_pb2.HealthCheckResponse.SERVING
+        finally:
+            disk_is_free.set()
+        num_scored_before = num_scored(backend)
+        while scheduler._disk.hangs:
+            await asyncio.sleep(0.01)
+        await scheduler.refresh_stored()
+        async with WireClient(server.address) as client:  # what waited for the disk is on it now
+            await client.open(replace(SPEC, seed=9))
+            await client.request(sequences)
+            await client.receive(40)
+        assert num_scored(backend) == num_scored_before
 
 
 async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_streams(tmp_path: Path) -> None:
