@@ -150,7 +150,17 @@ class TransformersBackend:
     def _passes(self, lengths: list[int]) -> list[list[int]]:
         assert self._lm is not None, "score after close"
         overhead = self._pass_overhead_tokens if self._lm.pads_safely else 0
-        passes = split_by_length(lengths, pass_overhead_tokens=overhead, max_padded_tokens=self._max_padded_tokens)
+        most_tokens = self._max_padded_tokens if self._lm.is_split else 1
+        groups: dict[Any, list[int]] = {}
+        for index, length in enumerate(lengths):
+            groups.setdefault(self._lm.by_length.group(length), []).append(index)
+        passes = [
+            [members[place] for place in one]
+            for members in groups.values()
+            for one in split_by_length(
+                [lengths[index] for index in members], pass_overhead_tokens=overhead, max_padded_tokens=most_tokens
+            )
+        ]
         padded = sum(len(members) * max(lengths[index] for index in members) for members in passes)
         metrics.TEACHER_PADDING_TOKENS.inc(padded - sum(lengths))
         return passes
