@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
 from benchmarks.machine import machine
+from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import TargetSpec
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
@@ -74,7 +75,9 @@ def student(addresses: Sequence[str], number: int) -> float:
     rng = np.random.default_rng(number)
     shape = (BATCH_SEQUENCES, NUM_TOKENS)
     batches = [{"input_ids": torch.from_numpy(rng.integers(0, VOCAB_SIZE, shape))} for _ in range(NUM_STEPS)]
-    client = GrpcTeacherClient(addresses, spec, vocab_size=VOCAB_SIZE, client_id=f"student-{number}")
+    client = GrpcTeacherClient(
+        addresses, spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER, client_id=f"student-{number}"
+    )
     waiting = 0.0
     with contextlib.closing(client):
         batch = iter(TargetStream(batches, client, spec=spec))

@@ -34,6 +34,7 @@ from logitstream import codec
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.fused_loss import fused_linear_sparse_kl
 from logitstream.sampling import sample
+from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TokenSequence
 from student_worker.split_model import install_fused_loss
 
@@ -173,7 +174,9 @@ def ours_over_grpc(problem: Problem) -> Iterator[torch.Tensor]:
         try:
             while not address_file.exists() or not address_file.read_text().strip():
                 time.sleep(0.1)
-            client = GrpcTeacherClient([address_file.read_text().strip()], SPEC, vocab_size=problem.vocab_size)
+            client = GrpcTeacherClient(
+                [address_file.read_text().strip()], SPEC, vocab_size=problem.vocab_size, tokenizer=UNCHECKED_TOKENIZER
+            )
             batches = ({"input_ids": problem.inputs[batch]} for batch in itertools.cycle(range(NUM_BATCHES)))
             stream = TargetStream(batches, client, spec=SPEC, prefetch_batches=4)
             try:

@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
 from benchmarks.machine import machine
+from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import TargetSpec
 from student_worker.documents import Batch
 from student_worker.target_cache import open_target_cache
@@ -45,7 +46,9 @@ def main() -> None:
     with instant() as (address, _):
         for codec_version in (1, 2):
             spec = TargetSpec(num_samples=50, codec_version=codec_version)
-            client = GrpcTeacherClient([address], spec, vocab_size=VOCAB_SIZE, client_id="benchmark")
+            client = GrpcTeacherClient(
+                [address], spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER, client_id="benchmark"
+            )
             results[f"codec_{codec_version}"] = measure(client, spec)
             client.close()
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")

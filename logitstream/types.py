@@ -293,6 +293,7 @@ class TeacherInfo:
     teacher_version: int = 0
     server_version: str = ""
     backend: str = ""
+    tokenizer_rules: str = ""
 
 
 _FINGERPRINT_TEXTS = {

@@ -262,6 +262,7 @@ class Dispatcher:
         sequence = request.sequence
         try:
             sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
+            self._identity.tokenizer.check_sequence(sequence, info)
             num_bytes = request_bytes(sequence)
             if num_bytes > info.max_message_bytes:
                 raise InvalidSequence(f"a request of {num_bytes} bytes: the limit is {info.max_message_bytes}")

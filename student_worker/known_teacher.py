@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
+from student_worker.own_tokenizer import OwnTokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +15,7 @@ class Identity:
 
     client_id: str
     vocab_size: int
-    tokenizer_digest: str
+    tokenizer: OwnTokenizer
     spec: TargetSpec
 
 
@@ -129,10 +130,7 @@ class KnownTeacher:
                 f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}; where only padding "
                 f"differs, start teacher-server with --vocab_size {mine.vocab_size}"
             )
-        if mine.tokenizer_digest and mine.tokenizer_digest != info.tokenizer_digest:
-            raise FingerprintMismatch(
-                f"tokenizers differ: the student's {mine.tokenizer_digest}, the teacher's {info.tokenizer_digest}"
-            )
+        mine.tokenizer.digest_for(info)
         if mine.spec.sampler not in info.samplers or mine.spec.codec_version not in info.codec_versions:
             raise FingerprintMismatch(
                 f"expected sampler {mine.spec.sampler} and codec version {mine.spec.codec_version}, the teacher offers "

@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from logitstream.errors import AccessDenied, LogitstreamError, TeacherUnavailable
+from logitstream.errors import AccessDenied, FingerprintMismatch, LogitstreamError, TeacherUnavailable
 from logitstream.rpc.connection import Answer, Credit, Draining, Outgoing, TeacherConnection
 from logitstream.types import ReceivedTargets, TokenSequence
 from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.own_tokenizer import TokenizerMismatch
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +222,18 @@ class Replica:
             writing.cancel()
 
     async def _handshake(self, connection: TeacherConnection) -> None:
-        info = await connection.describe()
-        self.described = self._teacher.accept(self.address, info)
+        info, tokenizer = await connection.describe(), self._identity.tokenizer
+        try:
+            self.described = self._teacher.accept(self.address, info)
+        except TokenizerMismatch as error:
+            explained = await tokenizer.explain(connection.describe_tokenizer, info)
+            raise FingerprintMismatch(f"{error}; {explained}") from None
+        await tokenizer.compare_rules(connection.describe_tokenizer, info)
         self.credit = await connection.open(
             self._identity.spec,
             client_id=self._identity.client_id,
             vocab_size=self._identity.vocab_size,
-            tokenizer_digest=self._identity.tokenizer_digest,
+            tokenizer_digest=tokenizer.digest_for(info),
             weights_digest=self._teacher.weights_to_ask_for(info),
         )
         self.state, self.last_error, self._was_ready = "ready", None, True

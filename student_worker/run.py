@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from logitstream import metrics
 from logitstream.errors import LogitstreamError
 from logitstream.files import write_whole
-from logitstream.tokenizer import tokenizer_digest
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
@@ -95,9 +95,9 @@ def prepare(
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
     train_set, heldout_set = load_data(config, arguments, tokenizer, resumes=checkpoint is not None)
     model = load_model(config, arguments)
-    vocab_size, digest = model.config.get_text_config().vocab_size, tokenizer_digest(tokenizer)
+    vocab_size, vocabulary = model.config.get_text_config().vocab_size, Vocabulary.of(tokenizer)
     if config.bytes_per_token or config.noise:
-        meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, digest))
+        meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, vocabulary))
     corpus = train_set.cache if isinstance(train_set, CacheDataset) else None
     draw_set = choose_draw_set(config, arguments, len(train_set), cache=corpus)
     draw_set, config.draws = of_main_process((draw_set, config.draws))  # the cache may grow while they look
@@ -106,11 +106,11 @@ def prepare(
     client = None
     if config.targets != "cache":
         expected = expected_teacher(folder, config.target_spec(), resumes=checkpoint is not None)
-        client = connect(config, config.target_spec(), vocab_size, digest, expected)
+        client = connect(config, config.target_spec(), vocab_size, vocabulary, expected)
         resources.enter_context(contextlib.closing(client))
         if config.targets == "online":
             agree_on_teacher(client, config.target_spec(), folder)
-    cache = open_cache(config, client, digest, arguments.process_index, resources)
+    cache = open_cache(config, client, vocabulary, arguments.process_index, resources)
     return tokenizer, build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
 
 
@@ -176,14 +176,18 @@ def meet_budget(
 
 
 def connect(
-    config: StudentConfig, spec: TargetSpec, vocab_size: int, digest: str, expected: Fingerprint | None = None
+    config: StudentConfig,
+    spec: TargetSpec,
+    vocab_size: int,
+    vocabulary: Vocabulary,
+    expected: Fingerprint | None = None,
 ) -> GrpcTeacherClient:
     """A client of the teacher's replicas."""
     return GrpcTeacherClient(
         config.teacher,
         spec,
         vocab_size=vocab_size,
-        tokenizer_digest=digest,
+        tokenizer=vocabulary,
         client_id=config.client_id,
         tls=config.tls_files(),
         token_file=config.token_file,
@@ -199,7 +203,7 @@ def connect(
 def open_cache(
     config: StudentConfig,
     client: GrpcTeacherClient | None,
-    digest: str,
+    vocabulary: Vocabulary,
     process_index: int,
     resources: contextlib.ExitStack,
 ) -> TargetCache | None:
@@ -211,7 +215,7 @@ def open_cache(
         client,
         config.target_spec(),
         online=config.targets == "online",
-        tokenizer_digest=digest,
+        tokenizer=vocabulary,
         max_bytes=config.cache_max_bytes,
         writer_id=f"{config.client_id}-{process_index}",
         provenance={"text": config.text, "tokenizer": config.tokenizer or config.model} | config.cache_provenance,

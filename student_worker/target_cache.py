@@ -13,6 +13,7 @@ from logitstream.cache import CacheReader, CacheWriter, has_manifest
 from logitstream.cache.open_shard import tree_bytes
 from logitstream.cache.remote import is_remote, local_path
 from logitstream.errors import CacheError, FingerprintMismatch
+from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TokenSequence, request_key
 from student_worker.teacher_client import TeacherClient
 
@@ -55,6 +56,11 @@ class TargetCache:
         self.id_model = id_model
         self._warned_of_others = False
         self._reader = self._open_reader(directory)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the cache's first writer noted of its origin; empty where nothing can be read."""
+        return dict(self._reader.manifest["provenance"]) if self._reader is not None else {}
 
     @property
     def writable(self) -> bool:
@@ -140,7 +146,7 @@ def open_target_cache(
     spec: TargetSpec,
     *,
     online: bool = False,
-    tokenizer_digest: str = "",
+    tokenizer: HasVocabulary | Vocabulary | None = None,
     max_bytes: int = 0,
     writer_id: str = "student",
     provenance: dict[str, Any] | None = None,
@@ -161,13 +167,17 @@ def open_target_cache(
         return TargetCache(directory, fingerprint, id_model=info.id_model, provenance=provenance, **options)
     cache = TargetCache(directory, write=client is not None, provenance=provenance, **options)
     found = cache.fingerprint
-    wanted = replace(found, spec=spec.canonical(), tokenizer_digest=tokenizer_digest or found.tokenizer_digest)
-    if wanted != found:
-        cache.close()
-        raise FingerprintMismatch(
-            f"{directory} holds targets of another fingerprint (found against wanted): {found.differences(wanted)}"
-        )
-    return cache
+    vocabulary = Vocabulary.of(tokenizer) if tokenizer is not None else None
+    wanted = replace(found, spec=spec.canonical())
+    if vocabulary is not None and not vocabulary.num_shared(found.tokenizer_digest):
+        wanted = replace(wanted, tokenizer_digest=vocabulary.digest)
+    if wanted == found:
+        return cache
+    cache.close()
+    told = f"{directory} holds targets of another fingerprint (found against wanted): {found.differences(wanted)}"
+    if wanted.tokenizer_digest != found.tokenizer_digest:
+        told += f"; tokenize with the cache's tokenizer, {cache.provenance.get('tokenizer', 'that of its teacher')}"
+    raise FingerprintMismatch(told)
 
 
 def may_hold_targets(directory: str | Path) -> bool:

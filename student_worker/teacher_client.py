@@ -29,6 +29,7 @@ from logitstream.rpc.channel import (
 )
 from logitstream.rpc.connection import TeacherConnection
 from logitstream.rpc.tokens import TokenFile, checked_token
+from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
     Fingerprint,
     ReceivedTargets,
@@ -40,6 +41,7 @@ from logitstream.types import (
 )
 from student_worker.dispatcher import DeliverySettings, Dispatcher
 from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.own_tokenizer import OwnTokenizer
 from student_worker.replica import Request, wait
 from student_worker.resolver import resolve, teacher_host
 
@@ -145,7 +147,7 @@ class GrpcTeacherClient:
         spec: TargetSpec,
         *,
         vocab_size: int,
-        tokenizer_digest: str = "",
+        tokenizer: HasVocabulary | Vocabulary | str,
         client_id: str = "student",
         tls: TlsFiles | None = None,
         token: str = "",
@@ -162,7 +164,9 @@ class GrpcTeacherClient:
         resolve_seconds: float = 15.0,
         resolve: Callable[[str], Awaitable[list[str]]] = resolve,
     ) -> None:
-        """fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
+        """vocab_size: rows of the student's head. tokenizer: the student's; or its `tokenizer_digest`, which cannot
+        tell what differs; UNCHECKED_TOKENIZER where the caller vouches that ids mean the same to the teacher.
+        fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
 
         Raises ValueError for an address that is none, plaintext to another machine without `insecure`, or a token or
         certificate that is none; OSError for a file that cannot be read.
@@ -191,7 +195,7 @@ class GrpcTeacherClient:
         self._request_ids = itertools.count(1)
         self._stopping = asyncio.Event()
         self._closed = threading.Event()
-        identity = Identity(client_id=client_id, vocab_size=vocab_size, tokenizer_digest=tokenizer_digest, spec=spec)
+        identity = Identity(client_id=client_id, vocab_size=vocab_size, tokenizer=OwnTokenizer(tokenizer), spec=spec)
         self._teacher = KnownTeacher(identity, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
         self._dispatcher = Dispatcher(
             identity=identity,

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teacher_server.stopping import stop_while_starting
 
 if TYPE_CHECKING:  # imported where they are used: they take seconds, in which signals are heeded already
+    from logitstream.tokenizer import Vocabulary
     from teacher_server.backend import TeacherBackend
     from teacher_server.config import TeacherConfig
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backend_factory(config),
         load_checkpoint=load_checkpoint if config.backend == "transformers" else None,
         make_id_model=lambda backend: id_model_of(config, backend),
+        load_vocabulary=lambda: vocabulary_of(config),
     )
 
 
@@ -60,13 +62,13 @@ def check(config: TeacherConfig) -> None:
         check_access(config)
         check_places(config)
         backend = backend_factory(config)()
-        id_model = id_model_of(config, backend)
+        id_model, rules = id_model_of(config, backend), vocabulary_of(config).rules_digest
         if config.tls_cert:
             print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls_cert), UTC)}")
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {error}") from error
     info = backend.describe()
-    for name, value in asdict(described(info, stream_limits(config, info), id_model)).items():
+    for name, value in asdict(described(info, stream_limits(config, info), id_model, rules)).items():
         print(f"{name}: {len(value)} bytes" if isinstance(value, bytes) else f"{name}: {value}")
     backend.close()
     print("the settings and the model are good")
@@ -74,17 +76,28 @@ def check(config: TeacherConfig) -> None:
 
 def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
     """What codec version 2 is told about the teacher's ids; empty where the settings name nothing."""
-    from transformers import AutoTokenizer
-
     from teacher_server.calibration import id_model_from
-    from teacher_server.weights import weights_folder
 
     path = Path(config.id_model) if config.id_model else None
     if not config.calibration_text:
         return id_model_from(path, None, None, backend)
-    folder = weights_folder(config.model, config.revision)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or folder)
-    return id_model_from(path, Path(config.calibration_text), tokenizer, backend)
+    return id_model_from(path, Path(config.calibration_text), tokenizer_of(config), backend)
+
+
+def vocabulary_of(config: TeacherConfig) -> Vocabulary:
+    """What a student with another tokenizer is told."""
+    from logitstream.tokenizer import Vocabulary
+
+    return Vocabulary.of(tokenizer_of(config))
+
+
+def tokenizer_of(config: TeacherConfig) -> Any:
+    """The one that is named, or the model's own."""
+    from transformers import AutoTokenizer
+
+    from teacher_server.weights import weights_folder
+
+    return AutoTokenizer.from_pretrained(config.tokenizer or weights_folder(config.model, config.revision))
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
@@ -109,15 +122,13 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
         )
 
     def load_vllm() -> TeacherBackend:
-        from transformers import AutoTokenizer
-
         from logitstream.tokenizer import tokenizer_digest
         from teacher_server.vllm_backend import VllmBackend
         from teacher_server.vocabulary import check_vocab_size
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
         folder = weights_folder(config.model, config.revision)
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or folder)
+        tokenizer = tokenizer_of(config)
         check_vocab_size(config.vocab_size, tokenizer)
         return VllmBackend(
             str(folder),

@@ -20,6 +20,7 @@ from logitstream.errors import LogitstreamError
 from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import CertificateExpiry, server_credentials
 from logitstream.rpc.channel import TlsFiles
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo
 from teacher_server import listening
 from teacher_server.backend import TeacherBackend
@@ -56,12 +57,14 @@ class TeacherServer:
         *,
         load_checkpoint: LoadCheckpoint | None = None,
         make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
+        load_vocabulary: Callable[[], Vocabulary | None] = lambda: None,
         make_encoder: Callable[[bytes, int], Encode] = encoder,
     ) -> None:
         self._config = config
         self._make_backend = make_backend
         self._load_checkpoint = load_checkpoint
         self._make_id_model = make_id_model
+        self._load_vocabulary = load_vocabulary
         self._make_encoder = make_encoder
         self._stopping = asyncio.Event()
         self._health = Health("", SERVICE)
@@ -88,17 +91,17 @@ class TeacherServer:
             loading: asyncio.Future[Any] = _in_thread(self._load)
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                backend, id_model = loading.result()
-                await self._serve(backend, id_model, stopping)
+                backend, id_model, vocabulary = loading.result()
+                await self._serve(backend, id_model, vocabulary, stopping)
         finally:
             await self._server.stop(STOP_SECONDS)
             if self._probed is not None:
                 await self._probed.stop(0)
 
-    def _load(self) -> tuple[TeacherBackend, bytes]:
+    def _load(self) -> tuple[TeacherBackend, bytes, Vocabulary | None]:
         codec.warm_up()
         backend = self._make_backend()
-        return backend, self._make_id_model(backend)
+        return backend, self._make_id_model(backend), self._load_vocabulary()
 
     async def _listen(self) -> None:
         config = self._config
@@ -118,7 +121,9 @@ class TeacherServer:
             await self._probed.start()
         await self._server.start()
 
-    async def _serve(self, backend: TeacherBackend, id_model: bytes, stopping: asyncio.Future[Any]) -> None:
+    async def _serve(
+        self, backend: TeacherBackend, id_model: bytes, vocabulary: Vocabulary | None, stopping: asyncio.Future[Any]
+    ) -> None:
         config = self._config
         scheduler = self.scheduler = Scheduler(
             backend,
@@ -129,7 +134,8 @@ class TeacherServer:
             if config.cache
             else None,
         )
-        servicer = TeacherServicer(scheduler, stream_limits(config, backend.describe()), id_model=id_model)
+        limits = stream_limits(config, backend.describe())
+        servicer = TeacherServicer(scheduler, limits, id_model=id_model, vocabulary=vocabulary)
         running = asyncio.ensure_future(scheduler.run())
         has_looked = asyncio.Event()
         looking: asyncio.Future[Any] = asyncio.ensure_future(has_looked.wait())
@@ -217,6 +223,7 @@ def serve(
     *,
     load_checkpoint: LoadCheckpoint | None = None,
     make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
+    load_vocabulary: Callable[[], Vocabulary | None] = lambda: None,
     make_encoder: Callable[[bytes, int], Encode] = encoder,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns when everything is drained.
@@ -241,6 +248,7 @@ def serve(
             make_backend,
             load_checkpoint=load_checkpoint,
             make_id_model=make_id_model,
+            load_vocabulary=load_vocabulary,
             make_encoder=make_encoder,
         )
         for number in stopping_signals():

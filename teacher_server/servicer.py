@@ -26,6 +26,7 @@ from logitstream.errors import (
 from logitstream.rpc import convert
 from logitstream.rpc.status import status_of
 from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo
 from teacher_server.access import caller
 from teacher_server.accounts import Accounts
@@ -38,6 +39,8 @@ from teacher_server.stream import ClientStream
 GONE_SECONDS = 10.0
 MAX_CLIENT_ID_CHARS = 128
 MAX_MESSAGE_REQUESTS = 8192
+TOKENIZER_PART_BYTES = 32 << 10
+"""Of one message of `DescribeTokenizer`, below the least that max_message_bytes may be."""
 ENTRIES_PER_MESSAGE_BYTE = 4
 """Requests whose targets could not fit into a message even at two bits an entry are refused before they are scored."""
 
@@ -64,10 +67,20 @@ class TeacherServicer:
     """Takes raw bytes, so that what is no message is refused as such and sizes are known before decoding; a stream's
     answers are serialized in `replies.py`."""
 
-    def __init__(self, scheduler: Scheduler, limits: StreamLimits, *, id_model: bytes = b"") -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        limits: StreamLimits,
+        *,
+        id_model: bytes = b"",
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """vocabulary: for students whose tokenizer differs; None: they are told the digests alone."""
         self._scheduler = scheduler
         self._limits = limits
         self._id_model = id_model
+        self._vocabulary = vocabulary.to_bytes() if vocabulary is not None else b""
+        self._tokenizer_rules = vocabulary.rules_digest if vocabulary is not None else ""
         self._streams: set[ClientStream] = set()
         self._accounts = Accounts(
             max_in_flight_tokens=limits.max_in_flight_tokens,
@@ -85,6 +98,7 @@ class TeacherServicer:
             service.full_name,
             {
                 "Describe": grpc.stream_stream_rpc_method_handler(self.describe),
+                "DescribeTokenizer": grpc.stream_stream_rpc_method_handler(self.describe_tokenizer),
                 "StreamTargets": grpc.stream_stream_rpc_method_handler(self.stream_targets),
             },
         )
@@ -92,7 +106,7 @@ class TeacherServicer:
     @property
     def info(self) -> TeacherInfo:
         """What is served now, with this server's limits."""
-        return described(self._scheduler.info, self._limits, self._id_model)
+        return described(self._scheduler.info, self._limits, self._id_model, self._tokenizer_rules)
 
     @property
     def num_unsent(self) -> int:
@@ -108,6 +122,18 @@ class TeacherServicer:
         try:
             await first_message(context, pb.DescribeRequest)
             await _write(context, convert.info_to_message(self.info).SerializeToString())
+        except LogitstreamError as error:
+            await _abort(context, error)
+
+    async def describe_tokenizer(self, _requests: object, context: Context) -> None:
+        """As `describe`, but for the number of responses."""
+        try:
+            await first_message(context, pb.DescribeTokenizerRequest)
+            if not self._vocabulary:
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not tell its vocabulary")
+            for start in range(0, len(self._vocabulary), TOKENIZER_PART_BYTES):
+                part = pb.TokenizerPart(data=self._vocabulary[start : start + TOKENIZER_PART_BYTES])
+                await _write(context, part.SerializeToString())
         except LogitstreamError as error:
             await _abort(context, error)
 
@@ -155,7 +181,8 @@ class TeacherServicer:
             )
         if message.tokenizer_digest and message.tokenizer_digest != info.tokenizer_digest:
             raise FingerprintMismatch(
-                f"the student's tokenizer {message.tokenizer_digest[:64]} is not the teacher's {info.tokenizer_digest}"
+                f"the student's tokenizer {message.tokenizer_digest[:64]} is not the teacher's "
+                f"{info.tokenizer_digest}, whose tokens DescribeTokenizer tells"
             )
         _check_weights(message.weights_digest, info.weights_digest)
         return convert.spec_from_message(message.spec)
@@ -237,7 +264,7 @@ class TeacherServicer:
             _check_weights(wanted_weights, self._scheduler.info.weights_digest)
 
 
-def described(info: TeacherInfo, limits: StreamLimits, id_model: bytes) -> TeacherInfo:
+def described(info: TeacherInfo, limits: StreamLimits, id_model: bytes, tokenizer_rules: str) -> TeacherInfo:
     """What `Describe` tells of a backend behind this server's limits."""
     return replace(
         info,
@@ -245,6 +272,7 @@ def described(info: TeacherInfo, limits: StreamLimits, id_model: bytes) -> Teach
         max_in_flight_tokens=limits.max_in_flight_tokens,
         max_message_bytes=limits.max_message_bytes,
         id_model=id_model,
+        tokenizer_rules=tokenizer_rules,
         server_version=version("logitstream"),
     )
 

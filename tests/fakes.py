@@ -48,6 +48,7 @@ class FakeBackend:
         seconds_per_token: float = 0.0,
         max_sequence_tokens: int = 4096,
         weights_digest: str = FAKE_DIGEST,
+        tokenizer_digest: str = "70" * 32,
         fault: Callable[[Sequence[ScoreRequest]], RequestError | None] | None = None,
     ) -> None:
         self.batches: list[list[ScoreRequest]] = []
@@ -59,7 +60,7 @@ class FakeBackend:
         self._info = TeacherInfo(
             model="fake",
             weights_digest=weights_digest,
-            tokenizer_digest="70" * 32,
+            tokenizer_digest=tokenizer_digest,
             vocab_size=vocab_size,
             dtype="float32",
             max_sequence_tokens=max_sequence_tokens,

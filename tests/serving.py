@@ -17,6 +17,7 @@ from logitstream.rpc import convert
 from logitstream.rpc.channel import TlsFiles, bearer_metadata, open_channel
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TokenSequence
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint
@@ -30,11 +31,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 @asynccontextmanager
 async def serving(
-    backend: TeacherBackend, *, load_checkpoint: LoadCheckpoint | None = None, **settings: Any
+    backend: TeacherBackend,
+    *,
+    load_checkpoint: LoadCheckpoint | None = None,
+    vocabulary: Vocabulary | None = None,
+    **settings: Any,
 ) -> AsyncIterator[TeacherServer]:
     """A server that is healthy on entry and drained on exit; what its `run` raises is raised here."""
     config = TeacherConfig(**{"model": "test", "address": "127.0.0.1:0", "drain_seconds": 5.0} | settings)
-    server = TeacherServer(config, lambda: backend, load_checkpoint=load_checkpoint)
+    server = TeacherServer(config, lambda: backend, load_checkpoint=load_checkpoint, load_vocabulary=lambda: vocabulary)
     running = asyncio.ensure_future(server.run())
     while server.scheduler is None and not running.done():
         await asyncio.sleep(0.005)

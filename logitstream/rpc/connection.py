@@ -21,12 +21,16 @@ from logitstream.rpc.convert import (
 from logitstream.rpc.status import error_of
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
 
 RESULT_FRAMING_BYTES = 5 + 6
 """At most, around one result: gRPC's prefix of its message, and the tags and lengths of the two fields it lies in."""
 MAX_REQUESTS_BYTES = 1 << 20
 """Sequences are sent in messages of about this size, so that one message never delays the stream for long."""
+
+MAX_TOKENIZER_BYTES = 32 << 20
+"""Of a teacher's vocabulary, deflated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,24 @@ class TeacherConnection:
         info = info_from_message(message)
         self._max_message_bytes = min(MAX_REQUESTS_BYTES, info.max_message_bytes)
         return info
+
+    async def describe_tokenizer(self) -> Vocabulary:
+        """The teacher's, in full: megabytes for a large one."""
+        data = bytearray()
+        try:
+            parts = self._stub.DescribeTokenizer(
+                pb.DescribeTokenizerRequest(), timeout=self._timeout, metadata=self._metadata
+            )
+            async for part in parts:
+                data += part.data
+                if len(data) > MAX_TOKENIZER_BYTES:
+                    raise ProtocolViolation(f"{self._address}: a vocabulary of more than {MAX_TOKENIZER_BYTES} bytes")
+        except aio.AioRpcError as error:
+            raise self._error(error.code(), error.details()) from None
+        try:
+            return await asyncio.to_thread(Vocabulary.from_bytes, bytes(data))
+        except ValueError as error:
+            raise ProtocolViolation(f"{self._address}: {error}") from None
 
     async def open(
         self, spec: TargetSpec, *, client_id: str, vocab_size: int, tokenizer_digest: str, weights_digest: str

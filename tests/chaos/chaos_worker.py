@@ -82,7 +82,7 @@ def work(settings: WorkerSettings) -> None:
         settings.addresses,
         SPEC,
         vocab_size=VOCAB_SIZE,
-        tokenizer_digest=TOKENIZER_DIGEST,
+        tokenizer=TOKENIZER_DIGEST,
         client_id=f"worker-{settings.rank}",
         deadline_seconds=60.0,
         stalled_seconds=2.0,

@@ -15,7 +15,7 @@ from logitstream.types import TargetSpec
 from student_worker.agreement import agree_on_teacher, expected_teacher, open_agreed_cache
 from student_worker.data import CacheDataset
 from student_worker.teacher_client import GrpcTeacherClient
-from tests.fake_teacher import SPEC, VOCAB_SIZE, fake_teacher, weights_digest
+from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, fake_teacher, weights_digest
 from tests.integration.crashing_writer import FINGERPRINT, record
 
 PROCESS = """
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 from student_worker.agreement import agree_on_teacher
 from student_worker.teacher_client import GrpcTeacherClient
-from tests.fake_teacher import SPEC, VOCAB_SIZE
+from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -38,7 +38,13 @@ async def look_up(name):
     return list(behind)
 
 client = GrpcTeacherClient(
-    ["teachers:1"], SPEC, vocab_size=VOCAB_SIZE, resolve=look_up, resolve_seconds=0.05, insecure=True
+    ["teachers:1"],
+    SPEC,
+    vocab_size=VOCAB_SIZE,
+    tokenizer=TOKENIZER_DIGEST,
+    resolve=look_up,
+    resolve_seconds=0.05,
+    insecure=True,
 )
 before = client.info.weights_digest
 behind.append(later)
@@ -73,16 +79,16 @@ def test_all_processes_train_from_the_main_ones_teacher(tmp_path: Path) -> None:
 
 def test_a_resumed_run_refuses_another_teacher_but_may_draw_otherwise(tmp_path: Path) -> None:
     with fake_teacher() as (_, a), fake_teacher("--weights", "b") as (_, b):
-        client = GrpcTeacherClient([a], SPEC, vocab_size=VOCAB_SIZE)
+        client = GrpcTeacherClient([a], SPEC, vocab_size=VOCAB_SIZE, tokenizer=TOKENIZER_DIGEST)
         agree_on_teacher(client, SPEC, tmp_path)
         client.close()
         spec = TargetSpec(num_samples=9, codec_version=1)
         assert expected_teacher(tmp_path, spec, resumes=False) is None
         expected = expected_teacher(tmp_path, spec, resumes=True)
-        client = GrpcTeacherClient([a], spec, vocab_size=VOCAB_SIZE, fingerprint=expected)
+        client = GrpcTeacherClient([a], spec, vocab_size=VOCAB_SIZE, tokenizer=TOKENIZER_DIGEST, fingerprint=expected)
         assert client.info.weights_digest == weights_digest("a", 0)
         client.close()
-        client = GrpcTeacherClient([b], spec, vocab_size=VOCAB_SIZE, fingerprint=expected)
+        client = GrpcTeacherClient([b], spec, vocab_size=VOCAB_SIZE, tokenizer=TOKENIZER_DIGEST, fingerprint=expected)
         with pytest.raises(FingerprintMismatch, match=weights_digest("b", 0)):
             agree_on_teacher(client, spec, tmp_path)
         client.close()

@@ -24,6 +24,7 @@ from logitstream.cache.rewrite import prune
 from logitstream.cache.shard import encode_batch
 from logitstream.errors import FingerprintMismatch
 from logitstream.sampling import sample
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from student_worker.data import CacheDataset, collate, split_heldout
 from student_worker.target_cache import TargetCache, open_target_cache
@@ -294,8 +295,21 @@ def test_a_cache_of_another_tokenizer_is_refused_even_without_a_teacher(
     tmp_path: Path, client: LocalTeacherClient
 ) -> None:
     fill(tmp_path, client, 2)
-    with pytest.raises(FingerprintMismatch, match=f"tokenizer_digest: '{INFO.tokenizer_digest}' against '00'"):
-        open_cache(tmp_path, None, tokenizer_digest="00")
+    other = Vocabulary([(0, "another")])
+    wrong = f"tokenizer_digest: '{INFO.tokenizer_digest}' against '{other.digest}'; tokenize with the cache's tokenizer"
+    with pytest.raises(FingerprintMismatch, match=wrong):
+        open_cache(tmp_path, None, tokenizer=other)
+
+
+def test_a_cache_takes_a_tokenizer_that_only_adds_tokens(tmp_path: Path) -> None:
+    ours = Vocabulary([(0, "a"), (1, "b")])
+    info = replace(INFO, tokenizer_digest=ours.digest)
+    client = LocalTeacherClient(score, info=info, spec=SPEC)
+    fill(tmp_path, client, 2)
+    open_cache(tmp_path, None, tokenizer=Vocabulary([*ours.pairs, (7, "<tool>")])).close()
+    with pytest.raises(FingerprintMismatch, match="tokenize with the cache's tokenizer"):
+        open_cache(tmp_path, None, tokenizer=Vocabulary([(0, "a"), (1, "<tool>"), (2, "b")]))
+    client.close()
 
 
 def test_newer_weights_of_the_same_teacher_get_a_cache_of_their_own(tmp_path: Path) -> None:

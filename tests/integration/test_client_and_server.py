@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from logitstream import codec
-from logitstream.errors import AccessDenied, TeacherUnavailable
+from logitstream.errors import AccessDenied, FingerprintMismatch, InvalidSequence, TeacherUnavailable
 from logitstream.rpc.channel import TlsFiles
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import ReceivedTargets, TargetSpec, TokenSequence
 from student_worker.teacher_client import GrpcTeacherClient
 from teacher_server.backend import ScoreRequest
@@ -29,7 +30,9 @@ SECONDS = 60.0
 
 
 def client_of(address: str, spec: TargetSpec = SPEC, **settings: Any) -> GrpcTeacherClient:
-    return GrpcTeacherClient([address], spec, **{"vocab_size": 1000, "connect_timeout_seconds": SECONDS} | settings)
+    return GrpcTeacherClient(
+        [address], spec, **{"vocab_size": 1000, "tokenizer": "70" * 32, "connect_timeout_seconds": SECONDS} | settings
+    )
 
 
 def ragged(count: int, seed: int = 0) -> list[TokenSequence]:
@@ -145,6 +148,43 @@ async def test_a_socket_of_this_machine_is_served_and_named_as_it_was_given(
         await close(client)
 
 
+async def test_a_tokenizer_that_differs_is_told_token_by_token_and_an_added_one_only_where_it_is_used() -> None:
+    pairs = [(index, f"token {index} " + "é" * (index % 7)) for index in range(40_000)]  # more than one message
+    theirs = Vocabulary(pairs, {"normalizer": "null"})
+    swapped = Vocabulary([*pairs[:-1], (39_999, "other")], theirs.rules)
+    added = Vocabulary([*pairs, (40_500, "<tool>")], theirs.rules)
+    backend = FakeBackend(vocab_size=41_000, tokenizer_digest=theirs.digest)
+    async with serving(backend, vocabulary=theirs) as server:
+        client = client_of(server.address, vocab_size=41_000, tokenizer=swapped)
+        error = await refusal(client)
+        assert isinstance(error, FingerprintMismatch)
+        shown = f"1 of 40000 ids stand for other tokens (39999 is 'other' here and {pairs[-1][1]!r} there)"
+        assert f"{shown}: tokenize with the teacher's tokenizer, that of fake" in str(error)
+        await close(client)
+        client = client_of(server.address, vocab_size=41_000, tokenizer=added)
+        sequences = [
+            TokenSequence(token_ids=np.array(ids, np.int32)) for ids in ([1, 39_999], [1, 40_500], [1, 40_999])
+        ]
+        futures = [client.submit(one) for one in sequences]
+        await asyncio.to_thread(futures[0].result, SECONDS)
+        with pytest.raises(InvalidSequence, match=r"token id 40500 \('<tool>'\) was added to the student's tokenizer"):
+            await asyncio.to_thread(futures[1].result, SECONDS)
+        with pytest.raises(InvalidSequence, match="token id 40999"):
+            await asyncio.to_thread(futures[2].result, SECONDS)
+        await close(client)
+
+
+async def test_the_same_tokens_cut_otherwise_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    theirs = Vocabulary([(index, f"w{index}") for index in range(1000)], {"normalizer": '{"type": "Lowercase"}'})
+    async with serving(FakeBackend(tokenizer_digest=theirs.digest), vocabulary=theirs) as server:
+        for rules in (theirs.rules, {"normalizer": "null"}):
+            client = client_of(server.address, tokenizer=Vocabulary(theirs.pairs, rules))
+            await exchange(client)
+            await close(client)
+    (warning,) = [message for message in caplog.messages if "cuts text in another way" in message]
+    assert 'normalizer null here and {"type": "Lowercase"} there' in warning
+
+
 async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Path) -> None:
     servers, mine = tmp_path / "tokens", tmp_path / "token"
     servers.write_text("the-first-token-of-this-test\n")
@@ -191,6 +231,8 @@ async def test_teachers_slower_than_expected_are_given_the_time_they_take(count:
     sequences = ragged(count)
     slow = [FakeBackend(delay_seconds=0.8) for _ in range(2)]
     async with serving(slow[0], drain_seconds=0.1) as first, serving(slow[1], drain_seconds=0.1) as second:
-        client = GrpcTeacherClient([first.address, second.address], SPEC, vocab_size=1000, stalled_seconds=0.2)
+        client = GrpcTeacherClient(
+            [first.address, second.address], SPEC, vocab_size=1000, tokenizer="70" * 32, stalled_seconds=0.2
+        )
         await asyncio.to_thread(check_all, [client.submit(one) for one in sequences], sequences)
         await close(client)

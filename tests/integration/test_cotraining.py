@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from logitstream.loss import sparse_kl
+from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence, request_key
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
@@ -80,7 +81,11 @@ def test_a_student_follows_a_teacher_that_keeps_learning(tmp_path: Path) -> None
     with teacher_process(*arguments) as (_, address):
         learner = subprocess.Popen(learner_command, env=ENVIRONMENT)
         try:
-            client = Watched(GrpcTeacherClient([address], SPEC, vocab_size=96, max_teacher_lag=MAX_LAG))
+            client = Watched(
+                GrpcTeacherClient(
+                    [address], SPEC, vocab_size=96, tokenizer=UNCHECKED_TOKENIZER, max_teacher_lag=MAX_LAG
+                )
+            )
             train(student, client, until_version=2)
             client.close()
         finally:

@@ -241,7 +241,7 @@ def test_a_student_says_at_once_that_its_token_cannot_be_sent(tmp_path: Path) ->
     (tmp_path / "token").write_bytes(b"odd\xff\n")
     for options in ({"token_file": str(tmp_path / "token")}, {"token": "two words"}, {"token": "señal"}):
         with pytest.raises(ValueError, match="printable ASCII characters without spaces") as caught:
-            GrpcTeacherClient(["127.0.0.1:1"], SPEC, vocab_size=1000, **options)  # type: ignore[arg-type]
+            GrpcTeacherClient(["127.0.0.1:1"], SPEC, vocab_size=1000, tokenizer="70" * 32, **options)  # type: ignore[arg-type]
         assert "two" not in str(caught.value)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.serving import teacher_process
@@ -134,16 +137,34 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
     assert report_of(tmp_path / "alone")["tokens_trained"] == 2 * SEQUENCES * 32
 
 
-def test_a_student_with_another_tokenizer_is_refused_at_once(home: Path, tmp_path: Path) -> None:
-    other = tmp_path / "tokenizer"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "teacher")
-    tokenizer.add_tokens(["surplus"])
-    tokenizer.save_pretrained(other)
+def test_a_student_with_another_tokenizer_is_refused_at_once_and_told_which_tokens_differ(
+    home: Path, tmp_path: Path
+) -> None:
+    words = {f"w{index}": index for index in range(VOCAB_SIZE)} | {"w7": 9, "w9": 7}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(tmp_path / "other")
     with teacher_process("--model", str(home / "teacher")) as (_, address):
         text = [str(home / "corpus.txt")]
-        done = run(settings(home, tmp_path / "run", text=text, teacher=[address], tokenizer=str(other)))
+        done = run(settings(home, tmp_path / "run", text=text, teacher=[address], tokenizer=str(tmp_path / "other")))
     assert done.returncode != 0
-    assert "tokenizer" in done.stderr.splitlines()[-1]
+    told = done.stderr.splitlines()[-1]
+    assert f"2 of {VOCAB_SIZE} ids stand for other tokens (7 is 'w9' here and 'w7' there, 9 is 'w7' here" in told
+    assert f"tokenize with the teacher's tokenizer, that of {home / 'teacher'}" in told
+
+
+def test_a_student_that_added_a_token_of_its_own_is_taught(home: Path, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / "teacher")
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "more")
+    config = json.loads((home / "student/config.json").read_text()) | {"vocab_size": VOCAB_SIZE + 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    changes = {"model_config": str(tmp_path / "config.json"), "tokenizer": str(tmp_path / "more")}
+    with teacher_process("--model", str(home / "teacher")) as (_, address):
+        text, output = [str(home / "corpus.txt")], tmp_path / "run"
+        done = run(settings(home, output, text=text, teacher=[address], num_train_epochs=1, **changes))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert report_of(output)["tokens_trained"] == SEQUENCES * 32
 
 
 def test_a_killed_worker_goes_on_from_its_latest_checkpoint(home: Path, tmp_path: Path) -> None:

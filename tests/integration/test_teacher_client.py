@@ -55,7 +55,12 @@ SECONDS = 60.0
 
 @contextlib.contextmanager
 def connected(*addresses: str, **settings: Any) -> Iterator[GrpcTeacherClient]:
-    options = {"vocab_size": VOCAB_SIZE, "deadline_seconds": SECONDS, "connect_timeout_seconds": SECONDS} | settings
+    options = {
+        "vocab_size": VOCAB_SIZE,
+        "tokenizer": TOKENIZER_DIGEST,
+        "deadline_seconds": SECONDS,
+        "connect_timeout_seconds": SECONDS,
+    } | settings
     client = GrpcTeacherClient(addresses, SPEC, **options)
     try:
         yield client
@@ -103,7 +108,7 @@ def versions(received: Sequence[ReceivedTargets]) -> set[int]:
 def test_answers_belong_to_their_sequences_and_carry_the_cache_key() -> None:
     mask = np.array([True, False] * 16)
     sequences = [*make_sequences(50), TokenSequence(token_ids=np.arange(32, dtype=np.int32), loss_mask=mask)]
-    with fake_teacher() as (_, address), connected(address, tokenizer_digest=TOKENIZER_DIGEST) as client:
+    with fake_teacher() as (_, address), connected(address) as client:
         received = check_all(submit_all(client, sequences), sequences)
         digest = Fingerprint.of(client.info, SPEC).digest
         assert [one.key for one in received] == [request_key(digest, sequence, 0) for sequence in sequences]
@@ -216,7 +221,7 @@ def test_a_student_of_another_vocabulary_or_tokenizer_is_refused_at_once() -> No
     with fake_teacher() as (_, address):
         with connected(address, vocab_size=999) as client, pytest.raises(FingerprintMismatch, match=r"999.* 1000"):
             client.info  # noqa: B018
-        with connected(address, tokenizer_digest="ab" * 32) as client:
+        with connected(address, tokenizer="ab" * 32) as client:
             error = client.submit(make_sequences(1)[0]).exception(SECONDS)
         assert re.search(f"tokenizers differ: the student's {'ab' * 32}, the teacher's {TOKENIZER_DIGEST}", str(error))
 
@@ -461,7 +466,7 @@ def test_a_dataloader_forks_its_workers_beside_a_connected_client() -> None:
 
 def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
     with fake_teacher("--seconds", "30") as (_, address):
-        client = GrpcTeacherClient([address], SPEC, vocab_size=VOCAB_SIZE)
+        client = GrpcTeacherClient([address], SPEC, vocab_size=VOCAB_SIZE, tokenizer=TOKENIZER_DIGEST)
         futures = submit_all(client, make_sequences(5))
         client.close()
         client.close()
@@ -472,10 +477,11 @@ def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
 
 def test_a_client_left_open_does_not_keep_the_process_alive_and_needs_no_proxy_to_its_own_machine() -> None:
     script = (
+        "from logitstream.tokenizer import UNCHECKED_TOKENIZER\n"
         "from student_worker.teacher_client import GrpcTeacherClient\n"
         "from tests.fake_teacher import SPEC, VOCAB_SIZE\n"
         "import sys\n"
-        "client = GrpcTeacherClient([sys.argv[1]], SPEC, vocab_size=VOCAB_SIZE)\n"
+        "client = GrpcTeacherClient([sys.argv[1]], SPEC, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER)\n"
         "print(client.info.model)\n"
     )
     with fake_teacher() as (_, address):

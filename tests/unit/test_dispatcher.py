@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from logitstream.errors import ScoringFailed, TeacherUnavailable
+from logitstream.errors import ProtocolViolation, ScoringFailed, TeacherUnavailable
 from logitstream.rpc.connection import Answer, Outgoing
+from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo, TokenSequence
 from student_worker.dispatcher import DeliverySettings, Dispatcher
 from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.own_tokenizer import OwnTokenizer
 from student_worker.replica import Request
 from tests.fake_teacher import FATAL_ID, SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, fake_info
 
-IDENTITY = Identity(client_id="test", vocab_size=VOCAB_SIZE, tokenizer_digest=TOKENIZER_DIGEST, spec=SPEC)
+IDENTITY = Identity(client_id="test", vocab_size=VOCAB_SIZE, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -62,6 +64,9 @@ class Connection:
 
     async def describe(self) -> TeacherInfo:
         return fake_info()
+
+    async def describe_tokenizer(self) -> Vocabulary:
+        raise ProtocolViolation("a fake has none")
 
     async def open(self, _spec: object, **_fields: object) -> int:
         self._teacher.opened_at.append(asyncio.get_running_loop().time())

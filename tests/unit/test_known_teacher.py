@@ -7,9 +7,10 @@ import pytest
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.own_tokenizer import OwnTokenizer
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, fake_info
 
-STUDENT = Identity(client_id="test", vocab_size=1000, tokenizer_digest=TOKENIZER_DIGEST, spec=SPEC)
+STUDENT = Identity(client_id="test", vocab_size=1000, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)
 
 
 def digest_of(info: TeacherInfo) -> bytes:

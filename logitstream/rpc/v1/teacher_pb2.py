@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n logitstream/rpc/v1/teacher.proto\x12\x12logitstream.rpc.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xdc\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x07 \x01(\r\x12\x1c\n\x14max_in_flight_tokens\x18\x08 \x01(\r\x12\x19\n\x11max_message_bytes\x18\t \x01(\r\x12\x10\n\x08samplers\x18\n \x03(\t\x12\x16\n\x0e\x63odec_versions\x18\x0b \x03(\r\x12\x10\n\x08id_model\x18\x0c \x01(\x0c\x12\x17\n\x0fteacher_version\x18\r \x01(\x04\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x0f \x01(\t\"\xac\x01\n\nTargetSpec\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12\x13\n\x0bnum_samples\x18\x02 \x01(\r\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x1c\n\x14proposal_temperature\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x15\n\rcodec_version\x18\x08 \x01(\r\"\xae\x01\n\x14StreamTargetsRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.logitstream.rpc.v1.OpenH\x00\x12\x36\n\x08requests\x18\x02 \x01(\x0b\x32\".logitstream.rpc.v1.TargetRequestsH\x00\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1a.logitstream.rpc.v1.CancelH\x00\x42\x06\n\x04kind\"\x8d\x01\n\x04Open\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x03 \x01(\t\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12,\n\x04spec\x18\x05 \x01(\x0b\x32\x1e.logitstream.rpc.v1.TargetSpec\"E\n\x0eTargetRequests\x12\x33\n\x08requests\x18\x01 \x03(\x0b\x32!.logitstream.rpc.v1.TargetRequest\"\x82\x01\n\rTargetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tloss_mask\x18\x03 \x01(\x0c\x12\x10\n\x08\x64raw_set\x18\x04 \x01(\x04\x12\x10\n\x08priority\x18\x05 \x01(\x04\x12\x13\n\x0btoken_bytes\x18\x06 \x01(\x0c\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x04\"\xdd\x01\n\x15StreamTargetsResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.logitstream.rpc.v1.OpenedH\x00\x12.\n\x07results\x18\x02 \x01(\x0b\x32\x1b.logitstream.rpc.v1.ResultsH\x00\x12,\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x1a.logitstream.rpc.v1.CreditH\x00\x12\x30\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1c.logitstream.rpc.v1.DrainingH\x00\x42\x06\n\x04kind\"&\n\x06Opened\x12\x1c\n\x14max_in_flight_tokens\x18\x01 \x01(\r\"6\n\x07Results\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.logitstream.rpc.v1.Result\"\x9e\x01\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\x07targets\x18\x02 \x01(\x0cH\x00\x12\x31\n\x05\x65rror\x18\x03 \x01(\x0b\x32 .logitstream.rpc.v1.RequestErrorH\x00\x12\x17\n\x0fteacher_version\x18\x04 \x01(\x04\x12\x16\n\x0eweights_digest\x18\x05 \x01(\x0c\x42\t\n\x07outcome\"@\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"&\n\x06\x43redit\x12\x1c\n\x14max_in_flight_tokens\x18\x01 \x01(\r\"!\n\x08\x44raining\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\x32\xd1\x01\n\x0eTeacherService\x12U\n\x08\x44\x65scribe\x12#.logitstream.rpc.v1.DescribeRequest\x1a$.logitstream.rpc.v1.DescribeResponse\x12h\n\rStreamTargets\x12(.logitstream.rpc.v1.StreamTargetsRequest\x1a).logitstream.rpc.v1.StreamTargetsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n logitstream/rpc/v1/teacher.proto\x12\x12logitstream.rpc.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xf5\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x07 \x01(\r\x12\x1c\n\x14max_in_flight_tokens\x18\x08 \x01(\r\x12\x19\n\x11max_message_bytes\x18\t \x01(\r\x12\x10\n\x08samplers\x18\n \x03(\t\x12\x16\n\x0e\x63odec_versions\x18\x0b \x03(\r\x12\x10\n\x08id_model\x18\x0c \x01(\x0c\x12\x17\n\x0fteacher_version\x18\r \x01(\x04\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x0f \x01(\t\x12\x17\n\x0ftokenizer_rules\x18\x10 \x01(\t\"\x1a\n\x18\x44\x65scribeTokenizerRequest\"\x1d\n\rTokenizerPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xac\x01\n\nTargetSpec\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12\x13\n\x0bnum_samples\x18\x02 \x01(\r\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x1c\n\x14proposal_temperature\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x15\n\rcodec_version\x18\x08 \x01(\r\"\xae\x01\n\x14StreamTargetsRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.logitstream.rpc.v1.OpenH\x00\x12\x36\n\x08requests\x18\x02 \x01(\x0b\x32\".logitstream.rpc.v1.TargetRequestsH\x00\x12,\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x1a.logitstream.rpc.v1.CancelH\x00\x42\x06\n\x04kind\"\x8d\x01\n\x04Open\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x03 \x01(\t\x12\x16\n\x0eweights_digest\x18\x04 \x01(\t\x12,\n\x04spec\x18\x05 \x01(\x0b\x32\x1e.logitstream.rpc.v1.TargetSpec\"E\n\x0eTargetRequests\x12\x33\n\x08requests\x18\x01 \x03(\x0b\x32!.logitstream.rpc.v1.TargetRequest\"\x82\x01\n\rTargetRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x11\n\tloss_mask\x18\x03 \x01(\x0c\x12\x10\n\x08\x64raw_set\x18\x04 \x01(\x04\x12\x10\n\x08priority\x18\x05 \x01(\x04\x12\x13\n\x0btoken_bytes\x18\x06 \x01(\x0c\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x04\"\xdd\x01\n\x15StreamTargetsResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.logitstream.rpc.v1.OpenedH\x00\x12.\n\x07results\x18\x02 \x01(\x0b\x32\x1b.logitstream.rpc.v1.ResultsH\x00\x12,\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x1a.logitstream.rpc.v1.CreditH\x00\x12\x30\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1c.logitstream.rpc.v1.DrainingH\x00\x42\x06\n\x04kind\"&\n\x06Opened\x12\x1c\n\x14max_in_flight_tokens\x18\x01 \x01(\r\"6\n\x07Results\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.logitstream.rpc.v1.Result\"\x9e\x01\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\x07targets\x18\x02 \x01(\x0cH\x00\x12\x31\n\x05\x65rror\x18\x03 \x01(\x0b\x32 .logitstream.rpc.v1.RequestErrorH\x00\x12\x17\n\x0fteacher_version\x18\x04 \x01(\x04\x12\x16\n\x0eweights_digest\x18\x05 \x01(\x0c\x42\t\n\x07outcome\"@\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"&\n\x06\x43redit\x12\x1c\n\x14max_in_flight_tokens\x18\x01 \x01(\r\"!\n\x08\x44raining\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\x32\xb9\x02\n\x0eTeacherService\x12U\n\x08\x44\x65scribe\x12#.logitstream.rpc.v1.DescribeRequest\x1a$.logitstream.rpc.v1.DescribeResponse\x12\x66\n\x11\x44\x65scribeTokenizer\x12,.logitstream.rpc.v1.DescribeTokenizerRequest\x1a!.logitstream.rpc.v1.TokenizerPart0\x01\x12h\n\rStreamTargets\x12(.logitstream.rpc.v1.StreamTargetsRequest\x1a).logitstream.rpc.v1.StreamTargetsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=56
   _globals['_DESCRIBEREQUEST']._serialized_end=73
   _globals['_DESCRIBERESPONSE']._serialized_start=76
-  _globals['_DESCRIBERESPONSE']._serialized_end=424
-  _globals['_TARGETSPEC']._serialized_start=427
-  _globals['_TARGETSPEC']._serialized_end=599
-  _globals['_STREAMTARGETSREQUEST']._serialized_start=602
-  _globals['_STREAMTARGETSREQUEST']._serialized_end=776
-  _globals['_OPEN']._serialized_start=779
-  _globals['_OPEN']._serialized_end=920
-  _globals['_TARGETREQUESTS']._serialized_start=922
-  _globals['_TARGETREQUESTS']._serialized_end=991
-  _globals['_TARGETREQUEST']._serialized_start=994
-  _globals['_TARGETREQUEST']._serialized_end=1124
-  _globals['_CANCEL']._serialized_start=1126
-  _globals['_CANCEL']._serialized_end=1155
-  _globals['_STREAMTARGETSRESPONSE']._serialized_start=1158
-  _globals['_STREAMTARGETSRESPONSE']._serialized_end=1379
-  _globals['_OPENED']._serialized_start=1381
-  _globals['_OPENED']._serialized_end=1419
-  _globals['_RESULTS']._serialized_start=1421
-  _globals['_RESULTS']._serialized_end=1475
-  _globals['_RESULT']._serialized_start=1478
-  _globals['_RESULT']._serialized_end=1636
-  _globals['_REQUESTERROR']._serialized_start=1638
-  _globals['_REQUESTERROR']._serialized_end=1702
-  _globals['_CREDIT']._serialized_start=1704
-  _globals['_CREDIT']._serialized_end=1742
-  _globals['_DRAINING']._serialized_start=1744
-  _globals['_DRAINING']._serialized_end=1777
-  _globals['_TEACHERSERVICE']._serialized_start=1780
-  _globals['_TEACHERSERVICE']._serialized_end=1989
+  _globals['_DESCRIBERESPONSE']._serialized_end=449
+  _globals['_DESCRIBETOKENIZERREQUEST']._serialized_start=451
+  _globals['_DESCRIBETOKENIZERREQUEST']._serialized_end=477
+  _globals['_TOKENIZERPART']._serialized_start=479
+  _globals['_TOKENIZERPART']._serialized_end=508
+  _globals['_TARGETSPEC']._serialized_start=511
+  _globals['_TARGETSPEC']._serialized_end=683
+  _globals['_STREAMTARGETSREQUEST']._serialized_start=686
+  _globals['_STREAMTARGETSREQUEST']._serialized_end=860
+  _globals['_OPEN']._serialized_start=863
+  _globals['_OPEN']._serialized_end=1004
+  _globals['_TARGETREQUESTS']._serialized_start=1006
+  _globals['_TARGETREQUESTS']._serialized_end=1075
+  _globals['_TARGETREQUEST']._serialized_start=1078
+  _globals['_TARGETREQUEST']._serialized_end=1208
+  _globals['_CANCEL']._serialized_start=1210
+  _globals['_CANCEL']._serialized_end=1239
+  _globals['_STREAMTARGETSRESPONSE']._serialized_start=1242
+  _globals['_STREAMTARGETSRESPONSE']._serialized_end=1463
+  _globals['_OPENED']._serialized_start=1465
+  _globals['_OPENED']._serialized_end=1503
+  _globals['_RESULTS']._serialized_start=1505
+  _globals['_RESULTS']._serialized_end=1559
+  _globals['_RESULT']._serialized_start=1562
+  _globals['_RESULT']._serialized_end=1720
+  _globals['_REQUESTERROR']._serialized_start=1722
+  _globals['_REQUESTERROR']._serialized_end=1786
+  _globals['_CREDIT']._serialized_start=1788
+  _globals['_CREDIT']._serialized_end=1826
+  _globals['_DRAINING']._serialized_start=1828
+  _globals['_DRAINING']._serialized_end=1861
+  _globals['_TEACHERSERVICE']._serialized_start=1864
+  _globals['_TEACHERSERVICE']._serialized_end=2177
 # @@protoc_insertion_point(module_scope)

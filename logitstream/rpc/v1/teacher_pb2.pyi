@@ -55,6 +55,7 @@ class DescribeResponse(_message.Message):
     TEACHER_VERSION_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    TOKENIZER_RULES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     weights_digest: _builtins.str
@@ -75,6 +76,8 @@ class DescribeResponse(_message.Message):
     """grows by one whenever weights are replaced while serving"""
     server_version: _builtins.str
     backend: _builtins.str
+    tokenizer_rules: _builtins.str
+    """SHA-256 over how the tokenizer cuts text, hex; empty: unknown"""
     @_builtins.property
     def samplers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -97,14 +100,51 @@ class DescribeResponse(_message.Message):
         teacher_version: _builtins.int = ...,
         server_version: _builtins.str = ...,
         backend: _builtins.str = ...,
+        tokenizer_rules: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "codec_versions", b"codec_versions", "dtype", b"dtype", "id_model", b"id_model", "max_in_flight_tokens", b"max_in_flight_tokens", "max_message_bytes", b"max_message_bytes", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "revision", b"revision", "samplers", b"samplers", "server_version", b"server_version", "teacher_version", b"teacher_version", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "codec_versions", b"codec_versions", "dtype", b"dtype", "id_model", b"id_model", "max_in_flight_tokens", b"max_in_flight_tokens", "max_message_bytes", b"max_message_bytes", "max_sequence_tokens", b"max_sequence_tokens", "model", b"model", "revision", b"revision", "samplers", b"samplers", "server_version", b"server_version", "teacher_version", b"teacher_version", "tokenizer_digest", b"tokenizer_digest", "tokenizer_rules", b"tokenizer_rules", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
+
+@_typing.final
+class DescribeTokenizerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeTokenizerRequest: _TypeAlias = DescribeTokenizerRequest  # noqa: Y015
+
+@_typing.final
+class TokenizerPart(_message.Message):
+    """All parts in a row are JSON, deflated (zlib): {"ids": [0, …], "tokens": ["a", …], "rules": {"normalizer": "…", …}}."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizerPart: _TypeAlias = TokenizerPart  # noqa: Y015
 
 @_typing.final
 class TargetSpec(_message.Message):

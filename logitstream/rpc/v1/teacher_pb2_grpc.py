@@ -39,6 +39,11 @@ class TeacherServiceStub:
                 request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.DescribeTokenizer = channel.unary_stream(
+                '/logitstream.rpc.v1.TeacherService/DescribeTokenizer',
+                request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeTokenizerRequest.SerializeToString,
+                response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.TokenizerPart.FromString,
+                _registered_method=True)
         self.StreamTargets = channel.stream_stream(
                 '/logitstream.rpc.v1.TeacherService/StreamTargets',
                 request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.SerializeToString,
@@ -51,6 +56,13 @@ class TeacherServiceServicer:
 
     def Describe(self, request, context):
         """What this server serves; the student checks it before it sends the first sequence.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeTokenizer(self, request, context):
+        """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +83,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeRequest.FromString,
                     response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeResponse.SerializeToString,
+            ),
+            'DescribeTokenizer': grpc.unary_stream_rpc_method_handler(
+                    servicer.DescribeTokenizer,
+                    request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeTokenizerRequest.FromString,
+                    response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.TokenizerPart.SerializeToString,
             ),
             'StreamTargets': grpc.stream_stream_rpc_method_handler(
                     servicer.StreamTargets,
@@ -105,6 +122,33 @@ class TeacherService:
             '/logitstream.rpc.v1.TeacherService/Describe',
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeRequest.SerializeToString,
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/logitstream.rpc.v1.TeacherService/DescribeTokenizer',
+            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeTokenizerRequest.SerializeToString,
+            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.TokenizerPart.FromString,
             options,
             channel_credentials,
             insecure,

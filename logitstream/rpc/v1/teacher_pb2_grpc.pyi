@@ -36,6 +36,8 @@ class TeacherServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TeacherServiceAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.DescribeRequest, _teacher_pb2.DescribeResponse]
     """What this server serves; the student checks it before it sends the first sequence."""
+    DescribeTokenizer: _grpc.UnaryStreamMultiCallable[_teacher_pb2.DescribeTokenizerRequest, _teacher_pb2.TokenizerPart]
+    """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
     StreamTargets: _grpc.StreamStreamMultiCallable[_teacher_pb2.StreamTargetsRequest, _teacher_pb2.StreamTargetsResponse]
     """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
     What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
@@ -46,6 +48,8 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_teacher_pb2.DescribeRequest, _teacher_pb2.DescribeResponse]  # type: ignore[assignment]
     """What this server serves; the student checks it before it sends the first sequence."""
+    DescribeTokenizer: _aio.UnaryStreamMultiCallable[_teacher_pb2.DescribeTokenizerRequest, _teacher_pb2.TokenizerPart]  # type: ignore[assignment]
+    """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
     StreamTargets: _aio.StreamStreamMultiCallable[_teacher_pb2.StreamTargetsRequest, _teacher_pb2.StreamTargetsResponse]  # type: ignore[assignment]
     """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
     What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
@@ -59,6 +63,14 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_teacher_pb2.DescribeResponse, _abc.Awaitable[_teacher_pb2.DescribeResponse]]:
         """What this server serves; the student checks it before it sends the first sequence."""
+
+    @_abc_1.abstractmethod
+    def DescribeTokenizer(
+        self,
+        request: _teacher_pb2.DescribeTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.TokenizerPart], _abc.AsyncIterator[_teacher_pb2.TokenizerPart]]:
+        """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
 
     @_abc_1.abstractmethod
     def StreamTargets(
