@@ -127,12 +127,13 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
         from teacher_server.vocabulary import check_vocab_size
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
-        folder = weights_folder(config.model, config.revision)
+        with_code = bool(config.backend_options.get("trust_remote_code"))
+        folder = weights_folder(config.model, config.revision, with_code=with_code)
         tokenizer = tokenizer_of(config)
         check_vocab_size(config.vocab_size, tokenizer)
         return VllmBackend(
             str(folder),
-            weights_digest=digest_with_options(weights_digest(folder), config.backend_options),
+            weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.backend_options),
             tokenizer_digest=tokenizer_digest(tokenizer),
             dtype=config.dtype,
             revision=config.revision,

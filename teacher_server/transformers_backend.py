@@ -26,7 +26,7 @@ from teacher_server.backend import ScoreRequest
 from teacher_server.batching import split_by_length
 from teacher_server.causal_lm import SplitCausalLM
 from teacher_server.vocabulary import check_vocab_size, served_vocab_size
-from teacher_server.weights import weights_digest, weights_folder
+from teacher_server.weights import WeightsChanged, is_being_written, weights_digest, weights_folder, weights_stamps
 
 PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 1024}
 """What a forward pass costs beside its tokens, in tokens of computing: rough guesses, not measured."""
@@ -91,8 +91,10 @@ class TransformersBackend:
         """Load safetensors weights from a folder or the hub; code that comes with a model is never run.
 
         vocab_size: serve only the first so many ids, those past the tokenizer's being padding; 0: all rows of the head.
+        Raises ValueError for an adapter or a part of a model, WeightsChanged where it is written to meanwhile.
         """
         folder = weights_folder(model, revision)
+        stamps, digest = weights_stamps(folder), weights_digest(folder)
         words = AutoTokenizer.from_pretrained(tokenizer or folder)
         check_vocab_size(vocab_size, words)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,11 +104,13 @@ class TransformersBackend:
         lm = lm.to(device)
         if device == "cpu":
             _own_weights(lm)
+        if is_being_written(folder) or weights_stamps(folder) != stamps:
+            raise WeightsChanged(f"{folder} is written to while it is loaded: start again when its weights are whole")
         warm_up(lm.dtype)
         info = TeacherInfo(
             model=model,
             revision="" if Path(model).is_dir() else revision,
-            weights_digest=weights_digest(folder),
+            weights_digest=digest,
             tokenizer_digest=tokenizer_digest(words),
             vocab_size=lm.config.get_text_config().vocab_size,
             dtype=str(lm.dtype).removeprefix("torch."),

@@ -60,6 +60,7 @@ from teacher_server.prompt_draws import (
     unpack_outcome,
 )
 from teacher_server.vocabulary import served_vocab_size
+from teacher_server.weights import digest_with_options
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -312,6 +313,10 @@ class VllmBackend:
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
+        config = self._engine.model_config
+        if "longrope" in str(config.hf_text_config):  # it chooses the factors, for sequences of all lengths
+            own = digest_with_options(weights_digest, {"max_model_len": config.max_model_len})
+            self._digests = (own, tokenizer_digest)
         threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
 
     def describe(self) -> TeacherInfo:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 WHOLE_FILE_BYTES = 4 << 30
 """Files up to this size are hashed whole; of larger ones the header and evenly spaced pieces."""
 NUM_PIECES = 4096
@@ -39,18 +45,62 @@ PERFORMANCE_OPTIONS = frozenset(
 """vLLM's options that change speed and memory alone; any other may change what is served."""
 
 
-def weights_folder(model: str, revision: str) -> Path:
-    """The folder with the safetensors: `model` itself, or the hub's snapshot, downloaded where it is not there yet."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+class WeightsChanged(RuntimeError):
+    """Raised where weights are written to while they are loaded, which may then be half of two models."""
 
 
-def weights_digest(folder: Path) -> str:
+def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Path:
+    """The folder with the safetensors: `model` itself, or the hub's snapshot, downloaded where it is not there yet.
+
+    with_code: its Python files too. Raises ValueError where the folder holds a part of a model alone.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *["*.py"] * with_code]
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    refuse_adapter(folder)
+    _refuse_missing_shards(folder)
+    return folder
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises ValueError where the folder holds an adapter: it would be served on a base that no digest names."""
+    adapter = next((name for name in ADAPTER_FILES if (folder / name).is_file()), "")
+    if not adapter:
+        return
+    load = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+    raise ValueError(
+        f"{folder} holds an adapter ({adapter}) on {_base_of(folder)}, not a whole model. Merge it and serve that: "
+        f"python -c \"{load}.merge_and_unload().save_pretrained('merged')\", with the tokenizer's files beside it; or "
+        "move the adapter's files out, where the folder's own weights are meant"
+    )
+
+
+def _refuse_missing_shards(folder: Path) -> None:
+    if missing := sorted(name for name in _named_shards(folder) if not (folder / name).is_file()):
+        raise ValueError(f"{folder / INDEX} names {len(missing)} files that are not there: {', '.join(missing[:4])}")
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        return repr(json.loads((folder / ADAPTER_FILES[0]).read_bytes())["base_model_name_or_path"])[:200]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a model that is not named"
+
+
+def _named_shards(folder: Path) -> set[str]:
+    """The files that the index names, where there is one; raises ValueError or KeyError for one that is none."""
+    index = folder / INDEX
+    return set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+
+
+def weights_digest(folder: Path, *, with_code: bool = False) -> str:
     """SHA-256, hex, over the names and contents of the safetensors files and what config.json makes of them.
+
+    with_code: the folder's Python files count too, for an engine that runs them; ValueError where config.json takes
+    code from another repository, which nothing here can name.
 
     Of config.json its values count, not how they are written, without VOLATILE_SETTINGS at any depth. A weights file
     over WHOLE_FILE_BYTES counts with its size, its first and last pieces and NUM_PIECES evenly spaced ones, so that a
@@ -66,7 +116,12 @@ def weights_digest(folder: Path) -> str:
         h.update(f"{path.name}\0".encode() + digest)
     config = folder / "config.json"
     if config.is_file():
-        h.update(f"{config.name}\0{_canonical(_lasting(json.loads(config.read_bytes())))}".encode())
+        values = json.loads(config.read_bytes())
+        h.update(f"{config.name}\0{_canonical(_lasting(values))}".encode())
+        if with_code and "--" in _canonical(values.get("auto_map", {})):
+            raise ValueError(f"{config} takes code from another repository: copy it into the folder, and name it there")
+    for path in sorted(folder.rglob("*.py")) if with_code else ():
+        h.update(f"{path.relative_to(folder)}\0".encode() + _file_digest(path))
     return h.hexdigest()
 
 
@@ -103,12 +158,41 @@ def is_complete(folder: Path) -> bool:
     """Whether a checkpoint is all there: a config, and every safetensors file as long as its header says."""
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        return all(_is_whole(folder / name) for name in names)
+        return all(_is_whole(folder / name) for name in _named_shards(folder) or {"model.safetensors"})
     except (OSError, ValueError, KeyError):
         return False
+
+
+def weights_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """When and where each safetensors file was written last, and its length: equal while nothing is written."""
+    stats = {path.name: path.stat() for path in folder.glob("*.safetensors")}
+    return {name: (stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in stats.items()}
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether a process of this machine has one of the safetensors files open for writing; false where nobody can tell.
+
+    A file of the right length may be half the old one and half the new one while it is written over in place. A read
+    lease is given only on a file that no one writes to; it is given back at once, and its signal would be ignored.
+    """
+    return any(_is_open_for_writing(path) for path in folder.glob("*.safetensors"))
+
+
+def _is_open_for_writing(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:  # another error: another user's file, or a file system without leases
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(file)
+    return False
 
 
 def _is_whole(path: Path) -> bool:

@@ -9,13 +9,15 @@ import logging
 import os
 import shutil
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from teacher_server.backend import TeacherBackend
-from teacher_server.checkpoints import watch_checkpoints
+from teacher_server.checkpoints import _Settling, watch_checkpoints
+from teacher_server.weights import WeightsChanged
 from tests.fakes import FakeBackend
 
 EVERY_SECONDS = 0.01
@@ -180,3 +182,60 @@ async def test_a_folder_that_cannot_be_read_is_reported_once_and_read_when_it_ca
         await watched.until_loaded(1.0, 2.0)
     assert looks > 10
     assert caplog.text.count("Permission denied") == 1
+
+
+async def test_weights_half_written_over_in_place_are_not_served_and_whole_ones_are(tmp_path: Path) -> None:
+    """Of the right length, with a pause in the midst; what was loaded is both values of the file."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    weights = save(tmp_path / "latest", 1.0) / "model.safetensors"
+    weights.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1.0, 1.0))
+    found: list[tuple[float, ...]] = []
+
+    def while_loading(folder: Path) -> None:
+        found.append(struct.unpack("<2f", weights.read_bytes()[-8:]))
+
+    async with watching(tmp_path, while_loading=while_loading) as watched:
+        await watched.until_loaded(1.0)
+        with weights.open("r+b", buffering=0) as file:
+            file.seek(8 + len(header))
+            file.write(struct.pack("<f", 2.0))
+            await asyncio.sleep(30 * EVERY_SECONDS)
+            assert len(found) == 1
+            file.write(struct.pack("<f", 2.0))
+        await watched.until_loaded(1.0, 2.0)
+    assert found == [(1.0, 1.0), (2.0, 2.0)]
+
+
+def test_a_checkpoint_settles_by_the_clock_of_its_files_or_by_what_is_seen_of_them(tmp_path: Path) -> None:
+    now = time.time_ns()
+    settling = _Settling(60.0)
+    assert not settling.is_settled(tmp_path, (now, 8))
+    assert not settling.is_settled(tmp_path, (now + 10**15, 8))  # another machine's clock
+    assert settling.is_settled(tmp_path, (now - 61 * 10**9, 8))
+    assert not settling.is_settled(tmp_path, (now, 9))
+    assert _Settling(0.0).is_settled(tmp_path, (now + 10**15, 8))
+
+
+async def test_weights_that_changed_while_they_were_loaded_are_loaded_again_when_they_are_whole(tmp_path: Path) -> None:
+    save(tmp_path / "latest", 1.0, written_at=1000)
+    trouble = [WeightsChanged("half of two models")]
+
+    def while_loading(folder: Path) -> None:
+        if trouble:
+            raise trouble.pop()
+
+    async with watching(tmp_path, while_loading=while_loading) as watched:
+        await watched.has_looked.wait()
+        assert len(watched.served) == 1  # not before: a server that starts again begins with it
+        await watched.until_loaded(1.0, 1.0)
+
+
+async def test_an_adapter_among_the_checkpoints_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "checkpoint-1", 1.0, written_at=1000)
+    adapter = save(tmp_path / "checkpoint-2", 2.0, written_at=2000)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    async with watching(tmp_path) as watched:
+        await watched.until_loaded(1.0)
+    assert caplog.text.count("Merge it") == 1
