@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from logitstream.cache import CacheReader
 from logitstream.errors import CorruptRecord
+from student_worker.cache_disk import cache_disk
 from student_worker.packing import TextFile, frame_of, pack
 from student_worker.student_limits import StudentLimits
 from student_worker.token_rows import COLUMNS, FOR_THE_LOSS, cut, known_columns, warn_of_cuts
@@ -179,9 +180,10 @@ class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
     ) -> None:
         """draw_set None: the smallest one that the cache holds; indices: of the cache's keys, instead of all of it."""
         self.cache = cache
+        self._disk = cache_disk(cache.source, "reading", alone=True)
         if indices is None:
             cache.keep_to(cache.view())  # in a loader's process too, and after a refresh
-        draw_sets = cache.draw_sets() if indices is None or draw_set is None else np.zeros(0, np.uint64)
+        draw_sets = self._disk.call(cache.draw_sets) if indices is None or draw_set is None else np.zeros(0, np.uint64)
         if draw_set is None and len(draw_sets) == 0:
             raise ValueError(f"the cache {cache.directory} is empty: expected records to train on")
         self.draw_set = int(draw_sets.min()) if draw_set is None else draw_set
@@ -194,7 +196,7 @@ class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            record = self.cache.record(int(self._indices[index]))
+            record = self._disk.call(lambda: self.cache.record(int(self._indices[index])))
         except CorruptRecord:
             return {"input_ids": np.zeros(1, np.int64), "loss_mask": np.zeros(1, bool)}
         mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
