@@ -14,11 +14,11 @@ LogitstreamError
 ├── ProtocolViolation            messages that no correct client sends: the stream ends
 ├── TeacherUnavailable           no replica answered within the deadline
 ├── StaleTeacher                 targets from weights older than the student allows
+├── RanksDiffer                  processes that should train one student together do not
 └── CacheError
     ├── CorruptRecord            a checksum does not match
     ├── CacheMiss                a sequence that the cache alone should have held
-    ├── CacheFull                the disk or the budget is exhausted
-    └── DiskHangs                the disk does not answer
+    └── CacheFull                the disk or the budget is exhausted
 """
 
 
@@ -86,6 +86,10 @@ class StaleTeacher(LogitstreamError):
     """Targets come from weights older than `max_teacher_lag` allows."""
 
 
+class RanksDiffer(LogitstreamError):
+    """The processes of one student hold different parameters, take different numbers of batches, or train alone."""
+
+
 class CacheError(LogitstreamError):
     """The cache cannot be read or written."""
 
@@ -100,10 +104,6 @@ class CacheMiss(CacheError):
 
 class CacheFull(CacheError):
     """The disk or the cache's budget is exhausted."""
-
-
-class DiskHangs(CacheError):
-    """The disk of the cache has not answered in time."""
 
 
 REQUEST_ERRORS: dict[str, type[RequestError]] = {

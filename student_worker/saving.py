@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from logitstream.errors import LogitstreamError
+from logitstream.errors import LogitstreamError, RanksDiffer
 from student_worker.checkpoints import RUN_FILES, RUN_STATE, STAGING, rotate, step_of
 from student_worker.documents import Batch
 from student_worker.stopping import Stopped, StopRequest
@@ -46,7 +46,7 @@ class ResumableTrainer(Trainer):
         self._saved_step = step_of(Path(resume_from_checkpoint)) if isinstance(resume_from_checkpoint, str) else 0
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        except CheckpointFailed:
+        except (CheckpointFailed, RanksDiffer):  # no process's student is the run's
             raise
         except (Stopped, LogitstreamError):
             self.keep_progress()

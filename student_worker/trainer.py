@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from logitstream import metrics
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
-from student_worker.batches import leave_out
+from student_worker.data_parallel import DataParallelTrainer
 from student_worker.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from student_worker.figures import StepFigures
+from student_worker.order import leave_out_repeats, without_repeats
 from student_worker.overhead import Pair, PassTime
+from student_worker.ranks import expect_equal_numbers
 from student_worker.saving import ResumableTrainer
 from student_worker.split_model import install_fused_loss, reshard
 from student_worker.student_limits import StudentLimits, sees_documents_alone, takes_positions
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(ResumableTrainer):
+class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
     """Trains on batches with `targets`; one without them (evaluation) gets plain cross-entropy. See `supervision`.
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
@@ -57,6 +58,8 @@ class DistillationTrainer(ResumableTrainer):
         overhead_every: int = 0,
         **kwargs: Any,
     ) -> None:
+        self.is_fused = False
+        self.target_stream: TargetStream | None = None
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(f"expected one device a process, got {self.args.n_gpu}: start with torchrun")
@@ -66,8 +69,9 @@ class DistillationTrainer(ResumableTrainer):
         self.ghost = ghost
         self.chunk_bytes = chunk_bytes
         assert isinstance(self.model, nn.Module)
-        self.is_fused = install_fused_loss(self.model)
-        self.target_stream: TargetStream | None = None
+        model_init: Any = self.model_init
+        if model_init is None:
+            self.is_fused = install_fused_loss(self.model)
         if overhead_every and not self._can_discard_gradients():
             logger.warning("the overhead over cross-entropy cannot be measured with this way of sharding")
             overhead_every = 0
@@ -76,6 +80,7 @@ class DistillationTrainer(ResumableTrainer):
         self._sees_documents_alone = False
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
+        self._dataloader: DataLoader[Any] | None = None
         self._heldout = torch.zeros(2, dtype=torch.float64)
         """Of the evaluation that runs: the sum of cross-entropy over supervised tokens, and their number."""
 
@@ -84,17 +89,27 @@ class DistillationTrainer(ResumableTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._source, self._batches = None, iter(())
-            if self.target_stream is not None:
-                self.target_stream.close()
+            self._end_stream()
+
+    def _end_stream(self) -> None:
+        self._source, self._batches = None, iter(())
+        if self.target_stream is not None:
+            self.target_stream.close()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new student of `model_init`, with the fused loss: for each call of `train` and each trial of a search."""
+        model: nn.Module = super().call_model_init(trial)
+        self.is_fused = install_fused_loss(model)
+        self._sees_documents_alone = False
+        return model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The plain dataloader, which the Trainer may skip in when it resumes; `get_batch_samples` adds the targets."""
-        dataloader = super().get_train_dataloader()
+        self._end_stream()
+        dataloader = self._dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
             self.target_stream = self.wrap_dataloader(dataloader)
             self.figures.follow(self.target_stream)
-        self._source = None
         return dataloader
 
     def get_batch_samples(
@@ -108,19 +123,20 @@ class DistillationTrainer(ResumableTrainer):
         return samples
 
     def _begin_epoch(self, epoch_iterator: Iterator[Batch]) -> None:
+        batches = without_repeats(epoch_iterator, self._dataloader, process_index=self.args.process_index)
         stream = self.target_stream
         if stream is not None:
             if self._source is None:  # later epochs follow by themselves
                 stream.set_epoch(int(self.state.epoch or 0))
             first_step = self.state.global_step * self.args.gradient_accumulation_steps
-            self._batches = stream.over(epoch_iterator, first_step=first_step)
-        else:
-            self._batches = epoch_iterator
-        self._source = epoch_iterator
+            batches = stream.over(batches, first_step=first_step)
+        self._source, self._batches = epoch_iterator, batches
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Supervised rows, over all processes where average_tokens_across_devices asks for it."""
         self.stop.agree()
+        if not has_length(self._dataloader):  # else all processes are known to have as many batches
+            expect_equal_numbers(len(batch_samples))
         if not batch_samples:
             return None
         num_items = torch.stack([supervised_mask(batch).sum() for batch in batch_samples]).sum().to(device)
@@ -279,13 +295,7 @@ class DistillationTrainer(ResumableTrainer):
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        num_sequences, num_tokens = inputs["input_ids"].shape
-        num_counted = max(state.remainder - self.args.process_index * num_sequences, 0)
-        if num_counted >= num_sequences:
-            return inputs
-        counted = dict(inputs)
-        leave_out(counted, np.arange(num_counted * num_tokens, num_sequences * num_tokens))
-        return counted
+        return leave_out_repeats(inputs, state.remainder, process_index=self.args.process_index)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with `figures` over all processes beside each training loss."""

@@ -1,15 +1,18 @@
-"""A small student trained for a few steps: `python distributed_training.py SETTINGS.json`, alone or under torchrun.
+"""Small students trained one after another: `python -m tests.distributed_training FOLDER`, alone or under torchrun.
 
-SETTINGS: strategy (`ddp`, also for one process, or `fsdp2`), model (folder), output (file), overhead_every,
-train_steps, gradient_accumulation_steps, evaluate_first. The main process writes losses, each step's gradients and the
-evaluation's loss.
+FOLDER/scenarios.json names the students' settings (`Scenario`); FOLDER/NAME.PROCESSES.pt is what became of each.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,63 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from torch.utils.data import SequentialSampler
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from logitstream.types import SparseTargets
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from student_worker.target_stream import TargetStream
+from student_worker.teacher_client import LocalTeacherClient
 from student_worker.trainer import DistillationTrainer
 
 VOCAB_SIZE = 64
-NUM_SEQUENCES, NUM_TOKENS = 24, 12
+NUM_TOKENS = 12
 SEQUENCES_PER_MICRO_BATCH = 4
+SPEC = TargetSpec(num_samples=10, codec_version=1)
+INFO = TeacherInfo(
+    model="function",
+    weights_digest="ab" * 32,
+    tokenizer_digest="cd" * 32,
+    vocab_size=VOCAB_SIZE,
+    dtype="float32",
+    max_sequence_tokens=64,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One student. All of it must be true of any number of processes; `arguments` are further TrainingArguments.
+
+    before: what happens before `train()`: nothing, `evaluate` or `predict`.
+    share: of each sequence's tokens that is supervised; None: another one for each sequence. unsupervised: sequences
+        without a supervised token, by their place in a global batch.
+    student: `model`, `model_init`, or `lora`; strategy: `ddp`, also for one process, or `fsdp2`.
+    resume_at: the run is cut off after this step and resumed by another trainer.
+    out_of_memory_at: memory runs out once, at this step, on every process or (`out_of_memory_on`) on the last one.
+    seeds_differ: the processes draw different random numbers before they train.
+    frozen_first: a call of `train()` with the embedding frozen comes before the one with all parameters.
+    torn_at: after this step the last process changes a parameter of its own.
+    """
+
+    name: str
+    strategy: str = "ddp"
+    student: str = "model"
+    tied: bool = False
+    before: str = "evaluate"
+    num_sequences: int = 24
+    ragged: bool = False
+    share: float | None = None
+    unsupervised: tuple[int, ...] = ()
+    stream: bool = False
+    overhead_every: int = 0
+    resume_at: int = 0
+    out_of_memory_at: int = 0
+    out_of_memory_on: str = "all"
+    seeds_differ: bool = False
+    frozen_first: bool = False
+    torn_at: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def make_model(folder: Path, *, tied: bool, dropout: float = 0.0) -> None:
@@ -45,12 +95,17 @@ def make_model(folder: Path, *, tied: bool, dropout: float = 0.0) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def make_dataset() -> Dataset:
+def make_dataset(scenario: Scenario) -> Dataset:
     """Sequences whose supervised share differs, so that a mean of means is not the mean."""
     rng = np.random.default_rng(0)
-    shape = (NUM_SEQUENCES, NUM_TOKENS)
-    mask = rng.random(shape) < rng.random((NUM_SEQUENCES, 1))
-    return Dataset.from_dict({"input_ids": rng.integers(0, VOCAB_SIZE, shape).tolist(), "loss_mask": mask.tolist()})
+    rows = []
+    for index in range(scenario.num_sequences):
+        length = int(rng.integers(4, NUM_TOKENS + 1)) if scenario.ragged else NUM_TOKENS
+        share = rng.random() if scenario.share is None else scenario.share
+        share = 0.0 if index % SEQUENCES_PER_MICRO_BATCH in scenario.unsupervised else share
+        mask = rng.random(length) < share
+        rows.append({"input_ids": rng.integers(0, VOCAB_SIZE, length).tolist(), "loss_mask": mask.tolist()})
+    return Dataset.from_list(rows)
 
 
 def targets_of(token_ids: list[int]) -> SparseTargets:
@@ -68,84 +123,234 @@ def targets_of(token_ids: list[int]) -> SparseTargets:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "input_ids": torch.tensor([row["input_ids"] for row in rows]),
-        "loss_mask": torch.tensor([row["loss_mask"] for row in rows]),
-        "targets": SparseTargets.concatenate([targets_of(row["input_ids"]) for row in rows]),
+    """Padded to the longest row, padding without targets."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        name: torch.tensor([[*row[name], *[0] * (longest - len(row[name]))] for row in rows])
+        for name in ("input_ids", "loss_mask")
     }
+    batch["loss_mask"] = batch["loss_mask"].bool()
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    if int(lengths.min()) < longest:
+        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch
 
 
-class InOrder(DistillationTrainer):
-    """Takes the sequences in their order, so that one process and two train on the same ones at each step."""
+def collate_with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = collate(rows)
+    longest = batch["input_ids"].shape[1]
+    parts = []
+    for row in rows:
+        parts.append(targets_of(row["input_ids"]))
+        parts.append(targets_of([0] * longest).slice_rows(0, longest - len(row["input_ids"])))
+    return batch | {"targets": SparseTargets.concatenate(parts)}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return SequentialSampler(self.train_dataset)
+
+class Lines(logging.Handler):
+    """What was logged of what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (line := record.getMessage()).startswith("training: "):
+            self.lines.append(line)
 
 
 class Gradients(TrainerCallback):
-    """Each step's gradients by parameter, gathered where they are sharded."""
+    """The first steps' gradients by parameter, gathered where they are sharded."""
 
     def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
+        self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        gradients = {}
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-            gradients[name.removeprefix("module.")] = gradient.detach().clone()
-        self.steps.append(gradients)
+        if len(self.steps) < 3:
+            gradients = {
+                name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad
+            }
+            self.steps.append({name: whole(gradient) for name, gradient in gradients.items()})
 
 
-def train(settings: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+class Trouble(TrainerCallback):
+    """Memory that runs out once, a process that goes its own way, a run that is cut off."""
+
+    def __init__(self, scenario: Scenario, *, cut_off: bool) -> None:
+        self.scenario = scenario
+        self.cut_off = cut_off
+        self.has_run_out = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        spared = self.scenario.out_of_memory_on == "last" and args.process_index < args.world_size - 1
+        if state.global_step + 1 == self.scenario.out_of_memory_at and not self.has_run_out and not spared:
+            self.has_run_out = True
+            raise RuntimeError("CUDA out of memory. (a test's)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        control.should_training_stop |= self.cut_off and state.global_step == self.scenario.resume_at
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.scenario.torn_at and args.process_index == args.world_size - 1:
+            with torch.no_grad():
+                next(parameter for parameter in model.parameters() if parameter.requires_grad).flatten()[0] += 1e-4
+
+
+def whole(tensor: Any) -> Tensor:
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    copy: Tensor = tensor.detach().clone()
+    return copy
+
+
+def make_student(scenario: Scenario, folder: Path) -> nn.Module:
+    name = "tied" if scenario.tied else "untied"
     auto: Any = AutoModelForCausalLM
-    if settings["strategy"] == "fsdp2":
-        dist.init_process_group("gloo")
-        sharded = DistributedConfig(fsdp_size=world, tp_size=1)
-        model = auto.from_pretrained(settings["model"], distributed_config=sharded)
+    if scenario.strategy == "fsdp2":
+        sharded = DistributedConfig(fsdp_size=dist.get_world_size(), tp_size=1)
+        model = auto.from_pretrained(folder / name, distributed_config=sharded)
         assert type(model.lm_head.weight).__name__ == "DTensor"
     else:
-        model = auto.from_pretrained(settings["model"])
-    gradients = Gradients()
-    output = Path(settings["output"])
-    trainer = InOrder(
-        model,
-        TrainingArguments(
-            str(output.with_suffix(".folder")),
-            per_device_train_batch_size=SEQUENCES_PER_MICRO_BATCH // world,
-            gradient_accumulation_steps=settings["gradient_accumulation_steps"],
-            max_steps=settings["train_steps"],
-            logging_steps=1,
-            learning_rate=0.05,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        train_dataset=make_dataset(),
-        data_collator=collate,
+        model = auto.from_pretrained(folder / name)
+    if scenario.student == "lora":
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    student: nn.Module = model
+    return student
+
+
+def make_trainer(scenario: Scenario, folder: Path, callbacks: list[TrainerCallback], wrap: Any) -> DistillationTrainer:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": SEQUENCES_PER_MICRO_BATCH // world,
+        "per_device_eval_batch_size": SEQUENCES_PER_MICRO_BATCH // world,
+        "max_steps": 20,
+        "logging_steps": 1,
+        "learning_rate": 0.005,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    settings |= scenario.arguments
+    if "step_sequences" in settings:
+        settings["per_device_train_batch_size"] = settings.pop("step_sequences") // world
+    if scenario.resume_at:
+        settings |= {"save_strategy": "steps", "save_steps": scenario.resume_at}
+    student: dict[str, Any] = {"model": make_student(scenario, folder)}
+    if scenario.student == "model_init":
+        student = {"model_init": lambda: make_student(scenario, folder)}
+    return DistillationTrainer(
+        **student,
+        args=TrainingArguments(str(folder / f"{scenario.name}.{world}"), **settings),
+        train_dataset=make_dataset(scenario),
+        eval_dataset=make_dataset(scenario),
+        data_collator=collate if wrap else collate_with_targets,
+        wrap_dataloader=wrap,
         ce_weight=0.25,
-        overhead_every=settings["overhead_every"],
-        callbacks=[gradients],
+        overhead_every=scenario.overhead_every,
+        callbacks=callbacks,
     )
-    assert trainer.is_fused
-    evaluated = trainer.evaluate(make_dataset())["eval_loss"] if settings.get("evaluate_first") else None
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def do_before(scenario: Scenario, trainer: DistillationTrainer) -> float | None:
+    """The held-out loss, where one was asked for."""
+    if scenario.seeds_differ:
+        torch.manual_seed(100 + trainer.args.process_index)
+    if scenario.before == "evaluate":
+        return float(trainer.evaluate(make_dataset(scenario))["eval_loss"])
+    if scenario.before == "predict":
+        trainer.predict(make_dataset(scenario))
+    return None
+
+
+@contextlib.contextmanager
+def teacher(scenario: Scenario) -> Iterator[Any]:
+    """How a trainer gets its targets: from a teacher that is a function, or None where the batches bring them."""
+    if not scenario.stream:
+        yield None
+        return
+
+    def score(sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        return targets_of([*sequence.token_ids.tolist(), draw_set]).slice_rows(0, len(sequence))
+
+    with contextlib.closing(LocalTeacherClient(score, info=INFO, spec=SPEC)) as client:
+        yield lambda dataloader: TargetStream(dataloader, client, spec=SPEC)
+
+
+def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
+    """Trains the student; what became of it."""
+    gradients = Gradients()
+    trouble = Trouble(scenario, cut_off=scenario.resume_at > 0)
+    logging.getLogger("student_worker").addHandler(lines := Lines())
+    with teacher(scenario) as wrap:
+        trainer = make_trainer(scenario, folder, [gradients, trouble], wrap)
+        trainer.retry_seconds = 3.0
+        evaluated = do_before(scenario, trainer)
+        initial = {name: whole(tensor) for name, tensor in trainer.model.named_parameters()}
+        if scenario.frozen_first:
+            trainer.model.get_input_embeddings().requires_grad_(False)
+            trainer.train()
+            trainer.model.get_input_embeddings().requires_grad_(True)
+            trainer.optimizer = None
+            do_before(scenario, trainer)
+        trainer.train()
+        if scenario.resume_at:
+            trainer = make_trainer(scenario, folder, [Trouble(scenario, cut_off=False)], wrap)
+            do_before(scenario, trainer)
+            trainer.train(
+                resume_from_checkpoint=str(Path(trainer.args.output_dir) / f"checkpoint-{scenario.resume_at}")
+            )
     trainer.save_model()
-    if trainer.args.process_index == 0:
-        measured = trainer.figures.meter.num_measured
-        result = {"losses": losses, "gradients": gradients.steps, "measured": measured, "evaluated": evaluated}
-        torch.save(result, output)
+    parameters = {name: whole(tensor) for name, tensor in trainer.model.named_parameters()}
+    return {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "steps": trainer.state.global_step,
+        "initial": initial,
+        "parameters": parameters,
+        "ranks": ranks_of(parameters),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "gradients": gradients.steps,
+        "measured": trainer.figures.meter.num_measured,
+        "evaluated": evaluated,
+        "lines": lines.lines,
+    }
+
+
+def ranks_of(parameters: dict[str, Tensor]) -> list[str]:
+    """A digest of all parameters for each process."""
+    mine = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in parameters.values())).hexdigest()
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone = [""] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        dist.init_process_group("gloo")
+    for settings in json.loads((folder / "scenarios.json").read_text()):
+        scenario = Scenario(**settings)
+        if processes == 1 and scenario.strategy == "fsdp2":
+            scenario = Scenario(**settings | {"strategy": "ddp"})
+        try:
+            result = train(scenario, folder)
+        except Exception as error:
+            logging.exception("scenario %s", scenario.name)
+            result = {"error": f"{type(error).__name__}: {error}"}
+        speaker = processes - 1 if scenario.out_of_memory_on == "last" else 0
+        if int(os.environ.get("RANK", "0")) == speaker:
+            torch.save(result, folder / f"{scenario.name}.{processes}.pt")
+        if scenario.out_of_memory_on == "last" and processes > 1:
+            os._exit(1)  # the launcher ends the other process, which waits in a gradient's reduction
 
 
 if __name__ == "__main__":
-    train(json.loads(Path(sys.argv[1]).read_text()))
-    dist.barrier()
+    logging.basicConfig(level=logging.INFO)
+    main(Path(sys.argv[1]))
+    if dist.is_initialized():
+        dist.barrier()
     # Freed with the GIL held, a gloo process group joins a thread that may wait for the GIL (torch 2.13): do not.
     os._exit(0)

@@ -69,13 +69,9 @@ class OpenShard:
         spans = spans_of(message, self.size, self._width)
         self._write(memoryview(message))
         if fsync:
-            self.sync()
+            os.fsync(self._fd)
         self._spans.append(spans)
         self.rows += len(spans)
-
-    def sync(self) -> None:
-        """Wait until what was appended survives a loss of power."""
-        os.fdatasync(self._fd)
 
     def _write(self, content: memoryview) -> None:
         written = 0
