@@ -20,6 +20,16 @@ import numpy.typing as npt
 from logitstream.errors import InvalidSequence, InvalidSpec
 
 SAMPLERS = ("systematic", "multinomial", "threshold", "top_k", "top_k_ghost", "full")
+SAMPLER_FIELDS: dict[str, frozenset[str]] = {
+    "systematic": frozenset({"num_samples"}),
+    "multinomial": frozenset({"num_samples", "proposal_temperature"}),
+    "threshold": frozenset({"threshold"}),
+    "top_k": frozenset({"top_k"}),
+    "top_k_ghost": frozenset({"top_k"}),
+    "full": frozenset(),
+}
+"""The fields of a TargetSpec that each sampler uses, beside COMMON_FIELDS."""
+COMMON_FIELDS = frozenset({"sampler", "temperature", "seed", "codec_version"})
 CODEC_VERSIONS = (1, 2)
 MAX_VOCAB_SIZE = 1 << 24
 PROBABILITY_UNITS = 1 << 16
@@ -68,15 +78,7 @@ class TargetSpec:
 
     def canonical(self) -> dict[str, str | int | float]:
         """The fields that affect this sampler's targets, for fingerprints: unused parameters are left out."""
-        used = {"sampler", "temperature", "seed", "codec_version"}
-        used |= {
-            "systematic": {"num_samples"},
-            "multinomial": {"num_samples", "proposal_temperature"},
-            "threshold": {"threshold"},
-            "top_k": {"top_k"},
-            "top_k_ghost": {"top_k"},
-            "full": set[str](),
-        }[self.sampler]
+        used = COMMON_FIELDS | SAMPLER_FIELDS[self.sampler]
         return {name: value for name, value in asdict(self).items() if name in used}
 
     @classmethod

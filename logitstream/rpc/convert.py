@@ -10,7 +10,7 @@ import numpy as np
 
 from logitstream.errors import REQUEST_ERRORS, InvalidSequence, RequestError
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
+from logitstream.types import COMMON_FIELDS, SAMPLER_FIELDS, TargetSpec, TeacherInfo, TokenSequence
 
 ID_BYTES = 4
 WIRE_DIGEST_BYTES = 8
@@ -22,8 +22,12 @@ def spec_to_message(spec: TargetSpec) -> pb.TargetSpec:
 
 
 def spec_from_message(message: pb.TargetSpec) -> TargetSpec:
-    """Raises InvalidSpec; proto3 does not send zeros, so a field left out is a zero and refused where zero is."""
-    return TargetSpec(**{field.name: getattr(message, field.name) for field in fields(TargetSpec)})
+    """Raises InvalidSpec. A zero is a field that was not set, as proto3 sends no zeros: what the sampler does not use
+    may be unset, and an unset temperature is 1; other fields that it uses are refused by name."""
+    used = COMMON_FIELDS | SAMPLER_FIELDS.get(message.sampler, frozenset())
+    values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(TargetSpec)}
+    unset = {name for name, value in values.items() if not value and (name not in used or name.endswith("temperature"))}
+    return TargetSpec(**{name: value for name, value in values.items() if name not in unset})
 
 
 def info_to_message(info: TeacherInfo) -> pb.DescribeResponse:

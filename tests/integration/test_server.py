@@ -157,7 +157,8 @@ async def test_a_message_of_thousands_is_taken_and_answered_in_turns() -> None:
             f"sampler '{'x' * 64}': expected",
         ),
         ({"spec": pb.TargetSpec(sampler="magic")}, grpc.StatusCode.INVALID_ARGUMENT, "unknown sampler 'magic'"),
-        ({"spec": pb.TargetSpec(sampler="full")}, grpc.StatusCode.INVALID_ARGUMENT, "num_samples must lie in"),
+        ({"spec": pb.TargetSpec(sampler="full")}, grpc.StatusCode.INVALID_ARGUMENT, "unknown codec_version 0"),
+        ({"spec": pb.TargetSpec(sampler="systematic")}, grpc.StatusCode.INVALID_ARGUMENT, "num_samples must lie in"),
     ],
 )
 async def test_a_handshake_that_does_not_fit_is_refused_with_what_was_expected(

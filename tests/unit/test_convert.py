@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -36,9 +39,33 @@ def test_a_spec_survives_the_wire(
     assert convert.spec_from_message(pb.TargetSpec.FromString(sent)) == spec
 
 
-def test_a_spec_with_fields_left_out_is_refused_by_name() -> None:
-    with pytest.raises(InvalidSpec, match="num_samples must lie in"):
-        convert.spec_from_message(pb.TargetSpec(sampler="systematic"))
+@pytest.mark.parametrize(
+    ("sampler", "needed", "name"),
+    [
+        ("systematic", {"num_samples": 7}, "num_samples"),
+        ("multinomial", {"num_samples": 7}, "num_samples"),
+        ("threshold", {"threshold": 0.25}, "threshold"),
+        ("top_k", {"top_k": 3}, "top_k"),
+        ("top_k_ghost", {"top_k": 3}, "top_k"),
+        ("full", {}, ""),
+    ],
+)
+def test_a_spec_needs_the_fields_that_its_sampler_uses_and_no_others(
+    sampler: str, needed: dict[str, Any], name: str
+) -> None:
+    message = pb.TargetSpec(sampler=sampler, codec_version=1, **needed)
+    assert convert.spec_from_message(message) == TargetSpec(sampler=sampler, codec_version=1, **needed)
+    if name:
+        message.ClearField(name)  # type: ignore[arg-type]
+        with pytest.raises(InvalidSpec, match=f"{name} must lie in"):
+            convert.spec_from_message(message)
+    for unset, text in (("codec_version", "unknown codec_version 0"), ("sampler", "unknown sampler ''")):
+        message = pb.TargetSpec(sampler=sampler, codec_version=1, **needed)
+        message.ClearField(unset)  # type: ignore[arg-type]
+        with pytest.raises(InvalidSpec, match=text):
+            convert.spec_from_message(message)
+    with pytest.raises(InvalidSpec, match="temperature must lie in"):
+        convert.spec_from_message(pb.TargetSpec(sampler=sampler, codec_version=1, temperature=-1, **needed))
 
 
 def test_equal_specs_have_one_fingerprint_whatever_kind_of_numbers_they_were_made_of() -> None:
@@ -72,6 +99,31 @@ def test_what_a_teacher_says_of_itself_survives_the_wire() -> None:
     )
     sent = convert.info_to_message(info).SerializeToString()
     assert convert.info_from_message(pb.DescribeResponse.FromString(sent)) == info
+
+
+def test_the_documented_example_is_what_goes_over_the_wire() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(open .*?)```", text, re.DOTALL)
+    found: dict[str, str] = {}
+    last = ""
+    for line in block.splitlines():
+        name, digits = re.match(r"(\w{4,}|) *((?:[0-9a-f]{2} ?)+)", line).groups()  # type: ignore[union-attr]
+        last = name or last  # a line without a name goes on with the message before
+        found[last] = found.get(last, "") + digits
+    messages = {name: bytes.fromhex(digits) for name, digits in found.items()}
+    spec = pb.TargetSpec(sampler="systematic", num_samples=5, codec_version=1)
+    opening = pb.Open(client_id="node", vocab_size=1000, spec=spec)
+    sequence = TokenSequence(token_ids=np.array([5, 7, 9], np.int32))
+    format_page = (Path(__file__).parents[2] / "docs" / "targets-format.md").read_text(encoding="utf-8")
+    payload = bytes.fromhex(re.findall(r"```\n([0-9a-f\s]+)```", format_page)[0])
+    result = pb.Result(request_id=1, targets=payload, weights_digest=b"\xfa" * 8)
+    expected = {
+        "open": pb.StreamTargetsRequest(open=opening),
+        "opened": pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=65_536)),
+        "requests": convert.requests_to_message([convert.request_to_message(1, sequence)]),
+        "results": pb.StreamTargetsResponse(results=pb.Results(results=[result])),
+    }
+    assert messages == {name: message.SerializeToString() for name, message in expected.items()}
 
 
 @given(st.lists(st.tuples(st.integers(0, (1 << 24) - 1), st.booleans()), min_size=1, max_size=100), st.booleans())
