@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from logitstream.fused_loss import fused_linear_sparse_kl
 from logitstream.sampling import sample
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TokenSequence
+from student_worker.head_loss import HeadLoss
 from student_worker.split_model import install_fused_loss
 
 RESULTS = Path("benchmarks/results/student_step.json")
@@ -90,9 +90,7 @@ def fused(problem: Problem, batch: int, targets: SparseTargets | None) -> torch.
     arguments: dict[str, Any] = {"targets": targets}
     if targets is None:
         arguments |= {"labels": problem.labels[batch], "ce_weight": 1.0}
-    loss: torch.Tensor = problem.model(
-        input_ids=problem.inputs[batch], head_loss=partial(fused_linear_sparse_kl, **arguments)
-    ).loss
+    loss: torch.Tensor = problem.model(input_ids=problem.inputs[batch], head_loss=HeadLoss(**arguments)).loss
     return loss
 
 

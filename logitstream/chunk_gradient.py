@@ -6,33 +6,14 @@ Legend: N supervised rows, C rows of a chunk, V ids, K kept entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.loss import IGNORED_LABEL, entries
+from logitstream.loss import IGNORED_LABEL, Diagnostics, entries
 from logitstream.types import SparseTargets
-
-
-class Diagnostics(NamedTuple):
-    """Sums over supervised rows, detached scalars: add them over calls and processes, then divide.
-
-    kl is at the loss's temperature, without τ². kept_mass (the student's mass on the kept ids) and agreements (rows
-    where the student's first choice is the teacher's, or one of those that share its greatest weight) are over
-    kept_rows, the rows that have entries. cross_entropy is over labelled_rows; where it is no part of the loss it is
-    still summed if labels came and τ = 1, for it costs nothing then.
-    """
-
-    rows: Tensor
-    kl: Tensor
-    kept_rows: Tensor
-    kept_mass: Tensor
-    agreements: Tensor
-    cross_entropy: Tensor
-    labelled_rows: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitstream.chunk_gradient import Diagnostics, Objective, Rows, logits_to_gradient_
-from logitstream.loss import as_drawn, check_vocabulary, supervised_rows
+from logitstream.chunk_gradient import Objective, Rows, logits_to_gradient_
+from logitstream.loss import Diagnostics, as_drawn, check_vocabulary, supervised_rows
 from logitstream.types import SparseTargets
 
 __all__ = ["Diagnostics", "FusedLoss", "fused_linear_sparse_kl"]
@@ -37,6 +37,7 @@ class FusedLoss(NamedTuple):
     diagnostics: Diagnostics
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_linear_sparse_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -56,7 +57,8 @@ def fused_linear_sparse_kl(
 
     hidden: [..., H], R rows in all; weight: [V, H]; bias: [V]; logit_softcap: logits become cap·tanh(logits / cap).
     Everything else as in `loss.sparse_kl`. Under autocast the products run in autocast's dtype; sums, the softmax and
-    the weight's gradient are fp32 (fp64 for fp64 input). ValueError where shapes or settings do not fit.
+    the weight's gradient are fp32 (fp64 for fp64 input). ValueError where shapes or settings do not fit. A compiled
+    model is compiled up to here and from here on: these steps depend on data, and have products and little else.
     """
     hidden_RH = hidden.reshape(-1, hidden.shape[-1])
     labels_R = None if labels is None else labels.reshape(-1).to(hidden.device)

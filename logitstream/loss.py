@@ -13,12 +13,32 @@ held-out figures, never by this value.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from logitstream.types import SparseTargets
 
 IGNORED_LABEL = -100
+
+
+class Diagnostics(NamedTuple):
+    """Sums over supervised rows, detached scalars: add them over calls and processes, then divide.
+
+    kl is at the loss's temperature, without τ². kept_mass (the student's mass on the kept ids) and agreements (rows
+    where the student's first choice is the teacher's, or one of those that share its greatest weight) are over
+    kept_rows, the rows that have entries. cross_entropy is over labelled_rows; where it is no part of the loss it is
+    still summed if labels came and τ = 1, for it costs nothing then.
+    """
+
+    rows: Tensor
+    kl: Tensor
+    kept_rows: Tensor
+    kept_mass: Tensor
+    agreements: Tensor
+    cross_entropy: Tensor
+    labelled_rows: Tensor
 
 
 def sparse_kl(
@@ -79,6 +99,43 @@ def as_drawn(targets: SparseTargets | None, temperature: float | None, ghost: bo
             f"ghost={ghost}: leave it out, or draw targets by {'top_k_ghost' if ghost else 'top_k'}"
         )
     return spec.temperature, has_ghost
+
+
+@torch.no_grad()
+def diagnostics_of(
+    logits: Tensor,
+    targets: SparseTargets | None,
+    *,
+    labels: Tensor | None = None,
+    ce_weight: float = 0.0,
+    temperature: float | None = None,
+    loss_mask: Tensor | None = None,
+    ghost: bool | None = None,
+) -> Diagnostics:
+    """What `fused_linear_sparse_kl` sees on its way, of logits that are there; arguments as in `sparse_kl`."""
+    temperature, ghost = as_drawn(targets, temperature, ghost)
+    logits_RV = logits.reshape(-1, logits.shape[-1])
+    labels_R = None if labels is None else labels.reshape(-1)
+    mask_R = supervised_rows(logits_RV, targets, labels_R, loss_mask, ce_weight)
+    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    sums = Diagnostics(*logits_RV.new_zeros(len(Diagnostics._fields), dtype=torch.float64).unbind())
+    sums.rows.add_(mask_R.sum())
+    if labels_R is not None and (ce_weight or temperature == 1):
+        labels_R = labels_R.masked_fill(~mask_R, IGNORED_LABEL)
+        sums.labelled_rows.add_((labels_R != IGNORED_LABEL).sum())
+        sums.cross_entropy.add_(torch.nn.functional.cross_entropy(logits_RV, labels_R, reduction="sum"))
+    if targets is None or ce_weight == 1:
+        return sums
+    rows_K, ids_K, weights_K = entries(targets, logits_RV.device, logits_RV.dtype)
+    sums.kl.add_(_row_kl(logits_RV / temperature, targets, ghost)[mask_R].sum())
+    kept_R = torch.zeros_like(mask_R).index_fill_(0, rows_K, True) & mask_R
+    sums.kept_rows.add_(kept_R.sum())
+    probs_K = torch.softmax(logits_RV / temperature, dim=-1)[rows_K, ids_K]
+    sums.kept_mass.add_(probs_K[mask_R[rows_K]].sum())
+    greatest_R = logits_RV.new_zeros(len(logits_RV)).scatter_reduce_(0, rows_K, weights_K, "amax")
+    agrees_K = (weights_K == greatest_R[rows_K]) & (logits_RV[rows_K, ids_K] == logits_RV.amax(1)[rows_K])
+    sums.agreements.add_((torch.zeros_like(mask_R).index_fill_(0, rows_K[agrees_K], True) & mask_R).sum())
+    return sums
 
 
 def supervised_rows(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitstream import metrics
-from logitstream.fused_loss import Diagnostics
+from logitstream.loss import Diagnostics
 from student_worker.documents import Batch
 from student_worker.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
 from student_worker.supervision import supervised_mask
@@ -27,7 +27,8 @@ OF_THE_STREAM = {
     "target_rows": "rows",
 }
 """Names of the sums that StreamStats counts, and theirs; `rows` alone is a name of Diagnostics."""
-SUMS = ("tokens", "entries", "training_seconds", *OF_THE_STREAM)
+SUMS = ("steps", "tokens", "entries", "training_seconds", *OF_THE_STREAM)
+OF_THE_LOSS = (*Diagnostics._fields, "own_loss")
 
 
 class StepFigures(TrainerCallback):
@@ -42,8 +43,8 @@ class StepFigures(TrainerCallback):
         self.stream: TargetStream | None = None
         self._seen = dict.fromkeys(OF_THE_STREAM, 0.0)
         self.sums = dict.fromkeys(SUMS, 0.0)
-        self.diagnostics = torch.zeros(len(Diagnostics._fields), dtype=torch.float64)
-        self._logged = torch.zeros(len(SUMS) + len(Diagnostics._fields), dtype=torch.float64)
+        self.of_the_loss = torch.zeros(len(OF_THE_LOSS), dtype=torch.float64)
+        self._logged = torch.zeros(len(SUMS) + len(OF_THE_LOSS), dtype=torch.float64)
         self._epoch = -1
         self._micro_batches = 0
         self._tokens: Tensor | int = 0
@@ -78,8 +79,10 @@ class StepFigures(TrainerCallback):
             self.sums["entries"] += inputs["targets"].num_entries
         self._computed = time.perf_counter()
 
-    def add_diagnostics(self, diagnostics: Diagnostics) -> None:
-        self.diagnostics = self.diagnostics.to(diagnostics.rows.device) + torch.stack(diagnostics)
+    def add_loss(self, diagnostics: Diagnostics, own_loss: Tensor) -> None:
+        """What a micro-batch's forward pass saw; own_loss: its share of what the model adds to the step's loss."""
+        now = torch.stack([*diagnostics, own_loss.detach().double()])
+        self.of_the_loss = self.of_the_loss.to(now.device) + now
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,12 +123,13 @@ class StepFigures(TrainerCallback):
     def logs(self, accelerator: Accelerator) -> dict[str, float]:
         """Rates and diagnostics since the last call, over all processes; every process calls it.
 
-        tokens are the run's so far; waiting_seconds and decoding_seconds too, as means over the processes.
+        tokens are the run's so far; waiting_seconds and decoding_seconds too, as means over the processes. What is not
+        known is left out: kl and what goes with it where no row had targets, router_loss where the student has none.
         """
-        own = torch.tensor([*self.sums.values(), *self.diagnostics.tolist()], dtype=torch.float64)
+        own = torch.tensor([*self.sums.values(), *self.of_the_loss.tolist()], dtype=torch.float64)
         total = accelerator.reduce(own.to(accelerator.device), "sum").cpu()
         since, self._logged = total - self._logged, total
-        names = (*SUMS, *Diagnostics._fields)
+        names = (*SUMS, *OF_THE_LOSS)
         run, last = dict(zip(names, total.tolist(), strict=True)), dict(zip(names, since.tolist(), strict=True))
         num_processes = accelerator.num_processes
         logs = {
@@ -136,10 +140,10 @@ class StepFigures(TrainerCallback):
             "queue_batches": float(self.stream.queue_depth) if self.stream is not None else 0.0,
             "entries_per_token": _ratio(last["entries"], last["tokens"]),
             "payload_bytes_per_token": _ratio(last["payload_bytes"], last["target_rows"]),
-            "kl": _ratio(last["kl"], last["kept_rows"]),
-            "student_kept_mass": _ratio(last["kept_mass"], last["kept_rows"]),
-            "teacher_top1_agreement": _ratio(last["agreements"], last["kept_rows"]),
         }
+        if run["own_loss"]:
+            logs["router_loss"] = _ratio(last["own_loss"], last["steps"])
+        logs |= diagnostic_means(last)
         return logs | _overhead_logs(overhead_of(self.meter.of_epoch(self._epoch)))
 
     def _stream_seconds(self) -> tuple[float, float]:
@@ -154,11 +158,23 @@ class StepFigures(TrainerCallback):
         return since["waiting_seconds"], since["decoding_seconds"]
 
     def _count(self, tokens: int, seconds: float, waiting: float) -> None:
+        self.sums["steps"] += 1
         self.sums["tokens"] += tokens
         self.sums["training_seconds"] += seconds
         metrics.STUDENT_TOKENS.inc(tokens)
         metrics.STUDENT_STEPS.inc()
         metrics.STUDENT_COMPUTING_SECONDS.inc(max(seconds - waiting, 0.0))
+
+
+def diagnostic_means(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the rows with targets of what `Diagnostics` sums up; empty where there were none."""
+    if not sums["kept_rows"]:
+        return {}
+    return {
+        "kl": sums["kl"] / sums["kept_rows"],
+        "student_kept_mass": sums["kept_mass"] / sums["kept_rows"],
+        "teacher_top1_agreement": sums["agreements"] / sums["kept_rows"],
+    }
 
 
 def _ratio(numerator: float, denominator: float) -> float:

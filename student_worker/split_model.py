@@ -1,14 +1,17 @@
-"""A causal language model as body and head, so that its loss can be computed without its logits.
+"""A causal language model whose loss is computed in its head, so that it needs no logits.
 
-The loss is computed inside the head's forward, called from the model's: that is where DDP's and FSDP2's hooks fire, and
-where FSDP2 has gathered the head's weight.
+The model's own forward runs, but for two of its parts: the head computes the loss of its input and returns empty
+logits, and the cross-entropy is left out, so that what remains of the model's own loss is what it adds to that (a
+mixture of experts its router's loss). The loss is computed inside the head's forward, called from the model's: that is
+where DDP's and FSDP2's hooks fire, and where FSDP2 has gathered the head's weight.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -17,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.trainer_utils import unwrap_peft_model
 
 from logitstream.fused_loss import FusedLoss
+from student_worker.head_loss import HeadLoss, StudentLoss
 
 logger = logging.getLogger(__name__)
 
@@ -26,117 +31,220 @@ PROBE_SHAPE = (2, 5)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of a probe's logits, relative to the largest one: rounding, far below what a missing operation would change."""
 
-HeadLoss = Callable[..., FusedLoss]
-"""loss(hidden, weight, bias=…, logit_softcap=…): `fused_linear_sparse_kl` with everything else bound.
 
-A callable, for FSDP2 casts and moves the tensors that it finds in a module's arguments.
-"""
+class NotSeparableError(Exception):
+    """Why a model's loss cannot be computed in its head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SplitModel:
-    """logits = softcap(logit_scale · head(body(tokens))); head is a plain linear layer."""
+class Head:
+    """logits = softcap(logit_scale · layer), where layer is the linear layer of that name in the model."""
 
-    body: nn.Module
-    head: nn.Linear
+    name: str
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
+    @property
+    def attribute(self) -> str:
+        """The model's attribute that its forward calls: the layer, or an adapter's wrapper around it."""
+        return self.name.split(".")[0]
 
-class NotSeparableError(Exception):
-    """Why a model's loss cannot be computed from its body and head."""
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """How a model's loss is computed.
+
+    head: None where from logits. has_loss_function: whether its own loss can be had without the cross-entropy.
+    """
+
+    head: Head | None = None
+    has_loss_function: bool = False
 
 
 def install_fused_loss(model: nn.Module) -> bool:
-    """Let model(…, head_loss=loss) return the FusedLoss of its head; whether that could be done.
+    """Let model(…, head_loss=HeadLoss(…)) return a StudentLoss; whether it is computed without logits.
 
-    A model that cannot be split keeps its forward, and one warning says why.
+    Where it cannot be, one warning says why.
     """
+    base = unwrap_peft_model(model)  # type: ignore[no-untyped-call]
+    plan = Plan()
+    _install_in_model(base, plan)
     try:
-        split = split_model(model)
+        if not isinstance(base, PreTrainedModel):
+            raise NotSeparableError(f"{type(base).__name__} is no transformers model")
+        with _evaluating(model):
+            _plan(model, base, plan)
     except NotSeparableError as error:
+        plan.head = None
         logger.warning("the student's loss is computed from full logits, slower and with more memory: %s", error)
-        return False
-    body_name = next(name for name, module in model.named_modules() if module is split.body)
-    head_name = next(name for name, module in model.named_modules() if module is split.head)
-    model_forward = getattr(model.forward, "__func__", None) or type(model).forward
+    return plan.head is not None
+
+
+def _install_in_model(model: nn.Module, plan: Plan) -> None:
+    bound: Any = model.forward
+    own = bound.__func__ if getattr(bound, "__self__", None) is model else lambda _, *args, **kw: bound(*args, **kw)
 
     def forward(self: nn.Module, *args: Any, head_loss: HeadLoss | None = None, **kwargs: Any) -> Any:
         if head_loss is None:
-            return model_forward(self, *args, **kwargs)
-        hidden = self.get_submodule(body_name)(*args, use_cache=False, **kwargs)[0]
-        scaled = hidden if split.logit_scale == 1 else hidden * split.logit_scale
-        return self.get_submodule(head_name)(scaled, head_loss=head_loss)
-
-    def forward_head(self: nn.Linear, hidden: Tensor, head_loss: HeadLoss | None = None) -> Any:
-        if head_loss is None:
-            return nn.Linear.forward(self, hidden)
-        return head_loss(hidden, self.weight, bias=self.bias, logit_softcap=split.logit_softcap)
+            return own(self, *args, **kwargs)
+        view: Any = object.__new__(type(self))  # the same module, but for its head and its cross-entropy
+        vars(view).update(vars(self))
+        if isinstance(self, PreTrainedModel):
+            kwargs["use_cache"] = False
+        if plan.has_loss_function:
+            tokens = kwargs.get("input_ids")
+            kwargs["labels"] = kwargs["inputs_embeds"][..., 0].long() if tokens is None else tokens
+            vars(view)["_loss_function"] = _no_cross_entropy
+        head = None
+        if plan.head is not None and not head_loss.from_logits:
+            head = _HeadInForward(self.get_submodule(plan.head.name), head_loss)
+            vars(view)[plan.head.attribute] = head
+        outputs = own(view, *args, **kwargs)
+        loss, diagnostics = head_loss.of_logits(outputs.logits) if head is None else head.result()
+        return StudentLoss(loss, diagnostics, outputs.loss if plan.has_loss_function else torch.zeros_like(loss))
 
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)  # bound, so that a deep copy gets one of its own
-    split.head.forward = MethodType(forward_head, split.head)  # type: ignore[method-assign]
-    return True
 
 
-def split_model(model: nn.Module) -> SplitModel:
-    """Body, head, scale and soft-cap, verified on a few random tokens; raises NotSeparableError."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise NotSeparableError(f"{name} is no transformers model")
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise NotSeparableError(f"{name} has no plain linear head")
-    if hasattr(head, "_hf_hook"):
-        raise NotSeparableError(f"{name} is spread over devices")
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise NotSeparableError(f"{name}'s own loss has a term for its router")
-    bodies = [model.get_decoder(), model.base_model]  # type: ignore[no-untyped-call]
-    body, seen, logits = _probe(model, bodies, head, config.vocab_size)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = _logit_scale(seen["head_output"], logits, softcap)
-    if seen["head_input"].shape != seen["hidden"].shape or not torch.equal(seen["head_input"], seen["hidden"]):
-        raise NotSeparableError(f"{name} changes its body's output before the head")
-    if scale is None:
-        raise NotSeparableError(f"{name}'s logits are not its head's output, scaled or soft-capped")
-    own = {id(parameter) for part in (body, head) for parameter in part.parameters()}
-    if any(id(parameter) not in own for parameter in model.parameters()):
-        raise NotSeparableError(f"{name} has parameters outside its body and head")
-    return SplitModel(body=body, head=head, logit_scale=scale, logit_softcap=softcap)
+class _HeadInForward:
+    """Stands where the model's forward expects its head: computes the loss, and returns empty logits [B, T, 1]."""
+
+    def __init__(self, layer: nn.Module, head_loss: HeadLoss) -> None:
+        self.layer = layer
+        self.head_loss = head_loss
+        self.results: list[FusedLoss] = []
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.results.append(self.layer(hidden, head_loss=self.head_loss))
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def result(self) -> FusedLoss:
+        if len(self.results) != 1:
+            raise NotSeparableError(f"expected one call of the student's head, got {len(self.results)}")
+        return self.results[0]
 
 
-@torch.no_grad()
-def _probe(
-    model: nn.Module, bodies: Sequence[nn.Module], head: nn.Module, vocab_size: int
-) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The body that a forward pass calls, its output (hidden), head_input, head_output, and the pass's logits."""
-    called: list[nn.Module] = []
-    seen: dict[str, Tensor] = {}
+def _no_cross_entropy(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return logits.new_zeros((), dtype=torch.float32)
 
-    def see_body(module: nn.Module, args: Any, output: Any) -> None:
-        called.append(module)
-        seen["hidden"] = output[0]
 
-    def see_head(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen.update(head_input=args[0], head_output=output)
+def _install_in_layer(layer: nn.Module, head: Head) -> None:
+    def forward(self: nn.Linear, hidden: Tensor, head_loss: HeadLoss | None = None) -> Any:
+        if head_loss is None:
+            return nn.Linear.forward(self, hidden)
+        scaled = hidden if head.logit_scale == 1 else hidden * head.logit_scale
+        return head_loss.of_head(scaled, self, head.logit_softcap)
 
-    hooks = [part.register_forward_hook(see_body) for part in dict.fromkeys(bodies) if part is not model]
-    hooks.append(head.register_forward_hook(see_head))
-    device = next(model.parameters()).device
-    token_ids = torch.randint(vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    layer.forward = MethodType(forward, layer)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
         reshard(model)
-    if seen.keys() != {"hidden", "head_input", "head_output"}:
-        raise NotSeparableError(f"{type(model).__name__} does not call its body and head")
-    return called[-1], seen, logits
+
+
+def _plan(model: nn.Module, base: PreTrainedModel, plan: Plan) -> None:
+    """Fill the plan by a few random tokens' forward passes; raises NotSeparableError."""
+    config, name = base.config.get_text_config(), type(base).__name__
+    layer_name = _output_layer(base)
+    seen = _probe(model, base, layer_name)
+    plan.has_loss_function = seen.calls_loss_function
+    if getattr(config, "output_router_logits", False) and not plan.has_loss_function:
+        logger.warning("%s's router loss cannot be told from its cross-entropy: it is not trained on", name)
+    if layer_name is None:
+        raise NotSeparableError(f"{name} has no plain linear head")
+    if hasattr(base.get_submodule(layer_name), "_hf_hook"):
+        raise NotSeparableError(f"{name} is spread over devices")
+    if seen.head_output is None:
+        raise NotSeparableError(f"{name} does not call its head")
+    if seen.logits.shape[:2] != PROBE_SHAPE:
+        raise NotSeparableError(f"{name} has {list(seen.logits.shape[:2])} rows for {list(PROBE_SHAPE)} tokens")
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = _logit_scale(seen.head_output, seen.logits, softcap)
+    if scale is None:
+        raise NotSeparableError(f"{name}'s logits are not its head's output, scaled or soft-capped")
+    plan.head = Head(name=layer_name, logit_scale=scale, logit_softcap=softcap)
+    _install_in_layer(base.get_submodule(layer_name), plan.head)
+    _check(model, seen)
+
+
+def _output_layer(base: PreTrainedModel) -> str | None:
+    """The name of the output layer, or of the copy of it that an adapter trains; None where that is no linear layer."""
+    layer: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    copies = getattr(layer, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and len(layer.active_adapters) == 1:
+        layer = copies[layer.active_adapters[0]]
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return None
+    name: str = next(name for name, module in base.named_modules() if module is layer)
+    return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One forward pass. head_output: of the attribute that holds the output layer, None where it was not called."""
+
+    token_ids: Tensor
+    logits: Tensor
+    head_output: Tensor | None
+    calls_loss_function: bool
+
+
+def _probe(model: nn.Module, base: PreTrainedModel, layer_name: str | None) -> Seen:
+    """With labels where the model takes them, so that it shows whether it calls its `loss_function`."""
+    called: list[bool] = []
+    outputs: list[Tensor] = []
+
+    def see_loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        called.append(True)
+        return _no_cross_entropy(logits)
+
+    def see_head(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+
+    head = None if layer_name is None else base.get_submodule(layer_name.split(".")[0])
+    hook = None if head is None else head.register_forward_hook(see_head)
+    vocab_size = base.config.get_text_config().vocab_size
+    token_ids = torch.randint(vocab_size, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
+    token_ids = token_ids.to(next(model.parameters()).device)
+    mine = vars(base).get("_loss_function")
+    base.loss_function = see_loss
+    labels = {"labels": token_ids} if "labels" in inspect.signature(type(base).forward).parameters else {}
+    try:
+        logits = model(input_ids=token_ids, use_cache=False, **labels).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+        vars(base).pop("_loss_function", None)
+        if mine is not None:
+            base.loss_function = mine
+    head_output = outputs[0] if len(outputs) == 1 else None
+    return Seen(token_ids=token_ids, logits=logits, head_output=head_output, calls_loss_function=bool(called))
+
+
+def _check(model: nn.Module, seen: Seen) -> None:
+    """NotSeparableError where the loss without logits is not the one of the logits."""
+    labels = seen.token_ids.roll(-1, 1)
+    loss = HeadLoss(targets=None, labels=labels, ce_weight=1.0)
+    try:
+        got: Tensor = model(input_ids=seen.token_ids, head_loss=loss).loss
+    except Exception as error:  # any: what a forward does with empty logits is its own affair
+        raise NotSeparableError(f"{type(model).__name__} needs its logits: {error}") from error
+    expected = loss.of_logits(seen.logits).loss
+    if (got - expected).abs() > TOLERANCE[seen.logits.dtype] * expected.abs().clamp(min=1):
+        raise NotSeparableError(f"{type(model).__name__} computes its logits otherwise")
 
 
 def reshard(model: nn.Module) -> None:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from logitstream import metrics
-from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
-from logitstream.loss import sparse_kl
 from student_worker.data_parallel import DataParallelTrainer
 from student_worker.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from student_worker.figures import StepFigures
+from student_worker.head_loss import HeadLoss, StudentLoss
+from student_worker.heldout import Heldout, labels_of
+from student_worker.measuring import MeasuringTrainer
 from student_worker.order import leave_out_repeats, without_repeats
-from student_worker.overhead import Pair, PassTime
 from student_worker.ranks import expect_equal_numbers
 from student_worker.saving import ResumableTrainer
 from student_worker.split_model import install_fused_loss, reshard
@@ -33,11 +27,11 @@ from student_worker.supervision import next_token_labels, supervised_mask
 if TYPE_CHECKING:
     from student_worker.target_stream import TargetStream
 
-logger = logging.getLogger(__name__)
 
+class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTrainer):
+    """Trains on batches with `targets`; one without them gets plain cross-entropy. See `supervision`.
 
-class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
-    """Trains on batches with `targets`; one without them (evaluation) gets plain cross-entropy. See `supervision`.
+    Evaluation is cross-entropy, and the KL beside it where its batches bring targets.
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
         targets, or have none.
@@ -72,17 +66,14 @@ class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
         model_init: Any = self.model_init
         if model_init is None:
             self.is_fused = install_fused_loss(self.model)
-        if overhead_every and not self._can_discard_gradients():
-            logger.warning("the overhead over cross-entropy cannot be measured with this way of sharding")
-            overhead_every = 0
         self.figures = StepFigures(overhead_every=overhead_every)
         self.add_callback(self.figures)
         self._sees_documents_alone = False
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
-        self._heldout = torch.zeros(2, dtype=torch.float64)
-        """Of the evaluation that runs: the sum of cross-entropy over supervised tokens, and their number."""
+        self._num_micro_batches = 1
+        self._heldout = Heldout()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's; the target stream is closed whatever happens."""
@@ -139,65 +130,11 @@ class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
             expect_equal_numbers(len(batch_samples))
         if not batch_samples:
             return None
+        self._num_micro_batches = len(batch_samples)
         num_items = torch.stack([supervised_mask(batch).sum() for batch in batch_samples]).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_items = self.accelerator.gather(num_items).sum()
         return num_items.clamp(min=1)
-
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """One micro-batch; at steps that are due, timed beside its cross-entropy twin."""
-        if not self.figures.begin_micro_batch(inputs):
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            self.figures.end_micro_batch(inputs)
-            return loss
-        if self.figures.meter.num_measured == 0:  # the first pass without targets allocates and compiles: not counted
-            self._time_cross_entropy(model, inputs, num_items_in_batch)
-        views = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
-        plain_first = views or self.figures.meter.num_measured % 2 == 0
-        if plain_first:
-            cross_entropy = self._time_cross_entropy(model, inputs, num_items_in_batch)
-        loss, distillation = self._time_step(model, inputs, num_items_in_batch)
-        if not plain_first:
-            cross_entropy = self._time_cross_entropy(model, inputs, num_items_in_batch)
-        self.figures.add_pair(Pair(distillation=distillation, cross_entropy=cross_entropy))
-        self.figures.end_micro_batch(inputs)
-        return loss
-
-    def _time_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None
-    ) -> tuple[Tensor, PassTime]:
-        """Loss and time of one forward and backward pass that all processes begin together."""
-        self.accelerator.wait_for_everyone()
-        self._finish_device()
-        started, thread_started = time.perf_counter(), time.thread_time()
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._finish_device()
-        wall, busy = time.perf_counter() - started, time.thread_time() - thread_started
-        return loss, PassTime(wall=wall, busy=busy if self.args.device.type == "cpu" else wall)
-
-    def _time_cross_entropy(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None) -> PassTime:
-        """The same pass without targets, which leaves gradients and random numbers as they were."""
-        plain = {name: value for name, value in inputs.items() if name != "targets"}
-        gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-        for parameter, _ in gradients:
-            parameter.grad = None
-        device = self.args.device
-        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            _, taken = self._time_step(model, plain, num_items_in_batch)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        return taken
-
-    def _finish_device(self) -> None:
-        if self.args.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def _can_discard_gradients(self) -> bool:
-        """DeepSpeed and FSDP1 keep gradients where they cannot be put aside; so does FSDP2 while it accumulates."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if self.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version == 1):
-            return False
-        return self.args.gradient_accumulation_steps == 1 or not (plugin or isinstance(self.model, FSDPModule))
 
     def compute_loss(
         self,
@@ -206,21 +143,32 @@ class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch, such that DDP's mean over processes is the mean over supervised rows."""
-        arguments = self._loss_arguments(inputs)
+        """The loss of one micro-batch, such that DDP's mean over processes is the mean over supervised rows.
+
+        What the model itself adds (a router's loss) has no rows: it is averaged over micro-batches and processes.
+        """
+        student = self._student_loss(model, inputs, num_items_in_batch)
+        own_loss = student.own_loss / (1 if num_items_in_batch is None else self._num_micro_batches)
+        if model.training and not self.is_measuring:
+            self.figures.add_loss(student.diagnostics, own_loss)
+        loss = student.loss + own_loss
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _student_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        ce_weight: float | None = None,
+    ) -> StudentLoss:
+        arguments = self._loss_arguments(inputs, self.ce_weight if ce_weight is None else ce_weight)
         if num_items_in_batch is not None:
             averaged = self.args.average_tokens_across_devices
             arguments["num_items"] = num_items_in_batch / (self.accelerator.num_processes if averaged else 1)
-        model_inputs = self._model_inputs(inputs)
-        if not self.is_fused:
-            outputs = model(**model_inputs)
-            loss = sparse_kl(outputs.logits, **arguments)
-            return (loss, outputs) if return_outputs else loss
-        loss_of_head = partial(fused_linear_sparse_kl, chunk_bytes=self.chunk_bytes, **arguments)
-        fused: FusedLoss = model(**model_inputs, head_loss=loss_of_head)
-        if model.training and arguments["targets"] is not None:
-            self.figures.add_diagnostics(fused.diagnostics)
-        return (fused.loss, {"loss": fused.loss}) if return_outputs else fused.loss
+        head_loss = HeadLoss(from_logits=not self.is_fused, chunk_bytes=self.chunk_bytes, **arguments)
+        student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
+        return student
 
     def _model_inputs(self, inputs: Batch) -> Batch:
         """What the student's forward gets; ValueError where it cannot take that, or is not what the teacher is told."""
@@ -238,13 +186,13 @@ class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
                 )
         return model_inputs
 
-    def _loss_arguments(self, inputs: Batch) -> dict[str, Any]:
+    def _loss_arguments(self, inputs: Batch, ce_weight: float) -> dict[str, Any]:
         targets = inputs.get("targets")
         return {
             "targets": targets,
             "labels": next_token_labels(inputs),
             "loss_mask": supervised_mask(inputs),
-            "ce_weight": 1.0 if targets is None else self.ce_weight,
+            "ce_weight": 1.0 if targets is None else ce_weight,
             "temperature": self.temperature,
             "ghost": self.ghost,
         }
@@ -259,13 +207,14 @@ class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
     ) -> EvalLoopOutput:
         """As the Trainer's, but the loss is the mean over all supervised tokens; NaN where there is none.
 
-        The Trainer's is a mean of batches' means. Afterwards FSDP2 scatters its weights again.
+        The Trainer's is a mean of batches' means. Where batches bring targets, eval_kl and what goes with it are the
+        means over the rows that have them. Afterwards FSDP2 scatters its weights again.
         """
-        self._heldout.zero_()
+        self._heldout = Heldout()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        total, num_rows = self.accelerator.reduce(self._heldout.to(self.args.device), "sum").tolist()
         assert output.metrics is not None
-        output.metrics[f"{metric_key_prefix}_loss"] = total / num_rows if num_rows else math.nan
+        for name, value in self._heldout.means(self.accelerator).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         assert isinstance(self.model, nn.Module)
         reshard(self.model)
         return output
@@ -273,19 +222,18 @@ class DistillationTrainer(ResumableTrainer, DataParallelTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Cross-entropy of held-out text; logits only where something asks for them."""
+        """Cross-entropy of held-out text; logits and `labels_of` only where something asks for them."""
         inputs = self._prepare_inputs(inputs)
-        inputs = {name: value for name, value in inputs.items() if name != "targets"}
         counted = self._without_repeats(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(model, counted).detach()
-            num_rows = int(supervised_mask(counted).sum())
-            self._heldout += torch.tensor([float(loss) * num_rows, num_rows], dtype=torch.float64)
+            seen = self._student_loss(model, counted, ce_weight=0.5).diagnostics
+            self._heldout.add(seen)
+            loss = (seen.cross_entropy / seen.labelled_rows).float()
             if prediction_loss_only:
                 return loss, None, None
             logits = model(**self._model_inputs(inputs)).logits
-        labels = inputs.get("labels")
-        return loss, logits.detach(), inputs["input_ids"] if labels is None else labels
+        num_tokens = inputs["input_ids"].shape[1]
+        return loss, logits.detach()[:, -num_tokens:], labels_of(inputs)
 
     def _without_repeats(self, inputs: Batch) -> Batch:
         """Of the last batches of all processes, those sequences out of the loss that only fill them up.

@@ -72,13 +72,15 @@ def dataset() -> Dataset:
     return Dataset.from_dict({"input_ids": rows.tolist()})
 
 
-def trainer_of(folder: Path, teacher: Asked, *, model: Any = None, **options: Any) -> DistillationTrainer:
+def trainer_of(folder: Path, teacher: Asked | None, *, model: Any = None, **options: Any) -> DistillationTrainer:
     names = ("save_steps", "max_steps", "num_train_epochs", "seed")
     arguments = {name: options.pop(name) for name in names if name in options}
     if model is None:
         make_model(folder / "model", tied=True, dropout=0.2)
         auto: Any = AutoModelForCausalLM
         model = auto.from_pretrained(folder / "model")
+    if teacher is not None:
+        options["wrap_dataloader"] = lambda dataloader: TargetStream(dataloader, teacher.client, prefetch_batches=1)
     return options.pop("kind", DistillationTrainer)(
         model,
         TrainingArguments(
@@ -96,7 +98,6 @@ def trainer_of(folder: Path, teacher: Asked, *, model: Any = None, **options: An
         ),
         train_dataset=dataset(),
         eval_dataset=dataset().select(range(6)),
-        wrap_dataloader=lambda dataloader: TargetStream(dataloader, teacher.client, prefetch_batches=1),
         **options,
     )
 
@@ -265,18 +266,48 @@ def test_the_report_of_a_resumed_run_says_where_it_began(tmp_path: Path, teacher
     assert metrics.value(OVERHEAD, part="total") is None  # an earlier run's does not stay
 
 
-def test_a_student_that_cannot_be_split_trains_on_its_logits(tmp_path: Path, teacher: Asked) -> None:
+class OtherLinear(torch.nn.Linear):
+    """A head whose forward is its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("options", [{}, {"ce_weight": 0.5}])
+def test_a_student_that_cannot_be_split_trains_on_its_logits_and_shows_the_same_figures(
+    tmp_path: Path, teacher: Asked, options: dict[str, Any]
+) -> None:
     make_model(tmp_path / "model", tied=False)
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(tmp_path / "model")
-    model.scale = torch.nn.Parameter(torch.ones(()))
-    fallback = trainer_of(tmp_path, teacher, model=model, max_steps=2)
+    head = OtherLinear(32, VOCAB_SIZE + 6, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    fallback = trainer_of(tmp_path, teacher, model=model, max_steps=2, **options)
     assert not fallback.is_fused
-    fused = trainer_of(tmp_path, teacher, model=auto.from_pretrained(tmp_path / "model"), max_steps=2)
+    fused = trainer_of(tmp_path, teacher, model=auto.from_pretrained(tmp_path / "model"), max_steps=2, **options)
     assert fused.is_fused
     fallback.train()
     fused.train()
     assert losses_of(fallback) == pytest.approx(losses_of(fused), rel=1e-5)
+    figures = ("kl", "student_kept_mass", "teacher_top1_agreement")
+    ours, theirs = (
+        [row[name] for row in t.state.log_history if "kl" in row for name in figures] for t in (fused, fallback)
+    )
+    assert len(ours) == 2 * len(figures)
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert fallback.evaluate()["eval_loss"] == pytest.approx(fused.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_figures_that_are_not_known_are_left_out(tmp_path: Path) -> None:
+    """Without targets there is no KL and no teacher to agree with; a dense student has no router."""
+    make_model(tmp_path / "model", tied=True)
+    auto: Any = AutoModelForCausalLM
+    trainer = trainer_of(tmp_path, None, model=auto.from_pretrained(tmp_path / "model"), max_steps=1, ce_weight=1.0)
+    trainer.train()
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert not {"kl", "student_kept_mass", "teacher_top1_agreement", "router_loss"} & row.keys()
+    assert row["tokens"] > 0
 
 
 def test_supervised_rows_follow_mask_labels_and_padding() -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitstream.fused_loss import fused_linear_sparse_kl
-from logitstream.loss import sparse_kl
+from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
+from logitstream.loss import Diagnostics, diagnostics_of, sparse_kl
 from logitstream.types import SparseTargets
 from tests.sparse_rows import random_targets
 
@@ -232,6 +232,40 @@ def test_diagnostics_are_those_of_the_logits() -> None:
     expected = torch.nn.functional.cross_entropy(logits[labelled], labels[labelled], reduction="sum")
     assert got.cross_entropy.item() == pytest.approx(expected.item())
     assert got.kl.item() / mask.sum().item() == pytest.approx(sparse_kl(logits, targets, loss_mask=mask).item())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ce_weight": 0.5}, {"ce_weight": 1.0}, {"temperature": 2.0}, {"temperature": 2.0, "ce_weight": 0.5}],
+)
+@pytest.mark.parametrize("ghost", [False, True])
+def test_diagnostics_of_logits_are_those_of_the_fused_loss(options: dict[str, Any], ghost: bool) -> None:
+    hidden, weight, bias, targets, labels, mask = problem(3, num_rows=13, vocab_size=40, max_entries=5)
+    arguments: dict[str, Any] = {"labels": labels, "loss_mask": mask, "ghost": ghost} | options
+    fused = fused_linear_sparse_kl(hidden, weight, targets, bias=bias, chunk_bytes=CHUNK_ROWS * 8 * 40, **arguments)
+    from_logits = diagnostics_of(plain(hidden, weight, bias, None), targets, **arguments)
+    for name, ours, theirs in zip(Diagnostics._fields, fused.diagnostics, from_logits, strict=True):
+        assert theirs.item() == pytest.approx(ours.item(), rel=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("chunk_rows", "options"), [(100, {}), (CHUNK_ROWS, {}), (CHUNK_ROWS, {"logit_softcap": 4.0, "ce_weight": 0.5})]
+)
+def test_a_compiled_model_has_the_same_loss_and_gradients(chunk_rows: int, options: dict[str, Any]) -> None:
+    """aot_eager: what traces a function into a graph, without the C++ that inductor makes of it."""
+    hidden, weight, _, targets, labels, mask = problem(7, num_rows=13, vocab_size=40, max_entries=5)
+    arguments: dict[str, Any] = {"labels": labels, "loss_mask": mask, "chunk_bytes": chunk_rows * 8 * 40} | options
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor) -> FusedLoss:
+        return fused_linear_sparse_kl(hidden * 1.5, weight, targets, **arguments)
+
+    found = []
+    for function in (step, torch.compile(step, backend="aot_eager")):
+        inputs = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        got = function(*inputs)
+        found.append([got.loss, *got.diagnostics, *torch.autograd.grad(got.loss, inputs)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:

@@ -1,0 +1,37 @@
+"""What an evaluation adds up over the batches of one process: labels and figures."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from logitstream.loss import IGNORED_LABEL, Diagnostics
+from student_worker.documents import Batch
+from student_worker.figures import diagnostic_means
+from student_worker.supervision import next_token_labels, supervised_mask
+
+
+class Heldout:
+    """Sums of Diagnostics; they begin anew with each evaluation."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(Diagnostics._fields), dtype=torch.float64)
+
+    def add(self, seen: Diagnostics) -> None:
+        self.sums = self.sums + torch.stack(seen).cpu()
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Over all processes; every one calls it. loss: cross-entropy per label, NaN where there was none."""
+        total = accelerator.reduce(self.sums.to(accelerator.device), "sum").tolist()
+        sums = dict(zip(Diagnostics._fields, total, strict=True))
+        loss = sums["cross_entropy"] / sums["labelled_rows"] if sums["labelled_rows"] else math.nan
+        return {"loss": loss} | diagnostic_means(sums)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """int64 [B, T]: the tokens that rows which count are to predict, each at its own place; -100 elsewhere."""
+    labels = next_token_labels(batch).masked_fill(~supervised_mask(batch), IGNORED_LABEL)
+    return nn.functional.pad(labels, (1, -1), value=IGNORED_LABEL)
