@@ -18,7 +18,8 @@ LogitstreamError
 └── CacheError
     ├── CorruptRecord            a checksum does not match
     ├── CacheMiss                a sequence that the cache alone should have held
-    └── CacheFull                the disk or the budget is exhausted
+    ├── CacheFull                the disk or the budget is exhausted
+    └── DiskHangs                the disk does not answer
 """
 
 
@@ -104,6 +105,10 @@ class CacheMiss(CacheError):
 
 class CacheFull(CacheError):
     """The disk or the cache's budget is exhausted."""
+
+
+class DiskHangs(CacheError):
+    """The disk of the cache has not answered in time."""
 
 
 REQUEST_ERRORS: dict[str, type[RequestError]] = {

@@ -15,6 +15,7 @@ from logitstream.cache import CacheReader
 from logitstream.errors import CacheError, FingerprintMismatch, LogitstreamError
 from logitstream.files import write_whole
 from logitstream.types import Fingerprint, TargetSpec
+from student_worker.cache_disk import open_reader
 from student_worker.checkpoints import RUN_FILES, checkpoints_in
 from student_worker.teacher_client import GrpcTeacherClient
 
@@ -52,13 +53,13 @@ def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheRe
     """
     view = None
     if is_main_process():
-        with CacheReader(directory) as cache:
+        with open_reader(directory) as cache:
             view = (_noted(folder, CORPUS_FILE, _noted_view) if resumes else None) or cache.view()
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CORPUS_FILE, json.dumps(view))
     view = of_main_process(view)
     assert view is not None
-    cache = CacheReader(directory)  # after the main process has looked, so that what it saw is there
+    cache = open_reader(directory)  # after the main process has looked, so that what it saw is there
     cache.keep_to(view)
     return cache
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from logitstream.cache import CacheReader
 from logitstream.types import TargetSpec
+from student_worker.cache_disk import from_disk, open_reader
 from student_worker.config import StudentConfig
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def adopt_cache_spec(config: StudentConfig) -> None:
     """Take the targets as they were drawn, in place of the run's own sampler settings and budget."""
-    with CacheReader(config.cache) as cache:
+    with open_reader(config.cache) as cache:
         config.draw_by(TargetSpec.from_canonical(cache.fingerprint.spec))
     config.bytes_per_token = config.noise = 0.0
     logger.info("targets of the cache %s were drawn by %s", config.cache, config.target_spec().canonical())
@@ -34,8 +35,8 @@ def choose_draw_set(
     """
     if config.targets != "cache":
         return None if config.draws == "fresh" else 0
-    with contextlib.nullcontext(cache) if cache is not None else CacheReader(config.cache) as known:
-        draw_sets, num_records = np.unique(known.draw_sets(), return_counts=True)
+    with contextlib.nullcontext(cache) if cache is not None else open_reader(config.cache) as known:
+        draw_sets, num_records = np.unique(from_disk(known.source, known.draw_sets), return_counts=True)
     held = dict(zip(draw_sets.tolist(), num_records.tolist(), strict=True))
     first, num_epochs = min(held, default=0), count_epochs(arguments, num_sequences)
     if config.draws == "fresh" and any(held.get(epoch, 0) < held.get(first, 1) for epoch in range(num_epochs)):

@@ -13,11 +13,12 @@ from datasets import Dataset
 
 from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
 from logitstream.cache import CacheReader
-from logitstream.errors import RequestError
+from logitstream.errors import DiskHangs, RequestError
 from logitstream.id_model import IdModel
-from logitstream.types import TargetSpec, TokenSequence
+from logitstream.types import Fingerprint, TargetSpec, TokenSequence
 from student_worker.agreement import is_main_process, of_main_process
 from student_worker.batches import split_batch
+from student_worker.cache_disk import from_disk
 from student_worker.data import CacheDataset, collate
 from student_worker.target_cache import may_hold_targets
 from student_worker.teacher_client import TeacherClient
@@ -53,7 +54,7 @@ def choose_spec(
     chosen: TargetSpec | Exception = spec
     if is_main_process():  # the cache too: another process may look when this one has made it
         try:
-            known = _spec_of_cache(cache, spec) if cache and may_hold_targets(cache) else None
+            known = _spec_of_cache(cache, spec, alone=connect is None) if cache else None
             if known is not None or connect is None:
                 chosen = known or spec
             else:
@@ -68,15 +69,27 @@ def choose_spec(
     return chosen
 
 
-def _spec_of_cache(directory: str, spec: TargetSpec) -> TargetSpec | None:
-    """The spec with N, θ or k of the targets in a cache; None where another sampler drew them."""
-    with CacheReader(directory) as cache:
-        found = cache.fingerprint.spec
-    if found["sampler"] != spec.sampler:
+def _spec_of_cache(directory: str, spec: TargetSpec, *, alone: bool) -> TargetSpec | None:
+    """The spec with N, θ or k of the targets in a cache; None where there is none, or another sampler drew them.
+
+    alone: no teacher can be asked instead; else a disk that hangs holds none.
+    """
+    try:
+        held = from_disk(directory, lambda: _fingerprint_of(directory), alone=alone)
+    except DiskHangs:
+        if alone:
+            raise
         return None
+    if held is None or held.spec["sampler"] != spec.sampler:
+        return None
+    found = held.spec
     sizes: dict[str, Any] = {name: found[name] for name in ("num_samples", "threshold", "top_k") if name in found}
     logger.info("the cache %s holds targets already: %s in place of the budget", directory, sizes)
     return replace(spec, **sizes)
+
+
+def _fingerprint_of(directory: str) -> Fingerprint | None:
+    return CacheReader(directory).fingerprint if may_hold_targets(directory) else None
 
 
 def _choose(

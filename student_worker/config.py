@@ -21,12 +21,20 @@ class StudentConfig:
     model_config: str = setting("config.json of a student that starts untrained, instead of `model`.", "")
     tokenizer: str = setting("Tokenizer shared with the teacher: a folder or a hub name (default: the model's).", "")
     text: list[str] = setting(
-        "Training text: .txt, .jsonl, .parquet files or datasets folders; rows with input_ids are used as they are, "
-        "with their labels or loss_mask and without padding.",
+        "Training text: .txt, .md, .rst (one document each), .jsonl, .parquet files or datasets folders; rows with "
+        "input_ids are used as they are, with their labels, masks and position_ids, without padding.",
         factory=list,
     )
     text_column: str = setting("Column that holds the text of .jsonl, .parquet and datasets input.", "text")
-    sequence_tokens: int = setting("Tokens of one packed training sequence.", 512)
+    sequence_tokens: int = setting("Tokens of one packed training sequence; longer rows of input_ids are cut.", 512)
+    document_start: str = setting(
+        "Before each document of text: `auto` (what the tokenizer puts there, often a BOS), `none`, or a token.", "auto"
+    )
+    document_end: str = setting(
+        "After each document of text: `auto` (what the tokenizer puts there, and the end of text of pretraining), "
+        "`none`, or a token.",
+        "auto",
+    )
     max_sequences: int = setting("Use at most this many sequences of the text; 0: all.", 0)
     heldout_sequences: int = setting("Sequences set apart by seed for evaluation, never trained on.", 32)
 

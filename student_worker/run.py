@@ -44,6 +44,7 @@ from student_worker.progress import ProgressDisplay
 from student_worker.report import RunReport
 from student_worker.run_folder import locked
 from student_worker.stopping import Stopped
+from student_worker.student_limits import StudentLimits
 from student_worker.target_cache import TargetCache, open_target_cache
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
@@ -93,8 +94,10 @@ def prepare(
     if not config.text:
         adopt_cache_spec(config)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    train_set, heldout_set = load_data(config, arguments, tokenizer, resumes=checkpoint is not None)
     model = load_model(config, arguments)
+    train_set, heldout_set = load_data(
+        config, arguments, tokenizer, limits=StudentLimits.of(model), resumes=checkpoint is not None
+    )
     vocab_size, vocabulary = model.config.get_text_config().vocab_size, Vocabulary.of(tokenizer)
     if config.bytes_per_token or config.noise:
         meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, vocabulary))
@@ -115,22 +118,33 @@ def prepare(
 
 
 def load_data(
-    config: StudentConfig, arguments: TrainingArguments, tokenizer: PreTrainedTokenizerBase, *, resumes: bool = False
+    config: StudentConfig,
+    arguments: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limits: StudentLimits | None = None,
+    resumes: bool = False,
 ) -> tuple[Dataset, Dataset] | tuple[CacheDataset, CacheDataset]:
-    """Training and held-out sequences: of the text or, without one, of the cache."""
-    limits = {
+    """Training and held-out sequences: of the text or, without one, of the cache; ValueError beyond the limits."""
+    split = {
         "heldout_sequences": config.heldout_sequences,
         "max_sequences": config.max_sequences,
         "seed": arguments.seed,
     }
     if not config.text:
         corpus = open_agreed_cache(config.cache, output_folder(arguments), resumes=resumes)
-        return split_heldout(CacheDataset(corpus), **limits)
+        return split_heldout(CacheDataset(corpus), **split)
     with arguments.main_process_first(desc="packing the text"):
         sequences = load_sequences(
-            config.text, tokenizer, sequence_tokens=config.sequence_tokens, text_column=config.text_column
+            config.text,
+            tokenizer,
+            sequence_tokens=config.sequence_tokens,
+            text_column=config.text_column,
+            document_start=config.document_start,
+            document_end=config.document_end,
+            limits=limits,
         )
-    return split_heldout(sequences, **limits)
+    return split_heldout(sequences, **split)
 
 
 def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:

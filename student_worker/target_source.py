@@ -171,7 +171,8 @@ class TargetSource:
                 return stored
             if self._client is None and cache.is_damaged(slot.sequence, self._draw_set):
                 raise CorruptRecord("its record in the cache is damaged, and no teacher is asked in mode 'cache'")
-            logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
+            if not cache.hangs:
+                logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
         received = self._wait(slot, future or self._submit(slot))
         if self._look_up and cache is not None and received.key != cache.key(slot.sequence, self._draw_set):
             self._check_replaced(slot, received, cache)

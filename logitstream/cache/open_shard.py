@@ -69,9 +69,13 @@ class OpenShard:
         spans = spans_of(message, self.size, self._width)
         self._write(memoryview(message))
         if fsync:
-            os.fsync(self._fd)
+            self.sync()
         self._spans.append(spans)
         self.rows += len(spans)
+
+    def sync(self) -> None:
+        """Wait until what was appended survives a loss of power."""
+        os.fdatasync(self._fd)
 
     def _write(self, content: memoryview) -> None:
         written = 0

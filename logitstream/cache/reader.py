@@ -54,6 +54,7 @@ class CacheReader:
         staging: str | Path | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
+        self.source = directory
         self._arguments = (directory, staging, storage_options)
         self._mirror: Mirror | None = None
         self.directory = local_path(directory)
@@ -299,7 +300,11 @@ class CacheReader:
                     return self._read(now, path, row, key), False
             except FileNotFoundError:
                 is_gone = True
-            except (CorruptRecord, OSError) as error:
+            except CorruptRecord as error:
+                self._note(path, error, key)
+            except OSError as error:
+                with self._lock:  # opened anew next time: a handle may be stale where the file is not
+                    self._files.pop(path, None)
                 self._note(path, error, key)
         return None, is_gone
 

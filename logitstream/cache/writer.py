@@ -80,6 +80,8 @@ class CacheWriter:
         self._lock = threading.RLock()
         self._pending: list[Record] = []
         self._pending_bytes = 0
+        self.unwritten = 0
+        """Records that were put and are not on disk yet."""
         self._pending_since = 0.0
         self._shard: OpenShard | None = None
         self._others_bytes = 0
@@ -124,6 +126,7 @@ class CacheWriter:
             mask = None if loss_mask is None else np.array(loss_mask, bool)  # copies: the caller may reuse its arrays
             record = Record(key, self._checked(token_ids), mask, bytes(payload), draw_set, teacher_version)
             self._pending.append(record)
+            self.unwritten += 1
             self._pending_bytes += len(payload) + self._width * len(token_ids)
             old = time.monotonic() - self._pending_since > MAX_PENDING_SECONDS
             if self._pending_bytes >= self._limits[2] or old:
@@ -146,6 +149,7 @@ class CacheWriter:
             if records and not self.disabled:
                 try:
                     self._append(records)
+                    self.unwritten -= 0 if self.disabled else len(records)
                 except OSError as error:
                     self._disable(f"{error}")
             return not self.disabled
@@ -209,8 +213,10 @@ class CacheWriter:
         return self._others_bytes + mine + more
 
     def _look_around(self) -> None:
-        """Look up what other writers wrote, and how full the disk is."""
+        """Look up what other writers wrote, and how full the disk is; so much is never left for the seal to sync."""
         self._unchecked_bytes = 0
+        if self._shard is not None:
+            self._shard.sync()
         self._others_bytes = tree_bytes(self.directory) - (self._shard.size if self._shard is not None else 0)
         usage = shutil.disk_usage(self.directory)
         metrics.CACHE_DISK_FREE.labels(str(self.directory)).set(usage.free / usage.total)
@@ -218,7 +224,7 @@ class CacheWriter:
     def _leave_parents_shard(self) -> None:
         """A forked child writes shards of its own."""
         if self._pid != os.getpid():
-            self._pid, self._pending, self._pending_bytes = os.getpid(), [], 0
+            self._pid, self._pending, self._pending_bytes, self.unwritten = os.getpid(), [], 0, 0
             if self._shard is not None:
                 self._shard.abandon()
                 self._shard = None

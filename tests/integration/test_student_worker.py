@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.hanging_disk import hanging_file
 from tests.serving import teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
 
@@ -190,3 +191,18 @@ def test_a_killed_worker_goes_on_from_its_latest_checkpoint(home: Path, tmp_path
     steps = [json.loads(line)["step"] for line in (output / "progress.jsonl").read_text().splitlines()]
     assert set(steps) == set(range(1, steps[-1] + 1))
     assert report_of(output)["tokens_trained"] <= (steps[-1] - 5) * 2 * 32, "the resumed run trains on what was left"
+
+
+def test_student_worker_trains_to_its_end_although_its_cache_does_not_answer(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "manifest.json").touch()
+    with (
+        hanging_file(tmp_path / "cache" / "manifest.json"),
+        teacher_process("--model", str(home / "teacher")) as (_, address),
+    ):
+        text, cache = [str(home / "corpus.txt")], str(tmp_path / "cache")
+        changes = {"targets": "cache_then_online", "num_train_epochs": 1, "overhead_every": 0}
+        done = run(settings(home, tmp_path / "output", text=text, cache=cache, teacher=[address], **changes))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"reading the cache {cache}, has not answered for 5 s: the run goes on without it" in done.stderr
+    assert report_of(tmp_path / "output")["heldout_loss_after"] is not None

@@ -16,7 +16,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from student_worker.data import _pack, check_datasets_cache, collate, load_sequences, split_heldout
+from student_worker.batches import split_batch
+from student_worker.data import check_datasets_cache, collate, load_sequences, split_heldout
+from student_worker.packing import frame_of, pack
+from student_worker.student_limits import StudentLimits
 
 WORDS = {"<end>": 0, "<unknown>": 1} | {f"w{index}": index for index in range(2, 30)}
 
@@ -35,7 +38,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def test_packed_sequences_hold_the_documents_tokens_in_order(documents: list[list[int]], sequence_tokens: int) -> None:
     texts = [" ".join(f"w{token}" for token in document) for document in documents]
     rows = Dataset.from_dict({"text": texts})
-    packed = [row["input_ids"].tolist() for row in _pack(rows, "text", tokenizer(), sequence_tokens)]
+    frame, limits = frame_of(tokenizer()), StudentLimits(vocab_size=30)
+    packed = [row["input_ids"].tolist() for row in pack((rows,), "text", tokenizer(), sequence_tokens, frame, limits)]
     stream = [token for document in documents for token in [*document, WORDS["<end>"]]]
     assert [token for row in packed for token in row] == stream[: len(stream) // sequence_tokens * sequence_tokens]
     assert {len(row) for row in packed} <= {sequence_tokens}
@@ -86,6 +90,90 @@ def test_rows_of_tokens_of_other_shapes_are_refused(tmp_path: Path, rows: list[d
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match=message):
         load_sequences([str(tmp_path / "rows.jsonl")], tokenizer(), sequence_tokens=8)
+
+
+def write_rows(folder: Path, **columns: Any) -> list[str]:
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps({"input_ids": [5, 6, 7, 8, 9, 10], "attention_mask": [1] * 6} | columns))
+    return [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows_that_count"),
+    [
+        ({"completion_mask": [0, 0, 0, 1, 1, 1]}, [[0, 0, 1, 1, 1, 0]]),
+        ({"assistant_masks": [0, 0, 0, 1, 1, 1]}, [[0, 0, 1, 1, 1, 0]]),
+        ({"labels": [-100, -100, -100, 8, 9, 10]}, [[0, 0, 1, 1, 1, 0]]),
+        ({"loss_mask": [0, 0, 1, 1, 1, 0]}, [[0, 0, 1, 1, 1, 0]]),
+        ({"completion_mask": [0, 0, 0, 1, 1, 1], "assistant_masks": [1, 1, 1, 1, 0, 1]}, [[0, 0, 1, 0, 1, 0]]),
+        ({"position_ids": [0, 1, 2, 0, 1, 2]}, [[1, 1, 1], [1, 1, 1]]),
+        ({"seq_lengths": [3, 3]}, [[1, 1, 1], [1, 1, 1]]),
+        ({"seq_idx": [4, 4, 5, 5, 5, 5]}, [[1, 1], [1, 1, 1, 1]]),
+        ({"attention_mask": [1, 1, 1, 1, 2, 0]}, [[1, 1, 1, 1], [1]]),
+        ({"position_ids": [0, 1, 2, 0, 1, 2], "completion_mask": [1, 0, 1, 1, 1, 0]}, [[0, 1, 0], [1, 0, 0]]),
+        ({"prompt": "text", "rows": [1, 2]}, [[1, 1, 1, 1, 1, 1]]),
+    ],
+)
+def test_columns_say_which_rows_count_and_which_tokens_are_one_document(
+    tmp_path: Path, columns: dict[str, Any], rows_that_count: list[list[int]]
+) -> None:
+    sequences = load_sequences(write_rows(tmp_path, **columns), tokenizer(), sequence_tokens=8)
+    parts = [sequence for _, sequence in split_batch(collate([sequences[0]]))]
+    masks = [np.ones(len(part), int) if part.loss_mask is None else part.loss_mask.astype(int) for part in parts]
+    assert [mask.tolist() for mask in masks] == rows_that_count
+    assert [i for part in parts for i in part.token_ids] == [5, 6, 7, 8, 9, 10][: sum(map(len, parts))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"token_type_ids": [0] * 6}, "the column 'token_type_ids' has an entry for each token, and is not known"),
+        ({"offset_mapping": [[0, 1]] * 6}, "the column 'offset_mapping' has an entry for each token"),
+        ({"weights": [0.5] * 6}, "the column 'weights' has an entry for each token"),
+        ({"position_ids": [3, 4, 5, 6, 7, 8]}, "rows.jsonl: row 0: .*its position is 3"),
+        ({"seq_lengths": [3, 4]}, "rows.jsonl: row 0: expected cu_seq_lens_q to rise from 0 to the 6 tokens"),
+        ({"completion_mask": [0.5] * 6}, "expected completion_mask to hold a list of whole numbers"),
+        ({"input_ids": [5, 6, 30, 8, 9, 10]}, "rows.jsonl: row 0: token id 30 is outside the student's .* of 30 ids"),
+        ({"input_ids": [5, -1, 7, 8, 9, 10]}, "rows.jsonl: row 0: token id -1 is outside"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_its_row_or_column(
+    tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    limits = StudentLimits(vocab_size=30)
+    with pytest.raises(ValueError, match=message):
+        load_sequences(write_rows(tmp_path, **columns), tokenizer(), sequence_tokens=8, limits=limits)
+
+
+def test_ids_of_padding_are_nobodys_and_lengths_are_those_of_documents(tmp_path: Path) -> None:
+    limits = StudentLimits(vocab_size=30, num_positions=4)
+    padded = write_rows(tmp_path, input_ids=[5, 6, 7, 8, 30, 30], attention_mask=[1, 1, 1, 1, 0, 0])
+    sequences = load_sequences(padded, tokenizer(), sequence_tokens=8, limits=limits)
+    assert sequences["input_ids"] == [[5, 6, 7, 8]]
+    packed = write_rows(tmp_path, position_ids=[0, 1, 2, 3, 0, 1])
+    assert len(load_sequences(packed, tokenizer(), sequence_tokens=8, limits=limits)[0]["input_ids"]) == 6
+    with pytest.raises(ValueError, match=r"rows.jsonl: row 0: 6 tokens, but the student has 4 positions"):
+        load_sequences(write_rows(tmp_path), tokenizer(), sequence_tokens=8, limits=limits)
+    text = tmp_path / "a.txt"
+    text.write_text("w2 w3 w4 w5 w6")
+    with pytest.raises(ValueError, match="sequence_tokens: 5 tokens, but the student has 4 positions"):
+        load_sequences([str(text)], tokenizer(), sequence_tokens=5, limits=limits)
+    with pytest.raises(ValueError, match="sequence 1 of the text: token id 6 is outside"):
+        load_sequences([str(text)], tokenizer(), sequence_tokens=3, limits=StudentLimits(vocab_size=6))
+
+
+def test_ends_of_rows_that_are_cut_off_are_counted_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"input_ids": [2] * n, "attention_mask": [1] * (n - 1) + [0]} for n in (3, 9, 5, 13)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sequences = load_sequences([str(tmp_path / "rows.jsonl")], tokenizer(), sequence_tokens=5)
+    assert [len(ids) for ids in sequences["input_ids"]] == [2, 5, 4, 5]
+    assert "2 of 4 rows are longer than sequence_tokens = 5: their ends, 10 tokens (38.5 % of all)" in caplog.text
+    assert "the longest has 12" in caplog.text
+    caplog.clear()
+    load_sequences([str(tmp_path / "rows.jsonl")], tokenizer(), sequence_tokens=12)
+    assert "longer" not in caplog.text
 
 
 @pytest.mark.parametrize("other", [{"text": "w2"}, {"input_ids": [3]}])
