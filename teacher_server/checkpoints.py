@@ -58,6 +58,8 @@ class _Settling:
         if known != stamp:
             since = time.monotonic() - max(0.0, time.time() - stamp[0] / 1e9)
             self._since[path] = stamp, since
+            if time.monotonic() - since < self._seconds:
+                log.info("checkpoint %s has just been written to: it is loaded when it has lain still", path)
         return time.monotonic() - since >= self._seconds and not is_being_written(path)
 
 

@@ -264,8 +264,8 @@ def _failure(error: RequestError) -> Outcome:
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def unpack_outcome(outcome: Outcome) -> SparseTargets | RequestError:
-    """What `take` packed, on the other side of the process border."""
+def unpack_outcome(outcome: Outcome, spec: TargetSpec | None = None) -> SparseTargets | RequestError:
+    """What `take` packed of a request with this spec, on the other side of the process border."""
     if "error" in outcome:
         return REQUEST_ERRORS[outcome["error"]](outcome["message"])
     lengths, token_ids, counts = (
@@ -279,6 +279,7 @@ def unpack_outcome(outcome: Outcome) -> SparseTargets | RequestError:
         row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
         token_ids=token_ids.astype(np.int32),
         counts=counts.astype(np.int32),
+        spec=spec,
     )
 
 

@@ -68,7 +68,8 @@ class TransformersBackend:
         max_padded_tokens: int = 8192,
         logits_chunk_bytes: int = 24 << 20,
     ) -> None:
-        num_rows = model.get_output_embeddings().weight.shape[0]
+        head = model.get_output_embeddings()
+        num_rows = model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
         self._info = replace(info, vocab_size=served_vocab_size(vocab_size, num_rows=num_rows))
         self._lm: SplitCausalLM | None = SplitCausalLM(model.eval().requires_grad_(False))
         self._max_padded_tokens = max_padded_tokens
@@ -174,7 +175,10 @@ class TransformersBackend:
         start = time.perf_counter()
         hidden = self._lm.hidden([torch.from_numpy(unique.token_ids).long() for unique in uniques])
         rows = [np.flatnonzero(unique.wanted) for unique in uniques]
-        hidden_NH = torch.cat([hidden[i, torch.from_numpy(r).to(hidden.device)] for i, r in enumerate(rows)])
+        if len(uniques) == 1 and uniques[0].wanted.all():
+            hidden_NH = hidden[0]  # no copy: it may be whole logits
+        else:
+            hidden_NH = torch.cat([hidden[i, torch.from_numpy(r).to(hidden.device)] for i, r in enumerate(rows)])
         del hidden
         if hidden_NH.is_cuda:
             torch.cuda.synchronize()  # so that the stages' times mean what they say; the draw would wait anyway

@@ -394,7 +394,10 @@ class VllmBackend:
             raise
         outcomes = await engine.collective_rpc("take_targets", args=(keys,))
         drawn = (outcome for of_rank in outcomes for outcome in of_rank)
-        return [error or unpack_outcome(outcome) for error, outcome in zip(refused, drawn, strict=True)]
+        specs = [request.spec for request in batch]
+        return [
+            error or unpack_outcome(outcome, spec) for error, outcome, spec in zip(refused, drawn, specs, strict=True)
+        ]
 
     async def _prefill(self, engine: AsyncLLM, key: str, request: ScoreRequest) -> RequestError | None:
         """Run one prompt through the engine; what it refuses, or would die of, comes back as an error."""

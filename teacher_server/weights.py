@@ -165,8 +165,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def weights_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """When and where each safetensors file was written last, and its length: equal while nothing is written."""
-    stats = {path.name: path.stat() for path in folder.glob("*.safetensors")}
+    """When and where each file that makes a model was written last, and its length: equal while nothing is written."""
+    stats = {path.name: path.stat() for kind in ("*.safetensors", "*.json") for path in folder.glob(kind)}
     return {name: (stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in stats.items()}
 
 

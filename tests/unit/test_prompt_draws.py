@@ -214,6 +214,16 @@ def test_uniforms_are_made_for_wanted_rows_alone() -> None:
     assert peak_bytes < 16 << 20
 
 
+def test_targets_from_the_engine_say_how_they_were_drawn() -> None:
+    request = make_request(5)
+    draws = make_draws([request])
+    step(draws, [request], [(0, 0, 5)])
+    (outcome,) = draws.take(["0"])
+    targets = unpack_outcome(outcome, request.spec)
+    assert isinstance(targets, SparseTargets)
+    assert targets.spec == SPEC
+
+
 def test_a_spec_of_many_samples_is_drawn_a_few_rows_at_a_time() -> None:
     """Two numbers of 8 bytes for each of 65,536 points: 120 MiB for 120 rows at once."""
     request = make_request(120, spec=TargetSpec(num_samples=65_536))
