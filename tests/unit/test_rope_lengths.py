@@ -31,6 +31,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"max_position_embeddings": 96, "original_max_position_embeddings": BORDER, "rope_parameters": LONGROPE},
     ),
+    "longrope with experts": (
+        "phimoe",
+        {
+            "max_position_embeddings": 96,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 2,
+            "rope_parameters": LONGROPE | {"short_mscale": 1.0, "long_mscale": 1.5},
+        },
+    ),
     "dynamic": ("llama", {"max_position_embeddings": BORDER, "rope_parameters": DYNAMIC}),
     "dynamic in some layers": (
         "gemma3_text",

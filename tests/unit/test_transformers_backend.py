@@ -18,7 +18,7 @@ from logitstream.types import SAMPLERS, SparseTargets, TargetSpec, TeacherInfo, 
 from teacher_server.backend import ScoreRequest
 from teacher_server.causal_lm import SplitCausalLM
 from teacher_server.transformers_backend import TransformersBackend
-from teacher_server.weights import is_complete, weights_digest
+from teacher_server.weights import WeightsChanged, is_complete, weights_digest
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_teacher, tiny_model
 
 INFO = TeacherInfo(
@@ -186,6 +186,20 @@ def test_a_saved_model_is_loaded_with_its_digests_and_its_limits(tmp_path: Path)
     assert info.weights_digest == weights_digest(folder)
     again, other = save_tiny_teacher(tmp_path / "b"), save_tiny_teacher(tmp_path / "c", seed=1)
     assert weights_digest(again) == info.weights_digest != weights_digest(other)
+
+
+def test_weights_that_someone_writes_to_are_not_loaded(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "latest")
+    with (folder / "model.safetensors").open("r+b"), pytest.raises(WeightsChanged, match="start again when"):
+        TransformersBackend.load(str(folder), device="cpu")
+    TransformersBackend.load(str(folder), device="cpu")
+
+
+def test_an_adapter_is_no_teacher_even_beside_full_weights(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "a")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ValueError, match=r"adapter .* on 'org/base'.*Merge it"):
+        TransformersBackend.load(str(folder), device="cpu")
 
 
 def test_weights_that_are_written_over_on_disk_are_served_as_they_were_loaded(tmp_path: Path) -> None:
