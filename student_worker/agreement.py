@@ -17,6 +17,7 @@ from logitstream.files import write_whole
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.cache_disk import open_reader
 from student_worker.checkpoints import RUN_FILES, checkpoints_in
+from student_worker.known_teacher import teacher_differences
 from student_worker.teacher_client import GrpcTeacherClient
 
 FILE, CORPUS_FILE = RUN_FILES
@@ -33,16 +34,30 @@ def expected_teacher(folder: Path, spec: TargetSpec, *, resumes: bool) -> Finger
 
 
 def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) -> None:
-    """The main process's teacher is everybody's, and noted in the folder; waits for a replica to come up.
+    """Note in the folder which teacher all processes have found; waits for a replica to come up.
 
-    Call it on every process before the first sequence is asked for. A process that had met replicas of another teacher
-    first leaves those alone; it raises FingerprintMismatch later, when only such are left.
+    Call it on every process before the first sequence is asked for. Raises FingerprintMismatch where one of them has
+    found another teacher than the main process, or what `client.info` raised on one of them: all raise the same.
     """
-    found = of_main_process(Fingerprint.of(client.info, spec) if is_main_process() else None)
-    assert found is not None
-    client.insist_on(found)
+    everyones: list[Fingerprint] = []
+    for number, found in enumerate(of_all_processes(_found_teacher(client, spec))):
+        if isinstance(found, LogitstreamError):
+            raise found
+        everyones.append(found)
+        if differences := teacher_differences(everyones[0], found, max_teacher_lag=client.max_teacher_lag):
+            raise FingerprintMismatch(
+                f"processes 0 and {number} of this run have found teachers that differ (process 0's value first): "
+                f"{differences}"
+            )
     if is_main_process():
-        write_whole(folder / FILE, json.dumps(asdict(found), indent=1))
+        write_whole(folder / FILE, json.dumps(asdict(everyones[0]), indent=1))
+
+
+def _found_teacher(client: GrpcTeacherClient, spec: TargetSpec) -> Fingerprint | LogitstreamError:
+    try:
+        return Fingerprint.of(client.info, spec)
+    except LogitstreamError as error:  # told to the others, who would wait for this process
+        return error
 
 
 def open_agreed_cache(directory: str, folder: Path, *, resumes: bool) -> CacheReader:
@@ -120,6 +135,15 @@ def _read_json(path: Path) -> Any:
 
 def is_main_process() -> bool:
     return not _is_distributed() or dist.get_rank() == 0
+
+
+def of_all_processes(value: T) -> list[T]:
+    """Every process's value, by rank."""
+    if not _is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def of_main_process(value: T) -> T:

@@ -25,7 +25,7 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.rpc.connection import Answer, TeacherConnection, request_bytes
-from logitstream.types import Fingerprint, ReceivedTargets, TeacherInfo, credit_tokens, request_key
+from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens, request_key
 from student_worker.fleet import Fleet
 from student_worker.known_teacher import Identity, KnownTeacher
 from student_worker.replica import Replica, Request
@@ -74,7 +74,7 @@ class Dispatcher:
             stalled_seconds=settings.stalled_seconds,
             longest_patience_seconds=settings.deadline_seconds / 2,  # leaves time for another replica
         )
-        self.fleet = Fleet(new_replica, self.lost)
+        self.fleet = Fleet(new_replica, self.lost, any_teacher=teacher.is_open)
         self._identity = identity
         self._settings = settings
         self._requests: dict[int, Request] = {}
@@ -103,8 +103,8 @@ class Dispatcher:
         """The teacher's description once a replica is ready; TeacherUnavailable or FingerprintMismatch otherwise."""
         try:
             async with asyncio.timeout(timeout_seconds):
-                while self.teacher.info is None:
-                    if error := self.fleet.all_refused():
+                while not self.fleet.started or self.teacher.info is None:
+                    if error := self.fleet.hopeless():
                         raise error
                     self.fleet.changed.clear()
                     await self.fleet.changed.wait()
@@ -113,10 +113,6 @@ class Dispatcher:
             raise TeacherUnavailable(
                 f"no teacher came up within {timeout_seconds:g} s {self.fleet.condition()}"
             ) from None
-
-    async def insist_on(self, fingerprint: Fingerprint) -> None:
-        if not self.teacher.expect(fingerprint):
-            self.fleet.break_all("another teacher was agreed on")
 
     async def close(self) -> None:
         self._closed = True
@@ -132,7 +128,7 @@ class Dispatcher:
         for request in list(self._requests.values()):
             if now > self._expiry(request):
                 self._fail(request, self._timeout_error(request))
-        if error := self.fleet.all_refused():
+        if error := self.fleet.hopeless():
             for request in list(self._requests.values()):
                 self._fail(request, error)
         self._pump()
@@ -140,6 +136,7 @@ class Dispatcher:
     # What replicas report
 
     def ready(self, replica: Replica) -> None:
+        self.fleet.look_at_start()
         self.fleet.changed.set()
         self._pump()
 
@@ -155,6 +152,7 @@ class Dispatcher:
         self._pump()
 
     def lost(self, replica: Replica, requests: list[Request], error: LogitstreamError) -> None:
+        self.fleet.look_at_start()
         self.fleet.changed.set()
         for request in requests:
             if request.request_id not in self._requests or request.replica is not replica:
@@ -241,7 +239,7 @@ class Dispatcher:
 
     def _pump(self) -> None:
         """Send waiting requests, the soonest needed first, as long as a replica has room."""
-        while self._waiting and (info := self.teacher.info) is not None:
+        while self._waiting and self.fleet.started and (info := self.teacher.info) is not None:
             request = self._requests.get(self._waiting[0][-1])
             if request is None or request.replica is not None:
                 heapq.heappop(self._waiting)

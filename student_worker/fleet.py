@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 
-from logitstream.errors import LogitstreamError, TeacherUnavailable
+from logitstream.errors import FingerprintMismatch, LogitstreamError, TeacherUnavailable
 from student_worker.replica import Replica, Request
 
 logger = logging.getLogger(__name__)
@@ -20,11 +20,17 @@ class Fleet:
         self,
         new_replica: Callable[[str], Replica],
         lost: Callable[[Replica, list[Request], LogitstreamError], None],
+        *,
+        any_teacher: bool,
     ) -> None:
+        """any_teacher: the replicas that are up at the start decide which teacher the run has."""
         self.changed = asyncio.Event()
         self._new_replica = new_replica
         self._lost = lost
         self._replicas: dict[str, tuple[Replica, asyncio.Task[None]]] = {}
+        self.started = False  # nothing is asked for before
+        self._any_teacher = any_teacher
+        self._unlike: FingerprintMismatch | None = None
         self._resolve_error: TeacherUnavailable | None = None
 
     @property
@@ -65,17 +71,25 @@ class Fleet:
             for replica in stalled:
                 replica.break_off("it answers nothing, and others are there")
 
-    def break_all(self, reason: str) -> None:
-        """Give up every connection; they are made anew at once."""
-        for replica in self.replicas:
-            replica.break_off(reason)
+    def look_at_start(self) -> None:
+        """Begin once all replicas that are up have told what they serve, one is ready, and they serve the same.
 
-    def all_refused(self) -> LogitstreamError | None:
-        """Why no replica will ever answer, where all of them serve something else."""
+        Else whoever answers first would decide. Where the caller has named the teacher, and for replicas that come up
+        later, one that differs is left alone.
+        """
+        present = [replica for replica in self.replicas if not replica.gone]
+        if self.started or any(replica.state == "connecting" and not replica.last_error for replica in present):
+            return
+        if self._any_teacher:
+            self._unlike = self._unlike or _unlike(present)
+        self.started = self._unlike is None and any(replica.state == "ready" for replica in present)
+
+    def hopeless(self) -> LogitstreamError | None:
+        """Why nothing will ever be answered: unlike replicas at the start, or all of them serve something else."""
         replicas = self.replicas
-        if replicas and all(replica.state == "refused" for replica in replicas):
+        if self._unlike is None and replicas and all(replica.state == "refused" for replica in replicas):
             return replicas[0].last_error
-        return None
+        return self._unlike
 
     def condition(self) -> str:
         """For error messages: the addresses and the last error seen."""
@@ -95,3 +109,13 @@ class Fleet:
         if not task.cancelled() and (error := task.exception()):  # a bug of ours; the next look-up starts it anew
             logger.error("serving teacher %s failed", address, exc_info=error)
             self._lost(replica, list(replica.in_flight.values()), TeacherUnavailable(f"{address}: {error}"))
+
+
+def _unlike(replicas: Sequence[Replica]) -> FingerprintMismatch | None:
+    """What a replica that is up has against it, beside one that fits: both are named."""
+    fits = next((replica.address for replica in replicas if replica.state == "ready"), "")
+    for replica in replicas:
+        if fits and isinstance(replica.last_error, FingerprintMismatch):
+            both = f"the replicas {fits} and {replica.address} differ, where a run has one teacher"
+            return FingerprintMismatch(f"{both}: {replica.last_error}")
+    return None

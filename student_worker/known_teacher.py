@@ -34,9 +34,15 @@ class KnownTeacher:
         self.max_teacher_lag = max_teacher_lag
         self._student = student
         self._expected = fingerprint
+        self._expected_of = ""
         self._digests: dict[bytes, str] = {}
         self._numbers: dict[bytes, int] = {}
         self._serving: dict[str, TeacherInfo] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the first replica will decide which teacher this is."""
+        return self._expected is None
 
     def accept(self, address: str, info: TeacherInfo) -> bytes:
         """The weights' wire digest; FingerprintMismatch where targets of this teacher must not be used."""
@@ -47,25 +53,15 @@ class KnownTeacher:
             raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
         fingerprint = Fingerprint.of(info, self._student.spec)
         if self._expected is None:
-            self._expected = fingerprint
-        if differences := self._differences(self._expected, fingerprint):
-            raise FingerprintMismatch(f"not the teacher that this run trains from (its value first): {differences}")
+            self._expected, self._expected_of = fingerprint, address
+        if differences := teacher_differences(self._expected, fingerprint, max_teacher_lag=self.max_teacher_lag):
+            whose = f"{self._expected_of}'s" if self._expected_of else "its"
+            raise FingerprintMismatch(f"not the teacher that this run trains from ({whose} value first): {differences}")
         self._digests[wire_digest] = fingerprint.digest
         self._numbers[wire_digest] = self._number_of(wire_digest, info, self._serving.get(address))
         self._serving[address] = info
         self._find_newest()
         return wire_digest
-
-    def expect(self, fingerprint: Fingerprint) -> bool:
-        """Take this teacher alone from now on; false where another one was accepted before, which is then forgotten."""
-        before, self._expected = self._expected, fingerprint
-        if before is None or not self._differences(fingerprint, before):
-            return True
-        self.info = None
-        self._digests.clear()
-        self._numbers.clear()
-        self._serving.clear()
-        return False
 
     def left(self, address: str) -> None:
         """A replica is gone; its weights count no more, and a server that starts again counts from zero."""
@@ -117,12 +113,6 @@ class KnownTeacher:
         serving = self._serving.values()
         self.info = max(serving, key=lambda one: self._numbers[_wire_digest(one)], default=self.info)
 
-    def _differences(self, expected: Fingerprint, found: Fingerprint) -> str:
-        """Empty where they agree in all that may not change."""
-        if self.max_teacher_lag != 0:
-            found = replace(found, weights_digest=expected.weights_digest)
-        return expected.differences(found)
-
     def _check_student(self, info: TeacherInfo) -> None:
         mine = self._student
         if mine.vocab_size < info.vocab_size:
@@ -136,6 +126,13 @@ class KnownTeacher:
                 f"expected sampler {mine.spec.sampler} and codec version {mine.spec.codec_version}, the teacher offers "
                 f"{', '.join(info.samplers)} and versions {', '.join(map(str, info.codec_versions))}"
             )
+
+
+def teacher_differences(expected: Fingerprint, found: Fingerprint, *, max_teacher_lag: int) -> str:
+    """The expected value first; empty where two teachers agree in all that may not change while a student trains."""
+    if max_teacher_lag != 0:
+        found = replace(found, weights_digest=expected.weights_digest)
+    return expected.differences(found)
 
 
 def _wire_digest(info: TeacherInfo) -> bytes:

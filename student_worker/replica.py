@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
@@ -24,7 +24,8 @@ RECONNECT_SECONDS = (0.2, 10.0)
 """First and largest bound of the random wait before another connection."""
 REFUSED_SECONDS = 30.0
 """A replica that serves something else is asked again this often: it may have been replaced."""
-
+FORGET_SECONDS = 5.0
+"""Half-life of what is known of an idle replica's speed."""
 MAX_STREAM_REQUESTS = 4096
 """Bounds what short sequences cost in bookkeeping, which their tokens do not; servers allow twice as many."""
 SUSPECT_LOSSES = 2
@@ -109,7 +110,6 @@ class Replica:
         self._outbox: list[Request] = []
         self._cancelled: list[int] = []
         self._wake = asyncio.Event()
-        self._again = asyncio.Event()
         self.gone = False  # its address has vanished: what is in flight is finished, nothing new is sent
         self._was_ready = False
         self._reading: asyncio.Task[None] | None = None
@@ -129,8 +129,14 @@ class Replica:
         return not alone and self.in_flight_tokens + request.num_tokens <= self.credit
 
     def expected_seconds(self, num_tokens: int) -> float:
-        """When one more sequence would be answered, by what the last ones took; ties go to the emptier replica."""
-        return (self.in_flight_tokens + num_tokens) * max(self.seconds_per_token, 1e-9)
+        """When one more sequence would be answered, by what the last ones took; ties go to the emptier replica.
+
+        What they took counts half as much with every FORGET_SECONDS without work, so that one that was slow when it was
+        asked last is asked again.
+        """
+        idle_seconds = 0.0 if self.in_flight else time.monotonic() - self._last_progress
+        seconds_per_token = self.seconds_per_token * math.pow(0.5, idle_seconds / FORGET_SECONDS)
+        return (self.in_flight_tokens + num_tokens) * max(seconds_per_token, 1e-9)
 
     def stalled(self, now: float) -> bool:
         """Whether something is in flight and nothing was answered for too long, by what answers have taken so far."""
@@ -156,13 +162,9 @@ class Replica:
     def break_off(self, reason: str) -> None:
         """Give the connection up, whatever is in flight is not to blame; it goes elsewhere.
 
-        Where a stalled replica was slow after all, it has twice as long next time. One that was refused is asked again
-        at once.
+        Where a stalled replica was slow after all, it has twice as long next time.
         """
         self.broken_off = True
-        if self.state == "refused":
-            self.state = "connecting"
-            self._again.set()
         if self.in_flight:
             self._slowest_seconds = max(self._slowest_seconds, time.monotonic() - self._last_progress)
         self._interrupt(reason)
@@ -172,14 +174,13 @@ class Replica:
         failures = 0
         while not self.gone:
             self.has_answered = self.broken_off = False
-            self._again.clear()
             error = await self._one_connection()
             failures = 0 if self.has_answered else failures + 1
             self._give_up(error)
             low, high = RECONNECT_SECONDS
             bound = REFUSED_SECONDS if self.state == "refused" else min(high, low * 2 ** min(failures, 10))
             if not self.gone:
-                await wait(self._again, random.uniform(0.05, 1.0) * bound)
+                await asyncio.sleep(random.uniform(0.05, 1.0) * bound)
 
     async def _one_connection(self) -> LogitstreamError:
         """Serve requests over one connection; why it ended."""
@@ -295,9 +296,8 @@ class Replica:
         if self.state == "draining" and not self.in_flight:
             logger.info("teacher %s has drained", self.address)
         elif type(self.last_error) is not type(error):  # once for each reason, not for each try
-            logger.warning(
-                "teacher %s %s: %s", self.address, "lost" if self.state == "ready" else "not reached yet", error
-            )
+            outcome = "not reached yet" if isinstance(error, TeacherUnavailable) else "refused"
+            logger.warning("teacher %s %s: %s", self.address, "lost" if self.state == "ready" else outcome, error)
         rotating = isinstance(error, AccessDenied) and self._was_ready  # the token file may follow the server's soon
         self.state = "connecting" if isinstance(error, TeacherUnavailable) or rotating else "refused"
         self.last_error = error
@@ -307,9 +307,3 @@ class Replica:
         self._outbox, self._cancelled = [], []
         self.credit = self.in_flight_tokens = 0
         self._dispatcher.lost(self, requests, error)
-
-
-async def wait(event: asyncio.Event, timeout_seconds: float) -> None:
-    """Until the event is set, but no longer than that."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -42,7 +43,7 @@ from logitstream.types import (
 from student_worker.dispatcher import DeliverySettings, Dispatcher
 from student_worker.known_teacher import Identity, KnownTeacher
 from student_worker.own_tokenizer import OwnTokenizer
-from student_worker.replica import Request, wait
+from student_worker.replica import Request
 from student_worker.resolver import resolve, teacher_host
 
 logger = logging.getLogger(__name__)
@@ -208,8 +209,11 @@ class GrpcTeacherClient:
 
     @property
     def info(self) -> TeacherInfo:
-        """Waits for the first replica, for connect_timeout_seconds at most; then raises TeacherUnavailable."""
-        if (info := self._teacher.info) is not None:
+        """Waits until a replica is ready and all that are up are known, for connect_timeout_seconds at most.
+
+        Raises TeacherUnavailable, or FingerprintMismatch where none fits or, with no `fingerprint` given, some differ.
+        """
+        if self._dispatcher.fleet.started and (info := self._teacher.info) is not None:
             return info
         if self._closed.is_set():
             raise TeacherUnavailable("the client is closed")
@@ -237,10 +241,6 @@ class GrpcTeacherClient:
         self._loop.call_soon_threadsafe(self._dispatcher.submit, request)
         return request.future
 
-    def insist_on(self, fingerprint: Fingerprint) -> None:
-        """Take targets of this teacher alone; replicas of another are let go. Call it before the first request."""
-        asyncio.run_coroutine_threadsafe(self._dispatcher.insist_on(fingerprint), self._loop).result()
-
     def is_stale(self, received: ReceivedTargets) -> bool:
         return self._teacher.is_stale(received.weights_digest)
 
@@ -260,7 +260,8 @@ class GrpcTeacherClient:
         try:
             while not self._stopping.is_set():
                 self._dispatcher.tick()
-                await wait(self._stopping, TICK_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), TICK_SECONDS)
         finally:
             resolving.cancel()
             await asyncio.gather(resolving, return_exceptions=True)
@@ -269,13 +270,15 @@ class GrpcTeacherClient:
     async def _keep_resolving(self) -> None:
         """Names are looked up again and again, so that new replicas are found; a failed look-up changes nothing."""
         while True:
-            for address in self._names:
-                try:
-                    self._resolved[address] = await self._resolve(address)
-                except (OSError, ValueError) as error:  # ValueError: what can be no name, for an empty label
-                    self._dispatcher.fleet.unresolved(address, error)
+            await asyncio.gather(*(self._look_up(address) for address in self._names))
             self._dispatcher.fleet.set_addresses([ip for ips in self._resolved.values() for ip in ips])
             await asyncio.sleep(self._resolve_seconds)
+
+    async def _look_up(self, address: str) -> None:
+        try:
+            self._resolved[address] = await self._resolve(address)
+        except (OSError, ValueError) as error:  # ValueError: what can be no name, for an empty label
+            self._dispatcher.fleet.unresolved(address, error)
 
     def _server_name(self, address: str) -> str:
         """The name that stands for this address, which is what a certificate holds; empty: the address itself."""

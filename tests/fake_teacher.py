@@ -75,7 +75,10 @@ class FakeTeacher(TeacherServiceServicer):
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.info = fake_info(weights=options.weights, version=options.version, credit=options.credit)
+        self.info = replace(
+            fake_info(weights=options.weights, version=options.version, credit=options.credit),
+            tokenizer_digest=options.tokenizer,
+        )
         self.streams: set[asyncio.Queue[pb.StreamTargetsResponse | None]] = set()
         self.flaky_left = options.flaky
         self.cancelled: set[int] = set()
@@ -83,6 +86,7 @@ class FakeTeacher(TeacherServiceServicer):
         self.random = np.random.default_rng(options.seed)
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:  # noqa: N802
+        await asyncio.sleep(self.options.describe_seconds)
         return info_to_message(self.info)
 
     async def StreamTargets(  # noqa: N802
@@ -230,6 +234,8 @@ def main() -> None:
     parser.add_argument("--version", type=int, default=0)
     parser.add_argument("--credit", type=int, default=65536)
     parser.add_argument("--seconds", type=float, default=0.0, help="to score one sequence")
+    parser.add_argument("--describe_seconds", type=float, default=0.0, help="before it tells what it serves")
+    parser.add_argument("--tokenizer", default=TOKENIZER_DIGEST)
     parser.add_argument("--flaky", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copies", type=int, default=1, help="of every answer")

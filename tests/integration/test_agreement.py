@@ -19,52 +19,44 @@ from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, fake_teacher,
 from tests.integration.crashing_writer import FINGERPRINT, record
 
 PROCESS = """
-import sys, time
+import sys
 from pathlib import Path
 import torch.distributed as dist
+from logitstream.errors import LogitstreamError
 from student_worker.agreement import agree_on_teacher
 from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE
 
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-first, later = sys.argv[2 + rank], sys.argv[3 - rank]
-behind = [first]
-num_looks = 0
-
-async def look_up(name):
-    global num_looks
-    num_looks += 1
-    return list(behind)
-
-client = GrpcTeacherClient(
-    ["teachers:1"],
-    SPEC,
-    vocab_size=VOCAB_SIZE,
-    tokenizer=TOKENIZER_DIGEST,
-    resolve=look_up,
-    resolve_seconds=0.05,
-    insecure=True,
-)
-before = client.info.weights_digest
-behind.append(later)
-seen = num_looks + 2  # the second look from now on comes after what the first found is known
-while num_looks < seen:
-    time.sleep(0.01)
-agree_on_teacher(client, SPEC, Path(sys.argv[1]))
-print(f"rank {rank} {before} {client.info.weights_digest}\\n", end="", flush=True)
-client.close()
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+for turn, pair in enumerate((sys.argv[2:4], sys.argv[4:6], sys.argv[6:8])):
+    client = GrpcTeacherClient(
+        [pair[rank]],
+        SPEC,
+        vocab_size=VOCAB_SIZE,
+        tokenizer=TOKENIZER_DIGEST,
+        connect_timeout_seconds=1.0 if turn == 2 else 60.0,
+    )
+    try:
+        agree_on_teacher(client, SPEC, folder)
+        outcome = client.info.weights_digest
+    except LogitstreamError as error:
+        outcome = f"{type(error).__name__} {error}"
+    print(f"turn {turn} {outcome}\\n", end="", flush=True)
+    client.close()
+    dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_all_processes_train_from_the_main_ones_teacher(tmp_path: Path) -> None:
+def test_all_processes_train_from_one_teacher_or_end_with_the_same_error(tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with fake_teacher() as (_, a), fake_teacher("--weights", "b") as (_, b):
+    nobody = "127.0.0.1:9"
+    with fake_teacher() as (_, a), fake_teacher() as (_, twin), fake_teacher("--weights", "b") as (_, b):
         ended = subprocess.run(
-            [*launch, str(script), str(tmp_path), a, b],
+            [*launch, str(script), str(tmp_path), a, twin, a, b, a, nobody],
             capture_output=True,
             text=True,
             timeout=120,
@@ -72,9 +64,15 @@ def test_all_processes_train_from_the_main_ones_teacher(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
         )
     assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("turn"))
+    assert lines[::2] == lines[1::2]
+    same, unlike, missing = lines[::2]
     digest_a, digest_b = weights_digest("a", 0), weights_digest("b", 0)
-    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("rank"))
-    assert lines == [f"rank 0 {digest_a} {digest_a}", f"rank 1 {digest_b} {digest_a}"]
+    assert same == f"turn 0 {digest_a}"
+    assert "FingerprintMismatch processes 0 and 1 of this run have found teachers that differ" in unlike
+    assert f"weights_digest: '{digest_a}' against '{digest_b}'" in unlike
+    assert f"TeacherUnavailable no teacher came up within 1 s at {nobody}" in missing
+    assert digest_a in (tmp_path / "teacher.json").read_text()
 
 
 def test_a_resumed_run_refuses_another_teacher_but_may_draw_otherwise(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ from tests.fake_teacher import (
     read_address,
     start_fake_teacher,
     stop,
+    weights_digest,
 )
 from tests.fault_proxy import fault_proxy
 
@@ -215,6 +216,48 @@ def test_a_replica_with_other_weights_is_refused_and_not_mixed_in(caplog: pytest
         with connected(other, fingerprint=expected) as client:
             error = client.submit(sequences[0]).exception(SECONDS)
             assert isinstance(error, FingerprintMismatch)
+
+
+@pytest.mark.parametrize("behind_one_name", [False, True])
+def test_unlike_replicas_are_an_error_before_anything_is_asked_whoever_answers_first(behind_one_name: bool) -> None:
+    with fake_teacher("--describe_seconds", "1") as (_, slow), fake_teacher("--weights", "b") as (_, quick):
+
+        async def look_up(name: str) -> list[str]:
+            return [slow, quick] if name == "teachers:1" else [name]
+
+        addresses = ["teachers:1"] if behind_one_name else [slow, quick]
+        with connected(*addresses, resolve=look_up, insecure=True) as client:
+            future = client.submit(make_sequences(1)[0])
+            with pytest.raises(FingerprintMismatch) as caught:
+                client.info  # noqa: B018
+            digests = f"'{weights_digest('b', 0)}' against '{weights_digest('a', 0)}'"
+            assert f"the replicas {quick} and {slow} differ" in str(caught.value)
+            assert f"({quick}'s value first): weights_digest: {digests}" in str(caught.value)
+            assert str(future.exception(SECONDS)) == str(caught.value)
+        with connected(*addresses, resolve=look_up, insecure=True, max_teacher_lag=-1) as client:
+            check_all(submit_all(client, make_sequences(4)), make_sequences(4))
+
+
+def test_a_replica_of_another_tokenizer_beside_one_that_fits_is_an_error_at_the_start() -> None:
+    with fake_teacher() as (_, fits), fake_teacher("--tokenizer", "cd" * 32) as (_, other):
+        with connected(other, fits) as client, pytest.raises(FingerprintMismatch) as caught:
+            client.info  # noqa: B018
+        assert f"the replicas {fits} and {other} differ" in str(caught.value)
+        assert f"tokenizers differ: the student's {TOKENIZER_DIGEST}, the teacher's {'cd' * 32}" in str(caught.value)
+
+
+def test_an_unlike_replica_that_was_down_at_the_start_is_left_alone_when_it_comes_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sequences, port = make_sequences(30), free_port()
+    with fake_teacher() as (_, up), connected(up, f"127.0.0.1:{port}") as client:
+        check_all(submit_all(client, sequences), sequences)
+        with fake_teacher("--weights", "b", port=port) as (_, late):
+            wait_until(
+                lambda: f"teacher {late} refused: not the teacher that this run trains from ({up}'s" in caplog.text
+            )
+            received = check_all(submit_all(client, sequences), sequences)
+    assert {one.weights_digest for one in received} == {bytes.fromhex(weights_digest("a", 0))[:8]}
 
 
 def test_a_student_of_another_vocabulary_or_tokenizer_is_refused_at_once() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
-from student_worker.known_teacher import Identity, KnownTeacher
+from student_worker.known_teacher import Identity, KnownTeacher, teacher_differences
 from student_worker.own_tokenizer import OwnTokenizer
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, fake_info
 
@@ -123,17 +123,21 @@ def test_any_version_is_taken_where_asked_to() -> None:
     assert not teacher.is_stale(digest_of(fake_info(version=0)))
 
 
-def test_the_teacher_that_others_agreed_on_replaces_the_one_met_first() -> None:
+def test_the_difference_names_the_replica_that_decided() -> None:
     teacher = KnownTeacher(STUDENT)
-    teacher.accept("mine", fake_info())
-    assert teacher.expect(Fingerprint.of(fake_info(), SPEC))
-    assert teacher.info == fake_info()
-    theirs = fake_info(weights="b")
-    assert not teacher.expect(Fingerprint.of(theirs, SPEC))
-    assert teacher.info is None
-    with pytest.raises(FingerprintMismatch, match="weights_digest"):
-        teacher.accept("mine", fake_info())
-    teacher.accept("theirs", theirs)
-    learning = KnownTeacher(STUDENT, max_teacher_lag=1)
-    learning.accept("mine", fake_info())
-    assert learning.expect(Fingerprint.of(theirs, SPEC))
+    assert teacher.is_open
+    teacher.accept("10.0.0.1:1", fake_info())
+    assert not teacher.is_open
+    with pytest.raises(FingerprintMismatch, match=r"\(10.0.0.1:1's value first\): weights_digest"):
+        teacher.accept("10.0.0.2:1", fake_info(weights="b"))
+    named = KnownTeacher(STUDENT, fingerprint=Fingerprint.of(fake_info(), SPEC))
+    assert not named.is_open
+    with pytest.raises(FingerprintMismatch, match=r"\(its value first\): weights_digest"):
+        named.accept("10.0.0.2:1", fake_info(weights="b"))
+
+
+def test_two_finds_of_a_teacher_differ_in_weights_only_where_it_does_not_learn() -> None:
+    ours, newer = (Fingerprint.of(fake_info(version=version), SPEC) for version in range(2))
+    assert "weights_digest" in teacher_differences(ours, newer, max_teacher_lag=0)
+    assert teacher_differences(ours, newer, max_teacher_lag=-1) == ""
+    assert "dtype" in teacher_differences(ours, replace(newer, dtype="bfloat16"), max_teacher_lag=3)
