@@ -111,6 +111,11 @@ class DiskHangs(CacheError):
     """The disk of the cache has not answered in time."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 REQUEST_ERRORS: dict[str, type[RequestError]] = {
     cls.__name__: cls
     for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ServerDraining, ScoringFailed, NonFiniteLogits)

@@ -33,6 +33,13 @@ def remove_partial_files(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def refuse_missing_folder(setting: str, name: str) -> None:
+    """ValueError where a name that no hub's model has, since it begins or is nested like a path, is no path either."""
+    looks_like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_like_a_path and not Path(name).exists():
+        raise ValueError(f"{setting}: there is no folder {name}")
+
+
 def _link(partial: Path, path: Path) -> None:
     try:
         os.link(partial, path)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from logitstream.errors import LogitstreamError
 from logitstream.processes import end_with_parent
-from logitstream.settings import parse_settings
+from logitstream.settings import parse_settings, settings_parser
 from student_worker.config import StudentConfig
 from student_worker.ending import fail, resuming, starting_over
+from student_worker.training_help import training_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # a torchrun that is killed leaves nobody who trains on
+    if {"-h", "--help"} & set(words):
+        classes = (StudentConfig, training_arguments())
+        settings_parser(classes, command="student-worker", description=DESCRIPTION).print_help()
+        return
     import torch
     from transformers import TrainingArguments
 

@@ -86,6 +86,12 @@ def _newest_whole(folder: Path, *, with_optimizer: bool) -> Path | None:
     return None
 
 
+def resumed_state(state: Any, of: object) -> Any:
+    """What a callback's `run_state` gave for the checkpoint that a TrainerState comes from; {} where there is none."""
+    entry = (state.stateful_callbacks or {}).get(RUN_STATE, {})
+    return entry.get(type(of).__name__, {})
+
+
 def fault_of(checkpoint: Path, *, with_optimizer: bool = True, read_all: bool = True) -> str:
     """What keeps a run from being resumed from here; empty: nothing.
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-SECONDS_FOR_THE_MAIN_PROCESS = 5.0
-"""So long another process keeps its error back: where the main one fails too, torchrun ends it meanwhile."""
+from logitstream.settings import SECONDS_FOR_THE_FIRST_PROCESS
+
 _RESUME = "--resume_from_checkpoint"
 
 
@@ -25,7 +25,7 @@ def fail(message: str, *, status: int = 1, quiet: bool = False) -> NoReturn:
     if not quiet:
         if rank != "0":
             line = line.replace(":", f" (process {rank}):", 1)
-            time.sleep(SECONDS_FOR_THE_MAIN_PROCESS)
+            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
         print(line, file=sys.stderr, flush=True)
         _tell_torchrun(line)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a process group's threads may abort an interpreter that ends

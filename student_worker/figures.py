@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from logitstream import metrics
 from logitstream.loss import Diagnostics
+from student_worker.checkpoints import resumed_state
 from student_worker.documents import Batch
 from student_worker.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
 from student_worker.supervision import supervised_mask
@@ -55,6 +56,19 @@ class StepFigures(TrainerCallback):
     def follow(self, stream: TargetStream) -> None:
         """The stream that the steps to come wait for."""
         self.stream, self._seen = stream, dict.fromkeys(OF_THE_STREAM, 0.0)
+
+    def run_state(self) -> dict[str, float]:
+        """The run's sums so far, over all processes; every process calls it."""
+        return sum_over_processes(self.sums)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from the sums of the checkpoint, which the main process takes over from all."""
+        before: dict[str, float] = resumed_state(state, self)
+        for index, name in enumerate(SUMS):
+            self.sums[name] += before.get(name, 0.0) if state.is_world_process_zero else 0.0
+            self._logged[index] += before.get(name, 0.0)
 
     def begin_step(self) -> None:
         """Before the step's batches are asked for."""
@@ -175,6 +189,20 @@ def diagnostic_means(sums: dict[str, float]) -> dict[str, float]:
         "student_kept_mass": sums["kept_mass"] / sums["kept_rows"],
         "teacher_top1_agreement": sums["agreements"] / sums["kept_rows"],
     }
+
+
+def of_all_processes(mine: dict[str, float]) -> list[dict[str, float]]:
+    """Every process's, in the order of their ranks; all call it."""
+    everyone = [mine]
+    if dist.is_available() and dist.is_initialized():
+        everyone = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def sum_over_processes(mine: dict[str, float]) -> dict[str, float]:
+    everyone = of_all_processes(mine)
+    return {name: sum(one[name] for one in everyone) for name in mine}
 
 
 def _ratio(numerator: float, denominator: float) -> float:

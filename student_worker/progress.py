@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from logitstream.files import write_whole
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -36,8 +39,7 @@ class ProgressDisplay(TrainerCallback):
             return
         self.started, self.first_step = time.monotonic(), state.global_step
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if state.global_step == 0:
-            self.path.unlink(missing_ok=True)
+        write_whole(self.path, "".join(_rows_up_to(state.global_step, self.path)))
         if sys.stdout.isatty():
             text = "step {task.completed:.0f}/{task.total:.0f} · {task.fields[figures]}"
             self.bar = Progress(BarColumn(20), TextColumn(text), console=self.console)
@@ -84,6 +86,16 @@ class ProgressDisplay(TrainerCallback):
             "queue_batches": logs.get("queue_batches", 0.0),
             "seconds_left": seconds_a_step * (state.max_steps - state.global_step),
         }
+
+
+def _rows_up_to(step: int, path: Path) -> Iterator[str]:
+    """The lines of the steps that a resumed run does not repeat; one that was cut off is none."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                yield line
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def describe(row: dict[str, float]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitstream import metrics
+from student_worker.checkpoints import resumed_state
+from student_worker.figures import of_all_processes
 
 COUNTS = {
     "tokens": "logitstream_student_tokens_total",
@@ -26,37 +26,53 @@ OVERHEAD = "logitstream_student_overhead_vs_cross_entropy_ratio"
 
 
 class RunReport(TrainerCallback):
-    """Reads the counters at each epoch's end; add it after the trainer's own callbacks."""
+    """Reads the counters at each epoch's end; add it after the trainer's own callbacks.
+
+    A resumed run goes on from what its checkpoint's `run_state` holds, so that its figures are the whole run's.
+    """
 
     def __init__(self) -> None:
         self.first_step = 0
-        self.marks: list[dict[str, float]] = []
-        self.overheads: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float]] = []
+        """Each finished epoch's sums and overheads, over all processes."""
+        self._before: dict[str, float] = {}
+        """The same of the part of the current epoch that came before the run was resumed."""
+        self._mark: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.first_step = state.global_step
-        self.marks, self.overheads = [_read()], []
+        self.first_step, self._mark = state.global_step, _read()
+        resumed = resumed_state(state, self)
+        self.epochs, self._before = list(resumed.get("epochs", [])), dict(resumed.get("current", {}))
+        if self._before and float(state.epoch or 0).is_integer():  # saved at an epoch's last step
+            self.epochs.append(self._before)
+            self._before = {}
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.marks.append(_read())
-        self.overheads.append(_read_overhead())
+        self.epochs.append(self._current())
+        self._before, self._mark = {}, _read()
+
+    def run_state(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "current": self._current()}
+
+    def _current(self) -> dict[str, float]:
+        """Of the epoch so far: counts are sums over the processes, seconds and ratios means; every process calls it."""
+        sums = _over_processes({name: value - self._mark[name] for name, value in _read().items()})
+        whole = {name: value + self._before.get(name, 0.0) for name, value in sums.items()}
+        return self._before | whole | _over_processes(_read_overhead())
 
     def figures(self) -> dict[str, Any]:
-        """Call on every process: counts are sums over the processes, seconds and ratios are means.
+        """Counts are sums over the processes, seconds and ratios are means.
 
         Overheads are those of the last epoch that measured one and received targets from a teacher and, as `offline_…`,
         of the last one that measured one and needed none; `replay_over_online_throughput` compares the last epoch of
-        either kind. resumed_at_step: of a resumed run; all figures count what it did from that step on.
+        either kind. resumed_at_step: where a resumed run went on; its figures are the whole run's.
         """
         resumed = {"resumed_at_step": self.first_step} if self.first_step else {}
-        epochs: list[dict[str, Any]] = []
-        for (before, after), overhead in zip(itertools.pairwise(self.marks), self.overheads, strict=True):
-            sums = _over_processes({name: value - before[name] for name, value in after.items()})
-            epochs.append(sums | _rates(sums) | _over_processes(overhead))
+        epochs: list[dict[str, Any]] = [sums | _rates(sums) for sums in self.epochs]
         if not epochs:
             return resumed | {"epochs": []}
         total = {name: sum(epoch[name] for epoch in epochs) for name in (*COUNTS, *SECONDS)}
@@ -106,8 +122,5 @@ def _read_overhead() -> dict[str, float]:
 
 
 def _over_processes(mine: dict[str, float]) -> dict[str, float]:
-    everyone = [mine]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
+    everyone = of_all_processes(mine)
     return {name: sum(one[name] for one in everyone) / (1 if name in COUNTS else len(everyone)) for name in mine}

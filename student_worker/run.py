@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
 from logitstream.errors import LogitstreamError
-from logitstream.files import write_whole
+from logitstream.files import refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
@@ -91,6 +91,8 @@ def prepare(
 ) -> tuple[PreTrainedTokenizerBase, DistillationTrainer]:
     """Everything that training needs, loaded and connected; what has to be closed again goes to `resources`."""
     folder = output_folder(arguments)
+    for setting in ("model", "model_config", "tokenizer"):
+        refuse_missing_folder(setting, getattr(config, setting))
     if not config.text:
         adopt_cache_spec(config)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)

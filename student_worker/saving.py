@@ -85,13 +85,9 @@ class ResumableTrainer(Trainer):
         return os.path.join(folder, STAGING) if self._is_saving else folder
 
     def run_state(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from, as JSON; called on every process before each checkpoint."""
-        return {"num_processes": self.args.world_size}
-
-    def resumed_state(self) -> dict[str, Any]:
-        """The `run_state` of the checkpoint that training goes on from; empty where there is none."""
-        states: Any = self.state.stateful_callbacks
-        return dict(states.get(RUN_STATE, {}))
+        """What a resumed run goes on counting from: each callback's own `run_state`, as JSON, by the class's name."""
+        counting = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "run_state")]
+        return {type(one).__name__: one.run_state() for one in counting} | {"num_processes": self.args.world_size}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Aside first, then under its name, once every process has written its part; raises CheckpointFailed."""

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: TeacherConfig) -> None:
     """Load everything that serving needs, say what would be served, serve nothing; SystemExit says what is wrong."""
-    from logitstream.errors import LogitstreamError
+    from logitstream.errors import LogitstreamError, one_line
     from logitstream.rpc.certificates import certificate_expiry
     from teacher_server.preflight import check_access, check_places
     from teacher_server.server import stream_limits
@@ -66,7 +66,7 @@ def check(config: TeacherConfig) -> None:
         if config.tls_cert:
             print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls_cert), UTC)}")
     except (OSError, ValueError, LogitstreamError) as error:
-        raise SystemExit(f"teacher-server: {error}") from error
+        raise SystemExit(f"teacher-server: {one_line(error)}") from error
     info = backend.describe()
     for name, value in asdict(described(info, stream_limits(config, info), id_model, rules)).items():
         print(f"{name}: {len(value)} bytes" if isinstance(value, bytes) else f"{name}: {value}")
@@ -105,21 +105,25 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
 
     def load_transformers() -> TeacherBackend:
         import torch
+        from safetensors import SafetensorError
 
         from teacher_server.transformers_backend import TransformersBackend
 
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        return TransformersBackend.load(
-            config.model,
-            revision=config.revision,
-            tokenizer=config.tokenizer,
-            dtype=config.dtype,
-            device=config.device,
-            vocab_size=config.vocab_size,
-            max_padded_tokens=config.max_batch_tokens,
-            logits_chunk_bytes=config.logits_chunk_bytes,
-        )
+        try:
+            return TransformersBackend.load(
+                config.model,
+                revision=config.revision,
+                tokenizer=config.tokenizer,
+                dtype=config.dtype,
+                device=config.device,
+                vocab_size=config.vocab_size,
+                max_padded_tokens=config.max_batch_tokens,
+                logits_chunk_bytes=config.logits_chunk_bytes,
+            )
+        except (RuntimeError, AssertionError, SafetensorError) as error:  # a device that is none, a file cut off, …
+            raise ValueError(f"model {config.model} cannot be loaded on device {config.device!r}: {error}") from error
 
     def load_vllm() -> TeacherBackend:
         from logitstream.tokenizer import tokenizer_digest

@@ -8,6 +8,7 @@ from typing import Any
 from logitstream.rpc.addresses import MAX_PORT, is_loopback, is_unix, split_address
 from logitstream.settings import setting
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("transformers", "vllm")
 LEAST_MESSAGE_BYTES = 64 << 10
 
@@ -27,7 +28,7 @@ class TeacherConfig:
     engine_restarts: int = setting(
         "How often a vLLM engine that died is started again before the server exits with status 70.", 3
     )
-    dtype: str = setting("Of the forward: float32, bfloat16, float16; auto: as the weights are stored.", "auto")
+    dtype: str = setting("Of the forward; auto: as the weights are stored.", "auto", choices=DTYPES)
     device: str = setting("cpu, cuda, cuda:N; auto: a GPU where there is one.", "auto")
     num_threads: int = setting("CPU threads of the forward; 0: torch's own choice.", 0)
     address: str = setting("HOST:PORT to serve on; port 0 takes a free one.", "127.0.0.1:50051")
@@ -78,6 +79,8 @@ class TeacherConfig:
             raise ValueError("model is needed: a folder or a hub name of a causal language model")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
             raise ValueError("TLS needs tls_cert and tls_key; tls_client_ca needs both")
         if self.backend == "vllm" and self.watch_checkpoints:

@@ -16,7 +16,7 @@ from grpc import aio
 from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
-from logitstream.errors import LogitstreamError
+from logitstream.errors import LogitstreamError, one_line
 from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import CertificateExpiry, server_credentials
 from logitstream.rpc.channel import TlsFiles
@@ -268,7 +268,7 @@ def serve(
         if server is not None and server.scheduler is not None:
             raise
         log.debug("cannot start", exc_info=error)
-        raise SystemExit(f"teacher-server: {error}") from error
+        raise SystemExit(f"teacher-server: {one_line(error)}") from error
 
 
 async def _leave_threads(server: TeacherServer, workers: ThreadPoolExecutor) -> None:

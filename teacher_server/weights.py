@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from logitstream.files import refuse_missing_folder
+
 INDEX = "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 WHOLE_FILE_BYTES = 4 << 30
@@ -56,6 +58,7 @@ def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Pat
     """
     folder = Path(model)
     if not folder.is_dir():
+        refuse_missing_folder("model", model)
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *["*.py"] * with_code]

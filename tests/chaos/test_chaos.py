@@ -8,7 +8,6 @@ memory is watched.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -37,6 +36,7 @@ from tests.chaos.chaos_worker import (
 )
 from tests.fake_teacher import run_fake_teacher
 from tests.fault_proxy import FaultProxy
+from tests.forking import SPAWN
 
 NUM_FAULTS = int(os.environ.get("LOGITSTREAM_CHAOS_FAULTS", "200"))
 SEED = int(os.environ.get("LOGITSTREAM_CHAOS_SEED", "1"))
@@ -44,9 +44,6 @@ NUM_EPOCHS = 3
 SECONDS_BETWEEN = 0.2
 FINISH_SECONDS = 60.0
 """After the last fault, within the deadline of one request, all workers must have finished their epoch."""
-
-SPAWN = multiprocessing.get_context("forkserver")  # forks from a process that has imported everything and runs nothing
-SPAWN.set_forkserver_preload(["tests.chaos.chaos_worker", "tests.chaos.chaos_teacher"])
 
 
 class Actor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import pytest
 from transformers import TrainingArguments
 
 from logitstream.settings import parse_settings, setting
+from student_worker.__main__ import main as student_main
 from student_worker.config import StudentConfig
 from student_worker.run import write_resolved
+from teacher_server.__main__ import main as teacher_main
 
 
 @dataclass(kw_only=True)
@@ -113,3 +118,101 @@ def test_a_list_of_a_setting_that_takes_a_word_or_a_list_is_taken_whole(tmp_path
     file = config(tmp_path, "optim_target_modules: [q_proj, v_proj]\nreport_to: none\nuse_cpu: true\n")
     (arguments,) = parse_settings([TrainingArguments], command="trainer", description=".", argv=[file])
     assert arguments.optim_target_modules == ["q_proj", "v_proj"]
+
+
+@dataclass(kw_only=True)
+class Spelled:
+    word: str = setting("A word.", "")
+    maybe: str | None = setting("A word or nothing.", None)
+    fast: bool = setting("Whether.", False)
+    maybe_fast: bool | None = setting("Whether, or not said.", None)
+    number: int = setting("A number.", 0)
+    rate: float = setting("A rate.", 0.0)
+    words: list[str] = setting("Words.", factory=list)
+    options: dict[str, Any] = setting("Options.", factory=dict)
+
+
+def spelled(folder: Path, text: str) -> Spelled:
+    argv = [config(folder, text)]
+    (parsed,) = parse_settings([Spelled], command="spelled", description=".", argv=argv)
+    assert isinstance(parsed, Spelled)
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("word: no", Spelled(word="no")),
+        ("word: on\nmaybe: true", Spelled(word="on", maybe="true")),
+        ("word: 012\nmaybe: 1e3", Spelled(word="012", maybe="1e3")),
+        ("word: 12:30:45\nmaybe: 2026-11-30", Spelled(word="12:30:45", maybe="2026-11-30")),
+        ("word: 'null'\nmaybe: null\nnumber: ~", Spelled(word="null")),
+        ("fast: on\nmaybe_fast: no", Spelled(fast=True, maybe_fast=False)),
+        ("fast: yes\nnumber: 1_000\nrate: 1e-3", Spelled(fast=True, number=1000, rate=0.001)),
+        ("rate: .inf", Spelled(rate=float("inf"))),
+        ("words: [no, 1, 1e-3, 'a b']", Spelled(words=["no", "1", "1e-3", "a b"])),
+        ("options: {a: no, b: [1, 0.5], c: 'no'}", Spelled(options={"a": False, "b": [1, 0.5], "c": "no"})),
+    ],
+)
+def test_a_word_in_the_file_means_what_its_setting_makes_of_it(tmp_path: Path, text: str, expected: Spelled) -> None:
+    assert spelled(tmp_path, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("word: a\n\nnumbr: 3", r"unknown setting 'numbr' in \S+settings.yaml, line 3; did you mean 'number'\?"),
+        ("word: a\nnumber: many", r"settings.yaml, line 2: argument --number: invalid int value: 'many'"),
+        ("word: a\nword: b", r"settings.yaml: word stands in line 1 and again in line 2"),
+        ("word: [a, b]", r"settings.yaml, line 1: word takes no list, got \['a', 'b'\]"),
+        ("word: {a: b}", r"settings.yaml, line 1: word takes no mapping"),
+        ("word\nnumber 3", r"settings.yaml must hold `name: value` pairs, got a str"),
+        ("word: a\nnumber 3\n", r"settings.yaml is no YAML: .*line 2"),
+        ("word: a\n\tnumber: 3", r"settings.yaml is no YAML: .*line 2"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        spelled(tmp_path, text)
+    error = capsys.readouterr().err
+    assert re.search(f"^spelled: .*{message}", error)
+    assert len(error.splitlines()) == 2  # and where help is
+
+
+def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--config", "/nowhere/run.yaml")
+    assert "No such file or directory: '/nowhere/run.yaml'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "near"),
+    [
+        (student_main, "--teacher-serverr", "teacher"),
+        (student_main, "--resume", "resume_from_checkpoint"),
+        (student_main, "--learning-rte", "learning_rate"),
+        (teacher_main, "--modle", "model"),
+        (teacher_main, "--adress", "address"),
+    ],
+)
+def test_a_typo_is_named_whatever_else_is_missing(
+    capsys: pytest.CaptureFixture[str], command: Callable[[list[str]], None], word: str, near: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command([word, "x"])
+    assert stopped.value.code == 2
+    assert f"did you mean '{near}'?" in capsys.readouterr().err
+
+
+def test_the_students_help_lists_every_setting_without_importing_torch() -> None:
+    program = (
+        "import sys; from student_worker.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    for settings in (StudentConfig, TrainingArguments):
+        missing = [f.name for f in fields(settings) if f.init and f"--{f.name}" not in shown]
+        assert not missing
+    assert "initial learning rate for the optimizer. (default: 5e-05)" in " ".join(shown.split())
+    assert "at a cost of ~10% slower" in " ".join(shown.split())
