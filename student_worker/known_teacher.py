@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
@@ -52,6 +52,10 @@ class KnownTeacher:
         except ValueError:
             raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
         fingerprint = Fingerprint.of(info, self._student.spec)
+        try:
+            Fingerprint.from_json(asdict(fingerprint))
+        except ValueError as error:
+            raise FingerprintMismatch(f"a teacher that describes itself as no teacher can: {error}") from None
         if self._expected is None:
             self._expected, self._expected_of = fingerprint, address
         if differences := teacher_differences(self._expected, fingerprint, max_teacher_lag=self.max_teacher_lag):

@@ -34,6 +34,7 @@ from logitstream.errors import LogitstreamError
 from logitstream.files import refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
+from student_worker.access import check_access
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import calibration_sequences, choose_spec
@@ -91,6 +92,8 @@ def prepare(
 ) -> tuple[PreTrainedTokenizerBase, DistillationTrainer]:
     """Everything that training needs, loaded and connected; what has to be closed again goes to `resources`."""
     folder = output_folder(arguments)
+    if config.targets != "cache":
+        check_access(config.tls_files(), token_file=config.token_file)  # before minutes of packing
     for setting in ("model", "model_config", "tokenizer"):
         refuse_missing_folder(setting, getattr(config, setting))
     if not config.text:

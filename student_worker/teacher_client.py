@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 from logitstream import codec
@@ -24,12 +23,10 @@ from logitstream.rpc.channel import (
     KEEPALIVE_SECONDS,
     KEEPALIVE_TIMEOUT_SECONDS,
     TlsFiles,
-    client_credentials,
     open_channel,
     proxy_of,
 )
 from logitstream.rpc.connection import TeacherConnection
-from logitstream.rpc.tokens import TokenFile, checked_token
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
     Fingerprint,
@@ -40,6 +37,7 @@ from logitstream.types import (
     TokenSequence,
     request_key,
 )
+from student_worker.access import check_access
 from student_worker.dispatcher import DeliverySettings, Dispatcher
 from student_worker.known_teacher import Identity, KnownTeacher
 from student_worker.own_tokenizer import OwnTokenizer
@@ -51,7 +49,6 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 64 << 20
 """The largest message taken from a teacher."""
-TOKEN_VARIABLE = "LOGITSTREAM_TOKEN"
 
 
 class TeacherClient(Protocol):
@@ -177,13 +174,7 @@ class GrpcTeacherClient:
         self._names = {address: teacher_host(address) for address in addresses}
         check_exposure(addresses, encrypted=tls is not None, insecure=insecure)
         self._resolved: dict[str, list[str]] = {}
-        self._token = token or ("" if token_file else os.environ.get(TOKEN_VARIABLE, "").strip())
-        self._token_file = TokenFile(Path(token_file)) if token_file and not token else None
-        checked_token(self._token.encode(), "the token")
-        self._tls = tls
-        self._read_token()
-        if tls is not None:
-            client_credentials(tls)  # what is missing is missed here
+        self._tls, self._read_token = tls, check_access(tls, token=token, token_file=token_file)
         self._keepalive = {
             "keepalive_seconds": keepalive_seconds,
             "keepalive_timeout_seconds": keepalive_timeout_seconds,
@@ -297,9 +288,6 @@ class GrpcTeacherClient:
             timeout_seconds=self._handshake_seconds,
             token=token,
         )
-
-    def _read_token(self) -> str:
-        return self._token_file.read() if self._token_file is not None else self._token
 
 
 @functools.cache

@@ -46,6 +46,7 @@ def create_manifest(
     The id model is written where none lies there, or another one than the fingerprint names. Raises FingerprintMismatch
     where the directory holds another fingerprint, ValueError where the id model does not belong to this one.
     """
+    Fingerprint.from_json(asdict(fingerprint))  # else nobody could open it again
     directory.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(id_model).hexdigest() if id_model else ""
     if id_model and digest != fingerprint.id_model_digest:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import grpc
 from grpc import aio
 
-from logitstream.errors import ProtocolViolation, RequestError, TeacherUnavailable
+from logitstream.errors import AccessDenied, ProtocolViolation, RequestError, TeacherUnavailable
 from logitstream.rpc.channel import bearer_metadata
 from logitstream.rpc.convert import (
     error_from_message,
@@ -92,7 +92,10 @@ class TeacherConnection:
             message = await self._stub.Describe(pb.DescribeRequest(), timeout=self._timeout, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise self._error(error.code(), error.details()) from None
-        info = info_from_message(message)
+        try:
+            info = info_from_message(message)
+        except ProtocolViolation as error:
+            raise ProtocolViolation(f"{self._address}: {error}") from None
         self._max_message_bytes = min(MAX_REQUESTS_BYTES, info.max_message_bytes)
         return info
 
@@ -200,7 +203,11 @@ class TeacherConnection:
 
     def _error(self, code: grpc.StatusCode, details: str | None) -> Exception:
         error = error_of(code, details or "")
-        return type(error)(f"{self._address}: {error}")
+        hint = ""
+        if isinstance(error, AccessDenied):
+            sent = "the token that was sent is none of the server's" if self._metadata else "no token was sent"
+            hint = f" ({sent}: see token_file and $LOGITSTREAM_TOKEN)"
+        return type(error)(f"{self._address}: {error}{hint}")
 
 
 def request_bytes(sequence: TokenSequence) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from logitstream.errors import REQUEST_ERRORS, InvalidSequence, RequestError
+from logitstream.errors import REQUEST_ERRORS, InvalidSequence, ProtocolViolation, RequestError
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import COMMON_FIELDS, SAMPLER_FIELDS, TargetSpec, TeacherInfo, TokenSequence
 
 ID_BYTES = 4
+MAX_TEXT_CHARS = 1024
 WIRE_DIGEST_BYTES = 8
 """Bytes of the weights' digest that travel with every result."""
 
@@ -35,6 +36,13 @@ def info_to_message(info: TeacherInfo) -> pb.DescribeResponse:
 
 
 def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
+    """Raises ProtocolViolation for what no teacher says of itself; its texts go to logs, files and terminals."""
+    for name in ("model", "revision", "dtype", "server_version", "backend", "tokenizer_rules"):
+        if len(text := getattr(message, name)) > MAX_TEXT_CHARS or not text.isprintable():
+            raise ProtocolViolation(f"{name} must be at most {MAX_TEXT_CHARS} printable characters, got {text[:64]!r}")
+    for name in ("vocab_size", "max_sequence_tokens", "max_in_flight_tokens", "max_message_bytes"):
+        if getattr(message, name) < 1:
+            raise ProtocolViolation(f"{name} must be at least 1, got {getattr(message, name)}")
     values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(TeacherInfo)}
     return TeacherInfo(**values | {name: tuple(values[name]) for name in ("samplers", "codec_versions")})
 

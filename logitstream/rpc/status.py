@@ -41,6 +41,16 @@ RETRYABLE = frozenset(
 """Statuses after which the same request may succeed, at another replica or later."""
 
 
+CANNOT_CONNECT = "failed to connect to all addresses; last error: "
+HINTS = {
+    "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls_ca",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from the authority in tls_ca, or is not valid now",
+    "Hostname Verification": "its certificate names another host than the address in `teacher`",
+    "Socket closed": "it closed the connection, as a server does that expects TLS (tls_ca) or a certificate (tls_cert)",
+}
+"""What a failed connection means, by a part of gRPC's words for it."""
+
+
 def status_of(error: LogitstreamError) -> grpc.StatusCode:
     """The status that ends a stream or a call for `error`."""
     for cls in type(error).__mro__:
@@ -58,5 +68,14 @@ def error_of(code: grpc.StatusCode, details: str) -> LogitstreamError:
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return ProtocolViolation(details)
     if code in RETRYABLE:
-        return TeacherUnavailable(f"{code.name}: {details}")
+        return TeacherUnavailable(f"{code.name}: {_explained(details)}")
     return LogitstreamError(f"{code.name}: {details}")
+
+
+def _explained(details: str) -> str:
+    """With what it means for the settings, where a connection could not be made."""
+    if CANNOT_CONNECT not in details:
+        return details
+    reason = details.replace(CANNOT_CONNECT, "cannot connect: ")
+    hint = next((hint for words, hint in HINTS.items() if words in details), "")
+    return f"{reason} ({hint})" if hint else reason

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -148,6 +150,66 @@ async def test_a_socket_of_this_machine_is_served_and_named_as_it_was_given(
         await close(client)
 
 
+async def test_a_connection_that_fails_says_what_it_means_for_the_settings(tmp_path: Path) -> None:
+    ours, short = Authority(tmp_path), {"connect_timeout_seconds": 1.0}
+    (tmp_path / "foreign").mkdir()
+    files, foreign = ours.issue("server"), Authority(tmp_path / "foreign")
+    tls, mutual = {"tls_cert": files.certificate, "tls_key": files.key}, {"tls_client_ca": ours.path}
+    async with (
+        serving(FakeBackend()) as plain,
+        serving(FakeBackend(), **tls) as encrypted,
+        serving(FakeBackend(), **tls, **mutual) as wary,
+    ):
+        for server, host, files_of_mine, meaning in (
+            (encrypted, "127.0.0.1", None, r"as a server does that expects TLS \(tls_ca\)"),
+            (plain, "localhost", TlsFiles(authority=ours.path), "it speaks no TLS: leave out tls_ca"),
+            (encrypted, "localhost", TlsFiles(authority=foreign.path), "not come from the authority in tls_ca"),
+            (encrypted, "127.0.0.1", TlsFiles(authority=ours.path), "its certificate names another host"),
+            (wary, "localhost", TlsFiles(authority=ours.path), r"or a certificate \(tls_cert\)"),
+        ):
+            client = client_of(f"{host}:{server.address.rpartition(':')[2]}", tls=files_of_mine, **short)
+            assert re.search(f"cannot connect: .*{meaning}", str(await refusal(client)))
+            await close(client)
+
+
+async def test_a_name_in_no_proxy_is_reached_without_the_proxy_and_errors_name_the_proxy_that_was_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server is at an address of this machine that is no loopback, which would never be reached by a proxy."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: it asks for the way out alone
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        here = probe.getsockname()[0]
+
+    async def resolve(address: str) -> list[str]:
+        return [address.replace("teacher.cluster.internal", here)]
+
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    async with serving(FakeBackend(), address=f"{here}:0", insecure=True) as server:
+        port = server.address.rpartition(":")[2]
+        for no_proxy, host, direct in (
+            ("localhost,.cluster.internal", "teacher.cluster.internal", True),
+            ("teacher.cluster.internal", "teacher.cluster.internal", True),
+            (here, here, True),
+            (f"{here}/24", "teacher.cluster.internal", True),
+            ("elsewhere.example", "teacher.cluster.internal", False),
+            ("", here, False),
+        ):
+            monkeypatch.setenv("no_proxy", no_proxy)
+            client = client_of(
+                f"{host}:{port}", insecure=True, resolve=resolve, connect_timeout_seconds=10.0 if direct else 1.0
+            )
+            if direct:
+                await exchange(client, count=2)
+            else:
+                told = str(await refusal(client))
+                assert f"{here}:{port} through the proxy http://127.0.0.1:9 ($http_proxy): " in told
+                assert "secret" not in told
+            await close(client)
+
+
 async def test_a_tokenizer_that_differs_is_told_token_by_token_and_an_added_one_only_where_it_is_used() -> None:
     pairs = [(index, f"token {index} " + "é" * (index % 7)) for index in range(40_000)]  # more than one message
     theirs = Vocabulary(pairs, {"normalizer": "null"})
@@ -202,6 +264,8 @@ async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Pa
             client = client_of(server.address, token=token)
             error = await refusal(client)
             assert isinstance(error, AccessDenied), error
+            sent = "the token that was sent is none of the server's" if token else "no token was sent"
+            assert f"({sent}: see token_file and $LOGITSTREAM_TOKEN)" in str(error)
             assert "token-of-this-test" not in str(error)
             await close(client)
 

@@ -58,6 +58,12 @@ def assert_same(found: Record, expected: Record) -> None:
     assert np.array_equal(mine, everything if expected.loss_mask is None else expected.loss_mask)
 
 
+def test_a_cache_that_nobody_could_open_again_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must match"):
+        create_manifest(tmp_path / "cache", fingerprint(dtype="BF16 (mixed)"), provenance={})
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("batch_bytes", [1, 500, 10_000])
 def test_every_record_comes_back_as_it_was_put(tmp_path: Path, batch_bytes: int) -> None:
     records = make_records(100)

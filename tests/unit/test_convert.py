@@ -83,6 +83,25 @@ def test_equal_specs_have_one_fingerprint_whatever_kind_of_numbers_they_were_mad
             TargetSpec(**{name: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "m\nWARNING all is well"),
+        ("dtype", "\x1b[2Jfloat32"),
+        ("backend", "b" * 2000),
+        ("vocab_size", 0),
+        ("max_message_bytes", 0),
+    ],
+)
+def test_what_no_teacher_says_of_itself_is_refused_by_name(field: str, value: Any) -> None:
+    sizes = {"vocab_size": 7, "max_sequence_tokens": 9, "max_in_flight_tokens": 9, "max_message_bytes": 99}
+    good = pb.DescribeResponse(model="m", weights_digest="ab", dtype="float32", **sizes)
+    assert convert.info_from_message(good).model == "m"
+    setattr(good, field, value)
+    with pytest.raises(errors.ProtocolViolation, match=f"{field} must be at "):
+        convert.info_from_message(good)
+
+
 def test_what_a_teacher_says_of_itself_survives_the_wire() -> None:
     info = TeacherInfo(
         model="m",

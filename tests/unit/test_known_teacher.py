@@ -23,6 +23,8 @@ def digest_of(info: TeacherInfo) -> bytes:
         ({"weights_digest": "cd" * 32}, "weights_digest: '.*' against 'cdcd"),
         ({"weights_digest": "no hex"}, "expected a hex digest of the weights, got 'no hex'"),
         ({"tokenizer_digest": "cd" * 32}, "tokenizers differ"),
+        ({"dtype": "../../etc"}, "describes itself as no teacher can: dtype must match"),
+        ({"vocab_size": 0}, "describes itself as no teacher can: vocab_size must be a whole number"),
         ({"vocab_size": 1001}, "student's vocabulary of 1000, the teacher's has 1001"),
         ({"vocab_size": 999}, "vocab_size: 1000 against 999"),
         ({"dtype": "bfloat16"}, "dtype: 'float32' against 'bfloat16'"),

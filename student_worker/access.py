@@ -1,0 +1,28 @@
+"""What lets this student in at a teacher: its token, and the certificates of both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from logitstream.rpc.channel import TlsFiles, client_credentials
+from logitstream.rpc.tokens import TokenFile, checked_token
+
+TOKEN_VARIABLE = "LOGITSTREAM_TOKEN"
+
+
+def check_access(tls: TlsFiles | None, *, token: str = "", token_file: str = "") -> Callable[[], str]:
+    """What reads the token for a connection, once token and certificates have been found good.
+
+    Raises ValueError where one of them is none, OSError for a file that cannot be read.
+    """
+    if tls is not None:
+        client_credentials(tls)
+    if token_file and not token:
+        read = TokenFile(Path(token_file)).read
+        read()
+        return read
+    known = token or os.environ.get(TOKEN_VARIABLE, "").strip()
+    checked_token(known.encode(), "the token" if token else f"${TOKEN_VARIABLE}")
+    return lambda: known

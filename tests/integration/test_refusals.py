@@ -1,0 +1,46 @@
+"""What `student-worker` says, in one line, where it is not let in or told something else than it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from student_worker.__main__ import main
+from tests.authority import Authority
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (["--token_file", "{tmp}/odd"], 1, "{tmp}/odd: expected a token of printable ASCII characters"),
+        (["--token_file", "{tmp}/empty"], 1, "no token in {tmp}/empty"),
+        (["--token_file", "{tmp}/none"], 1, "No such file or directory: '{tmp}/none'"),
+        (["--tls_ca", "{tmp}/none"], 1, "No such file or directory: '{tmp}/none'"),
+        (["--tls_ca", "{tmp}/empty"], 1, "the authority {tmp}/empty holds no certificate in PEM"),
+        (
+            ["--tls_ca", "{tmp}/ca.pem", "--tls_cert", "{tmp}/mine.pem", "--tls_key", "{tmp}/other.key"],
+            1,
+            "the certificate {tmp}/mine.pem and the key {tmp}/other.key do not go together",
+        ),
+        (["--tls_cert", "c", "--tls_key", "k"], 2, "TLS needs tls_cert and tls_key or neither, and tls_ca"),
+        (["--teacher", "teacher.example:1"], 2, "plaintext to teacher.example:1 would show the token and the texts"),
+        (["--teacher", "teacher.example"], 2, "expected a teacher address as host:port, got 'teacher.example'"),
+    ],
+)
+def test_who_is_not_let_in_is_told_why_before_anything_is_loaded(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], status: int, told: str
+) -> None:
+    ours = Authority(tmp_path)
+    ours.issue("mine"), ours.issue("other")
+    (tmp_path / "odd").write_bytes(b"\xff\xfe token")
+    (tmp_path / "empty").write_bytes(b"")
+    here = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    begun = ["--model", str(tmp_path / "no-model"), "--text", "no-text", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        main([*begun, "--use_cpu", "true", "--report_to", "none", *here])
+    assert ended.value.code == status
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("student-worker: ")]
+    assert told.replace("{tmp}", str(tmp_path)) in line
