@@ -39,7 +39,9 @@ console = Console()
 
 def main() -> None:
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _interrupt)
     try:
         run(options)
     except KeyboardInterrupt:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from logitstream.processes import tied
 
 STOP_SECONDS = 20.0
 
@@ -22,10 +23,13 @@ class ChildFailed(RuntimeError):
 def child(
     name: str, arguments: Sequence[str], log: Path, *, env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`python ARGUMENTS` with its output in `log`; on the way out it and its children are ended, whatever happened."""
+    """`python ARGUMENTS` with its output in `log`; on the way out it and its children are ended, whatever happened.
+
+    The kernel ends it where this process is killed; its own children see to themselves.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            tied(arguments),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from logitstream.errors import LogitstreamError
 from logitstream.processes import end_with_parent
@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, arguments = parse_settings(
         (StudentConfig, TrainingArguments), command="student-worker", description=DESCRIPTION, argv=words
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=cast(TextIO, Stderr()),
+    )
     train(config, arguments, words)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Threads of a group that is still there when the interpreter ends abort the process now and then (torch 2.13);
@@ -59,7 +63,7 @@ def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[s
 
     folder = output_folder(arguments)
     try:
-        run(config, arguments)
+        run(config, arguments, words)
     except ResumeUndecided as error:
         again = f"to go on from it: {resuming(words)}; to start over: {starting_over(words, folder)}"
         fail(f"{error}; {again}")
@@ -75,6 +79,16 @@ def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[s
         if not _is_loss_of_a_process(error):
             raise
         fail(f"another process of this run is gone; {_going_on(folder, words)} ({error})")
+
+
+class Stderr:
+    """Whatever sys.stderr is at the moment: a live display takes it over, so that log lines appear above it."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def _going_on(folder: Path, words: Sequence[str]) -> str:

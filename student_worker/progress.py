@@ -25,7 +25,8 @@ class ProgressDisplay(TrainerCallback):
     seconds_left.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_teacher: bool = True) -> None:
+        self.has_teacher = has_teacher
         self.path = folder / "progress.jsonl"
         self.started = self.last_line = time.monotonic()
         self.first_step = 0
@@ -60,17 +61,27 @@ class ProgressDisplay(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=row["step"], figures=describe(row))
+            self.bar.update(self.bar.task_ids[0], completed=row["step"], figures=self._describe(row))
         elif time.monotonic() - self.last_line >= PLAIN_LINE_SECONDS:
             self.last_line = time.monotonic()
-            self.console.print(f"step {row['step']}/{row['max_steps']} · {describe(row)}", highlight=False)
+            self.say(f"step {row['step']}/{row['max_steps']} · {self._describe(row)}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also where training did not come to its end."""
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _describe(self, row: dict[str, float]) -> str:
+        return describe(row, has_teacher=self.has_teacher)
 
     def _row(self, state: TrainerState, logs: dict[str, float]) -> dict[str, float]:
         steps_done = max(state.global_step - self.first_step, 1)
@@ -98,10 +109,10 @@ def _rows_up_to(step: int, path: Path) -> Iterator[str]:
             continue
 
 
-def describe(row: dict[str, float]) -> str:
+def describe(row: dict[str, float], *, has_teacher: bool = True) -> str:
     """One line for people; waiting is the whole run's so far."""
+    waited = f"waited {row['waiting_seconds']:.1f} s for the teacher · " if has_teacher else ""
     return (
-        f"loss {row['loss']:.3f} nats · {row['tokens_per_second']:,.0f} tokens/s · "
-        f"waited {row['waiting_seconds']:.1f} s for the teacher · {row['queue_batches']:.0f} batches ready · "
-        f"{row['seconds_left']:.0f} s left"
+        f"loss {row['loss']:.3f} nats · {row['tokens_per_second']:,.0f} tokens/s · {waited}"
+        f"{row['queue_batches']:.0f} batches ready · {row['seconds_left']:.0f} s left"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.access import check_access
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
+from student_worker.announcing import what_came_of_it, what_runs
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import calibration_sequences, choose_spec
-from student_worker.checkpoints import choose_checkpoint
+from student_worker.checkpoints import STAGING, choose_checkpoint
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
 from student_worker.progress import ProgressDisplay
@@ -52,26 +54,49 @@ from student_worker.teacher_client import GrpcTeacherClient
 from student_worker.trainer import DistillationTrainer
 
 
-def run(config: StudentConfig, arguments: TrainingArguments) -> None:
-    """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
+def run(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str] = ()) -> None:
+    """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`.
+
+    words: the command's own, for the commands that it names at its end.
+    """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
+    folder, is_main = output_folder(arguments), arguments.process_index == 0
     with contextlib.ExitStack() as resources:
-        if arguments.process_index == 0:
-            resources.enter_context(locked(output_folder(arguments)))
+        if is_main:
+            resources.enter_context(locked(folder))
         with mendable():
-            checkpoint = of_main_process(checkpoint_to_resume(arguments) if arguments.process_index == 0 else None)
+            checkpoint = of_main_process(checkpoint_to_resume(arguments) if is_main else None)
         if config.metrics_port:
             port = config.metrics_port + arguments.local_process_index
             metrics.serve(port, side="student", address=config.metrics_address)
         with mendable():
             tokenizer, trainer = prepare(config, arguments, checkpoint, resources)
+        display = ProgressDisplay(folder, has_teacher=config.targets != "cache")
+        trainer.add_callback(display)
+        resources.callback(display.close)
+        if is_main:
+            display.say(what_runs(config, arguments, trainer, checkpoint))
         report = train(trainer, checkpoint)
-    trainer.save_model()
-    if arguments.process_index == 0:
-        folder = output_folder(arguments)
-        tokenizer.save_pretrained(folder)
-        write_whole(folder / "report.json", json.dumps(report, indent=2))
+        save_student(trainer, tokenizer, folder)
+        if is_main:
+            write_whole(folder / "report.json", json.dumps(report, indent=2))
+            display.say(what_came_of_it(report, config, folder, words))
+
+
+def save_student(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The student and its tokenizer into the output folder, each file whole or as it was."""
+    staged = folder / STAGING / "student"
+    trainer.save_model(str(staged))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.should_save:
+        return
+    tokenizer.save_pretrained(staged)
+    for path in staged.iterdir():
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 class CannotStart(LogitstreamError):
@@ -273,7 +298,6 @@ def build_trainer(
         wrap_dataloader=stream,
         ce_weight=config.ce_weight,
         overhead_every=config.overhead_every,
-        callbacks=[ProgressDisplay(output_folder(arguments))],
     )
     for other_display in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other_display)

@@ -1,12 +1,30 @@
-"""What many tests share: the real teacher, made once, and tiny models for what needs no real one."""
+"""What many tests share: the real teacher, made once, tiny models, and an end for every process that they start."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
 import logitstream.rpc  # noqa: F401  # sets how grpc forks, before any test loads it
+
+MARK = "LOGITSTREAM_TEST_RUN"
+os.environ[MARK] = uuid.uuid4().hex  # which all that the tests start inherit
+guard = subprocess.Popen(
+    [sys.executable, str(Path(__file__).with_name("guard.py")), MARK, os.environ[MARK]],
+    stdin=subprocess.PIPE,
+    env={name: value for name, value in os.environ.items() if name != MARK},
+    start_new_session=True,  # Ctrl-C is not for it
+)
+
+
+def pytest_unconfigure() -> None:
+    """Nothing that a test started is left; a run that is killed leaves that to the guard too."""
+    guard.communicate(timeout=30)
 
 
 @pytest.fixture(scope="session")

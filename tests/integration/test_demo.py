@@ -55,6 +55,55 @@ def test_a_child_and_its_children_are_ended_when_something_fails(tmp_path: Path)
     wait_until_gone(mark)
 
 
+PARENT = """
+import sys
+from pathlib import Path
+from demo.processes import child
+with child("parent", ["-c", sys.argv[1], sys.argv[2]], Path(sys.argv[3])) as process:
+    process.wait()
+"""
+TIED_GRANDCHILD = """
+import subprocess, sys
+tied = "import sys, time; from logitstream.processes import end_with_parent; end_with_parent(); time.sleep(600)"
+subprocess.run([sys.executable, "-c", tied, sys.argv[1]])
+"""
+
+
+def test_a_child_and_its_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    mark = str(tmp_path / "mark")
+    with subprocess.Popen([sys.executable, "-c", PARENT, TIED_GRANDCHILD, mark, str(tmp_path / "log")]) as parent:
+        deadline = time.monotonic() + 30
+        while len(processes_naming(mark)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(0.5)  # until the last one has asked the kernel for it
+        parent.kill()
+    wait_until_gone(mark)
+
+
+CHILD_OF_A_TEST = """
+import subprocess, sys, time
+
+def test_with_children():
+    subprocess.Popen([sys.executable, "-c", {program!r}, {mark!r}], start_new_session=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_test_run_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    mark = str(tmp_path / "mark")
+    (tmp_path / "test_it.py").write_text(CHILD_OF_A_TEST.format(program=GRANDCHILD, mark=mark))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", str(tmp_path / "test_it.py")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as tests:
+        deadline = time.monotonic() + 60
+        while len(processes_naming(mark)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        tests.send_signal(number)
+    wait_until_gone(mark)
+
+
 def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     program = "print('the reason'); print('x torch/distributed/elastic/y'); raise SystemExit(3)"
@@ -66,8 +115,8 @@ def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     assert "elastic" not in tail(log)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_teacher_and_students(tmp_path: Path, teacher_dir: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_ends_teacher_and_students(tmp_path: Path, teacher_dir: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "demo", "--sequences", "1024", "--output", str(tmp_path / "run")]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
     started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -80,7 +129,7 @@ def test_ctrl_c_ends_teacher_and_students(tmp_path: Path, teacher_dir: Path, num
             assert time.monotonic() < deadline
             time.sleep(0.1)
         demo.send_signal(number)
-        assert demo.wait(60) == 130
+        assert demo.wait(60) == (-number if number == signal.SIGKILL else 130)
     wait_until_gone(str(tmp_path))
 
 

@@ -1,0 +1,56 @@
+"""What a run says first, of what it trains, and last, of what came of it and what can be done next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from student_worker.checkpoints import checkpoints_in
+from student_worker.config import StudentConfig
+from student_worker.ending import command, resuming
+
+
+def what_runs(config: StudentConfig, arguments: TrainingArguments, trainer: Trainer, checkpoint: Path | None) -> str:
+    """Model, data, where targets come from, output: one line."""
+    model: Any = trainer.model
+    num_sequences, num_heldout = (len(part) for part in (trainer.train_dataset, trainer.eval_dataset))  # type: ignore[arg-type]
+    student = f"{config.model}" if config.model else f"an untrained {type(model).__name__} of {config.model_config}"
+    data = ", ".join(config.text) or f"the cache {config.cache}"
+    start = f", going on from {checkpoint.name}" if checkpoint else ""
+    return (
+        f"training {student} ({_count(model.num_parameters())} parameters) on {num_sequences:,} sequences of {data}, "
+        f"{num_heldout:,} held out; {_source(config)}; "
+        f"output: {arguments.output_dir}{start}"
+    )
+
+
+def what_came_of_it(report: dict[str, Any], config: StudentConfig, folder: Path, words: Sequence[str]) -> str:
+    """Held-out loss before and after, where the student lies, and the commands that go on: a few lines."""
+    before, after = report["heldout_loss_before"], report["heldout_loss_after"]
+    known = None not in (before, after)
+    loss = f"held-out loss {before:.3f} → {after:.3f} nats a token" if known else "no held-out loss"
+    lines = [f"{loss}; the student is in {folder}, the run's figures in {folder / 'report.json'}"]
+    if checkpoints_in(folder):
+        lines.append(f"train longer: {resuming(words)} --num_train_epochs N")
+    if config.cache and config.targets != "cache":
+        lines.append(f"again, without a teacher: {command(words)} --targets cache --output_dir ANOTHER")
+    return "\n".join(lines)
+
+
+def _source(config: StudentConfig) -> str:
+    teacher = f"the teacher {', '.join(config.teacher)}"
+    if config.targets == "online":
+        return f"targets from {teacher}" + (f", kept in {config.cache}" if config.cache else "")
+    if config.targets == "cache":
+        return f"targets from the cache {config.cache} alone"
+    return f"targets from the cache {config.cache}, else from {teacher}"
+
+
+def _count(number: int) -> str:
+    """124 M, 1.5 B: three digits."""
+    power = min(int(math.log10(max(number, 1)) // 3), 3)
+    return f"{number / 1000**power:.3g} {('', 'thousand', 'M', 'B')[power]}".strip()
