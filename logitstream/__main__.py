@@ -27,7 +27,7 @@ SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 where `verify` found damage, 2 for an error."""
+    """The exit status: 0, 1 where `verify` found damage or `prune` left something, 2 for an error."""
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     for command, what in ((join, "cache to write or to add to"), (out, "folder for the Parquet files")):
         command.add_argument("--output", required=True, help=what)
     cut = _command(commands, "prune", _prune, "drop records to make room")
-    cut.add_argument("--max_bytes", type=_size, help="drop the oldest shards until this many bytes hold (10G, 2T, …)")
+    cut.add_argument("--max_bytes", type=_size, help="drop the oldest records until this many bytes hold (10G, 2T, …)")
     cut.add_argument("--before_draw_set", type=_draw_set, help="drop records of earlier draw sets")
     cut.add_argument("--damaged", action="store_true", help="drop damaged records")
+    cut.add_argument("--dry_run", action="store_true", help="only say how many records and bytes would go")
     return parser
 
 
@@ -187,15 +188,27 @@ def _prune(arguments: argparse.Namespace) -> int:
     directory = local_path(arguments.directory)
     total = sum(CacheReader(folder).num_records for folder in caches_in(directory))
     with _bar("pruning", total) as advance:
-        records, freed = prune(
+        found = prune(
             directory,
             max_bytes=arguments.max_bytes,
             before_draw_set=arguments.before_draw_set,
             damaged=arguments.damaged,
+            dry_run=arguments.dry_run,
             progress=advance,
         )
-    print(f"{arguments.directory}: {records} records dropped, {freed} bytes freed")
-    return 0
+    share = found.records / max(found.total_records, 1)
+    remaining = found.total_bytes - found.num_bytes
+    print(
+        f"{arguments.directory}: {found.records} of {found.total_records} records ({share:.1%}) "
+        f"{'would be dropped' if arguments.dry_run else 'dropped'}, {found.num_bytes} bytes freed, {remaining} remain"
+    )
+    if arguments.max_bytes is not None and remaining > arguments.max_bytes:
+        found.left.append(f"{remaining} bytes remain, more than {arguments.max_bytes}: what no record is part of stays")
+    for line in found.notes:
+        print(f"note: {line}")
+    for line in found.left:
+        print(f"left: {line}")
+    return 1 if found.left else 0
 
 
 def _print_histogram(entries: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:

@@ -25,12 +25,12 @@ class FreezingDisk:
 
 
 @contextmanager
-def freezing_disk(tmp_path: Path) -> Iterator[FreezingDisk]:
+def freezing_disk(tmp_path: Path, *, megabytes: int = 24) -> Iterator[FreezingDisk]:
     """Skips the test where file systems cannot be made and mounted."""
     image, folder = tmp_path / "disk", tmp_path / "mounted"
     folder.mkdir()
     with image.open("wb") as file:
-        file.truncate(24 << 20)
+        file.truncate(megabytes << 20)
     for command in (["mkfs.ext4", "-q", "-m", "0", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
         try:
             subprocess.run(command, check=True, capture_output=True)

@@ -50,7 +50,7 @@ class OpenShard:
     ) -> OpenShard:
         """A new shard with nothing but its schema, visible to others once it is locked; as old as `milliseconds`."""
         begun = time.time_ns() // 1_000_000 if milliseconds is None else milliseconds
-        name = f"{writer_id}-{begun:013d}-{uuid.uuid4().hex[:8]}.arrow{OPEN_SUFFIX}"
+        name = shard_name(writer_id, begun, uuid.uuid4().hex[:8]) + OPEN_SUFFIX
         partial = directory / f".{name.removesuffix(OPEN_SUFFIX)}.new"
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         shard = cls(directory / name, fd, size=0, spans=[], manifest=manifest)
@@ -124,9 +124,17 @@ def recover(directory: Path, manifest: dict[str, Any]) -> list[Path]:
 
 
 def _recover_one(path: Path, manifest: dict[str, Any]) -> Path | None:
-    fd = _lock_dead(path)
+    fd = lock_dead(path)
     if fd is None:
         return None
+    try:
+        return _seal_dead(path, fd, manifest)
+    except BaseException:
+        os.close(fd)  # a lock that is kept would make it look like a living writer's
+        raise
+
+
+def _seal_dead(path: Path, fd: int, manifest: dict[str, Any]) -> Path | None:
     size = os.fstat(fd).st_size
     first, messages = read_schema(path, manifest), list(scan(path, token_width(manifest)))
     whole = messages[-1].start + messages[-1].size if messages else first
@@ -136,13 +144,12 @@ def _recover_one(path: Path, manifest: dict[str, Any]) -> Path | None:
         os.ftruncate(fd, whole)
         spans = [message.spans for message in messages]
         return OpenShard(path, fd, size=whole, spans=spans, manifest=manifest).seal()
-    try:
-        return _rewrite(path, fd, messages, manifest)
-    finally:
-        os.close(fd)
+    sealed = _rewrite(path, fd, messages, manifest)
+    os.close(fd)
+    return sealed
 
 
-def _lock_dead(path: Path) -> int | None:
+def lock_dead(path: Path) -> int | None:
     """The locked file of a shard that no living process writes, or None."""
     try:
         fd = os.open(path, os.O_RDWR)
@@ -158,6 +165,17 @@ def _lock_dead(path: Path) -> int | None:
     return None
 
 
+def is_written(path: Path) -> bool:
+    """Whether a living process writes an open shard."""
+    try:
+        fd = lock_dead(path)
+    except OSError:
+        return False
+    if fd is not None:
+        os.close(fd)
+    return fd is None and path.exists()
+
+
 def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, Any]) -> Path | None:
     """The readable batches of a shard that is damaged elsewhere than at its end, as a new shard."""
     logger.warning("%s: damaged; its %d readable batches were kept", path, len(messages))
@@ -170,9 +188,14 @@ def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, A
     return sealed
 
 
+def shard_name(writer_id: str, milliseconds: int, random: str = "0" * 8) -> str:
+    """Name of a sealed shard, by its writer, when it was begun, and 8 hex digits that nobody else has."""
+    return f"{writer_id}-{milliseconds:013d}-{random}.arrow"
+
+
 def origin(path: Path) -> tuple[str, int]:
     """Writer of a shard and when it was begun, in milliseconds: by its name, else by its file."""
-    writer_id, milliseconds, _ = (*path.name.rsplit("-", 2), "", "")[:3]
+    writer_id, milliseconds, _ = (*path.name.removesuffix(OPEN_SUFFIX).rsplit("-", 2), "", "")[:3]
     return writer_id, int(milliseconds) if milliseconds.isdecimal() else path.stat().st_mtime_ns // 1_000_000
 
 

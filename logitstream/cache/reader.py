@@ -190,10 +190,20 @@ class CacheReader:
 
         Of a shard that was pruned meanwhile what is left, each key once.
         """
+        return chain.from_iterable(map(self.records_of, self.shards()))
+
+    def shards(self) -> list[str]:
+        """Paths of the shards as of the last refresh, sealed ones first."""
+        return [*self._now.shards, *dict(self._now.open_spans())]
+
+    def records_of(self, shard: str) -> Iterator[Record]:
+        """As `records`, of one shard."""
         now = self._now
-        sealed = (self._sealed_records(now, number) for number in range(len(now.shards)))
-        growing = (self._records(now, path, spans) for path, spans in now.open_spans())
-        return chain.from_iterable(chain(sealed, growing))
+        if shard in now.shards:
+            return self._sealed_records(now, now.shards.index(shard))
+        return chain.from_iterable(
+            self._records(now, shard, spans) for path, spans in now.open_spans() if path == shard
+        )
 
     def _sealed_records(self, now: Snapshot, number: int) -> Iterator[Record]:
         try:
@@ -301,7 +311,10 @@ class CacheReader:
             except FileNotFoundError:
                 is_gone = True
             except CorruptRecord as error:
-                self._note(path, error, key)
+                if Path(path).exists():
+                    self._note(path, error, key)
+                else:  # a prune is writing it anew in its own place
+                    is_gone = True
             except OSError as error:
                 with self._lock:  # opened anew next time: a handle may be stale where the file is not
                     self._files.pop(path, None)

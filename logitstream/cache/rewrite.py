@@ -5,30 +5,29 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from logitstream.cache.manifest import caches_in, read_manifest
-from logitstream.cache.open_shard import OPEN_SUFFIX, OpenShard, origin, recover
+from logitstream.cache.index import KeyIndex
+from logitstream.cache.manifest import MANIFEST, caches_in, read_manifest
+from logitstream.cache.open_shard import OPEN_SUFFIX, file_bytes, is_written, lock_dead, origin, recover
+from logitstream.cache.pruned_shard import Pruned, PrunedShard
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import Record, Spans, encode_batch, token_width
-from logitstream.cache.shard_file import ShardFile
-from logitstream.cache.verify import Damage, check_sealed, missing_shards, other_fingerprint, shard_spans
+from logitstream.cache.shard import Record
+from logitstream.cache.shard_rewrite import NO_SPACE, remove
+from logitstream.cache.verify import is_foreign, missing_shards, other_fingerprint, unreadable
 from logitstream.cache.writer import CacheWriter
-from logitstream.errors import CacheError, CorruptRecord
+from logitstream.errors import CacheError
 
 Progress = Callable[[int], object]
 """Told how many records were read since the last call."""
-LOCK = ".prune.lock"
-RECORDS_PER_BATCH = 64
 
 
 def merge(sources: Sequence[Path], output: str | Path, progress: Progress = lambda _: None) -> tuple[int, int, int]:
-    """Copy each key's first undamaged record into a cache of their common fingerprint.
+    """Copy each key's first undamaged record into a cache of their common fingerprint, in the order of writing.
 
     Returns how many were written, left out as duplicates and left out as damaged everywhere. `output` may hold records
     already. Raises FingerprintMismatch where the sources differ.
@@ -36,7 +35,9 @@ def merge(sources: Sequence[Path], output: str | Path, progress: Progress = lamb
     first = CacheReader(sources[0])
     readers = [first, *(CacheReader(source, first.fingerprint) for source in sources[1:])]
     provenance = {"merged": [{"directory": str(r.directory), **r.manifest["provenance"]} for r in readers]}
-    written = damaged = copies = 0
+    copies = sum(reader.num_records for reader in readers)
+    seen = _Seen(readers)
+    written = 0
     with CacheWriter(
         output,
         first.fingerprint,
@@ -46,31 +47,50 @@ def merge(sources: Sequence[Path], output: str | Path, progress: Progress = lamb
         batch_bytes=1 << 20,
     ) as writer:
         before = CacheReader(output)
-        for number, reader in enumerate(readers):
-            copies += reader.num_records
-            for i in range(len(reader)):
-                key = reader.key(i)
-                progress(1)
-                if before.get(key) is not None or any(key in earlier for earlier in readers[:number]):
-                    continue
-                record = _first_whole(key, readers[number:])
-                if record is None:
-                    damaged += 1
-                    continue
+        for record in _by_age(readers):
+            if not seen.add(record.key):
+                continue
+            progress(1)
+            if before.get(record.key) is None:
                 written += writer.put(*record[:5], teacher_version=record.teacher_version)
         if not writer.flush():
             raise CacheError(f"{output}: {writer.disabled}")
+    damaged = seen.num_missing
     return written, copies - written - damaged, damaged
 
 
-def _first_whole(key: bytes, readers: Sequence[CacheReader]) -> Record | None:
-    for reader in readers:
-        try:
-            if key in reader:
-                return reader.get_record(key)
-        except CorruptRecord:
-            continue
-    return None
+def _by_age(readers: Sequence[CacheReader]) -> Iterator[Record]:
+    """The undamaged records of several caches, those of the shard that was begun first first."""
+    shards = [
+        (origin(Path(path))[1], Path(path).name, n, path) for n, one in enumerate(readers) for path in one.shards()
+    ]
+    for *_, number, path in sorted(shards):
+        yield from readers[number].records_of(path)
+
+
+class _Seen:
+    """Which keys of several caches were seen: 20 bytes and a flag a record."""
+
+    def __init__(self, readers: Sequence[CacheReader]) -> None:
+        keys = [np.frombuffer(b"".join(map(reader.key, range(len(reader)))), "V16") for reader in readers]
+        self._index = KeyIndex.empty().extended(keys, 0)
+        self._seen = np.zeros(len(self._index.high), bool)
+        firsts = self._index.first_of_each()
+        self._num_keys = len(self._index.high) if firsts is None else len(firsts)
+        self._num_seen = 0
+
+    def add(self, key: bytes) -> bool:
+        """Whether the key was not seen before."""
+        place = self._index.find(key)[0]
+        is_new = not self._seen[place]
+        self._seen[place] = True
+        self._num_seen += is_new
+        return bool(is_new)
+
+    @property
+    def num_missing(self) -> int:
+        """Keys that were not seen yet."""
+        return self._num_keys - self._num_seen
 
 
 def prune(
@@ -79,59 +99,98 @@ def prune(
     max_bytes: int | None = None,
     before_draw_set: int | None = None,
     damaged: bool = False,
+    dry_run: bool = False,
     progress: Progress = lambda _: None,
-) -> tuple[int, int]:
-    """Drop records of draw sets below `before_draw_set`, damaged ones, and the oldest shards until `max_bytes` hold.
+) -> Pruned:
+    """Drop records of draw sets below `before_draw_set`, damaged ones, and the oldest records until `max_bytes` hold.
 
-    All of it also in the caches of newer weights below the folder. damaged: sidecars and shards that are damaged
-    elsewhere than in a record are made anew too. Returns how many records and bytes went. Only sealed shards are
-    touched (dead writers' are sealed first), none of another fingerprint; a shard of which a part stays is replaced by
-    a new one. Raises CacheError where another prune is under way.
+    All of it also in the caches of newer weights below the folder. Bytes are the sizes of all files but the shards that
+    are being written. The oldest are those of the shard that was begun first, in the order of writing, and no more of
+    them go than must: the next one would not fit in again. damaged: sidecars and shards that are damaged elsewhere than
+    in a record are made anew too. What cannot be read as a whole, and what belongs to others, is left alone and named.
+    dry_run: only say what would go. Raises CacheError where another prune is under way.
+
+    Shards that go as a whole go first; others are written anew, on a full disk in the place of what goes.
     """
     folders = caches_in(directory)
     manifests = {folder: read_manifest(folder) for folder in folders}
-    with _only_one(directory):
+    with _only_one(directory), ExitStack() as locks:
+        result = Pruned(total_bytes=sum(map(_folder_bytes, folders)))
+        shards = _oldest_first(manifests, locks, result)
+        for shard in shards:
+            shard.choose(before_draw_set, damaged, result)
+            progress(len(shard.spans))
+        result.total_records = sum(len(shard.spans) for shard in shards)
+        if max_bytes is not None:
+            _bound(shards, max_bytes, result.total_bytes)
+        if dry_run:
+            result.records = sum(len(shard.spans) - len(shard.kept()) for shard in shards)
+            result.num_bytes = sum(shard.num_bytes - shard.next_bytes() for shard in shards)
+            return result
+        for shard in sorted(shards, key=lambda one: len(one.kept()) > 0):
+            shard.carry_out(drop_unreadable=damaged, result=result)
+        locks.close()
         for folder in folders:
-            recover(folder, manifests[folder])
-        before, records = sum(map(_folder_bytes, folders)), 0
-        total = before
-        for path in _oldest_first(manifests):
-            size, manifest = _shard_bytes(path), manifests[path.parent]
-            spans, keep, sound = _kept(path, manifest, before_draw_set, damaged)
-            progress(len(spans))
-            if max_bytes is not None and total > max_bytes:
-                keep, sound = np.zeros(len(spans), bool), False
-            if keep.all() and sound:
-                continue
-            records += int((~keep).sum())
-            total -= size - _replace(path, spans[keep], manifest)
-        if damaged:
-            for shard in (shard for folder in folders for shard in missing_shards(folder)):
-                _remove(*_files(shard)[1:])
-        after = sum(map(_folder_bytes, folders))
-    return records, before - after
+            _clear_up(folder, manifests[folder], damaged, result)
+        result.num_bytes = result.total_bytes - sum(map(_folder_bytes, folders))
+        return result
+
+
+def _clear_up(folder: Path, manifest: dict[str, Any], damaged: bool, result: Pruned) -> None:
+    """Seal what dead writers left, as far as there is room, and remove sidecars of shards that are gone."""
+    for shard in missing_shards(folder) if damaged else []:
+        remove(shard)
+    try:
+        recover(folder, manifest)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            result.left.append(f"{folder}: shards of dead writers stay as they are: {error}")
 
 
 def _folder_bytes(directory: Path) -> int:
     """Of what `max_bytes` bounds: all but the shards that are being written."""
-    files = [path for path in directory.iterdir() if path.is_file() and path.suffix != OPEN_SUFFIX]
-    return sum(path.stat().st_size for path in files)
+    return sum(file_bytes(path) for path in directory.iterdir() if path.suffix != OPEN_SUFFIX or not is_written(path))
 
 
-def _oldest_first(manifests: dict[Path, dict[str, Any]]) -> list[Path]:
-    """The sealed shards of some caches by when they were begun."""
-    shards = [
-        path
-        for folder, manifest in manifests.items()
-        for path in folder.glob("*.arrow")
-        if not other_fingerprint(path, manifest)
-    ]
-    return sorted(shards, key=lambda path: (origin(path)[1], path.name))
+def _oldest_first(manifests: dict[Path, dict[str, Any]], locks: ExitStack, result: Pruned) -> list[PrunedShard]:
+    """The shards of some caches by when they were begun, but those that are being written; dead writers' get locked."""
+    shards = []
+    for folder, manifest in manifests.items():
+        for path in sorted([*folder.glob("*.arrow"), *folder.glob(f"*{OPEN_SUFFIX}")]):
+            fd = None
+            try:
+                if problem := unreadable(path):
+                    if path.suffix == OPEN_SUFFIX or not path.with_suffix(".index").exists() or not path.is_file():
+                        result.left.append(problem)
+                        continue
+                elif other_fingerprint(path, manifest) or is_foreign(path):
+                    result.notes.append(f"{path.name} is no shard of this cache, and was left alone")
+                    continue
+                elif path.suffix == OPEN_SUFFIX:
+                    if (fd := lock_dead(path)) is None:
+                        continue
+                    locks.callback(os.close, fd)
+                shards.append(PrunedShard(path, manifest, fd))
+            except OSError as error:
+                result.left.append(f"{path.name} cannot be read: {error}")
+    return sorted(shards, key=lambda shard: (origin(shard.path)[1], shard.path.name))
+
+
+def _bound(shards: Sequence[PrunedShard], max_bytes: int, total_bytes: int) -> None:
+    """Let go of the oldest records until the rest fits."""
+    total = total_bytes - sum(shard.num_bytes - shard.next_bytes() for shard in shards)
+    for shard in shards:
+        if total <= max_bytes:
+            return
+        others = total - shard.next_bytes()
+        shard.limit(max(max_bytes - others, 0))
+        total = others + shard.next_bytes()
 
 
 @contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
-    fd = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT)
+    """The manifest is what is locked: on a full disk no file can be made for it."""
+    fd = os.open(directory / MANIFEST, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -139,46 +198,3 @@ def _only_one(directory: Path) -> Iterator[None]:
         raise CacheError(f"another prune of {directory} is under way") from error
     finally:
         os.close(fd)
-
-
-def _shard_bytes(path: Path) -> int:
-    return sum(part.stat().st_size for part in _files(path) if part.exists())
-
-
-def _files(path: Path) -> tuple[Path, Path, Path]:
-    """A shard and its sidecars; the shard first: nobody shall find one without its index."""
-    return path, path.with_suffix(".index"), path.with_suffix(".json")
-
-
-def _kept(
-    path: Path, manifest: dict[str, Any], before_draw_set: int | None, damaged: bool
-) -> tuple[Spans, npt.NDArray[np.bool_], bool]:
-    """A shard's spans, which of them stay, and whether its files can."""
-    damage = Damage()
-    spans, bad = check_sealed(path, manifest, damage) if damaged else (shard_spans(path, manifest)[0], [])
-    keep = np.ones(len(spans), bool)
-    if before_draw_set is not None:
-        keep &= spans["draw_set"] >= before_draw_set
-    keep[bad] = False
-    return spans, keep, not damage.problems
-
-
-def _replace(path: Path, spans: Spans, manifest: dict[str, Any]) -> int:
-    """Put the records of these spans into a new shard, as old as the one whose place it takes; its size."""
-    sealed: Path | None = None
-    if len(spans):
-        writer_id, milliseconds = origin(path)
-        shard = OpenShard.create(path.parent, writer_id, manifest, milliseconds=milliseconds)
-        file = ShardFile(str(path), token_width(manifest))
-        for start in range(0, len(spans), RECORDS_PER_BATCH):
-            batch = list(file.records(spans[start : start + RECORDS_PER_BATCH], lambda _: None))
-            if batch:
-                shard.append(encode_batch(batch, shard.schema))
-        sealed = shard.seal()
-    _remove(*_files(path))
-    return _shard_bytes(sealed) if sealed is not None else 0
-
-
-def _remove(*files: Path) -> None:
-    for path in files:
-        path.unlink(missing_ok=True)
