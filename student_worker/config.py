@@ -36,12 +36,16 @@ class StudentConfig:
         "auto",
     )
     max_sequences: int = setting("Use at most this many sequences of the text; 0: all.", 0)
-    heldout_sequences: int = setting("Sequences set apart by seed for evaluation, never trained on.", 32)
+    heldout_sequences: int = setting(
+        "Sequences set apart by their content for evaluation, never trained on; `cache` notes and keeps them.", 32
+    )
 
     teacher: list[str] = setting(
         "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
     )
-    targets: Literal["online", "cache", "cache_then_online"] = setting("Where targets come from.", "online")
+    targets: Literal["auto", "online", "cache", "cache_then_online"] = setting(
+        "Where targets come from; `auto`: with a `cache` from there first, then from the teacher.", "auto"
+    )
     draws: Literal["fresh", "reuse"] = setting(
         "Fresh draws each epoch, or the first epoch's again (also where the cache alone lacks an epoch's draws).",
         "fresh",
@@ -103,6 +107,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if bool(self.model) == bool(self.model_config):
             raise ValueError("expected one of `model` (a checkpoint) and `model_config` (an untrained student)")
+        if self.targets == "auto":
+            self.targets = "cache_then_online" if self.cache else "online"
         if not self.text and not (self.targets == "cache" and self.cache):
             raise ValueError("expected `text`, or `targets: cache` with a `cache` to train from alone")
         if self.targets != "online" and not self.cache:
@@ -126,6 +132,11 @@ class StudentConfig:
                 teacher_host(address)
             check_exposure(self.teacher, encrypted=bool(self.tls_ca), insecure=self.insecure)
         self.target_spec()
+
+    def target_mode(self) -> Literal["online", "cache", "cache_then_online"]:
+        """Where targets come from."""
+        assert self.targets != "auto"
+        return self.targets
 
     def target_spec(self) -> TargetSpec:
         """How the targets are drawn, before a budget changes N or θ."""

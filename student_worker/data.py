@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from logitstream.cache import CacheReader
 from logitstream.errors import CorruptRecord
+from logitstream.types import TokenSequence, request_key
 from student_worker.cache_disk import cache_disk
 from student_worker.packing import TextFile, frame_of, pack
 from student_worker.student_limits import StudentLimits
@@ -93,20 +95,6 @@ def check_datasets_cache(folder: str | Path) -> None:
         if os.access(folder, os.W_OK | os.X_OK):
             return
     raise OSError(f"the datasets cache {folder} cannot be written ({reason}): set HF_HOME to a folder that can be")
-
-
-Sequences = TypeVar("Sequences", Dataset, "CacheDataset")
-
-
-def split_heldout(
-    sequences: Sequences, *, heldout_sequences: int, max_sequences: int, seed: int
-) -> tuple[Sequences, Sequences]:
-    """Training and held-out sequences, chosen by seed; ValueError where too few are left to train on."""
-    if heldout_sequences >= len(sequences):
-        raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(sequences)} to train on")
-    order = np.random.default_rng(seed).permutation(len(sequences))
-    train = np.sort(order[heldout_sequences:][: max_sequences or None])
-    return sequences.select(train), sequences.select(np.sort(order[:heldout_sequences]))
 
 
 def _load(path: str, text_column: str) -> TextFile | Dataset:
@@ -201,6 +189,19 @@ class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
             return {"input_ids": np.zeros(1, np.int64), "loss_mask": np.zeros(1, bool)}
         mask = record.loss_mask if record.loss_mask is not None else np.ones(len(record.token_ids), bool)
         return {"input_ids": record.token_ids.astype(np.int64), "loss_mask": mask}
+
+    def sequence(self, index: int) -> TokenSequence:
+        """As it was sent; one token without a wanted row where the record is damaged."""
+        row = self[index]
+        mask = row["loss_mask"]
+        return TokenSequence(token_ids=row["input_ids"].astype(np.int32), loss_mask=None if mask.all() else mask)
+
+    def find(self, sequence: TokenSequence) -> int | None:
+        """Where a sequence stands; None where it is none of these."""
+        key = request_key(self.cache.fingerprint.digest, sequence, self.draw_set)
+        index = bisect.bisect_left(self._indices, key, key=lambda i: self.cache.key(int(i)))
+        is_there = index < len(self) and self.cache.key(int(self._indices[index])) == key
+        return index if is_there else None
 
     def select(self, indices: npt.NDArray[np.int64]) -> CacheDataset:
         """Some of the sequences, in this order."""

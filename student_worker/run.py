@@ -42,10 +42,11 @@ from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import calibration_sequences, choose_spec
 from student_worker.checkpoints import STAGING, choose_checkpoint
 from student_worker.config import StudentConfig
-from student_worker.data import CacheDataset, collate, load_sequences, split_heldout
+from student_worker.data import CacheDataset, collate, load_sequences
 from student_worker.progress import ProgressDisplay
 from student_worker.report import RunReport
 from student_worker.run_folder import locked
+from student_worker.split import split_cache, split_text
 from student_worker.stopping import Stopped
 from student_worker.student_limits import StudentLimits
 from student_worker.target_cache import TargetCache, open_target_cache
@@ -154,16 +155,16 @@ def load_data(
     *,
     limits: StudentLimits | None = None,
     resumes: bool = False,
-) -> tuple[Dataset, Dataset] | tuple[CacheDataset, CacheDataset]:
+) -> tuple[Dataset | CacheDataset, Dataset]:
     """Training and held-out sequences: of the text or, without one, of the cache; ValueError beyond the limits."""
-    split = {
+    sizes: dict[str, Any] = {
         "heldout_sequences": config.heldout_sequences,
         "max_sequences": config.max_sequences,
-        "seed": arguments.seed,
+        "cache": config.cache,
     }
     if not config.text:
         corpus = open_agreed_cache(config.cache, output_folder(arguments), resumes=resumes)
-        return split_heldout(CacheDataset(corpus), **split)
+        return split_cache(CacheDataset(corpus), **sizes)
     with arguments.main_process_first(desc="packing the text"):
         sequences = load_sequences(
             config.text,
@@ -174,7 +175,7 @@ def load_data(
             document_end=config.document_end,
             limits=limits,
         )
-    return split_heldout(sequences, **split)
+    return split_text(sequences, cached_only=config.targets == "cache", **sizes)
 
 
 def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:
@@ -274,7 +275,7 @@ def build_trainer(
     client: GrpcTeacherClient | None,
     cache: TargetCache | None,
     train_set: Dataset | CacheDataset,
-    heldout_set: Dataset | CacheDataset,
+    heldout_set: Dataset,
     draw_set: int | None,
 ) -> DistillationTrainer:
     def stream(dataloader: DataLoader[Any]) -> TargetStream:
@@ -283,7 +284,7 @@ def build_trainer(
             client,
             spec=config.target_spec(),
             cache=cache,
-            mode=config.targets,
+            mode=config.target_mode(),
             prefetch_batches=config.prefetch_batches,
             spill_batches=config.spill_batches,
             draw_set=draw_set,

@@ -150,7 +150,7 @@ class TargetCache:
                 yield None if payload is None else ReceivedTargets(payload=payload, key=key, from_cache=True)
 
     def put(self, sequence: TokenSequence, draw_set: int, received: ReceivedTargets) -> bool:
-        """Keep what came over the wire, verbatim; false where it is not kept: other weights, a full or hanging disk."""
+        """Keep what came over the wire, verbatim, once; false where it is not kept: other weights, a full or hung disk."""
         writer = self._writer
         if writer is None or writer.disabled:
             return False
@@ -159,6 +159,8 @@ class TargetCache:
                 self._warned_of_others = True
                 logger.warning("the teacher serves other weights now: their targets are not kept in this cache")
             return False
+        if received.key in self and not self.is_damaged(sequence, draw_set):
+            return True
         parts = (received.key, sequence.token_ids, sequence.loss_mask, received.payload, draw_set)
         kept = self._write(lambda: writer.put(*parts, teacher_version=received.teacher_version), None)
         self._not_kept += kept is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from logitstream.cache.heldout import add_heldout, read_heldout
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import MANIFEST, caches_in, read_manifest
 from logitstream.cache.open_shard import OPEN_SUFFIX, file_bytes, is_written, lock_dead, origin, recover
@@ -56,6 +57,7 @@ def merge(sources: Sequence[Path], output: str | Path, progress: Progress = lamb
         if not writer.flush():
             raise CacheError(f"{output}: {writer.disabled}")
     damaged = seen.num_missing
+    add_heldout(output, (sequence for source in sources for sequence in read_heldout(source)))
     return written, copies - written - damaged, damaged
 
 

@@ -26,7 +26,8 @@ from logitstream.errors import FingerprintMismatch
 from logitstream.sampling import sample
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.data import CacheDataset, collate, split_heldout
+from student_worker.data import CacheDataset, collate
+from student_worker.split import split_cache
 from student_worker.target_cache import TargetCache, open_target_cache
 from student_worker.target_stream import Mode, TargetStream
 from student_worker.teacher_client import LocalTeacherClient
@@ -226,9 +227,7 @@ def test_the_order_is_the_same_for_any_number_of_workers_and_writers(
 
 def test_a_run_from_the_cache_alone_resumes_at_the_exact_sequence(tmp_path: Path, client: LocalTeacherClient) -> None:
     fill(tmp_path / "cache", client, 28)
-    train_set, heldout = split_heldout(
-        CacheDataset(CacheReader(tmp_path / "cache")), heldout_sequences=4, max_sequences=0, seed=0
-    )
+    train_set, heldout = split_cache(CacheDataset(CacheReader(tmp_path / "cache")), heldout_sequences=4)
     assert (len(train_set), len(heldout)) == (24, 4)
     runs = {}
     for name, options in (("whole", {}), ("cut", {"steps": 8}), ("cut", {"resume": True})):

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from student_worker.batches import split_batch
-from student_worker.data import check_datasets_cache, collate, load_sequences, split_heldout
+from student_worker.data import check_datasets_cache, collate, load_sequences
 from student_worker.packing import frame_of, pack
 from student_worker.student_limits import StudentLimits
 
@@ -200,15 +200,6 @@ def test_a_datasets_cache_that_cannot_be_written_is_named_with_its_variable(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/datasets cannot be written .*set HF_HOME"):
         check_datasets_cache(tmp_path / "file" / "datasets")
-
-
-def test_training_and_heldout_sequences_are_disjoint_and_chosen_by_seed() -> None:
-    rows = Dataset.from_dict({"input_ids": [[index] for index in range(50)]})
-    train, heldout = split_heldout(rows, heldout_sequences=7, max_sequences=0, seed=3)
-    assert sorted([*train["input_ids"], *heldout["input_ids"]]) == [[index] for index in range(50)]
-    again, _ = split_heldout(rows, heldout_sequences=7, max_sequences=20, seed=3)
-    assert len(again) == 20
-    assert not set(np.ravel(again["input_ids"]).tolist()) & set(np.ravel(heldout["input_ids"]).tolist())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""The sequences that no student of a cache may train on: a file beside its manifest, followed by every later run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from logitstream.cache.manifest import parse, render
+from logitstream.cache.remote import is_remote, local_path
+from logitstream.errors import CacheError, InvalidSequence
+from logitstream.files import write_whole
+from logitstream.types import MAX_VOCAB_SIZE, TokenSequence
+
+FILE = "heldout.lst"
+
+
+def read_heldout(directory: str | Path) -> list[TokenSequence]:
+    """What earlier runs set apart, in the order of their digests; empty where no run has.
+
+    Raises OSError where it cannot be read, CacheError where it is damaged.
+    """
+    try:
+        content = _remote_bytes(str(directory)) if is_remote(directory) else (local_path(directory) / FILE).read_bytes()
+    except FileNotFoundError:
+        return []
+    path = Path(f"{directory}/{FILE}")
+    try:
+        found = [_sequence(entry) for entry in parse(content, path)["sequences"]]
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidSequence) as error:
+        raise CacheError(f"{path} is damaged: expected a list of sequences ({error})") from error
+    return sorted(found, key=TokenSequence.digest)
+
+
+def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> None:
+    """Set more sequences apart; the folder need not be a cache yet. Raises OSError or CacheError."""
+    known = {sequence.digest(): sequence for sequence in read_heldout(directory)}
+    added = known | {sequence.digest(): sequence for sequence in sequences}
+    if len(added) == len(known):
+        return
+    content = render({"sequences": [_entry(added[digest]) for digest in sorted(added)]})
+    if is_remote(directory):
+        with _reaching(str(directory)), fsspec.open(f"{str(directory).rstrip('/')}/{FILE}", "wb") as file:
+            file.write(content)
+        return
+    local_path(directory).mkdir(parents=True, exist_ok=True)
+    write_whole(local_path(directory) / FILE, content)
+
+
+def _remote_bytes(directory: str) -> bytes:
+    with _reaching(directory), fsspec.open(f"{directory.rstrip('/')}/{FILE}", "rb") as file:
+        content: bytes = file.read()
+    return content
+
+
+@contextmanager
+def _reaching(directory: str) -> Iterator[None]:
+    """Whatever a store raises becomes OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{directory}: {error}") from error
+
+
+def _entry(sequence: TokenSequence) -> dict[str, list[int]]:
+    mask = {} if sequence.loss_mask is None else {"loss_mask": sequence.loss_mask.astype(int).tolist()}
+    return {"token_ids": sequence.token_ids.tolist()} | mask
+
+
+def _sequence(entry: dict[str, list[int]]) -> TokenSequence:
+    mask = None if entry.get("loss_mask") is None else np.asarray(entry["loss_mask"], np.int64).astype(bool)
+    found = TokenSequence(token_ids=np.asarray(entry["token_ids"], np.int32), loss_mask=mask)
+    found.validate(vocab_size=MAX_VOCAB_SIZE, max_sequence_tokens=1 << 24)
+    return found
