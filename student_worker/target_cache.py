@@ -150,7 +150,7 @@ class TargetCache:
                 yield None if payload is None else ReceivedTargets(payload=payload, key=key, from_cache=True)
 
     def put(self, sequence: TokenSequence, draw_set: int, received: ReceivedTargets) -> bool:
-        """Keep what came over the wire, verbatim, once; false where it is not kept: other weights, a full or hung disk."""
+        """Keep what came over the wire, verbatim, once; false where it is not: other weights, a full or hung disk."""
         writer = self._writer
         if writer is None or writer.disabled:
             return False
