@@ -30,12 +30,13 @@ class Usage:
         self._clock = clock
         self._bytes: dict[Path, int] = {}
         self._total = 0
-        self._looked: float | None = None
+        self._looked = clock()
+        self._is_known = False
         self._is_full = False
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether so many bytes more keep to the bound; the first time that they do not is logged and counted."""
-        if self._looked is None:
+        if not self._is_known:
             self._look()
         is_full = bool(self._max_bytes) and self._total + num_bytes > self._max_bytes
         if is_full and not self._is_full:
@@ -56,13 +57,13 @@ class Usage:
 
     def look_again(self) -> bool:
         """Walk the folder where that was long ago; whether it was."""
-        if self._looked is None or self._clock() - self._looked <= LOOK_SECONDS:
+        if self._clock() - self._looked <= LOOK_SECONDS:
             return False
         self._look()
         return True
 
     def _look(self) -> None:
-        self._looked = self._clock()
+        self._looked, self._is_known = self._clock(), True
         try:
             found = {path: tree_bytes(path) for path in self._directory.iterdir() if path.is_dir()}
         except OSError:  # none yet, or the writers say what is wrong

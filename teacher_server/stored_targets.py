@@ -39,6 +39,10 @@ class _Cache:
     writer: CacheWriter | None = None
     broken: bool = False
 
+    def may_be_written(self) -> bool:
+        """Whether its writer, where it has one, can go on."""
+        return self.writer is None or self.writer.look_around()
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
@@ -135,10 +139,12 @@ class StoredTargets:
             self._usage.set(cache.writer.directory, cache.writer.num_bytes)
 
     def _begin_anew(self) -> None:
-        """Forget the caches that nothing more can be written to, as the disk was full or their folder is gone."""
+        """Forget the caches that failed, be it for a full disk or a deleted folder, so that they are tried again."""
         with self._lock:
-            writers = {digest: cache.writer for digest, cache in self._caches.items() if cache.writer is not None}
-            lost = [self._caches.pop(digest) for digest, writer in writers.items() if not writer.look_around()]
+            caches = dict(self._caches)
+        failed = [digest for digest, cache in caches.items() if cache.broken or not cache.may_be_written()]
+        with self._lock:  # which is never held while the disk is asked
+            lost = [self._caches.pop(digest) for digest in failed]
         for cache in lost:
             cache.close()
 
@@ -194,4 +200,5 @@ class StoredTargets:
             id_model=self._id_model,
             provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
             writer_id="server",
+            disk_label=str(self._directory),
         )

@@ -47,7 +47,7 @@ class CacheWriter:
     FingerprintMismatch or CacheError where the directory holds other targets.
 
     directory: a folder, or an fsspec URL (s3://…, gs://…): then shards are written in the folder `staging` and uploaded
-    once they are sealed; storage_options go to fsspec.
+    once they are sealed; storage_options go to fsspec. disk_label: its name in the metrics; by default the folder.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class CacheWriter:
         provenance: dict[str, Any] | None = None,
         max_bytes: int = 0,
         writer_id: str = "writer",
+        disk_label: str = "",
         shard_bytes: int = 256 << 20,
         batch_bytes: int = 256 << 10,
         fsync: bool = False,
@@ -76,6 +77,7 @@ class CacheWriter:
         self._limits = (max_bytes, shard_bytes, batch_bytes)
         self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
         self._fsync = fsync
+        self._disk_label = disk_label
         self._mirror: Mirror | None = None
         self._lock = threading.RLock()
         self._pending: list[Record] = []
@@ -219,7 +221,7 @@ class CacheWriter:
             self._shard.sync()
         self._others_bytes = tree_bytes(self.directory) - (self._shard.size if self._shard is not None else 0)
         usage = shutil.disk_usage(self.directory)
-        metrics.CACHE_DISK_FREE.labels(str(self.directory)).set(usage.free / usage.total)
+        metrics.CACHE_DISK_FREE.labels(self._disk_label or str(self.directory)).set(usage.free / usage.total)
 
     def _leave_parents_shard(self) -> None:
         """A forked child writes shards of its own."""

@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 import threading
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +20,15 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from logitstream import metrics
 from logitstream.cache import CacheReader
 from logitstream.cache.open_shard import tree_bytes
-from logitstream.types import Fingerprint
+from logitstream.types import Fingerprint, TargetSpec
 from teacher_server.backend import ScoreRequest
+from teacher_server.disk import Disk
 from teacher_server.encoding import encoder
 from teacher_server.scheduler import Scheduler
-from teacher_server.server import HOUSEKEEPING_SECONDS
+from teacher_server.server import HOUSEKEEPING_SECONDS, TeacherServer
 from teacher_server.stored_targets import MAX_OPEN, StoredTargets
 from tests.fakes import FakeBackend
+from tests.hanging_disk import freezing_disk, hanging_file
 from tests.serving import SPEC, WireClient, sequence, serving
 
 
@@ -148,15 +150,15 @@ def seeded(seed: int, first: int = 1, num_tokens: int = 3) -> ScoreRequest:
 
 
 @pytest.mark.parametrize("id_model_bytes", [0, 20_000])
-@pytest.mark.parametrize("num_seeds", [1, 7, 200])
+@pytest.mark.parametrize("num_seeds", [1, 7, 100])
 def test_all_caches_together_keep_to_the_bound_and_use_it(
     num_seeds: int, id_model_bytes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    max_bytes, now, info = 600_000, 0.0, FakeBackend().describe()
+    max_bytes, now, info = 400_000, 0.0, FakeBackend().describe()
     id_model = bytes(range(256)) * (id_model_bytes // 256)
     stored = StoredTargets(str(tmp_path), id_model=id_model, max_bytes=max_bytes, clock=lambda: now)
     rng = random.Random(1)
-    for number in range(1500):
+    for number in range(700):
         one = seeded(number % num_seeds, first=number, num_tokens=1 + number % 50)
         stored.open(one.spec, info)
         stored.put([(one, rng.randbytes(rng.randrange(1, 2000)))], info)
@@ -181,6 +183,27 @@ def test_all_caches_together_keep_to_the_bound_and_use_it(
     assert stored.holds(other, info) == (num_seeds > 1)
     stored.close()
     assert used <= tree_bytes(tmp_path) <= max_bytes
+    labels = {sample.labels["cache"] for sample in next(iter(metrics.CACHE_DISK_FREE.collect())).samples}
+    assert {label for label in labels if str(tmp_path) in label} == {str(tmp_path)}
+
+
+def test_a_cache_that_could_not_be_used_is_tried_again_a_minute_later(tmp_path: Path) -> None:
+    now, info, one = 0.0, FakeBackend().describe(), seeded(1)
+    stored = StoredTargets(str(tmp_path), clock=lambda: now)
+    stored.put([(one, b"payload")], info)
+    stored.close()
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    content = manifest.read_bytes()
+    manifest.write_bytes(b"")
+    stored = StoredTargets(str(tmp_path), clock=lambda: now)
+    stored.open(one.spec, info)
+    manifest.write_bytes(content)
+    for seconds, holds in ((0, False), (59, False), (2, True)):
+        now += seconds
+        stored.refresh()
+        stored.open(one.spec, info)
+        assert stored.holds(one, info) == holds
+    stored.close()
 
 
 EVENTS: list[tuple[str, object]] = []
@@ -250,6 +273,70 @@ async def test_streams_open_and_are_answered_while_the_disk_hangs(tmp_path: Path
             await client.request(sequences)
             await client.receive(40)
         assert num_scored(backend) == num_scored_before
+
+
+async def test_what_the_disk_does_not_take_in_time_is_answered_and_counted(tmp_path: Path) -> None:
+    disk, disk_is_free = Disk(patience_seconds=0.2, max_waiting_bytes=1000), threading.Event()
+    stored, backend = StoredTargets(str(tmp_path)), FakeBackend()
+    scheduler = Scheduler(backend, encoder(b"", 1 << 20), max_batch_tokens=100, stored=stored, disk=disk)
+    running = asyncio.ensure_future(scheduler.run())
+    blocked = disk.submit(disk_is_free.wait, 20)
+    before = metrics.value("logitstream_teacher_cache_unkept_total")
+    assert before is not None
+    for number in range(50):
+        assert (await scheduler.submit(request(number), client_id="x")).payload
+    await asyncio.sleep(0.1)
+    unkept = (metrics.value("logitstream_teacher_cache_unkept_total") or 0) - before
+    disk_is_free.set()
+    await blocked
+    running.cancel()
+    await scheduler.close()
+    reader = CacheReader(next(tmp_path.iterdir()))
+    assert 0 < len(reader) < 20
+    assert len(reader) + unkept == 50
+
+
+@pytest.mark.parametrize("way", ["frozen", "unreadable"])
+async def test_a_file_system_that_hangs_takes_no_stream_off_line(way: str, tmp_path: Path) -> None:
+    """frozen: writes wait for ever; unreadable: what opens the manifest of one of the caches does."""
+    specs = [replace(SPEC, seed=seed) for seed in range(4)]
+    sequences = {number: sequence(number, 5, 6) for number in range(40)}
+    with ExitStack() as stack:
+        disk = stack.enter_context(freezing_disk(tmp_path)) if way == "frozen" else None
+        folder = tmp_path / "caches" if disk is None else disk.folder / "caches"
+
+        async def answered(server: TeacherServer, spec: TargetSpec) -> dict[int, bytes]:
+            async with asyncio.timeout(10), WireClient(server.address) as client:
+                await client.open(spec)
+                await client.request(sequences)
+                return {number: one.targets for number, one in (await client.receive(40)).items()}
+
+        async with serving(FakeBackend(), cache=str(folder)) as server:
+            expected = [await answered(server, spec) for spec in specs]
+        backend = FakeBackend()
+        async with serving(backend, cache=str(folder)) as server:
+            if disk is None:
+                digest = Fingerprint.of(backend.describe(), specs[0]).digest
+                frozen = stack.enter_context(ExitStack())
+                frozen.enter_context(hanging_file(folder / digest[:16] / "manifest.json"))
+            else:
+                disk.freeze()
+                frozen = stack.enter_context(ExitStack())
+                frozen.callback(disk.thaw)
+                assert len(await answered(server, replace(SPEC, seed=99))) == 40  # which is to be written
+            assert [await answered(server, spec) for spec in specs] == expected
+            assert server.scheduler is not None
+            async with asyncio.timeout(10):
+                while not server.scheduler._disk.hangs:
+                    await asyncio.sleep(0.05)
+            assert await asyncio.gather(*(answered(server, spec) for spec in specs)) == expected
+            assert await health(server.address) == health_pb2.HealthCheckResponse.SERVING
+            frozen.close()
+            while server.scheduler._disk.hangs:
+                await asyncio.sleep(0.05)
+            before = num_scored(backend)
+            assert [await answered(server, spec) for spec in specs[1:]] == expected[1:]
+            assert num_scored(backend) == before  # all of it from the disk again
 
 
 async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_streams(tmp_path: Path) -> None:
