@@ -57,16 +57,18 @@ ROWS = {
         ("Open streams, replicas up", "", [("logitstream_teacher_clients", "streams {{instance}}"),
                                            ('sum(up{job="teacher"})', "replicas up")]),
         ("Refused", "suffix: requests/s", [
-            ("sum by (reason) (rate(logitstream_teacher_rejects_total[1m]))", "{{reason}}")]),
+            ("sum by (reason) (rate(logitstream_teacher_rejects_total[1m]))", "{{reason}}"),
+            ("sum(rate(logitstream_teacher_unauthenticated_total[1m]))", "no known token")]),
         ("Payload sent", "Bps", [("rate(logitstream_teacher_payload_bytes_total[1m])", "{{instance}}")]),
         ("Weights' version", "", [("logitstream_teacher_version", "{{instance}}")]),
     ],
     "Cache": [
         ("Hits", "percentunit", [("logitstream:cache_hit:ratio1m", "all")]),
         ("Size on disk", "bytes", [('logitstream_cache_bytes', "{{instance}}")]),
-        ("Corrupt records, failed writes", "", [
+        ("Corrupt records, failed writes, hung disks", "", [
             ("sum(increase(logitstream_cache_corrupt_total[5m]))", "corrupt in 5 min"),
-            ("sum(increase(logitstream_cache_write_errors_total[5m]))", "failed writes in 5 min")]),
+            ("sum(increase(logitstream_cache_write_errors_total[5m]))", "failed writes in 5 min"),
+            ("sum(increase(logitstream_cache_hangs_total[5m]))", "disk hung in 5 min")]),
     ],
 }  # fmt: skip
 
