@@ -114,6 +114,8 @@ def _load(path: str, text_column: str) -> TextFile | Dataset:
 def _read(file: Path) -> Dataset:
     if file.is_dir():
         loaded = load_from_disk(str(file))
+        if isinstance(loaded, DatasetDict) and "train" not in loaded:
+            raise ValueError(f"{file}: expected a dataset or a split 'train', got the splits {', '.join(loaded)}")
         return (loaded["train"] if isinstance(loaded, DatasetDict) else loaded).with_format(None)
     builder = BUILDERS.get(file.suffix.lower())
     if builder is None or not file.exists():

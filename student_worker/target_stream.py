@@ -21,10 +21,10 @@ Mode = Literal["online", "cache", "cache_then_online"]
 class TargetStream:
     """Wraps an iterable of batches; each comes back with `targets`, the SparseTargets of its flattened [B*T] rows.
 
-    A batch is a dict with input_ids [B, T] and, optionally, attention_mask (padding is not sent), labels as in
-    transformers (row t is wanted where labels[t + 1] is not -100) or loss_mask (bool, row t is wanted where it is set).
-    Unwanted rows, padding and the rows of refused sequences are empty. Each iteration is the
-    next epoch, unless set_epoch says otherwise.
+    A batch is a dict with input_ids [B, T] and, optionally, what says which rows are wanted (`supervision`) and which
+    tokens are one document's (`documents`): each document is scored alone, without padding. Unwanted rows, padding and
+    the rows of refused sequences are empty. Each iteration is the next epoch, unless set_epoch says otherwise. Raises
+    ValueError where a batch holds something that the teacher cannot be told of.
 
     spec: ValueError where the client's or the cache's targets are drawn otherwise; None: only those two are compared.
     mode: `online` asks the teacher for everything and writes it to the cache, if there is one; `cache_then_online` asks
@@ -32,8 +32,8 @@ class TargetStream:
     draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch.
     prefetch_batches: batches asked for ahead of the caller and held in memory; spill_batches: further ones, whose
         targets wait in the cache on disk.
-    on_refused: `skip` leaves a sequence that the teacher refuses, or whose record is damaged in mode `cache`, out of
-        the loss, logs and counts it; `raise` ends the stream with its error.
+    on_refused: `skip` takes a sequence that the teacher refuses, or whose record is damaged in mode `cache`, out of the
+        loss and its tokens (id 0 then) out of the batch, logs and counts it; `raise` ends the stream with its error.
     """
 
     def __init__(

@@ -137,6 +137,18 @@ def test_losses_from_the_cache_are_exactly_the_online_runs(tmp_path: Path, clien
     assert replayed == online
 
 
+def test_a_key_is_written_once_however_often_it_is_asked_for(tmp_path: Path, client: LocalTeacherClient) -> None:
+    """Three epochs online on the same draws, then another run."""
+    batches = [collate([{"input_ids": ids}]) for ids in make_sequences(5)["input_ids"]]
+    for epochs in (3, 1):
+        cache = open_cache(tmp_path / "cache", client, online=True)
+        stream = TargetStream(batches, client, cache=cache, draw_set=0)
+        for _ in range(epochs):
+            assert len(list(stream)) == 5
+        cache.close()
+    assert CacheReader(tmp_path / "cache").num_records == len(CacheReader(tmp_path / "cache")) == 5
+
+
 def test_online_and_replay_give_the_same_bytes(tmp_path: Path, client: LocalTeacherClient) -> None:
     sequences = [TokenSequence(token_ids=np.array(ids, np.int32)) for ids in make_sequences(10)["input_ids"]]
     cache = open_cache(tmp_path, client)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -200,6 +200,12 @@ def test_a_datasets_cache_that_cannot_be_written_is_named_with_its_variable(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/datasets cannot be written .*set HF_HOME"):
         check_datasets_cache(tmp_path / "file" / "datasets")
+
+
+def test_splits_without_one_to_train_on_are_named(tmp_path: Path) -> None:
+    DatasetDict({"validation": Dataset.from_dict({"input_ids": [[2]]})}).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="expected a dataset or a split 'train', got the splits validation"):
+        load_sequences([str(tmp_path / "rows")], tokenizer(), sequence_tokens=2)
 
 
 @pytest.mark.parametrize(
