@@ -8,11 +8,14 @@ import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 LARGE = 1 << 16
+MUCH = 8
+"""New keys are sorted in with the others where they are no less than one to so many."""
 HALVES = struct.Struct(">QQ")
 
 
@@ -37,6 +40,11 @@ class KeyIndex:
     def extended(self, keys: list[npt.NDArray[np.void]], first_place: int) -> KeyIndex:
         """With more keys (arrays of dtype V16), whose places count up from `first_place`."""
         halves = [np.ascontiguousarray(part).view(">u8").reshape(-1, 2) for part in keys]
+        num_new = sum(map(len, halves))
+        if not num_new:
+            return self
+        if num_new < len(self.high) // MUCH and (inserted := self._inserted(np.concatenate(halves), first_place)):
+            return inserted
         high = np.concatenate([self.high, *(part[:, 0].astype(np.uint64) for part in halves)])
         low = np.concatenate([self.low, *(part[:, 1].astype(np.uint64) for part in halves)])
         place = np.concatenate(
@@ -51,6 +59,16 @@ class KeyIndex:
         if len(sorted_high) >= LARGE:
             _return_freed_memory()
         return sorted_index
+
+    def _inserted(self, halves: npt.NDArray[Any], first_place: int) -> KeyIndex | None:
+        """As `extended`, by moving what is there instead of sorting it; None where first halves repeat."""
+        order = np.argsort(halves[:, 0], kind="stable")
+        high, low = (halves[order, half].astype(np.uint64) for half in range(2))
+        at = self.high.searchsorted(high)
+        if np.any(high[1:] == high[:-1]) or np.any(self.high.take(at, mode="clip") == high):
+            return None
+        place = (first_place + order).astype(np.uint32)
+        return KeyIndex(np.insert(self.high, at, high), np.insert(self.low, at, low), np.insert(self.place, at, place))
 
     def find(self, key: bytes) -> list[int]:
         """The places of a key's records."""

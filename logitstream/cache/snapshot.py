@@ -9,7 +9,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from logitstream.cache.index import KeyIndex
 from logitstream.cache.manifest import INDEX_HEADER, read_index
+from logitstream.cache.open_records import OpenRecords
 from logitstream.cache.open_shard import OPEN_SUFFIX
-from logitstream.cache.shard import SPAN, SPAN_DTYPE, Message, Spans, read_schema, scan, scanned_spans, token_width
+from logitstream.cache.shard import SPAN_DTYPE, Spans, read_schema, scan, scanned_spans, token_width
 from logitstream.cache.shard_file import Row
 from logitstream.errors import CacheError
 
@@ -31,8 +32,8 @@ LOOKS = 8
 """How often a directory is looked at whose shards keep disappearing."""
 _Sealed = tuple[npt.NDArray[np.void], Spans | None]
 """Keys of a sealed shard, and its spans where they had to be found again."""
-OpenRows = list[tuple[str, tuple[Any, ...]]]
-"""Path of the shard and span of each open record."""
+_Grown = dict[Path, tuple[int, list[Spans]]]
+"""Where the whole batches of each open shard end, and the spans of those that are new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +41,17 @@ class Snapshot:
     """Sealed shards by their order of discovery, open ones by what was flushed; never changed, only replaced.
 
     rebuilt: spans of sealed shards whose index is missing or damaged; of the others only the index on disk is read.
+    growing: where the whole batches of each open shard end; num_open: how many of open_records were there by then.
     """
 
     sealed: KeyIndex = field(default_factory=KeyIndex.empty)
     shards: tuple[str, ...] = ()
     starts: tuple[int, ...] = (0,)
     rebuilt: dict[str, Spans] = field(default_factory=dict)
-    growing: dict[Path, tuple[Message, ...]] = field(default_factory=dict)
-    open_rows: OpenRows = field(default_factory=list)
+    growing: dict[Path, int] = field(default_factory=dict)
+    open_records: OpenRecords = field(default_factory=OpenRecords)
     num_open: int = 0
-    open_keys: dict[bytes, list[int]] = field(default_factory=dict)
+    open_index: KeyIndex = field(default_factory=KeyIndex.empty)
 
     @property
     def num_sealed(self) -> int:
@@ -58,7 +60,7 @@ class Snapshot:
     def places(self, key: bytes) -> list[int]:
         """Where a key's records are."""
         found = self.sealed.find(key)
-        return [*found, *self.open_keys.get(key, ())] if self.open_keys else found
+        return [*found, *self.open_index.find(key)] if self.num_open else found
 
     def rows_of(self, keys: Sequence[bytes]) -> list[tuple[str, Row]]:
         """Path of the shard and row of each key's first record, KeyError where there is none.
@@ -69,11 +71,16 @@ class Snapshot:
         if min(places) >= 0:
             return list(map(self.shard_of, places))
         found = zip(keys, places, strict=True)
-        return [self.row_of(place if place >= 0 else self.open_keys[key][0]) for key, place in found]
+        return [self.row_of(place if place >= 0 else self._open_place(key)) for key, place in found]
+
+    def _open_place(self, key: bytes) -> int:
+        for place in self.open_index.find(key):
+            return place
+        raise KeyError(key)
 
     def row_of(self, place: int) -> tuple[str, Row]:
         """Path of the shard that holds a place, and the row there."""
-        return self.open_rows[place - OPEN_PLACE] if place >= OPEN_PLACE else self.shard_of(place)
+        return self.open_records.row(place - OPEN_PLACE) if place >= OPEN_PLACE else self.shard_of(place)
 
     def shard_of(self, place: int) -> tuple[str, Row]:
         """The sealed shard that holds a place, and the row there."""
@@ -81,7 +88,7 @@ class Snapshot:
         return self.shards[number], place - self.starts[number]
 
     def all_spans(self) -> Iterator[tuple[str, Spans]]:
-        """Each shard's path and spans, in the order of places; FileNotFoundError where one was pruned."""
+        """Each shard's path and spans; FileNotFoundError where one was pruned."""
         for number, path in enumerate(self.shards):
             yield path, self.sealed_spans(number)
         yield from self.open_spans()
@@ -96,8 +103,8 @@ class Snapshot:
 
     def open_spans(self) -> Iterator[tuple[str, Spans]]:
         """Of each open shard."""
-        for path, rows in groupby(self.open_rows[: self.num_open], key=lambda row: row[0]):
-            yield path, np.frombuffer(b"".join(SPAN.pack(*span) for _, span in rows), SPAN_DTYPE)
+        for path, _, spans in self.open_records.by_shard(self.num_open):
+            yield path, spans
 
     def keys_of(self, number: int) -> list[bytes]:
         """The keys of a sealed shard, even of one that was pruned."""
@@ -112,21 +119,24 @@ class Snapshot:
 
     def among(self, num_records: dict[str, int]) -> npt.NDArray[np.bool_]:
         """Whether each sealed record, then each open one, is among its shard's first `num_records`."""
-        parts = [(path, self.starts[n + 1] - self.starts[n]) for n, path in enumerate(self.shards)]
-        parts += [(path, len(spans)) for path, spans in self.open_spans()]
-        among = [np.arange(count) < num_records.get(_sealed_name(path), 0) for path, count in parts]
-        return np.concatenate([np.zeros(0, bool), *among])
+        among = np.zeros(self.num_sealed + self.num_open, bool)
+        for n, path in enumerate(self.shards):
+            count = min(num_records.get(_sealed_name(path), 0), self.starts[n + 1] - self.starts[n])
+            among[self.starts[n] : self.starts[n] + count] = True
+        for path, numbers, _ in self.open_records.by_shard(self.num_open):
+            among[self.num_sealed + numbers[: num_records.get(_sealed_name(path), 0)]] = True
+        return among
 
     def draw_sets(self) -> npt.NDArray[np.uint64]:
         """The draw set of every sealed record, then of every open one."""
-        return np.concatenate([np.zeros(0, np.uint64), *(spans["draw_set"] for _, spans in self.all_spans())])
+        sealed = (self.sealed_spans(number)["draw_set"] for number in range(len(self.shards)))
+        return np.concatenate([np.zeros(0, np.uint64), *sealed, self.open_records.spans(self.num_open)["draw_set"]])
 
     def all_keys(self) -> KeyIndex:
         """Sealed and open records' keys in rising order."""
         if not self.num_open:
             return self.sealed
-        keys = np.frombuffer(b"".join(span[0] for _, span in self.open_rows[: self.num_open]), "V16")
-        return self.sealed.extended([keys], OPEN_PLACE)
+        return self.sealed.extended([self.open_records.spans(self.num_open)["key"]], OPEN_PLACE)
 
 
 def survey(
@@ -159,72 +169,75 @@ def _look(
     read: sealed shards that earlier tries have read, and this one reads.
     """
     ignored = (FileNotFoundError,) if tolerant else ()
-    growing = {}
+    growing: _Grown = {}
     for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")):
         with contextlib.suppress(*ignored):
-            growing[path] = _grown(path, manifest, before.growing.get(path, ()))
+            growing[path] = _grown(path, manifest, before.growing.get(path, 0))
     sealed = {*directory.glob("*.arrow"), *remote}  # after the open ones: no shard is in neither
-    growing = {path: messages for path, messages in growing.items() if path.with_suffix("") not in sealed}
+    growing = {path: grown for path, grown in growing.items() if path.with_suffix("") not in sealed}
     pruned = not set(before.shards) <= set(map(str, sealed))
     if pruned and not tolerant and sealed != {*directory.glob("*.arrow"), *remote}:
         raise FileNotFoundError  # what takes the place of the pruned ones may not be listed
-    before = Snapshot() if pruned else before
+    earlier, before = before, Snapshot() if pruned else before
     known = set(before.shards)
     new = sorted(path for path in sealed if str(path) not in known)
-    if not new and growing == before.growing:
+    if not (new or pruned) and {path: end for path, (end, _) in growing.items()} == before.growing:
         return before
     for path in [path for path in new if path not in read]:
         with contextlib.suppress(*ignored):
             spans, is_rebuilt = _sealed_spans(path, manifest, remote.get(path))
             read[path] = (np.ascontiguousarray(spans["key"]), spans if is_rebuilt else None)
-    return _extended(before, {path: read[path] for path in new if path in read}, growing)
+    return _extended(before, {path: read[path] for path in new if path in read}, earlier, growing)
 
 
-def _extended(before: Snapshot, new: dict[Path, _Sealed], growing: dict[Path, tuple[Message, ...]]) -> Snapshot:
+def _extended(before: Snapshot, new: dict[Path, _Sealed], earlier: Snapshot, growing: _Grown) -> Snapshot:
+    """`before` with new sealed shards, and `earlier`'s open ones as they are by now."""
     keys = [shard_keys for shard_keys, _ in new.values()]
-    rows, open_keys = _open_rows(before, growing)
+    records, index = _open_records(earlier, growing)
     return Snapshot(
         sealed=before.sealed.extended(keys, before.num_sealed) if keys else before.sealed,
         shards=(*before.shards, *map(str, new)),
         starts=(*before.starts[:-1], *accumulate(map(len, keys), initial=before.num_sealed)),
         rebuilt=before.rebuilt | {str(path): spans for path, (_, spans) in new.items() if spans is not None},
-        growing=growing,
-        open_rows=rows,
-        num_open=len(rows),
-        open_keys=open_keys,
+        growing={path: end for path, (end, _) in growing.items()},
+        open_records=records,
+        num_open=records.count,
+        open_index=index,
     )
 
 
-def _open_rows(before: Snapshot, growing: dict[Path, tuple[Message, ...]]) -> tuple[OpenRows, dict[bytes, list[int]]]:
-    """Open shards' rows and the places of their keys; while no shard leaves, they only grow, so they grow in place."""
-    rows, open_keys = before.open_rows, before.open_keys
-    known = {path: len(messages) for path, messages in before.growing.items()}
-    if not known.keys() <= growing.keys():
-        rows, open_keys, known = [], {}, {}
-    for path, messages in growing.items():
-        for message in messages[known.get(path, 0) :]:
-            for span in SPAN.iter_unpack(message.spans.tobytes()):
-                rows.append((str(path), span))
-                open_keys.setdefault(span[0], []).append(OPEN_PLACE + len(rows) - 1)
-    return rows, open_keys
+def _open_records(before: Snapshot, growing: _Grown) -> tuple[OpenRecords, KeyIndex]:
+    """Open shards' records and the places of their keys; while no shard leaves they only grow, and do so in place."""
+    records, index = before.open_records, before.open_index
+    if not before.growing.keys() <= growing.keys() or records.count != before.num_open:
+        records, index = OpenRecords(), KeyIndex.empty()
+        for path, spans in before.open_spans():
+            if Path(path) in growing:
+                records.append(path, spans)
+        index = index.extended([records.spans(records.count)["key"]], OPEN_PLACE)
+    known = records.count
+    new = [(str(path), spans) for path, (_, parts) in growing.items() for spans in parts]
+    for path, spans in new:
+        records.append(path, spans)
+    return records, index.extended([spans["key"] for _, spans in new], OPEN_PLACE + known) if new else index
 
 
-def _grown(path: Path, manifest: dict[str, Any], before: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The whole batches of an open shard; a torn tail is ignored, it may be a write under way.
+def _grown(path: Path, manifest: dict[str, Any], end: int) -> tuple[int, list[Spans]]:
+    """Where the whole batches of an open shard end, and the spans of those after `end`.
 
-    Of a shard that cannot be read what was known is kept; FileNotFoundError where it was sealed meanwhile.
+    A torn tail is ignored, it may be a write under way. Of a shard that cannot be read what was known is kept;
+    FileNotFoundError where it was sealed meanwhile.
     """
-    end = before[-1].start + before[-1].size if before else 0
     try:
-        if path.stat().st_size == end or not (before or read_schema(path, manifest)):
-            return before
-        more = tuple(scan(path, token_width(manifest), end))
+        if path.stat().st_size == end or not (end or read_schema(path, manifest)):
+            return end, []
+        more = list(scan(path, token_width(manifest), end))
     except FileNotFoundError:
         raise
     except OSError as error:
         _warn_once(path, str(error))
-        return before
-    return (*before, *more) if more else before
+        return end, []
+    return (more[-1].start + more[-1].size if more else end), [message.spans for message in more]
 
 
 @functools.cache

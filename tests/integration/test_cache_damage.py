@@ -158,3 +158,12 @@ def test_records_in_a_bad_block_are_named_and_the_others_of_the_shard_are_read(
     assert named
     reader = CacheReader(folder / "cache", FINGERPRINT)
     assert named == {record.key.hex() for record in RECORDS if reader.get(record.key) is None}
+    whole = {record.key for record in RECORDS} - {bytes.fromhex(key) for key in named}
+    bound = str(sum(path.stat().st_size for path in (folder / "cache").iterdir()) - 1)
+    main(["cache", "prune", str(folder / "cache"), "--max_bytes", bound])
+    assert whole - {RECORDS[0].key} <= {key for key in whole if CacheReader(folder / "cache").get(key)}
+    assert last.exists()  # what cannot be read is dropped where that is asked for alone
+    assert main(["cache", "prune", str(folder / "cache"), "--damaged"]) == 0
+    assert f"{len(named)} of" in capsys.readouterr().out
+    assert {record.key for record in CacheReader(folder / "cache").records()} >= whole - {RECORDS[0].key}
+    assert not last.exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -402,3 +404,73 @@ def test_a_reader_keeps_to_the_same_keys_wherever_they_lie_but_not_to_fewer(tmp_
     prune(tmp_path, before_draw_set=1)
     with pytest.raises(CacheError, match="does not hold the sequences any more"):
         CacheReader(tmp_path, FINGERPRINT).keep_to(view)
+
+
+def test_a_record_of_an_open_shard_costs_a_reader_no_more_than_a_hundred_bytes(tmp_path: Path) -> None:
+    """Found at once, or in twenty refreshes; beside the fixed cost of an empty reader."""
+    records = [Record(i.to_bytes(16, "big"), np.zeros(1, np.int32), None, b"x", i) for i in range(1, 8_001)]
+    writer = CacheWriter(tmp_path, FINGERPRINT, batch_bytes=3_000)
+    put_all(writer, records[:10])
+    assert writer.flush()
+    kinds = []
+    tracemalloc.start()
+    for refreshes in (20, 1):
+        before = memory()
+        reader = CacheReader(tmp_path, FINGERPRINT)
+        for start in range(10, len(records) if refreshes > 1 else 0, len(records) // refreshes):
+            put_all(writer, records[start : start + len(records) // refreshes])
+            assert writer.flush()
+            reader.refresh()
+        if refreshes > 1:  # the writer's own spans are not the reader's
+            written = memory()
+            del reader
+            kinds.append(written - memory())
+        else:
+            kinds.append(memory() - before)
+            assert [reader.get(record.key) for record in records[::97]] == [b"x"] * len(records[::97])
+            assert reader.num_records == len(records)
+    tracemalloc.stop()
+    writer.close()
+    assert max(kinds) / len(records) < 100, kinds
+
+
+def memory() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+@pytest.mark.parametrize("clash", [False, True])
+def test_a_few_keys_that_join_many_make_the_same_index_as_all_at_once(clash: bool) -> None:
+    rng = np.random.default_rng(0)
+    keys = [rng.bytes(16) for _ in range(200)]
+    more = [rng.bytes(16) for _ in range(8)] + [bytes(16), b"\xff" * 16]
+    if clash:
+        more[3] = keys[50][:8] + bytes(8)
+        more[4] = keys[60]
+    parts = [np.frombuffer(b"".join(part), "V16") for part in (keys, more)]
+    step, whole = KeyIndex.empty().extended(parts[:1], 0).extended(parts[1:], 200), KeyIndex.empty().extended(parts, 0)
+    for name in ("high", "low", "place"):
+        assert np.array_equal(getattr(step, name), getattr(whole, name))
+
+
+def test_open_shards_that_grow_in_turns_keep_their_records_apart(tmp_path: Path) -> None:
+    """Counts, draw sets and views of two writers whose batches alternate."""
+    records = make_records(60)
+    writers = [CacheWriter(tmp_path, FINGERPRINT, writer_id=name) for name in ("a", "b")]
+    reader = CacheReader(tmp_path, FINGERPRINT)
+    for start in range(0, 60, 10):
+        put_all(writers[start // 10 % 2], records[start : start + 10])
+        for writer in writers:
+            assert writer.flush()
+        reader.refresh()
+        if start == 20:
+            view = reader.view()
+    assert sorted(reader.view()["records"].values()) == [30, 30]
+    assert list(reader.draw_sets()) == [{r.key: r.draw_set for r in records}[reader.key(i)] for i in range(60)]
+    reader.keep_to(view)
+    assert {reader.key(i) for i in range(len(reader))} == {record.key for record in records[:30]}
+    for writer in writers:
+        writer.close()
+    reader.refresh()
+    assert {reader.key(i) for i in range(len(reader))} == {record.key for record in records[:30]}
+    assert {record.key: record.payload for record in reader.records()} == {r.key: r.payload for r in records}
