@@ -325,6 +325,16 @@ def ranks_of(parameters: dict[str, Tensor]) -> list[str]:
     return everyone
 
 
+def relative_distance(got: dict[str, Tensor], expected: dict[str, Tensor], *, since: dict[str, Tensor]) -> float:
+    """How far apart two trained students are, relative to how far training has moved them."""
+    assert got.keys() == expected.keys() == since.keys()
+
+    def norm(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return float(sum((one[name] - other[name]).double().square().sum() for name in one)) ** 0.5
+
+    return norm(got, expected) / norm(expected, since)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed_training import Scenario, make_model
+from tests.distributed_training import Scenario, make_model, relative_distance
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 280
@@ -133,18 +133,6 @@ def test_two_processes_train_as_one(folder: Path, scenario: Scenario) -> None:
         for name, gradient in expected.items():
             torch.testing.assert_close(step[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
     assert bool(together["measured"]) == bool(scenario.overhead_every)
-
-
-def relative_distance(
-    got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, since: dict[str, torch.Tensor]
-) -> float:
-    """How far apart two trained students are, relative to how far training has moved them."""
-    assert got.keys() == expected.keys() == since.keys()
-
-    def norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-        return float(sum((one[name] - other[name]).double().square().sum() for name in one)) ** 0.5
-
-    return norm(got, expected) / norm(expected, since)
 
 
 def test_what_fsdp2_saves_is_the_student_of_one_process(folder: Path) -> None:

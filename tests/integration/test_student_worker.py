@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -17,8 +18,9 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.distributed_training import relative_distance
 from tests.hanging_disk import hanging_file
 from tests.serving import teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
@@ -67,6 +69,39 @@ def run(*arguments: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
     command = [sys.executable, *launcher, "-m", "student_worker", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False)
+
+
+def test_two_processes_with_default_settings_train_the_student_of_one(home: Path, tmp_path: Path) -> None:
+    """Held-out text is evaluated first, three epochs of seven steps end with an incomplete batch each."""
+    words = random.Random(1).choices([f"w{index}" for index in range(3, VOCAB_SIZE)], k=32 * (32 + 6 * 16 + 5) + 31)
+    (tmp_path / "corpus.txt").write_text(" ".join(words))
+    outputs, running = [tmp_path / "alone", tmp_path / "together"], []
+    with teacher_process("--model", str(home / "teacher")) as (_, address):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        for output, how, more in (
+            (outputs[0], [], ["--per_device_train_batch_size", "16"]),
+            (outputs[1], launcher, []),
+        ):
+            command = [sys.executable, *how, "-m", "tests.student_with_digests", *more]
+            command += ["--teacher", address, "--output_dir", str(output), "--text", str(tmp_path / "corpus.txt")]
+            command += ["--model_config", str(home / "student" / "config.json"), "--tokenizer", str(home / "teacher")]
+            command += ["--sequence_tokens", "32"]
+            running.append(subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT))
+        printed = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    digests = re.findall(r"^rank (\d) (\w{64})$", printed[1], re.MULTILINE)
+    assert sorted(rank for rank, _ in digests) == ["0", "1"]
+    assert digests[0][1] == digests[1][1], "equal bit for bit"
+    assert "training: 1 process, global batch 16 × 32 tokens" in printed[0]
+    assert "training: 2 processes, DDP, global batch 16 × 32 tokens" in printed[1]
+    reports = [report_of(output) for output in outputs]
+    assert reports[1]["tokens_trained"] == reports[0]["tokens_trained"] == 3 * (6 * 16 + 5) * 32
+    for name in ("heldout_loss_before", "heldout_loss_after"):
+        assert reports[1][name] == pytest.approx(reports[0][name], abs=1e-5)
+    torch.manual_seed(42)  # TrainingArguments' seed
+    untrained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home / "student"))
+    alone, together = (AutoModelForCausalLM.from_pretrained(output).state_dict() for output in outputs)
+    assert relative_distance(together, alone, since=untrained.state_dict()) < 1e-5
 
 
 def report_of(output: Path) -> dict[str, Any]:
