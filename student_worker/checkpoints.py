@@ -119,6 +119,8 @@ def _faults(checkpoint: Path, *, with_optimizer: bool, read_all: bool) -> Iterat
     if with_optimizer:
         yield from _missing_parts(checkpoint, state)
     for path in sorted(checkpoint.rglob("*")):
+        if path.name in RUN_FILES:  # a copy: what cannot be read of it is looked for elsewhere
+            continue
         if path.is_file() and (fault := _fault_of_file(path, read_all=read_all)):
             yield f"{path.relative_to(checkpoint)} {fault}"
 
