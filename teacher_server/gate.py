@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -20,6 +21,8 @@ from teacher_server.servicer import TeacherServicer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+REFLECTION = "/grpc.reflection."
+REFLECTION_SECONDS = 10.0
 REFUSALS_LOG_SECONDS = 10.0
 """Callers without a known token are logged in one line this often, whatever they send."""
 
@@ -49,6 +52,29 @@ class TokenGate(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             grpc.StatusCode.UNAUTHENTICATED,
             "expected a known bearer token as `authorization` metadata",
             notice=lambda peer: self._refusals.note(peer, reason),
+        )
+
+
+class BriefReflection(aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Ends calls of server reflection after a while: where no token is asked for, idle ones would hold connections."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(REFLECTION):
+            return handler
+
+        async def reflect(requests: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                async with asyncio.timeout(REFLECTION_SECONDS):
+                    async for response in handler.stream_stream(requests, context):
+                        yield response
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"reflection ends after {REFLECTION_SECONDS:g} s")
+
+        return grpc.stream_stream_rpc_method_handler(
+            reflect, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
         )
 
 
@@ -96,4 +122,4 @@ def aborting(code: grpc.StatusCode, details: str, *, notice: Callable[[str], Non
 
 def interceptors(config: TeacherConfig) -> list[aio.ServerInterceptor[Any, Any]]:
     tokens = bearer_tokens(config.token_file, config.token_env)
-    return [] if tokens is None else [TokenGate(tokens)]
+    return [BriefReflection()] if tokens is None else [TokenGate(tokens), BriefReflection()]

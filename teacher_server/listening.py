@@ -6,6 +6,7 @@ import errno
 import logging
 import resource
 import socket
+from typing import Any
 
 import grpc
 from grpc import aio
@@ -15,6 +16,7 @@ from logitstream.rpc.channel import server_options
 
 MAX_HEALTH_CONNECTIONS = 1024
 HEALTH_MESSAGE_BYTES = 64 << 10
+MANY_FILES = 1 << 20  # Linux's own bound by default, where no limit is set
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +29,42 @@ def raise_file_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (OSError, ValueError) as error:
             log.warning("the limit on open files stays at %d: %s", soft, error)
-            return soft
-    return hard
+    return file_limit()
 
 
-def teacher_options(max_message_bytes: int, *, max_streams: int, max_connections: int) -> list[tuple[str, int | str]]:
+def file_limit() -> int:
+    """How many files this process may have open now."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MANY_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def teacher_options(
+    address: str, max_message_bytes: int, *, max_streams: int, max_connections: int
+) -> list[tuple[str, int | str]]:
     """Options of the server that students talk to; max_connections 0: half of the files that may be open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return server_options(
-        max_message_bytes, max_streams=max_streams, max_connections=max_connections or max(1, soft // 2)
-    )
+    each = _share(max_connections or file_limit() // 2, address)
+    return server_options(max_message_bytes, max_streams=max_streams, max_connections=each)
 
 
-def health_options() -> list[tuple[str, int | str]]:
+def health_options(address: str) -> list[tuple[str, int | str]]:
     """Options of the server that answers health checks alone: whatever fills the teacher's port leaves it its files."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return server_options(HEALTH_MESSAGE_BYTES, max_connections=max(1, min(soft // 8, MAX_HEALTH_CONNECTIONS)))
+    each = _share(min(file_limit() // 8, MAX_HEALTH_CONNECTIONS), address)
+    return server_options(HEALTH_MESSAGE_BYTES, max_connections=each)
+
+
+def _share(max_connections: int, address: str) -> int:
+    """What of max_connections is for each of the addresses that a host name stands for: gRPC counts them apart."""
+    try:
+        num_places = 1 if is_unix(address) else len(_places(address))
+    except OSError:  # which `bind` will say
+        num_places = 1
+    return max(1, max_connections // num_places)
+
+
+def _places(address: str) -> list[tuple[int, int, int, str, Any]]:
+    """Where HOST:PORT is, as getaddrinfo has it."""
+    host, port = split_address(address)
+    return list(socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
 
 
 def bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
@@ -74,10 +96,7 @@ def _check_free(address: str) -> None:
             except (FileNotFoundError, ConnectionRefusedError):  # nobody, or a socket that an ended server left
                 return
         raise OSError("another server listens there")
-    host, port = split_address(address)
-    for family, kind, protocol, _, where in socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    ):
+    for family, kind, protocol, _, where in _places(address):
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that just ended is in the way
             try:

@@ -72,10 +72,15 @@ class TeacherServer:
         self._server = aio.server(
             interceptors=interceptors(config),
             options=listening.teacher_options(
-                config.max_message_bytes, max_streams=config.max_streams, max_connections=config.max_connections
+                config.address,
+                config.max_message_bytes,
+                max_streams=config.max_streams,
+                max_connections=config.max_connections,
             ),
         )
-        self._probed = aio.server(options=listening.health_options()) if config.health_address else None
+        self._probed = (
+            aio.server(options=listening.health_options(config.health_address)) if config.health_address else None
+        )
         self.scheduler: Scheduler | None = None
         self.address = ""
 
