@@ -15,6 +15,8 @@ UNCHECKED_TOKENIZER = "unchecked"
 """In place of a student's tokenizer: the caller vouches that ids mean the same to student and teacher."""
 MAX_DESCRIPTION_BYTES = 128 << 20
 """Of a vocabulary as JSON; the largest known ones take a tenth."""
+MODEL = "model"
+"""The rule that is told as a digest: what the model goes by beside its tokens is too long to show."""
 SHOWN_TOKENS = 5
 SHOWN_CHARS = 160
 
@@ -120,7 +122,11 @@ def rule_differences(student: Vocabulary, teacher: Vocabulary) -> str:
     names = sorted(student.rules.keys() | teacher.rules.keys())
     pairs = [(name, student.rules.get(name, ""), teacher.rules.get(name, "")) for name in names]
     return "; ".join(
-        f"{name} {_short(mine)} here and {_short(theirs)} there" for name, mine, theirs in pairs if mine != theirs
+        "other merges, scores or options of the model"
+        if name == MODEL
+        else f"{name} {_short(mine)} here and {_short(theirs)} there"
+        for name, mine, theirs in pairs
+        if mine != theirs
     )
 
 
@@ -139,7 +145,7 @@ def _rules(tokenizer: Any) -> dict[str, str]:
     if isinstance(model.get("vocab"), dict):  # else scores are in it
         del model["vocab"]
     digest = hashlib.sha256(_canonical(model).encode()).hexdigest()
-    return {name: _canonical(parts.get(name)) for name in ("normalizer", "pre_tokenizer")} | {"model": digest}
+    return {name: _canonical(parts.get(name)) for name in ("normalizer", "pre_tokenizer")} | {MODEL: digest}
 
 
 def _canonical(value: Any) -> str:

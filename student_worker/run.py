@@ -130,8 +130,13 @@ def prepare(
         config, arguments, tokenizer, limits=StudentLimits.of(model), resumes=checkpoint is not None
     )
     vocab_size, vocabulary = model.config.get_text_config().vocab_size, Vocabulary.of(tokenizer)
+
+    def connected(spec: TargetSpec) -> GrpcTeacherClient:
+        expected = expected_teacher(folder, spec, resumes=checkpoint is not None)
+        return connect(config, spec, vocab_size, vocabulary, expected)
+
     if config.bytes_per_token or config.noise:
-        meet_budget(config, train_set, lambda spec: connect(config, spec, vocab_size, vocabulary))
+        meet_budget(config, train_set, connected)
     corpus = train_set.cache if isinstance(train_set, CacheDataset) else None
     draw_set = choose_draw_set(config, arguments, len(train_set), cache=corpus)
     draw_set, config.draws = of_main_process((draw_set, config.draws))  # the cache may grow while they look
@@ -139,8 +144,7 @@ def prepare(
         write_resolved(config, arguments)
     client = None
     if config.targets != "cache":
-        expected = expected_teacher(folder, config.target_spec(), resumes=checkpoint is not None)
-        client = connect(config, config.target_spec(), vocab_size, vocabulary, expected)
+        client = connected(config.target_spec())
         resources.enter_context(contextlib.closing(client))
         if config.targets == "online":
             agree_on_teacher(client, config.target_spec(), folder)
