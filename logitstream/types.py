@@ -102,6 +102,11 @@ class TargetSpec:
             )
         return spec
 
+    @property
+    def keeps_first_choice(self) -> bool:
+        """Whether a row's greatest weight is always that of the teacher's most likely id."""
+        return self.sampler in ("top_k", "top_k_ghost", "full")
+
     def max_entries(self, vocab_size: int) -> int:
         """The most entries that a row of this sampler's targets can have."""
         return min(

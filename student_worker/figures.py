@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from logitstream import metrics
 from logitstream.loss import Diagnostics
+from logitstream.types import TargetSpec
 from student_worker.checkpoints import resumed_state
 from student_worker.documents import Batch
 from student_worker.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
@@ -52,6 +53,7 @@ class StepFigures(TrainerCallback):
         self._began = self._micro_began = self._computed = 0.0
         self._pair: Pair | None = None
         self._measuring = 0.0
+        self._spec: TargetSpec | None = None
 
     def follow(self, stream: TargetStream) -> None:
         """The stream that the steps to come wait for."""
@@ -91,6 +93,7 @@ class StepFigures(TrainerCallback):
         self._tokens = self._tokens + supervised_mask(inputs).sum()
         if inputs.get("targets") is not None:
             self.sums["entries"] += inputs["targets"].num_entries
+            self._spec = inputs["targets"].spec
         self._computed = time.perf_counter()
 
     def add_loss(self, diagnostics: Diagnostics, own_loss: Tensor) -> None:
@@ -157,7 +160,7 @@ class StepFigures(TrainerCallback):
         }
         if run["own_loss"]:
             logs["router_loss"] = _ratio(last["own_loss"], last["steps"])
-        logs |= diagnostic_means(last)
+        logs |= diagnostic_means(last, self._spec)
         return logs | _overhead_logs(overhead_of(self.meter.of_epoch(self._epoch)))
 
     def _stream_seconds(self) -> tuple[float, float]:
@@ -180,15 +183,20 @@ class StepFigures(TrainerCallback):
         metrics.STUDENT_COMPUTING_SECONDS.inc(max(seconds - waiting, 0.0))
 
 
-def diagnostic_means(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the rows with targets of what `Diagnostics` sums up; empty where there were none."""
+def diagnostic_means(sums: dict[str, float], spec: TargetSpec | None) -> dict[str, float]:
+    """Means over the rows with targets of what `Diagnostics` sums up; empty where there were none.
+
+    spec: how the targets were drawn. `teacher_top1_agreement` is the share of rows in which the student's first choice
+    is the teacher's; of sampled targets only `draw_top1_agreement` is known: with an id that was drawn most often.
+    """
     if not sums["kept_rows"]:
         return {}
-    return {
-        "kl": sums["kl"] / sums["kept_rows"],
-        "student_kept_mass": sums["kept_mass"] / sums["kept_rows"],
-        "teacher_top1_agreement": sums["agreements"] / sums["kept_rows"],
-    }
+    is_exact = spec is not None and spec.keeps_first_choice
+    agreement = {f"{'teacher' if is_exact else 'draw'}_top1_agreement": sums["agreements"] / sums["kept_rows"]}
+    if is_exact and spec is not None and spec.top_k == 1:  # one id says nothing of the rest
+        return agreement
+    means = {"kl": sums["kl"] / sums["kept_rows"], "student_kept_mass": sums["kept_mass"] / sums["kept_rows"]}
+    return means | agreement
 
 
 def of_all_processes(mine: dict[str, float]) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from logitstream.loss import IGNORED_LABEL, Diagnostics
+from logitstream.types import TargetSpec
 from student_worker.documents import Batch
 from student_worker.figures import diagnostic_means
 from student_worker.supervision import next_token_labels, supervised_mask
@@ -19,16 +20,19 @@ class Heldout:
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(Diagnostics._fields), dtype=torch.float64)
+        self.spec: TargetSpec | None = None
 
-    def add(self, seen: Diagnostics) -> None:
+    def add(self, seen: Diagnostics, spec: TargetSpec | None) -> None:
+        """What one batch showed; spec: of its targets, None where it has none."""
         self.sums = self.sums + torch.stack(seen).cpu()
+        self.spec = self.spec or spec
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Over all processes; every one calls it. loss: cross-entropy per label, NaN where there was none."""
         total = accelerator.reduce(self.sums.to(accelerator.device), "sum").tolist()
         sums = dict(zip(Diagnostics._fields, total, strict=True))
         loss = sums["cross_entropy"] / sums["labelled_rows"] if sums["labelled_rows"] else math.nan
-        return {"loss": loss} | diagnostic_means(sums)
+        return {"loss": loss} | diagnostic_means(sums, self.spec)
 
 
 def labels_of(batch: Batch) -> Tensor:

@@ -31,25 +31,29 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
-from logitstream.errors import LogitstreamError
+from logitstream.errors import DiskHangs, LogitstreamError
 from logitstream.files import refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.access import check_access
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from student_worker.announcing import what_came_of_it, what_runs
+from student_worker.batches import split_batch
+from student_worker.cache_disk import from_disk
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
 from student_worker.calibration import calibration_sequences, choose_spec
 from student_worker.checkpoints import STAGING, choose_checkpoint
 from student_worker.config import StudentConfig
 from student_worker.data import CacheDataset, collate, load_sequences
+from student_worker.first_choices import SPEC as FIRST_CHOICES_SPEC
+from student_worker.first_choices import FirstChoices
 from student_worker.progress import ProgressDisplay
 from student_worker.report import RunReport
 from student_worker.run_folder import locked
 from student_worker.split import split_cache, split_text
 from student_worker.stopping import Stopped
 from student_worker.student_limits import StudentLimits
-from student_worker.target_cache import TargetCache, open_target_cache
+from student_worker.target_cache import TargetCache, may_hold_targets, open_target_cache
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import GrpcTeacherClient
 from student_worker.trainer import DistillationTrainer
@@ -148,8 +152,23 @@ def prepare(
         resources.enter_context(contextlib.closing(client))
         if config.targets == "online":
             agree_on_teacher(client, config.target_spec(), folder)
+    first_choices = None
+    if client is not None and config.max_teacher_lag == 0 and not _holds_targets(config.cache):
+        asked = connect(config, FIRST_CHOICES_SPEC, vocab_size, vocabulary)
+        resources.enter_context(contextlib.closing(asked))
+        sequences = (one for i in range(len(heldout_set)) for _, one in split_batch(collate([heldout_set[i]])))
+        first_choices = FirstChoices(asked, sequences)
     cache = open_cache(config, client, vocabulary, arguments.process_index, resources)
-    return tokenizer, build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
+    trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
+    trainer.first_choices = first_choices
+    return tokenizer, trainer
+
+
+def _holds_targets(cache: str) -> bool:
+    """Whether a run may be meant to do without its teacher; a disk that hangs holds none."""
+    with contextlib.suppress(DiskHangs):
+        return bool(cache) and from_disk(cache, lambda: may_hold_targets(cache), alone=False)
+    return False
 
 
 def load_data(
@@ -317,14 +336,14 @@ def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, An
     run_report = RunReport()
     trainer.add_callback(run_report)
     with trainer.stop.listening():
-        losses = {"heldout_loss_before": heldout_loss(trainer)}
+        heldout = evaluate(trainer, "before")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         try:
-            losses["heldout_loss_after"] = heldout_loss(trainer)
+            heldout |= evaluate(trainer, "after")
         except Stopped:
             trainer.keep_progress()
             raise
-    return losses | run_report.figures()
+    return heldout | run_report.figures()
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
@@ -334,8 +353,14 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:
     )
 
 
-def heldout_loss(trainer: DistillationTrainer) -> float | None:
-    """Cross-entropy in nats per token; None, which JSON can hold, where no token is supervised or it is no number."""
+def evaluate(trainer: DistillationTrainer, when: str) -> dict[str, Any]:
+    """Cross-entropy [nats/token] of the held-out text and, where known, the agreement with the teacher's first choices.
+
+    The loss is None, which JSON can hold, where no token is supervised or it is no number.
+    """
     heldout: Any = trainer.eval_dataset
-    loss: float = trainer.evaluate()["eval_loss"] if len(heldout) else math.nan
-    return loss if math.isfinite(loss) else None
+    found = trainer.evaluate() if len(heldout) else {}
+    loss = found.get("eval_loss", math.nan)
+    agreement = found.get("eval_teacher_top1_agreement")
+    shown = {} if agreement is None else {f"heldout_teacher_top1_agreement_{when}": agreement}
+    return {f"heldout_loss_{when}": loss if math.isfinite(loss) else None} | shown

@@ -14,6 +14,7 @@ from logitstream import metrics
 from student_worker.data_parallel import DataParallelTrainer
 from student_worker.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from student_worker.figures import StepFigures
+from student_worker.first_choices import FirstChoices
 from student_worker.head_loss import HeadLoss, StudentLoss
 from student_worker.heldout import Heldout, labels_of
 from student_worker.measuring import MeasuringTrainer
@@ -36,6 +37,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
         targets, or have none.
     ce_weight, temperature, ghost, chunk_bytes: as in `fused_linear_sparse_kl`; temperature, ghost None: the targets'.
+    first_choices: the teacher's on held-out text, for eval_teacher_top1_agreement.
     overhead_every: measure the overhead over cross-entropy at every n-th optimizer step; 0: never. See `overhead`.
     """
 
@@ -50,6 +52,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         ghost: bool | None = None,
         chunk_bytes: int | None = None,
         overhead_every: int = 0,
+        first_choices: FirstChoices | None = None,
         **kwargs: Any,
     ) -> None:
         self.is_fused = False
@@ -62,6 +65,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self.temperature = temperature
         self.ghost = ghost
         self.chunk_bytes = chunk_bytes
+        self.first_choices = first_choices
         assert isinstance(self.model, nn.Module)
         model_init: Any = self.model_init
         if model_init is None:
@@ -225,9 +229,11 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         """Cross-entropy of held-out text; logits and `labels_of` only where something asks for them."""
         inputs = self._prepare_inputs(inputs)
         counted = self._without_repeats(inputs)
+        if self.first_choices is not None and counted.get("targets") is None:
+            counted = self.first_choices.add_to(counted)
         with torch.no_grad(), self.compute_loss_context_manager():
             seen = self._student_loss(model, counted, ce_weight=0.5).diagnostics
-            self._heldout.add(seen)
+            self._heldout.add(seen, counted["targets"].spec if counted.get("targets") is not None else None)
             loss = (seen.cross_entropy / seen.labelled_rows).float()
             if prediction_loss_only:
                 return loss, None, None

@@ -290,7 +290,7 @@ def test_a_student_that_cannot_be_split_trains_on_its_logits_and_shows_the_same_
     fallback.train()
     fused.train()
     assert losses_of(fallback) == pytest.approx(losses_of(fused), rel=1e-5)
-    figures = ("kl", "student_kept_mass", "teacher_top1_agreement")
+    figures = ("kl", "student_kept_mass", "draw_top1_agreement")
     ours, theirs = (
         [row[name] for row in t.state.log_history if "kl" in row for name in figures] for t in (fused, fallback)
     )
@@ -306,7 +306,7 @@ def test_figures_that_are_not_known_are_left_out(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, None, model=auto.from_pretrained(tmp_path / "model"), max_steps=1, ce_weight=1.0)
     trainer.train()
     row = next(row for row in trainer.state.log_history if "loss" in row)
-    assert not {"kl", "student_kept_mass", "teacher_top1_agreement", "router_loss"} & row.keys()
+    assert not {"kl", "student_kept_mass", "draw_top1_agreement", "router_loss"} & row.keys()
     assert row["tokens"] > 0
 
 
