@@ -124,6 +124,7 @@ class Dispatcher:
     def tick(self) -> None:
         """Enforce deadlines; call it about once a second."""
         now = time.monotonic()
+        self.fleet.look_at_start()  # replicas that vanish untried report nothing
         self.fleet.break_stalled(now)
         for request in list(self._requests.values()):
             if now > self._expiry(request):

@@ -31,15 +31,15 @@ class OwnTokenizer:
     """What the caller gave: a tokenizer, the digest of one, or UNCHECKED_TOKENIZER."""
 
     def __init__(self, tokenizer: HasVocabulary | Vocabulary | str) -> None:
+        if not tokenizer or not (isinstance(tokenizer, (str, Vocabulary)) or hasattr(tokenizer, "get_vocab")):
+            raise ValueError(
+                f"expected the student's tokenizer or its digest, got {str(tokenizer)[:64]!r}; UNCHECKED_TOKENIZER "
+                "where you vouch that ids mean the same to the teacher"
+            )
         self._vocabulary = None if isinstance(tokenizer, str) else Vocabulary.of(tokenizer)
         self._digest = tokenizer if isinstance(tokenizer, str) else Vocabulary.of(tokenizer).digest
         self._num_shared: dict[str, int] = {}
         self._compared_rules: set[str] = set()
-        if not self._digest:
-            raise ValueError(
-                "expected the student's tokenizer or its digest; UNCHECKED_TOKENIZER where you vouch that ids mean the "
-                "same to the teacher"
-            )
 
     def digest_for(self, info: TeacherInfo) -> str:
         """The digest to show this teacher: its own where the student only adds tokens, empty where nobody checks.

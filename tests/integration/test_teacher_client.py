@@ -246,6 +246,16 @@ def test_a_replica_of_another_tokenizer_beside_one_that_fits_is_an_error_at_the_
         assert f"tokenizers differ: the student's {TOKENIZER_DIGEST}, the teacher's {'cd' * 32}" in str(caught.value)
 
 
+def test_a_replica_that_does_not_answer_holds_the_start_up_no_longer_than_a_handshake() -> None:
+    sequences = make_sequences(4)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        fake_teacher() as (_, up),
+        connected(f"127.0.0.1:{silent.getsockname()[1]}", up, handshake_seconds=1.0) as client,
+    ):
+        check_all(submit_all(client, sequences), sequences)
+
+
 def test_an_unlike_replica_that_was_down_at_the_start_is_left_alone_when_it_comes_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -117,8 +117,11 @@ def test_tokens_of_the_students_own_are_allowed_until_a_sequence_holds_one() -> 
 
 def test_a_tokenizer_is_needed_and_no_check_is_spelled_out() -> None:
     info = teacher_of(Vocabulary.of(words()))
-    with pytest.raises(ValueError, match="expected the student's tokenizer or its digest; UNCHECKED_TOKENIZER where"):
-        OwnTokenizer("")
+    for nothing in ("", None, 7):
+        with pytest.raises(
+            ValueError, match=r"expected the student's tokenizer or its digest, .*; UNCHECKED_TOKENIZER"
+        ):
+            OwnTokenizer(nothing)  # type: ignore[arg-type]
     assert OwnTokenizer(UNCHECKED_TOKENIZER).digest_for(info) == ""
     assert OwnTokenizer(info.tokenizer_digest).digest_for(info) == info.tokenizer_digest
     with pytest.raises(TokenizerMismatch, match=f"the student's {'cd' * 32}, the teacher's {info.tokenizer_digest}"):
