@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
@@ -27,8 +26,8 @@ class StudentLoss(NamedTuple):
 class HeadLoss:
     """`fused_linear_sparse_kl` of one batch, all but the head's part bound; or `sparse_kl`, where logits are wanted.
 
-    An object without fields that a framework knows: FSDP2 casts and moves the tensors that it finds in a module's
-    arguments, and torch.compile would compile anew for each batch's.
+    An object that no framework looks into: FSDP2 casts and moves the tensors that it finds in a module's arguments, and
+    torch.compile would compile anew for each batch's.
     """
 
     def __init__(self, *, from_logits: bool = False, chunk_bytes: int | None = None, **arguments: Any) -> None:
@@ -48,7 +47,6 @@ class HeadLoss:
         )
         return fused
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of_logits(self, logits: Tensor) -> FusedLoss:
         """The same of logits [B, T, V]; of more than T rows (a learned prompt before them) the last T count."""
         logits = logits[:, -self.arguments["labels"].shape[-1] :]

@@ -103,6 +103,8 @@ def _install_in_model(model: nn.Module, plan: Plan) -> None:
         loss, diagnostics = head_loss.of_logits(outputs.logits) if head is None else head.result()
         return StudentLoss(loss, diagnostics, outputs.loss if plan.has_loss_function else torch.zeros_like(loss))
 
+    # A compiler takes the model's own forward as if it were called by itself, up to the head and from there on.
+    forward = torch.compiler.disable(forward, recursive=False)  # type: ignore[no-untyped-call]
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)  # bound, so that a deep copy gets one of its own
 
@@ -115,6 +117,7 @@ class _HeadInForward:
         self.head_loss = head_loss
         self.results: list[FusedLoss] = []
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, hidden: Tensor) -> Tensor:
         self.results.append(self.layer(hidden, head_loss=self.head_loss))
         return hidden.new_zeros(*hidden.shape[:-1], 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from logitstream import metrics
@@ -58,8 +59,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self.is_fused = False
         self.target_stream: TargetStream | None = None
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(f"expected one device a process, got {self.args.n_gpu}: start with torchrun")
+        refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
         self.wrap_dataloader = wrap_dataloader
         self.ce_weight = ce_weight
         self.temperature = temperature
@@ -262,3 +262,21 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
         self._signature_columns = list(dict.fromkeys([*known, *PACKING, *FOR_THE_LOSS]))  # type: ignore[assignment]
+
+
+def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: Any = None) -> None:
+    """ValueError for a setting of transformers' Trainer that this loss would pass over without a word."""
+    liger = args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+    parallel: Any = args.parallelism_config
+    splits = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
+    refused: list[tuple[Any, str]] = [
+        (args.n_gpu > 1, f"expected one device a process, got {args.n_gpu}: start with torchrun"),
+        (args.label_smoothing_factor, "label_smoothing_factor softens labels, and the targets are soft: set it to 0"),
+        (compute_loss_func, "compute_loss_func would replace the loss: override DistillationTrainer.compute_loss"),
+        (args.label_names not in (None, ["labels"]), f"expected label_names ['labels'], got {args.label_names}"),
+        (liger, "use_liger_kernel needs liger_kernel_config {'fused_linear_cross_entropy': False}: the loss is ours"),
+        (splits, "parallelism_config splits sequences, but a row's targets are whole: set cp_size and sp_size to 1"),
+    ]
+    for applies, message in refused:
+        if applies:
+            raise ValueError(message)
