@@ -88,21 +88,17 @@ def _split_text(
     heldout = _distinct([i for i in order if contents[i] & apart], contents)[:heldout_sequences]
     if heldout and len(heldout) < heldout_sequences:
         _say_followed(len(heldout), heldout_sequences)
-    if not heldout and heldout_sequences:
+    is_new = not heldout and heldout_sequences > 0
+    if is_new:
         heldout = _choose(order, contents, heldout_sequences, cached)
-        if noted is not None:
-            _note(cache, documents_of(rows, heldout))
     apart.update(*(contents[i] for i in heldout))
     train = [i for i in order if not contents[i] & apart]
-    if cached_only:
-        there = [i for i in train if cached.wholly(i)]
-        if len(there) < min(len(train), max_sequences or len(train)):
-            logger.warning(
-                "the cache %s holds targets of %d of %d sequences of the text", cache, len(there), len(train)
-            )
-        train = there
     if not train:
-        raise ValueError(_nothing_left(heldout_sequences, len(rows), " that the cache holds" if cached_only else ""))
+        raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(rows)} to train on")
+    if cached_only:
+        train = _cached(train, cached, cache, max_sequences)
+    if is_new and noted is not None:
+        _note(cache, documents_of(rows, heldout))
     return np.sort(np.array(train[: max_sequences or None], np.int64)), np.sort(np.array(heldout, np.int64))
 
 
@@ -125,7 +121,7 @@ def _split_cache(
         _say_followed(len(heldout), heldout_sequences)
     train = [index for index in range(len(corpus)) if index not in apart][: max_sequences or None]
     if not train:
-        raise ValueError(_nothing_left(heldout_sequences, len(corpus)))
+        raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(corpus)} to train on")
     return np.array(train, np.int64), heldout
 
 
@@ -203,6 +199,19 @@ def _choose(order: Sequence[int], contents: Contents, number: int, is_cached: Ca
     return chosen + missing
 
 
+def _cached(rows: Sequence[int], cached: CachedRows, cache: str, max_sequences: int) -> list[int]:
+    """Those of a text's rows that can be trained on without a teacher; ValueError where there is none."""
+    found = [i for i in rows if cached.wholly(i)]
+    if not found:
+        raise ValueError(
+            f"the cache {cache} holds targets of none of the text's {len(rows)} sequences: expected the text, "
+            "tokenizer and sequence_tokens that it was made with"
+        )
+    if len(found) < min(len(rows), max_sequences or len(rows)):
+        logger.warning("the cache %s holds targets of %d of the text's %d sequences", cache, len(found), len(rows))
+    return found
+
+
 def _look_up(cache: str, *, alone: bool) -> tuple[list[TokenSequence] | None, CacheReader | None]:
     """What a cache holds out and how to look up what is in it; None where there is none, or it is out of reach.
 
@@ -234,7 +243,3 @@ def _note(cache: str, sequences: Sequence[TokenSequence]) -> None:
 
 def _say_followed(found: int, wanted: int) -> None:
     logger.warning("%d sequences are held out, not %d: those that the cache notes", found, wanted)
-
-
-def _nothing_left(heldout_sequences: int, number: int, which: str = "") -> str:
-    return f"heldout_sequences = {heldout_sequences} leaves nothing of {number} to train on{which}"

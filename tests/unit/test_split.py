@@ -160,6 +160,13 @@ def test_what_is_cached_is_held_out_last_and_that_is_said(tmp_path: Path, caplog
     assert not contents(train) & contents(heldout)
 
 
+def test_a_text_that_the_cache_holds_nothing_of_is_refused_and_not_noted(tmp_path: Path) -> None:
+    cache = keep(tmp_path / "cache", make_rows(5))
+    with pytest.raises(ValueError, match="holds targets of none of the text's 8 sequences: expected the text"):
+        split_text(make_rows(10, seed=1), heldout_sequences=2, cache=cache, cached_only=True)
+    assert read_heldout(cache) == []
+
+
 def test_a_cache_that_notes_nothing_gets_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = keep(tmp_path / "cache", make_rows(20), draw_sets=(2, 5))
     corpus = CacheDataset(CacheReader(cache))
