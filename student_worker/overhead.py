@@ -1,8 +1,8 @@
 """What distillation costs over cross-entropy, measured in the same run: the same batch, fused head and step both ways.
 
 At every n-th optimizer step the first micro-batch's forward and backward pass is timed twice, with its targets and as
-plain cross-entropy, in turn first and second; the cross-entropy gradients are thrown away and its random numbers put
-back, so the student trains as if nothing had been measured. Clipping, optimizer and scheduler are timed once and belong
+plain cross-entropy, in turn first and second; `measuring` takes every trace of the cross-entropy pass back, so the
+student trains as if nothing had been measured. Clipping, optimizer and scheduler are timed once and belong
 to both. Per optimizer step of n micro-batches, in medians over the measured steps:
 
     cross-entropy step = n·(forward + backward without targets) + optimizer
