@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import uuid
@@ -10,8 +11,11 @@ from pathlib import Path
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
-def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> None:
-    """Make a file appear with all of its content or not at all; without `replace` an existing one is kept."""
+def write_whole(path: Path, content: bytes | str, *, replace: bool = True, sync: bool = True) -> None:
+    """Make a file appear with all of its content or not at all; without `replace` an existing one is kept.
+
+    It survives a loss of power, or without `sync` once its folder is synced.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with partial.open("xb") as file:
@@ -24,6 +28,18 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True) -> No
             _link(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a loss of power, on file systems that can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,15 @@ T = TypeVar("T")
 
 
 def cache_disk(directory: str | Path, doing: str, *, alone: bool) -> DiskThread:
-    """What waits for a cache's disk; alone: of a run that cannot go on without it."""
+    """What waits for a cache's disk, the same for all of a process, which so finds out once that it hangs.
+
+    alone: of a run that cannot go on without it.
+    """
+    return _cache_disk(str(directory), doing, alone)
+
+
+@cache
+def _cache_disk(directory: str, doing: str, alone: bool) -> DiskThread:
     patience = ALONE_SECONDS if alone else HANGS_SECONDS
     then = "a run without a teacher (targets: cache) cannot go on without it" if alone else "the run goes on without it"
     if is_remote(directory):
@@ -34,8 +43,4 @@ def open_reader(directory: str | Path) -> CacheReader:
 
 def from_disk(directory: str | Path, work: Callable[[], T], *, alone: bool = True) -> T:
     """What `work` reads from a cache; DiskHangs where its disk does not answer. alone: as of `cache_disk`."""
-    disk = cache_disk(directory, "reading", alone=alone)
-    try:
-        return disk.call(work)
-    finally:
-        disk.close()
+    return cache_disk(directory, "reading", alone=alone).call(work)

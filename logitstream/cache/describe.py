@@ -16,7 +16,7 @@ from logitstream.cache.manifest import read_entry, summary
 from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes, file_bytes, shard_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import scanned_spans, token_width
-from logitstream.cache.verify import other_fingerprint, shard_spans, unreadable
+from logitstream.cache.shard_state import other_fingerprint, shard_spans, unreadable
 from logitstream.errors import CacheError, CodecError, CorruptRecord
 
 

@@ -175,9 +175,9 @@ def write_entry(shard: Path, *, fingerprint_digest: str, sha256: str, size: int,
     """The sidecars of a shard that is about to be sealed: the index, and its entry in the manifest."""
     body = spans.tobytes()
     header = _index_header(body, size, bytes.fromhex(fingerprint_digest))
-    write_whole(shard.with_suffix(".index"), header + body)
+    write_whole(shard.with_suffix(".index"), header + body, sync=False)  # the shard's name, which comes next, is synced
     entry = {"shard": shard.name, "bytes": size, "sha256": sha256} | summary(spans)
-    write_whole(shard.with_suffix(".json"), render(entry))
+    write_whole(shard.with_suffix(".json"), render(entry), sync=False)
 
 
 def summary(spans: Spans) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from logitstream.cache.shard import (
     spans_of,
     token_width,
 )
+from logitstream.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class OpenShard:
         self._width = token_width(manifest)
         self._fingerprint_digest: str = manifest["fingerprint_digest"]
         self._fd, self._spans = fd, spans
+        self._is_name_synced = False
 
     @classmethod
     def create(
@@ -76,6 +78,9 @@ class OpenShard:
     def sync(self) -> None:
         """Wait until what was appended survives a loss of power."""
         os.fdatasync(self._fd)
+        if not self._is_name_synced:
+            sync_folder(self.path.parent)
+            self._is_name_synced = True
 
     def _write(self, content: memoryview) -> None:
         written = 0
@@ -99,6 +104,7 @@ class OpenShard:
         digest, spans = self._fingerprint_digest, np.concatenate(self._spans)
         write_entry(final, fingerprint_digest=digest, sha256=self._sha256(), size=self.size, spans=spans)
         self.path.rename(final)
+        sync_folder(final.parent)
         self.abandon()
         return final
 

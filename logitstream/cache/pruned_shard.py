@@ -25,7 +25,8 @@ from logitstream.cache.shard_rewrite import (
     rewritten_bytes,
     sidecar_bytes,
 )
-from logitstream.cache.verify import Damage, check_sealed, shard_spans, unreadable
+from logitstream.cache.shard_state import shard_spans, unreadable
+from logitstream.cache.verify import Damage, check_sealed
 from logitstream.errors import CacheError
 
 

@@ -19,7 +19,8 @@ from logitstream.cache.pruned_shard import Pruned, PrunedShard
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import Record
 from logitstream.cache.shard_rewrite import NO_SPACE, remove
-from logitstream.cache.verify import is_foreign, missing_shards, other_fingerprint, unreadable
+from logitstream.cache.shard_state import is_foreign, other_fingerprint, unreadable
+from logitstream.cache.verify import missing_shards
 from logitstream.cache.writer import CacheWriter
 from logitstream.errors import CacheError
 

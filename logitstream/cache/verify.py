@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
+from logitstream.cache.heldout import FILE as HELDOUT
+from logitstream.cache.heldout import read_heldout
 from logitstream.cache.manifest import (
     ID_MODEL,
     MANIFEST,
@@ -31,15 +30,13 @@ from logitstream.cache.open_shard import OPEN_SUFFIX, SHARD_NAME
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import (
     END_OF_STREAM,
-    SCHEMAS,
     SPAN_DTYPE,
     Spans,
     read_schema,
     scan,
-    scanned_spans,
-    token_width,
 )
 from logitstream.cache.shard_file import ShardFile
+from logitstream.cache.shard_state import other_fingerprint, shard_spans, shard_width, unreadable
 from logitstream.errors import CacheError
 
 SIDECARS = (".index", ".json")
@@ -115,80 +112,6 @@ def _reader(directory: Path) -> CacheReader | None:
         return None
 
 
-def unreadable(path: Path) -> str:
-    """Why a shard's file cannot be opened for reading, in words; empty where it can."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
-    except OSError as error:
-        return f"{path.name} cannot be read: {error}"
-    if not stat.S_ISREG(mode):
-        return f"{path.name} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}: expected a shard"
-    try:
-        os.close(os.open(path, os.O_RDONLY))
-    except OSError as error:
-        return f"{path.name} cannot be read: {error}"
-    return ""
-
-
-def shard_spans(path: Path, manifest: dict[str, Any] | None) -> tuple[Spans, str]:
-    """The spans of a sealed shard, found again in the shard itself where its index is damaged, and what was wrong.
-
-    Never raises: what cannot be read has no spans.
-    """
-    digest: str = manifest["fingerprint_digest"] if manifest is not None else ""
-    problem = unreadable(path)
-    try:
-        return read_index(path.with_suffix(".index"), digest, None if problem else path.stat().st_size), problem
-    except (CacheError, OSError) as error:
-        problem = problem or str(error)
-    try:
-        if is_foreign(path):
-            problem = f"{path.name} is an Arrow file of other columns, no shard: nobody reads it"
-        elif not unreadable(path):
-            return scanned_spans(path, _width(path, manifest)), problem
-    except OSError as error:
-        problem = f"{problem}; {path.name} cannot be read: {error}"
-    return np.zeros(0, SPAN_DTYPE), problem
-
-
-def other_fingerprint(path: Path, manifest: dict[str, Any]) -> str:
-    """Digest of the fingerprint that a shard's head names, if it is whole and not the manifest's; else empty."""
-    schema = _head(path)
-    try:
-        named = json.loads(schema.metadata[b"logitstream"]) if schema is not None else {}
-        found = manifest_fingerprint(named, path).digest
-    except (CacheError, RecursionError, KeyError, TypeError, ValueError):
-        return ""
-    return "" if found == manifest["fingerprint_digest"] else found
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether a file that is named like a shard is an Arrow stream of other columns: somebody else's."""
-    schema = _head(path)
-    return schema is not None and not any(schema.equals(known) for known in SCHEMAS.values())
-
-
-def _head(path: Path) -> pa.Schema | None:
-    """The schema at the head of a file, if one can be read there."""
-    if unreadable(path):
-        return None
-    try:
-        with pa.OSFile(str(path)) as file:
-            return pa.ipc.read_schema(file)
-    except (pa.ArrowException, OSError, EOFError, MemoryError):
-        return None
-
-
-def _width(path: Path, manifest: dict[str, Any] | None) -> int:
-    """Bytes of a token id, by the manifest or else by the shard's own head."""
-    if manifest is not None:
-        return token_width(manifest)
-    schema = _head(path)
-    return next((width for width, known in SCHEMAS.items() if schema is not None and schema.equals(known)), 4)
-
-
 def missing_shards(directory: Path) -> list[Path]:
     """Sealed shards of which only sidecars are left; one that is about to be sealed has its own already."""
     sidecars = {path for suffix in SIDECARS for path in directory.glob(f"*{suffix}") if SHARD_NAME.search(path.stem)}
@@ -202,7 +125,7 @@ def strangers(directory: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    if path.name.startswith(".") or path.name in (MANIFEST, ID_MODEL, VERSIONS):
+    if path.name.startswith(".") or path.name in (MANIFEST, ID_MODEL, HELDOUT, VERSIONS):
         return True
     if path.suffix in SIDECARS and (SHARD_NAME.search(path.stem) or os.path.lexists(path.with_suffix(".arrow"))):
         return True
@@ -227,10 +150,14 @@ def _check_head(directory: Path, damage: Damage) -> dict[str, Any] | None:
     except CacheError as error:
         damage.problems.append(str(error))
         return None
-    try:
-        read_id_model(directory, manifest_fingerprint(manifest, directory))
-    except CacheError as error:
-        damage.problems.append(str(error))
+    for read in (
+        lambda: read_id_model(directory, manifest_fingerprint(manifest, directory)),
+        lambda: read_heldout(directory),
+    ):
+        try:
+            read()
+        except (CacheError, OSError) as error:
+            damage.problems.append(str(error))
     return manifest
 
 
@@ -257,7 +184,7 @@ def check_sealed(
         entry = read_entry(path)
     except CacheError as error:
         damage.problems.append(str(error))
-    bad = _check_records(path, spans, _width(path, manifest), damage)
+    bad = _check_records(path, spans, shard_width(path, manifest), damage)
     if bad:
         damage.problems.append(f"{path.name}: {len(bad)} of {len(spans)} records are damaged or cannot be read")
     lost = _named_elsewhere(path, manifest, spans) if problem else set()
@@ -293,7 +220,7 @@ def _check_open(path: Path, manifest: dict[str, Any] | None, damage: Damage, pro
     if problem := unreadable(path):
         damage.problems.append(problem)
         return
-    messages = list(scan(path, width := _width(path, manifest)))
+    messages = list(scan(path, width := shard_width(path, manifest)))
     end = read_schema(path, manifest) if manifest is not None else (messages[0].start if messages else 0)
     if end == 0:
         damage.problems.append(f"{path.name}: no head of a shard of this cache can be read")

@@ -166,3 +166,34 @@ def _fetch_again(directory: Path, records: list[crashing_writer.Record]) -> None
                 writer.put(*one[:5])
     reader.refresh()
     assert [reader.get(one.key) for one in records] == [one.payload for one in records]
+
+
+WATCHED = """
+import sys
+from pathlib import Path
+from logitstream.cache import CacheWriter
+from tests.integration.crashing_writer import FINGERPRINT, record
+directory, events = sys.argv[1], []
+def watch(event, arguments):
+    if event in ("os.rename", "os.link"):
+        events.append("named " + Path(arguments[1]).suffix)
+    elif event == "open" and str(arguments[0]) == directory:
+        events.append("folder synced")
+sys.addaudithook(watch)
+writer = CacheWriter(directory, FINGERPRINT, fsync=sys.argv[2] == "fsync")
+writer.put(*record(0, 0)[:5])
+writer.flush()
+events.append("acknowledged")
+writer.close()
+print(*events, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("fsync", ["fsync", "no fsync"])
+def test_the_folder_is_synced_after_its_files_got_their_names(tmp_path: Path, fsync: str) -> None:
+    """A name that a loss of power takes back loses the whole shard; Python tells when a folder is opened."""
+    command = [sys.executable, "-c", WATCHED, str(tmp_path), fsync]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    opened, acknowledged = ["named .open"] + ["folder synced"] * (fsync == "fsync"), ["acknowledged"]
+    sealed = ["named .index", "named .json", "named .arrow", "folder synced"]
+    assert done.stdout.splitlines() == ["named .json", "folder synced", *opened, *acknowledged, *sealed]
