@@ -49,6 +49,7 @@ class Scenario:
     """One student. All of it must be true of any number of processes; `arguments` are further TrainingArguments.
 
     before: what happens before `train()`: nothing, `evaluate` or `predict`.
+    streaming: from a dataset in two shards, one for each of two processes.
     share: of each sequence's tokens that is supervised; None: another one for each sequence. unsupervised: sequences
         without a supervised token, by their place in a global batch.
     student: `model`, `model_init`, or `lora`; strategy: `ddp`, also for one process, or `fsdp2`.
@@ -66,6 +67,7 @@ class Scenario:
     before: str = "evaluate"
     num_sequences: int = 24
     ragged: bool = False
+    streaming: bool = False
     share: float | None = None
     unsupervised: tuple[int, ...] = ()
     stream: bool = False
@@ -238,10 +240,11 @@ def make_trainer(scenario: Scenario, folder: Path, callbacks: list[TrainerCallba
     student: dict[str, Any] = {"model": make_student(scenario, folder)}
     if scenario.student == "model_init":
         student = {"model_init": lambda: make_student(scenario, folder)}
+    sequences = make_dataset(scenario)
     return DistillationTrainer(
         **student,
         args=TrainingArguments(str(folder / f"{scenario.name}.{world}"), **settings),
-        train_dataset=make_dataset(scenario),
+        train_dataset=sequences.to_iterable_dataset(num_shards=2) if scenario.streaming else sequences,
         eval_dataset=make_dataset(scenario),
         data_collator=collate if wrap else collate_with_targets,
         wrap_dataloader=wrap,

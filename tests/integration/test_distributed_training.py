@@ -25,6 +25,7 @@ SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 ACCUMULATING = {"gradient_accumulation_steps": 2}
 SHRINKING = {"auto_find_batch_size": True, "step_sequences": 20}
+SHARDS = {"accelerator_config": {"dispatch_batches": False}}
 UNEVEN = {"accelerator_config": {"even_batches": False}}
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 BEST = {
@@ -73,6 +74,10 @@ APART = [
     (Scenario(name="torn_later", torn_at=9), "RanksDiffer: the processes' students differ at the end of training, "),
     (Scenario(name="uneven", before="", num_sequences=21, arguments=UNEVEN), "as many batches on every rank"),
     (Scenario(name="uneven_evaluation", num_sequences=21, arguments=UNEVEN), "as many batches on every rank"),
+    (
+        Scenario(name="uneven_shards", streaming=True, num_sequences=21, arguments=SHARDS),
+        "got 1, 0: set `even_batches`",
+    ),
     (
         Scenario(name="out_of_memory_alone", out_of_memory_at=3, out_of_memory_on="last", arguments=SHRINKING),
         "RanksDiffer: memory ran out on rank 1, but within 3 s not on every rank",
