@@ -21,7 +21,7 @@ from logitstream.types import TokenSequence, request_key
 from student_worker.cache_disk import cache_disk
 from student_worker.packing import TextFile, frame_of, pack
 from student_worker.student_limits import StudentLimits
-from student_worker.token_rows import COLUMNS, FOR_THE_LOSS, cut, known_columns, warn_of_cuts
+from student_worker.token_rows import COLUMNS, LOSS_COLUMNS, cut, known_columns, warn_of_cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ def _refuse_mixture(parts: dict[str, TextFile | Dataset]) -> None:
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows of token columns -> [B, T] each; shorter rows are padded, with an attention_mask then."""
     lengths = [len(row["input_ids"]) for row in rows]
-    names = [name for name in ("input_ids", *FOR_THE_LOSS, "position_ids") if name in rows[0]]
+    names = [name for name in ("input_ids", *LOSS_COLUMNS, "position_ids") if name in rows[0]]
     batch = {name: _stack(rows, name, IGNORED_LABEL if name == "labels" else 0) for name in names}
     if "loss_mask" in batch:
         batch["loss_mask"] = batch["loss_mask"].bool()

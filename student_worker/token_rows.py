@@ -17,10 +17,10 @@ from student_worker.student_limits import StudentLimits
 
 logger = logging.getLogger(__name__)
 
-FOR_THE_LOSS = ("labels", ROW_MASK, *TOKEN_MASKS)
+LOSS_COLUMNS = ("labels", ROW_MASK, *TOKEN_MASKS)
 DOCUMENTS = ("position_ids", "seq_idx", "seq_lengths")
 """Say which tokens are a document's in a packed row; seq_lengths (TRL's) has one entry a document."""
-COLUMNS = ("input_ids", *FOR_THE_LOSS, "attention_mask", *DOCUMENTS)
+COLUMNS = ("input_ids", *LOSS_COLUMNS, "attention_mask", *DOCUMENTS)
 ROWS_AT_ONCE = 1000
 ROWS_LOOKED_AT = 100
 
@@ -38,17 +38,26 @@ def known_columns(rows: Dataset, path: str) -> Dataset:
     others = [name for name in rows.column_names if name not in columns]
     for name in columns:
         _check_integers(rows, name, path)
-    first = rows[:ROWS_LOOKED_AT]
-    for name in others:
-        pairs = [(tokens, entry) for tokens, entry in zip(first["input_ids"], first[name], strict=True) if tokens]
-        if pairs and all(isinstance(entry, list) and len(entry) == len(tokens) for tokens, entry in pairs):
-            raise ValueError(
-                f"{path}: the column {name!r} has an entry for each token, and is not known: remove it, or name it as "
-                f"one of {', '.join(COLUMNS[1:])}"
-            )
+    if wrong := per_token(rows, others):
+        raise ValueError(
+            f"{path}: the column {wrong[0]!r} has an entry for each token, and is not known: remove it, or name it as "
+            f"one of {', '.join(COLUMNS[1:])}"
+        )
     if others:
         logger.info("%s: not used: %s", path, ", ".join(others))
     return rows.select_columns(columns)
+
+
+def per_token(rows: Dataset, names: Sequence[str]) -> list[str]:
+    """Those of some columns that have an entry for each of a row's input_ids."""
+    first = rows.with_format(None)[:ROWS_LOOKED_AT]
+    tokens = first.get("input_ids", [])
+    return [
+        name
+        for name in names
+        if any(tokens)
+        and all(isinstance(b, list) and len(b) == len(a) for a, b in zip(tokens, first[name], strict=True) if a)
+    ]
 
 
 def cut(parts: Sequence[Part], sequence_tokens: int, limits: StudentLimits) -> Iterator[dict[str, Any]]:
@@ -69,7 +78,7 @@ def cut(parts: Sequence[Part], sequence_tokens: int, limits: StudentLimits) -> I
             places = positions_of(numbers[None])[0, kept]
             limits.check_id(int(ids.max()), int(ids.min()), where)
             limits.check_length(int(places.max()) + 1, where)
-            found = {name: values[name][kept] for name in ("input_ids", *FOR_THE_LOSS) if name in values}
+            found = {name: values[name][kept] for name in ("input_ids", *LOSS_COLUMNS) if name in values}
             yield found | ({"position_ids": places} if is_packed else {})
 
 

@@ -25,6 +25,7 @@ from student_worker.saving import ResumableTrainer
 from student_worker.split_model import install_fused_loss, reshard
 from student_worker.student_limits import StudentLimits, sees_documents_alone, takes_positions
 from student_worker.supervision import next_token_labels, supervised_mask
+from student_worker.token_rows import per_token
 
 if TYPE_CHECKING:
     from student_worker.target_stream import TargetStream
@@ -262,6 +263,18 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
         self._signature_columns = list(dict.fromkeys([*known, *PACKING, *FOR_THE_LOSS]))  # type: ignore[assignment]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """As the Trainer's; ValueError where that would leave out, without a word, what belongs to the tokens."""
+        self._set_signature_columns_if_needed()
+        unused = [name for name in dataset.column_names if name not in (self._signature_columns or [])]
+        wrong = ["seq_lengths"] if "seq_lengths" in unused else per_token(dataset, unused)
+        if wrong and self.args.remove_unused_columns:
+            raise ValueError(
+                f"the column {wrong[0]!r} of the {str(description).lower()} dataset has an entry for each token or "
+                "document, and would be left out: remove it, or say the same by position_ids, labels or a known mask"
+            )
+        return super()._remove_unused_columns(dataset, description)
 
 
 def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: Any = None) -> None:

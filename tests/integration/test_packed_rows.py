@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, TrainingArguments
 
@@ -211,3 +212,13 @@ def test_ids_and_lengths_beyond_the_student_are_named_before_its_forward(tmp_pat
     assert len(split_batch(packed)) == 3
     trainer.data_collator = flattened()
     assert np.isfinite(trainer.evaluate([{"input_ids": [3] * 40}] * 3)["eval_loss"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["weights", "seq_lengths"])
+def test_a_datasets_columns_of_tokens_are_not_left_out_without_a_word(tmp_path: Path, name: str) -> None:
+    trainer = trainer_of(tmp_path, tiny_model("llama"), None, collate)
+    rows = [{"input_ids": [3, 4, 5], name: [1, 2] if name == "seq_lengths" else [0.1, 0.2, 0.3], "text": "a"}] * 4
+    with pytest.raises(ValueError, match=f"the column '{name}' of the evaluation dataset has an entry"):
+        trainer.evaluate(Dataset.from_list(rows))  # type: ignore[arg-type]
+    kept = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1], "text": "a"}] * 4)
+    assert np.isfinite(trainer.evaluate(kept)["eval_loss"])  # type: ignore[arg-type]
