@@ -45,8 +45,9 @@ class RunReport(TrainerCallback):
         self.first_step, self._mark = state.global_step, _read()
         resumed = resumed_state(state, self)
         self.epochs, self._before = list(resumed.get("epochs", [])), dict(resumed.get("current", {}))
-        if self._before and float(state.epoch or 0).is_integer():  # saved at an epoch's last step
-            self.epochs.append(self._before)
+        if self._before and float(state.epoch or 0).is_integer():  # saved between two epochs
+            if len(self.epochs) < int(state.epoch or 0):  # before the end of the first was noted
+                self.epochs.append(self._before)
             self._before = {}
 
     def on_epoch_end(

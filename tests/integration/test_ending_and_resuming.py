@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from logitstream.errors import TeacherUnavailable
 from logitstream.types import SparseTargets, TokenSequence
 from student_worker.checkpoints import checkpoints_in, choose_checkpoint, fault_of
+from student_worker.report import RunReport
 from student_worker.saving import CheckpointFailed
 from student_worker.stopping import Stopped
 from student_worker.trainer import DistillationTrainer
@@ -84,8 +85,19 @@ def parameters(trainer: DistillationTrainer) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in trainer.model.parameters()]
 
 
+def report_of(trainer: DistillationTrainer) -> dict[str, Any]:
+    (report,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, RunReport)]
+    return report.figures()
+
+
+def reporting_trainer(folder: Path, teacher: Asked, **options: Any) -> DistillationTrainer:
+    trainer = trainer_of(folder, teacher, **options)
+    trainer.add_callback(RunReport())
+    return trainer
+
+
 def undisturbed(folder: Path) -> DistillationTrainer:
-    whole = trainer_of(folder, Asked(), num_train_epochs=2)
+    whole = reporting_trainer(folder, Asked(), num_train_epochs=2)
     whole.train()
     return whole
 
@@ -99,13 +111,18 @@ class InOrder(DistillationTrainer):
 
 def resumed(folder: Path, teacher: Asked, kind: type[DistillationTrainer] = DistillationTrainer) -> DistillationTrainer:
     """The same run again, from its newest checkpoint to its end."""
-    trainer = trainer_of(folder, teacher, num_train_epochs=2, kind=kind)
+    trainer = reporting_trainer(folder, teacher, num_train_epochs=2, kind=kind)
     trainer.train(resume_from_checkpoint=str(choose_checkpoint(folder / "out", "latest")))
     return trainer
 
 
 def assert_same_end(trainer: DistillationTrainer, whole: DistillationTrainer) -> None:
-    """Bit for bit, with dropout: the random numbers go on too."""
+    """Bit for bit, with dropout: the random numbers go on too. What is counted is the whole run's."""
+    ours, theirs = (report_of(one) for one in (trainer, whole))
+    assert [epoch["tokens"] for epoch in ours["epochs"]] == [epoch["tokens"] for epoch in theirs["epochs"]]
+    assert ours["tokens_trained"] == theirs["tokens_trained"]
+    logged = [[row["tokens"] for row in one.state.log_history if "tokens" in row] for one in (trainer, whole)]
+    assert logged[0] == logged[1]
     assert losses_of(trainer) == losses_of(whole)
     for ours, theirs in zip(parameters(trainer), parameters(whole), strict=True):
         assert torch.equal(ours, theirs)
@@ -120,7 +137,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> DistillationTrainer:
 def test_a_signal_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, teacher: Asked, whole: DistillationTrainer, step: int
 ) -> None:
-    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
+    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2)
     trainer.add_callback(AtStep(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(Stopped, match="SIGTERM"), trainer.stop.listening():
         trainer.train()
@@ -131,10 +148,10 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(
 @pytest.mark.parametrize(("silent_from", "step"), [(15, 3), (NUM_SEQUENCES, STEPS_AN_EPOCH)])
 def test_a_signal_ends_the_wait_for_a_teacher_that_does_not_answer(tmp_path: Path, silent_from: int, step: int) -> None:
     """Also at the border of two epochs, where the dataloader has taken a random number that it will take again."""
-    whole = trainer_of(tmp_path / "whole", Asked(), num_train_epochs=2, kind=InOrder)
+    whole = reporting_trainer(tmp_path / "whole", Asked(), num_train_epochs=2, kind=InOrder)
     whole.train()
     teacher = SilentTeacher(silent_from)
-    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2, kind=InOrder)
+    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2, kind=InOrder)
 
     def interrupt() -> None:
         teacher.asked.wait(60)
@@ -157,7 +174,7 @@ def test_a_signal_ends_the_wait_for_a_teacher_that_does_not_answer(tmp_path: Pat
 
 
 def test_a_teacher_that_is_gone_leaves_a_checkpoint(tmp_path: Path, teacher: Asked, whole: DistillationTrainer) -> None:
-    trainer = trainer_of(tmp_path, FailingTeacher(), num_train_epochs=2)
+    trainer = reporting_trainer(tmp_path, FailingTeacher(), num_train_epochs=2)
     with pytest.raises(TeacherUnavailable):
         trainer.train()
     assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
@@ -165,7 +182,7 @@ def test_a_teacher_that_is_gone_leaves_a_checkpoint(tmp_path: Path, teacher: Ask
 
 
 def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked) -> None:
-    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
+    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2)
     trainer.stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
         trainer.train()
@@ -173,7 +190,7 @@ def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked)
 
 
 def test_a_signal_during_the_evaluation_afterwards_keeps_what_was_trained(tmp_path: Path, teacher: Asked) -> None:
-    trainer = trainer_of(tmp_path, teacher, num_train_epochs=1)
+    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=1)
     trainer.train()
     trainer.stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
@@ -183,7 +200,7 @@ def test_a_signal_during_the_evaluation_afterwards_keeps_what_was_trained(tmp_pa
 
 
 def test_a_full_disk_leaves_no_half_checkpoint_and_the_last_whole_one(tmp_path: Path, teacher: Asked) -> None:
-    trainer = trainer_of(tmp_path, teacher, num_train_epochs=1, save_steps=2)
+    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=1, save_steps=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))))
@@ -198,7 +215,7 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_the_last_whole_one(tmp_path: 
 
 
 def test_checkpoints_that_are_not_whole_do_not_count(tmp_path: Path, teacher: Asked) -> None:
-    trainer = trainer_of(tmp_path, teacher, max_steps=5, save_steps=1)
+    trainer = reporting_trainer(tmp_path, teacher, max_steps=5, save_steps=1)
     trainer.args.save_total_limit = 2
     out = tmp_path / "out"
 
@@ -213,9 +230,9 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path: Path, teacher: As
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, teacher: Asked) -> None:
-    trainer_of(tmp_path, teacher, max_steps=2, save_steps=1).train()
+    reporting_trainer(tmp_path, teacher, max_steps=2, save_steps=1).train()
     (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
-    trainer = trainer_of(tmp_path, teacher, max_steps=2, save_steps=1)
+    trainer = reporting_trainer(tmp_path, teacher, max_steps=2, save_steps=1)
     trainer.train(resume_from_checkpoint=str(choose_checkpoint(tmp_path / "out", "latest")))
     assert choose_checkpoint(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-2"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]

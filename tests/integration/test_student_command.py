@@ -16,8 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from student_worker.checkpoints import checkpoints_in
-from tests.chaos.killed_runs import run_student
+from student_worker.checkpoints import checkpoints_in, fault_of
+from tests.chaos.killed_runs import run_student, run_student_of_two
 from tests.forking import SPAWN
 from tests.serving import ENVIRONMENT, teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
@@ -166,6 +166,34 @@ def wait_for_steps(output: Path, process: subprocess.Popen[str], number: int = 3
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_two_processes_whose_teacher_is_gone_leave_one_checkpoint_and_one_line(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with teacher_process("--model", str(home / "teacher")) as (teacher, address):
+        changes: dict[str, Any] = {"teacher": [address], "deadline_seconds": 2.0, "max_steps": MANY_STEPS}
+        config = config_of(home, output, **changes, resume_from_checkpoint="latest", save_steps=MANY_STEPS)
+        log = config.with_suffix(".log")
+        torchrun = SPAWN.Process(target=run_student_of_two, args=(["--config", str(config)], log, None))
+        torchrun.start()
+        while not (output / "progress.jsonl").exists() or not (output / "progress.jsonl").read_bytes():
+            assert torchrun.is_alive(), log.read_text()
+            time.sleep(0.05)
+        teacher.kill()
+        torchrun.join(60)
+    said = log.read_text()
+    assert torchrun.exitcode == 1, said
+    (checkpoint,) = checkpoints_in(output)
+    assert not fault_of(checkpoint)
+    ours = [line for line in said.splitlines() if line.startswith("student-worker")]
+    assert len(set(ours)) == 1, said
+    assert f"the steps so far are in {checkpoint}, to go on: " in ours[0]
+    steps = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    words = ["--config", str(config), "--max_steps", str(steps + 2), "--teacher", (home / "address").read_text()]
+    torchrun = SPAWN.Process(target=run_student_of_two, args=(words, log, None))
+    torchrun.start()
+    torchrun.join(60)
+    assert torchrun.exitcode == 0, log.read_text()
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -158,8 +159,21 @@ def test_check_validates_without_serving(tiny_teacher: Path, capsys: pytest.Capt
 
 
 def test_check_fails_on_a_model_that_is_not_there() -> None:
-    with pytest.raises(SystemExit, match=r"teacher-server: .*/nowhere"):
+    with pytest.raises(SystemExit, match=r"teacher-server: model: there is no folder /nowhere/at all"):
         check(TeacherConfig(model="/nowhere/at all"))
+
+
+def test_a_device_that_is_none_and_weights_that_are_cut_off_end_in_a_line(tiny_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"^teacher-server: model .* cannot be loaded on device 'cuda:77': .*"
+    ) as device:
+        check(TeacherConfig(model=str(tiny_teacher), device="cuda:77"))
+    cut_off = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    content = (cut_off / "model.safetensors").read_bytes()
+    (cut_off / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SystemExit, match=r"^teacher-server: model .*") as weights:
+        check(TeacherConfig(model=str(cut_off), device="cpu"))
+    assert all("\n" not in str(stopped.value) for stopped in (device, weights))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +233,7 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (["--model", "m", "--dtype", "float31"], "invalid choice: 'float31'"),
         (["--model", "m", "--modle", "x"], "did you mean 'model'"),
         ([], "model is needed"),
         (["--model", "m", "--address", "0.0.0.0:0"], "--insecure"),
