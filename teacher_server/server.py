@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from grpc import aio
 from grpc_reflection.v1alpha import reflection
@@ -33,16 +32,13 @@ from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
 from teacher_server.stopping import stopping_signals
 from teacher_server.stored_targets import StoredTargets
+from teacher_server.threads import WORKERS, in_thread, is_busy
 
 HOUSEKEEPING_SECONDS = 1.0
 DEFAULT_SEQUENCE_TOKENS = 8192
 STOP_SECONDS = 1.0
 """After draining, what gRPC itself may still take."""
 EXIT_STUCK = 75
-WORKERS = "worker"
-LOADER = "loader"
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +89,7 @@ class TeacherServer:
         try:
             await self._listen()
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-            loading: asyncio.Future[Any] = _in_thread(self._load)
+            loading: asyncio.Future[Any] = in_thread(self._load)
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 backend, id_model, vocabulary = loading.result()
@@ -283,16 +279,11 @@ async def _leave_threads(server: TeacherServer, workers: ThreadPoolExecutor) -> 
         _exit(EXIT_STUCK)
     workers.shutdown(wait=False, cancel_futures=True)
     deadline = time.monotonic() + STOP_SECONDS
-    while _is_busy() and time.monotonic() < deadline:
+    while is_busy() and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
-    if _is_busy():
+    if is_busy():
         log.warning("weights are still being loaded, which is not waited for")
         _exit(0)
-
-
-def _is_busy() -> bool:
-    """Whether a thread still works that the end of this process would wait for, or that would not survive it."""
-    return any(thread.name.startswith((WORKERS, LOADER)) for thread in threading.enumerate())
 
 
 def _exit(status: int) -> NoReturn:
@@ -311,24 +302,3 @@ def stream_limits(config: TeacherConfig, info: TeacherInfo) -> StreamLimits:
         max_streams=config.max_streams,
         max_client_streams=config.max_client_streams or -(-config.max_streams // 2),
     )
-
-
-def _in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """Run in a daemon thread, which a process that is told to stop while it loads does not wait for."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        if not future.done():
-            set_outcome(outcome)
-
-    def work() -> None:
-        try:
-            result = function()
-        except BaseException as error:
-            loop.call_soon_threadsafe(deliver, future.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(deliver, future.set_result, result)
-
-    threading.Thread(target=work, daemon=True, name=LOADER).start()
-    return future
