@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -213,6 +212,8 @@ def make_student(scenario: Scenario, folder: Path) -> nn.Module:
     else:
         model = auto.from_pretrained(folder / name)
     if scenario.student == "lora":
+        from peft import LoraConfig, get_peft_model  # takes a second
+
         torch.manual_seed(1)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     student: nn.Module = model
