@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.cache.open_shard import SHARD_NAME, file_bytes, shard_bytes
-from logitstream.cache.shard import END_OF_STREAM, SPAN_DTYPE, Spans, scanned_spans, token_width
+from logitstream.cache.shard import END_OF_STREAM, SPAN_DTYPE, Spans, scan, scanned_spans, token_width
 from logitstream.cache.shard_file import ShardFile
 from logitstream.cache.shard_rewrite import (
     BATCH_BYTES,
@@ -28,6 +28,9 @@ from logitstream.cache.shard_rewrite import (
 from logitstream.cache.shard_state import shard_spans, unreadable
 from logitstream.cache.verify import Damage, check_sealed
 from logitstream.errors import CacheError
+
+MOST_AROUND_BATCHES = 64 << 10
+"""More than the head of an open shard and a torn tail take; where more is missing, batches were cut out of it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,12 +63,13 @@ class PrunedShard:
         if problem := unreadable(self.path):
             self._is_readable = False
             result.left.append(problem)
-        if self._fd is not None:
+        if self._fd is not None:  # a prune that was killed may have cut records out of it
             width = token_width(self._manifest)
             self.spans = scanned_spans(self.path, width)
-            if damaged:
-                for _ in ShardFile(str(self.path), width).records(self.spans, bad.append):
-                    pass
+            for _ in ShardFile(str(self.path), width).records(self.spans, bad.append):
+                pass
+            taken = sum(message.size for message in scan(self.path, width))
+            self._is_sound = not bad and taken + MOST_AROUND_BATCHES > self.num_bytes
         elif damaged and self._is_readable:
             damage = Damage()
             self.spans, bad = check_sealed(self.path, self._manifest, damage)
@@ -76,6 +80,15 @@ class PrunedShard:
         if before_draw_set is not None:
             self._stays = self.spans["draw_set"] >= before_draw_set
         self._stays[bad] = False
+
+    def leave_out(self, keys: set[bytes]) -> None:
+        """Of a dead writer's shard, drop what others of that kind hold already, and add the rest to it.
+
+        A prune that was killed has written some records anew that it had not cut out of the old shard yet.
+        """
+        if self._fd is not None:
+            self._stays &= np.array([key not in keys for key in self.spans["key"].tolist()], bool)
+            keys.update(self.spans["key"][self._stays].tolist())  # whole ones alone
 
     def limit(self, max_bytes: int) -> None:
         """Let the oldest records go until the rest takes no more."""

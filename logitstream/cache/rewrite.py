@@ -119,9 +119,10 @@ def prune(
     manifests = {folder: read_manifest(folder) for folder in folders}
     with _only_one(directory), ExitStack() as locks:
         result = Pruned(total_bytes=sum(map(_folder_bytes, folders)))
-        shards = _oldest_first(manifests, locks, result)
+        shards, held = _oldest_first(manifests, locks, result), set[bytes]()
         for shard in shards:
             shard.choose(before_draw_set, damaged, result)
+            shard.leave_out(held)
             progress(len(shard.spans))
         result.total_records = sum(len(shard.spans) for shard in shards)
         if max_bytes is not None:

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import uuid
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -151,9 +152,9 @@ def rewrite_within(path: Path, fd: int, spans: Spans, manifest: dict[str, Any], 
     cut = _Cut(path, fd, spans, width)
     _punch(fd, os.fstat(fd).st_size, DISK_BLOCK)  # beyond the end: finds out whether that is possible
     file, damaged = ShardFile(str(path), width), 0
+    writer_id, milliseconds = origin(path)
     path = _as_open(path)
     cut.before(0)
-    writer_id, milliseconds = origin(path)
     new = OpenShard.create(path.parent, writer_id, manifest, milliseconds=milliseconds)
     try:
         ranges = _ranges(spans, width, batch_bytes)
@@ -206,14 +207,17 @@ class _Cut:
 
 
 def _as_open(path: Path) -> Path:
-    """Make a sealed shard an open one again."""
-    if path.suffix == OPEN_SUFFIX:
-        return path
-    opened = path.with_name(path.name + OPEN_SUFFIX)
-    path.rename(opened)
-    for sidecar in sidecars(path):
-        sidecar.unlink(missing_ok=True)
-    return opened
+    """Make a shard an open one again, a millisecond younger: what is copied out of it is older than the rest."""
+    if path.suffix != OPEN_SUFFIX:
+        opened = path.with_name(path.name + OPEN_SUFFIX)
+        path.rename(opened)
+        for sidecar in sidecars(path):
+            sidecar.unlink(missing_ok=True)
+        path = opened
+    writer_id, milliseconds = origin(path)
+    younger = path.with_name(shard_name(writer_id, milliseconds + 1, uuid.uuid4().hex[:8]) + OPEN_SUFFIX)
+    path.rename(younger)
+    return younger
 
 
 def _ranges(spans: Spans, width: int, batch_bytes: int) -> list[tuple[int, int]]:
