@@ -77,7 +77,8 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
-        self._num_micro_batches = 1
+        self._num_micro_batches = torch.ones(())
+        """With a supervised row, counted as the rows are."""
         self._heldout = Heldout()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -129,16 +130,17 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self._source, self._batches = epoch_iterator, batches
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
-        """Supervised rows, over all processes where average_tokens_across_devices asks for it."""
+        """Supervised rows, of all processes where average_tokens_across_devices asks so; counts micro-batches too."""
         self.stop.agree()
         if not has_length(self._dataloader):  # else all processes are known to have as many batches
             expect_equal_numbers(len(batch_samples))
         if not batch_samples:
             return None
-        self._num_micro_batches = len(batch_samples)
-        num_items = torch.stack([supervised_mask(batch).sum() for batch in batch_samples]).sum().to(device)
+        rows = torch.stack([supervised_mask(batch).sum() for batch in batch_samples])
+        counts = torch.stack([rows.sum(), (rows > 0).sum()]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_items = self.accelerator.gather(num_items).sum()
+            counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
+        num_items, self._num_micro_batches = counts.unbind()
         return num_items.clamp(min=1)
 
     def compute_loss(
@@ -150,14 +152,22 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     ) -> Any:
         """The loss of one micro-batch, such that DDP's mean over processes is the mean over supervised rows.
 
-        What the model itself adds (a router's loss) has no rows: it is averaged over micro-batches and processes.
+        What the model itself adds (a router's loss) has no rows: it is averaged over the step's micro-batches.
         """
         student = self._student_loss(model, inputs, num_items_in_batch)
-        own_loss = student.own_loss / (1 if num_items_in_batch is None else self._num_micro_batches)
+        own_loss = student.own_loss
+        if num_items_in_batch is not None:
+            counts = supervised_mask(inputs).any()  # a micro-batch of nothing but what fills up an epoch does not
+            own_loss = own_loss * counts * self._over_processes / self._num_micro_batches.clamp(min=1)
         if model.training and not self.is_measuring:
             self.figures.add_loss(student.diagnostics, own_loss)
         loss = student.loss + own_loss
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    @property
+    def _over_processes(self) -> int:
+        """How many processes' rows and micro-batches the step's numbers count; DDP divides by as many."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def _student_loss(
         self,
@@ -169,8 +179,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     ) -> StudentLoss:
         arguments = self._loss_arguments(inputs, self.ce_weight if ce_weight is None else ce_weight)
         if num_items_in_batch is not None:
-            averaged = self.args.average_tokens_across_devices
-            arguments["num_items"] = num_items_in_batch / (self.accelerator.num_processes if averaged else 1)
+            arguments["num_items"] = num_items_in_batch / self._over_processes
         head_loss = HeadLoss(from_logits=not self.is_fused, chunk_bytes=self.chunk_bytes, **arguments)
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
         return student

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainerCallback, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
@@ -51,7 +51,8 @@ class Scenario:
     streaming: from a dataset in two shards, one for each of two processes.
     share: of each sequence's tokens that is supervised; None: another one for each sequence. unsupervised: sequences
         without a supervised token, by their place in a global batch.
-    student: `model`, `model_init`, or `lora`; strategy: `ddp`, also for one process, or `fsdp2`.
+    student: `model`, `model_init`, `lora` or `experts`; strategy: `ddp`, also for one process, or `fsdp2`.
+    same_micro_batches: one process takes in turn what two take at once, for a router's loss is of one micro-batch.
     resume_at: the run is cut off after this step and resumed by another trainer.
     out_of_memory_at: memory runs out once, at this step, on every process or (`out_of_memory_on`) on the last one.
     seeds_differ: the processes draw different random numbers before they train.
@@ -77,6 +78,7 @@ class Scenario:
     seeds_differ: bool = False
     frozen_first: bool = False
     torn_at: int = 0
+    same_micro_batches: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,6 +94,23 @@ def make_model(folder: Path, *, tied: bool, dropout: float = 0.0) -> None:
         num_key_value_heads=1,
         attention_dropout=dropout,
         tie_word_embeddings=tied,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def make_experts(folder: Path) -> None:
+    """A mixture of experts that adds its router's loss."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE + 6,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
@@ -203,7 +222,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def make_student(scenario: Scenario, folder: Path) -> nn.Module:
-    name = "tied" if scenario.tied else "untied"
+    name = "experts" if scenario.student == "experts" else "tied" if scenario.tied else "untied"
     auto: Any = AutoModelForCausalLM
     if scenario.strategy == "fsdp2":
         sharded = DistributedConfig(fsdp_size=dist.get_world_size(), tp_size=1)
@@ -234,6 +253,8 @@ def make_trainer(scenario: Scenario, folder: Path, callbacks: list[TrainerCallba
         "disable_tqdm": True,
     }
     settings |= scenario.arguments
+    if scenario.same_micro_batches:
+        settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // world}
     if "step_sequences" in settings:
         settings["per_device_train_batch_size"] = settings.pop("step_sequences") // world
     if scenario.resume_at:

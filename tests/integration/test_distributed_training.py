@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed_training import Scenario, make_model, relative_distance
+from tests.distributed_training import Scenario, make_experts, make_model, relative_distance
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 280
@@ -51,6 +51,7 @@ TOGETHER = [
     Scenario(name="compiled", arguments=COMPILED),
     Scenario(name="by_length", ragged=True, num_sequences=30, resume_at=5, seeds_differ=True, arguments=BY_LENGTH),
     Scenario(name="nothing_on_one", unsupervised=(2, 3), arguments=SEQUENTIAL),
+    Scenario(name="experts", student="experts", same_micro_batches=True, num_sequences=22),
     Scenario(name="own_means", share=1.0, arguments={"average_tokens_across_devices": False}),
     Scenario(name="fsdp2", strategy="fsdp2", tied=True, overhead_every=3, num_sequences=22, arguments=SGD),
     Scenario(
@@ -60,6 +61,7 @@ TOGETHER = [
         stream=True,
         arguments=SGD | ACCUMULATING,
     ),
+    Scenario(name="fsdp2_experts", strategy="fsdp2", student="experts", same_micro_batches=True, arguments=SGD),
     Scenario(name="fsdp2_lora", strategy="fsdp2", student="lora"),
     Scenario(
         name="fsdp2_model_init",
@@ -92,6 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("students")
     for name, tied in (("tied", True), ("untied", False)):
         make_model(folder / name, tied=tied)
+    make_experts(folder / "experts")
     scenarios = [*TOGETHER, *(scenario for scenario, _ in APART)]
     (folder / "scenarios.json").write_text(json.dumps([asdict(scenario) for scenario in scenarios]))
     program = ["-m", "tests.distributed_training", str(folder)]

@@ -23,7 +23,7 @@ from tests.distributed_training import VOCAB_SIZE, targets_of
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-FIGURES = ("loss", "grad_norm", "kl", "student_kept_mass", "teacher_top1_agreement")
+FIGURES = ("loss", "grad_norm", "kl", "student_kept_mass", "draw_top1_agreement")
 
 
 @pytest.fixture(autouse=True, scope="module")
