@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        _lock(file.fileno(), folder)
+        lock(file.fileno(), folder)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -48,7 +48,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def lock(descriptor: int, folder: Path) -> None:
+    """Lock an open file for this process; FolderInUse where another one has. A warning says where that cannot be."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "no locks on this system")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from student_worker.checkpoints import STAGING, ResumeUndecided, choose_checkpoint, fault_of
-from student_worker.run_folder import FolderInUse, locked
+from student_worker.run_folder import FolderInUse, lock, locked
 from student_worker.trainer import DistillationTrainer
 from tests.distributed_training import make_model
 
@@ -168,6 +169,14 @@ def test_a_second_run_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_pa
         holder.kill()
     with locked(tmp_path / "out"):
         pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unlockable = os.open(tmp_path, os.O_PATH)
+    with caplog.at_level(logging.WARNING):
+        lock(unlockable, tmp_path)
+    os.close(unlockable)
+    assert f"{tmp_path} cannot be locked" in caplog.messages[0]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
