@@ -38,7 +38,7 @@ STEPS = 36
 SAVE_STEPS = 4
 MAX_EVENTS = 40
 """Kills fall on one of the first so many changes to a run's folder: its start, and one or two checkpoints."""
-END_SECONDS = 40.0
+END_SECONDS = 180.0
 SHARES = {"online": 0.25, "cached": 0.2, "cache alone": 0.15, "tls": 0.15, "two processes": 0.25}
 
 
