@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from logitstream.cache import CacheReader
 from logitstream.errors import CorruptRecord
@@ -108,6 +108,9 @@ def _load(path: str, text_column: str) -> TextFile | Dataset:
     if text_column not in rows.column_names:
         names = ", ".join(rows.column_names)
         raise ValueError(f"{path}: expected a column {text_column!r} or 'input_ids', got {names}")
+    feature = rows.features[text_column]
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
+        raise ValueError(f"{path}: expected a text in each row of {text_column!r}, got {feature}")
     return rows.select_columns([text_column])
 
 
@@ -121,7 +124,11 @@ def _read(file: Path) -> Dataset:
     if builder is None or not file.exists():
         kinds = ", ".join((*TEXT_FILES, *BUILDERS))
         raise ValueError(f"cannot read {file}: expected an existing {kinds} file or a datasets folder")
-    return load_dataset(builder, data_files=str(file), split="train")
+    try:
+        return load_dataset(builder, data_files=str(file), split="train")
+    except (DatasetsError, ValueError, StopIteration) as error:  # an empty file ends the library's own iterator
+        reason = error.__cause__ or error
+        raise ValueError(f"{file}: expected rows in {builder}, got something else ({str(reason) or 'no row'})") from error
 
 
 def _is_tokens(part: TextFile | Dataset) -> bool:

@@ -215,6 +215,10 @@ def test_splits_without_one_to_train_on_are_named(tmp_path: Path) -> None:
         ("table.csv", "a,b", "cannot read .*table.csv: expected an existing .txt"),
         ("rows.jsonl", '{"body": "w2"}', "expected a column 'text' or 'input_ids', got body"),
         ("short.txt", "w2 w3", "less than one sequence of 8 tokens"),
+        ("cut.jsonl", '{"text": "w2"}\n{"text": ', "cut.jsonl: expected rows in json"),
+        ("empty.jsonl", "", "empty.jsonl: expected rows in json"),
+        ("table.parquet", "w2", "table.parquet: expected rows in parquet"),
+        ("numbers.jsonl", '{"text": 5}', r"numbers.jsonl: expected a text in each row of 'text', got Value\('int64'\)"),
     ],
 )
 def test_input_that_cannot_be_trained_on_is_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
