@@ -128,7 +128,9 @@ def _read(file: Path) -> Dataset:
         return load_dataset(builder, data_files=str(file), split="train")
     except (DatasetsError, ValueError, StopIteration) as error:  # an empty file ends the library's own iterator
         reason = error.__cause__ or error
-        raise ValueError(f"{file}: expected rows in {builder}, got something else ({str(reason) or 'no row'})") from error
+        raise ValueError(
+            f"{file}: expected rows in {builder}, got something else ({str(reason) or 'no row'})"
+        ) from error
 
 
 def _is_tokens(part: TextFile | Dataset) -> bool:

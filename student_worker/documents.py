@@ -83,6 +83,7 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     present, positions = numbers > 0, positions_of(numbers)
     device = torch.as_tensor(batch["input_ids"]).device
     inputs.pop("attention_mask", None)
+    inputs.pop("position_ids", None)
     if numbers.max(initial=0) > 1:
         _check_whole(numbers)
         return inputs | {"position_ids": torch.from_numpy(positions).to(device)}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from student_worker.split_model import TOLERANCE
+
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """A config's names for how many positions a model has."""
 PROBE_TOKENS = 4
-SEEN_RATIO = 0.1
-"""A change in one document may move another's logits by rounding (experts see other batches), far below this share of
-what it moves where the row is one document."""
+Before = Literal["documents", "padding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +73,35 @@ def takes_positions(model: Any) -> bool:
     return any("position_ids" in inspect.signature(one.forward).parameters for one in (model, base))
 
 
-@torch.no_grad()
-def sees_documents_alone(model: Any, *, num_rows: int) -> bool:
-    """Whether position_ids that start again keep a row's second document from seeing the first.
+def stands_before(inputs: dict[str, Any]) -> Before | None:
+    """What a forward that gets these must hide from the tokens of a document that stand behind it."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return "documents" if "position_ids" in inputs else None
+    return "padding" if bool((mask[:, 1:] > mask[:, :-1]).any()) else None
 
-    Tried out: does another first document move the second one's logits? Attention kernels differ in this, and recurrent
-    models carry their state on.
+
+def expect_hidden(model: Any, before: Before, *, num_rows: int) -> None:
+    """ValueError where a row's second half sees the first: another document, or padding.
+
+    Tried out: does another first half move the second one's logits? Attention kernels differ in this, some families
+    take no mask, and recurrent ones carry their state on, by little where they are not trained yet.
     """
+    half = torch.arange(PROBE_TOKENS)
+    told = {
+        "documents": {"position_ids": half.repeat(2)},
+        "padding": {"attention_mask": torch.cat([torch.zeros_like(half), torch.ones_like(half)])},
+    }[before]
+    if not _hides_first_half(model, num_rows, told):
+        what, instead = {
+            "documents": ("across the documents of a packed row", "give it one document a row"),
+            "padding": ("padding that stands before a text", "pad on the right"),
+        }[before]
+        raise ValueError(f"{type(model).__name__} sees {what}, the teacher does not: {instead}")
+
+
+@torch.no_grad()
+def _hides_first_half(model: Any, num_rows: int, told: dict[str, Tensor]) -> bool:
     generator = torch.Generator().manual_seed(0)
     vocab_size = StudentLimits.of(model).vocab_size or model.config.vocab_size
     device = next(model.parameters()).device
@@ -87,17 +109,17 @@ def sees_documents_alone(model: Any, *, num_rows: int) -> bool:
     one = torch.randint(vocab_size, shape, generator=generator).to(device)
     other = one.clone()
     other[:, :PROBE_TOKENS] = (one[:, :PROBE_TOKENS] + vocab_size // 2) % vocab_size
-    positions = torch.arange(PROBE_TOKENS, device=device).repeat(2).expand(shape)
 
-    def moved(**packing: Tensor) -> float:
-        first, second = (model(input_ids=ids, use_cache=False, **packing).logits for ids in (one, other))
-        return float((first[:, PROBE_TOKENS:] - second[:, PROBE_TOKENS:]).abs().max())
+    def moved(**options: Tensor) -> tuple[float, torch.dtype]:
+        first, second = (model(input_ids=ids, use_cache=False, **options).logits for ids in (one, other))
+        return float((first[:, PROBE_TOKENS:] - second[:, PROBE_TOKENS:]).abs().max()), first.dtype
 
     was_training = model.training
     model.eval()
     try:
-        return moved(position_ids=positions) <= SEEN_RATIO * moved()
-    except TypeError:  # a forward without position_ids
+        seen, dtype = moved(**{name: values.to(device).expand(shape) for name, values in told.items()})
+        return seen <= TOLERANCE[dtype] * moved()[0]  # experts that see other batches round otherwise
+    except TypeError:  # a forward without such an argument
         return False
     finally:
         model.train(was_training)

@@ -23,7 +23,7 @@ from student_worker.order import leave_out_repeats, without_repeats
 from student_worker.ranks import expect_equal_numbers
 from student_worker.saving import ResumableTrainer
 from student_worker.split_model import install_fused_loss, reshard
-from student_worker.student_limits import StudentLimits, sees_documents_alone, takes_positions
+from student_worker.student_limits import Before, StudentLimits, expect_hidden, stands_before, takes_positions
 from student_worker.supervision import next_token_labels, supervised_mask
 from student_worker.token_rows import per_token
 
@@ -73,7 +73,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             self.is_fused = install_fused_loss(self.model)
         self.figures = StepFigures(overhead_every=overhead_every)
         self.add_callback(self.figures)
-        self._sees_documents_alone = False
+        self._hidden: set[Before] = set()
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
@@ -97,7 +97,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         """A new student of `model_init`, with the fused loss: for each call of `train` and each trial of a search."""
         model: nn.Module = super().call_model_init(trial)
         self.is_fused = install_fused_loss(model)
-        self._sees_documents_alone = False
+        self._hidden = set()
         return model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -189,15 +189,13 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         assert isinstance(self.model, nn.Module)
         model_inputs = for_the_model(inputs, takes_positions=takes_positions(self.model))
         StudentLimits.of(self.model).check(model_inputs)
-        is_packed = "position_ids" in model_inputs and "attention_mask" not in model_inputs
-        if is_packed and not self._sees_documents_alone:
-            self._sees_documents_alone = sees_documents_alone(self.model, num_rows=len(inputs["input_ids"]))
-            reshard(self.model)
-            if not self._sees_documents_alone:
-                raise ValueError(
-                    f"{type(self.model).__name__} sees across the documents of a packed row, the teacher does not: "
-                    "give it one document a row, or attn_implementation='sdpa'"
-                )
+        before = stands_before(model_inputs)
+        if before is not None and before not in self._hidden:
+            try:
+                expect_hidden(self.model, before, num_rows=len(inputs["input_ids"]))
+            finally:
+                reshard(self.model)
+            self._hidden.add(before)
         return model_inputs
 
     def _loss_arguments(self, inputs: Batch, ce_weight: float) -> dict[str, Any]:
