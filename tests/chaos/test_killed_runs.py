@@ -34,9 +34,9 @@ from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
 NUM_KILLS = int(os.environ.get("LOGITSTREAM_CHAOS_KILLS", "66"))
 SEED = int(os.environ.get("LOGITSTREAM_CHAOS_SEED", "1"))
 SEQUENCE_TOKENS = 16
-STEPS = 36
+STEPS = 24
 SAVE_STEPS = 4
-MAX_EVENTS = 40
+MAX_EVENTS = 50
 """Kills fall on one of the first so many changes to a run's folder: its start, and one or two checkpoints."""
 END_SECONDS = 180.0
 SHARES = {"online": 0.25, "cached": 0.2, "cache alone": 0.15, "tls": 0.15, "two processes": 0.25}
