@@ -163,6 +163,8 @@ def _read_yaml(path: str) -> dict[str, Written]:
             return _written_settings(node, loader, path)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no YAML: {error}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path} must hold `name: value` pairs, got lists in lists too deep to read") from error
         finally:
             loader.dispose()
 

@@ -151,7 +151,10 @@ def open_channel(
 
 def proxy_of(address: str, server_name: str = "") -> str:
     """The proxy that a channel to this address goes through, for messages; empty: none."""
-    return "" if is_loopback(address) else proxy_for(server_name, split_address(address)[0])
+    if is_loopback(address):
+        return ""
+    host, port = split_address(address)
+    return proxy_for(server_name, host, port=port)
 
 
 def bearer_metadata(token: str | None) -> Sequence[tuple[str, str]]:

@@ -38,6 +38,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("2001:db8::/32", False),
         ("*", True),
         (" , ", False),
+        ("localhost teacher.cluster.internal", True),
+        ("teacher.cluster.internal:50051", True),
+        (".internal:443, 192.0.2.7:443", False),
+        ("192.0.2.0/24:50051", True),
+        ("::/0", False),
     ],
 )
 def test_no_proxy_counts_for_the_name_as_for_the_address(
@@ -60,6 +65,12 @@ def test_the_proxy_is_the_one_that_grpc_would_take_and_none_to_this_machine(envi
     assert proxy_of("[2001:db8::1]:1") == "http://b:1 ($https_proxy)"
     environment.setenv("no_grpc_proxy", "2001:db8::/32")
     assert proxy_of("[2001:db8::1]:1") == ""
+    for excepted, direct in (("2001:db8::1", True), ("[2001:db8::1]", True), ("[2001:db8::1]:2", False)):
+        environment.setenv("no_grpc_proxy", excepted)
+        assert (proxy_of("[2001:db8::1]:1") == "") == direct
+    assert proxy_of("198.51.100.1:1", "teacher.example.") != ""
+    environment.setenv("no_grpc_proxy", ".example")
+    assert proxy_of("198.51.100.1:1", "teacher.example.") == ""
     environment.setenv("grpc_proxy", "")
     environment.delenv("no_grpc_proxy")
     assert proxy_of("198.51.100.1:1") == ""
@@ -70,6 +81,15 @@ def test_the_proxy_is_the_one_that_grpc_would_take_and_none_to_this_machine(envi
 
 def student(**changes: Any) -> StudentConfig:
     return StudentConfig(**{"model": "m", "text": ["a.txt"]} | changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["max_sequences", "heldout_sequences", "spill_batches", "cache_max_bytes", "overhead_every"]
+)
+def test_a_number_of_things_below_none_is_refused(name: str) -> None:
+    """As an index it would count from the end: 3 held out of none would be all but 3."""
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -3"):
+        student(**{name: -3})
 
 
 @pytest.mark.parametrize("address", ["teacher.example:1", "192.0.2.7:1", "[2001:db8::1]:1", "0.0.0.0:1"])

@@ -167,6 +167,10 @@ def test_a_word_in_the_file_means_what_its_setting_makes_of_it(tmp_path: Path, t
         ("word: [a, b]", r"settings.yaml, line 1: word takes no list, got \['a', 'b'\]"),
         ("word: {a: b}", r"settings.yaml, line 1: word takes no mapping"),
         ("word\nnumber 3", r"settings.yaml must hold `name: value` pairs, got a str"),
+        (
+            f"word: {'[' * 3000}{']' * 3000}",
+            r"settings.yaml must hold `name: value` pairs, got lists in lists too deep",
+        ),
         ("word: a\nnumber 3\n", r"settings.yaml is no YAML: .*line 2"),
         ("word: a\n\tnumber: 3", r"settings.yaml is no YAML: .*line 2"),
     ],
