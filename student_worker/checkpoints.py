@@ -26,7 +26,14 @@ RUN_FILES = ("teacher.json", "cache_view.json")
 NEWEST = ("latest", "true")
 NONE = ("", "false", "no", "none")
 _NAME = re.compile(r"checkpoint-(\d+)")
-_WEIGHTS = ("model*.safetensors", "adapter_model.*", "pytorch_model*", "*/adapter_model.*", "global_step*")
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.*",
+    "pytorch_model*",
+    "*/adapter_model.*",
+    "global_step*",
+)
 _ZIPPED = (".pt", ".pth", ".bin")
 _HEADER_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
@@ -101,8 +108,8 @@ def fault_of(checkpoint: Path, *, with_optimizer: bool = True, read_all: bool = 
     """
     try:
         return next(_faults(checkpoint, with_optimizer=with_optimizer, read_all=read_all), "")
-    except (OSError, ValueError) as error:
-        return f"it cannot be read: {error}"
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # a state of other types than ours
+        return f"it cannot be read: {error!r}"
 
 
 def _faults(checkpoint: Path, *, with_optimizer: bool, read_all: bool) -> Iterator[str]:
@@ -121,7 +128,7 @@ def _faults(checkpoint: Path, *, with_optimizer: bool, read_all: bool) -> Iterat
     for path in sorted(checkpoint.rglob("*")):
         if path.name in RUN_FILES:  # a copy: what cannot be read of it is looked for elsewhere
             continue
-        if path.is_file() and (fault := _fault_of_file(path, read_all=read_all)):
+        if path.is_file() and (fault := _fault_of_any_file(path, read_all=read_all)):
             yield f"{path.relative_to(checkpoint)} {fault}"
 
 
@@ -137,6 +144,13 @@ def _missing_parts(checkpoint: Path, state: dict[str, Any]) -> Iterator[str]:
     for name in expected:
         if not (checkpoint / name).exists():
             yield f"{name} is missing"
+
+
+def _fault_of_any_file(path: Path, *, read_all: bool) -> str:
+    try:
+        return _fault_of_file(path, read_all=read_all)
+    except Exception as error:  # any: damaged bytes may claim whatever a parser stumbles over
+        return f"is cut off or damaged: {error!r}"
 
 
 def _fault_of_file(path: Path, *, read_all: bool) -> str:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -105,6 +106,33 @@ def test_shards_that_an_index_names_have_to_be_there(out: Path) -> None:
     index = {"weight_map": {"a": shard, "b": "model-00002-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors, which is missing" in fault_of(checkpoint)
+
+
+def test_shards_without_their_index_are_no_weights(out: Path) -> None:
+    whole = out / "checkpoint-2" / "model.safetensors"
+    whole.rename(whole.with_name("model-00001-of-00002.safetensors"))
+    assert fault_of(out / "checkpoint-2") == "it holds no weights"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "training_args.bin"])
+def test_no_damage_stops_the_search_for_a_whole_checkpoint(out: Path, name: str) -> None:
+    """Flipped bytes of a header may name methods of compression, passwords and types that no parser here knows."""
+    path = out / "checkpoint-2" / name
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        for part in (damaged[:256], damaged[-1024:]):
+            part[rng.integers(0, len(part), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(damaged.tobytes())
+        assert choose_checkpoint(out, "latest") in (out / "checkpoint-1", out / "checkpoint-2")
+    assert fault_of(out / "checkpoint-2").startswith(name)
+
+
+@pytest.mark.parametrize("ours", [[1], {"num_processes": None}, {"num_processes": "two"}])
+def test_a_state_of_other_types_is_a_fault(out: Path, ours: Any) -> None:
+    path = out / "checkpoint-2" / "trainer_state.json"
+    path.write_text(json.dumps({"global_step": 2, "stateful_callbacks": {"logitstream": ours}}))
+    assert "cannot be read" in fault_of(out / "checkpoint-2")
 
 
 def test_checkpoints_of_the_model_alone_need_no_optimizer_where_that_was_asked_for(out: Path) -> None:
