@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -47,6 +48,17 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.glob(".*"):
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(setting: str, name: str) -> Iterator[None]:
+    """Raise what the block raises as ValueError that names a setting and the folder or hub's model that it holds."""
+    refuse_missing_folder(setting, name)
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        missing = "there is no such folder, and as the hub's: " if name and not Path(name).exists() else ""
+        raise ValueError(f"{setting} {name}: {missing}{error}") from error
 
 
 def refuse_missing_folder(setting: str, name: str) -> None:

@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
 from logitstream.errors import DiskHangs, LogitstreamError
-from logitstream.files import refuse_missing_folder, write_whole
+from logitstream.files import naming, refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.access import check_access
@@ -128,8 +128,10 @@ def prepare(
         refuse_missing_folder(setting, getattr(config, setting))
     if not config.text:
         adopt_cache_spec(config)
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    model = load_model(config, arguments)
+    with naming("tokenizer" if config.tokenizer else "model", config.tokenizer or config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+    with naming("model" if config.model else "model_config", config.model or config.model_config):
+        model = load_model(config, arguments)
     train_set, heldout_set = load_data(
         config, arguments, tokenizer, limits=StudentLimits.of(model), resumes=checkpoint is not None
     )

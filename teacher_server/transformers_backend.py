@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.errors import NonFiniteLogits, RequestError
+from logitstream.files import naming
 from logitstream.sampling import among_rows, draw, rows_at_once, warm_up
 from logitstream.tokenizer import tokenizer_digest
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
@@ -96,7 +97,8 @@ class TransformersBackend:
         """
         folder = weights_folder(model, revision)
         stamps, digest = weights_stamps(folder), weights_digest(folder)
-        words = AutoTokenizer.from_pretrained(tokenizer or folder)
+        with naming("tokenizer" if tokenizer else "model", tokenizer or str(folder)):
+            words = AutoTokenizer.from_pretrained(tokenizer or folder)
         check_vocab_size(vocab_size, words)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         started = time.monotonic()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from logitstream.files import refuse_missing_folder
+from logitstream.files import naming
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -58,11 +58,11 @@ def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Pat
     """
     folder = Path(model)
     if not folder.is_dir():
-        refuse_missing_folder("model", model)
         from huggingface_hub import snapshot_download
 
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *["*.py"] * with_code]
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        with naming("model", model):
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     refuse_adapter(folder)
     _refuse_missing_shards(folder)
     return folder

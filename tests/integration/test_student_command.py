@@ -119,6 +119,7 @@ def test_state_files_that_an_old_kill_emptied_do_not_stop_a_start(home: Path, tm
     [
         ({"tokenizer": "/nowhere/tokenizer"}, "tokenizer: there is no folder /nowhere/tokenizer"),
         ({"model_config": "/nowhere/config.json"}, "model_config: there is no folder /nowhere/config.json"),
+        ({"tokenizer": str(Path(__file__).parent)}, f"tokenizer {Path(__file__).parent}: "),
         ({"text": ["/nowhere/text.txt"]}, "cannot read /nowhere/text.txt"),
         ({"heldout_sequences": 1000}, "heldout_sequences = 1000 leaves nothing"),
         ({"resume_from_checkpoint": "lates"}, "did you mean 'latest'?"),

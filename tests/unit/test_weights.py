@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from logitstream.files import naming
 from teacher_server.weights import digest_with_options, is_being_written, weights_digest, weights_folder
 
 CONFIG = {"rope_scaling": {"factor": 4.0}, "text_config": {"final_logit_softcapping": 30.0}}
@@ -87,3 +89,16 @@ def test_weights_that_a_process_has_open_for_writing_are_being_written(tmp_path:
     with (tmp_path / "model.safetensors").open("r+b"):
         assert is_being_written(tmp_path)
     assert not is_being_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/folder", "model no/folder: there is no such folder, and as the hub's: offline"),
+        ("/no/folder", "model: there is no folder /no/folder"),
+        (str(Path(__file__).parent), f"model {Path(__file__).parent}: offline"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_whatever_the_libraries_say(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"), naming("model", name):
+        raise OSError("offline")
