@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,8 @@ def stands_before(inputs: dict[str, Any]) -> Before | None:
     return "padding" if bool((mask[:, 1:] > mask[:, :-1]).any()) else None
 
 
-def expect_hidden(model: Any, before: Before, *, num_rows: int) -> None:
-    """ValueError where a row's second half sees the first: another document, or padding.
+def hides(model: Any, before: Before, *, num_rows: int) -> bool:
+    """Whether a row's second half sees nothing of the first: of another document, or of padding.
 
     Tried out: does another first half move the second one's logits? Attention kernels differ in this, some families
     take no mask, and recurrent ones carry their state on, by little where they are not trained yet.
@@ -92,12 +92,16 @@ def expect_hidden(model: Any, before: Before, *, num_rows: int) -> None:
         "documents": {"position_ids": half.repeat(2)},
         "padding": {"attention_mask": torch.cat([torch.zeros_like(half), torch.ones_like(half)])},
     }[before]
-    if not _hides_first_half(model, num_rows, told):
-        what, instead = {
-            "documents": ("across the documents of a packed row", "give it one document a row"),
-            "padding": ("padding that stands before a text", "pad on the right"),
-        }[before]
-        raise ValueError(f"{type(model).__name__} sees {what}, the teacher does not: {instead}")
+    return _hides_first_half(model, num_rows, told)
+
+
+def refuse_to_see(model: Any, before: Before) -> NoReturn:
+    """ValueError for a student that does not hide what stands before a document."""
+    what, instead = {
+        "documents": ("across the documents of a packed row", "give it one document a row"),
+        "padding": ("padding that stands before a text", "pad on the right"),
+    }[before]
+    raise ValueError(f"{type(model).__name__} sees {what}, the teacher does not: {instead}")
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,17 @@ from student_worker.head_loss import HeadLoss, StudentLoss
 from student_worker.heldout import Heldout, labels_of
 from student_worker.measuring import MeasuringTrainer
 from student_worker.order import leave_out_repeats, without_repeats
-from student_worker.ranks import expect_equal_numbers
+from student_worker.ranks import expect_equal_numbers, joined_by
 from student_worker.saving import ResumableTrainer
 from student_worker.split_model import install_fused_loss, reshard
-from student_worker.student_limits import Before, StudentLimits, expect_hidden, stands_before, takes_positions
+from student_worker.student_limits import (
+    Before,
+    StudentLimits,
+    hides,
+    refuse_to_see,
+    stands_before,
+    takes_positions,
+)
 from student_worker.supervision import next_token_labels, supervised_mask
 from student_worker.token_rows import per_token
 
@@ -73,7 +80,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             self.is_fused = install_fused_loss(self.model)
         self.figures = StepFigures(overhead_every=overhead_every)
         self.add_callback(self.figures)
-        self._hidden: set[Before] = set()
+        self._hidden: dict[Before, bool] = {}
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
@@ -97,7 +104,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         """A new student of `model_init`, with the fused loss: for each call of `train` and each trial of a search."""
         model: nn.Module = super().call_model_init(trial)
         self.is_fused = install_fused_loss(model)
-        self._hidden = set()
+        self._hidden = {}
         return model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -190,13 +197,22 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         model_inputs = for_the_model(inputs, takes_positions=takes_positions(self.model))
         StudentLimits.of(self.model).check(model_inputs)
         before = stands_before(model_inputs)
-        if before is not None and before not in self._hidden:
-            try:
-                expect_hidden(self.model, before, num_rows=len(inputs["input_ids"]))
-            finally:
-                reshard(self.model)
-            self._hidden.add(before)
+        if before is not None or (not self._hidden and joined_by(self.model) not in (None, "DDP")):
+            self._try_hiding(before, num_rows=len(inputs["input_ids"]))
         return model_inputs
+
+    def _try_hiding(self, before: Before | None, *, num_rows: int) -> None:
+        """ValueError where the student sees what its batch must hide; a sharded one is tried on all processes alike."""
+        assert isinstance(self.model, nn.Module)
+        kinds: Sequence[Before] = get_args(Before)
+        if before is not None and joined_by(self.model) in (None, "DDP"):
+            kinds = (before,)
+        for kind in kinds:
+            if kind not in self._hidden:
+                self._hidden[kind] = hides(self.model, kind, num_rows=num_rows)
+                reshard(self.model)
+        if before is not None and not self._hidden[before]:
+            refuse_to_see(self.model, before)
 
     def _loss_arguments(self, inputs: Batch, ce_weight: float) -> dict[str, Any]:
         targets = inputs.get("targets")
