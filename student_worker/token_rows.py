@@ -52,12 +52,12 @@ def per_token(rows: Dataset, names: Sequence[str]) -> list[str]:
     """Those of some columns that have an entry for each of a row's input_ids."""
     first = rows.with_format(None)[:ROWS_LOOKED_AT]
     tokens = first.get("input_ids", [])
-    return [
-        name
-        for name in names
-        if any(tokens)
-        and all(isinstance(b, list) and len(b) == len(a) for a, b in zip(tokens, first[name], strict=True) if a)
-    ]
+
+    def belongs_to_tokens(column: list[Any]) -> bool:
+        both = [(ids, entries) for ids, entries in zip(tokens, column, strict=True) if ids and entries is not None]
+        return bool(both) and all(isinstance(entries, list) and len(entries) == len(ids) for ids, entries in both)
+
+    return [name for name in names if belongs_to_tokens(first[name])]
 
 
 def cut(parts: Sequence[Part], sequence_tokens: int, limits: StudentLimits) -> Iterator[dict[str, Any]]:

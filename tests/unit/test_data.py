@@ -145,6 +145,14 @@ def test_what_cannot_be_honoured_is_refused_with_its_row_or_column(
         load_sequences(write_rows(tmp_path, **columns), tokenizer(), sequence_tokens=8, limits=limits)
 
 
+def test_an_unknown_column_of_tokens_is_refused_though_some_rows_lack_it(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7], "span_mask": mask} for mask in (None, [0, 1, 1], None)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="the column 'span_mask' has an entry for each token"):
+        load_sequences([str(path)], tokenizer(), sequence_tokens=8)
+
+
 def test_ids_of_padding_are_nobodys_and_lengths_are_those_of_documents(tmp_path: Path) -> None:
     limits = StudentLimits(vocab_size=30, num_positions=4)
     padded = write_rows(tmp_path, input_ids=[5, 6, 7, 8, 30, 30], attention_mask=[1, 1, 1, 1, 0, 0])
