@@ -70,6 +70,10 @@ class ResumableTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
+        if self.state.global_step >= self.state.max_steps:
+            # A run killed between its last checkpoint and its end: the Trainer would stop only after one more step.
+            self.control.should_training_stop = True
+            return [], None
         try:
             samples: tuple[list[Batch], torch.Tensor | int | None]
             samples = super().get_batch_samples(self.stop.interruptible(epoch_iterator), num_batches, device)

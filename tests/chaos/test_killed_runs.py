@@ -63,6 +63,7 @@ class Place:
             "per_device_train_batch_size": 2,
             "max_steps": STEPS,
             "learning_rate": 0.01,
+            "lr_scheduler_type": "constant",  # so that a step too many would show
             "logging_steps": 1,
             "save_steps": SAVE_STEPS,
             "save_total_limit": 2,

@@ -181,6 +181,25 @@ def test_a_teacher_that_is_gone_leaves_a_checkpoint(tmp_path: Path, teacher: Ask
     assert_same_end(resumed(tmp_path, teacher), whole)
 
 
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further(tmp_path: Path, teacher: Asked) -> None:
+    """It ends within its first epoch, and its learning rate is not 0 there."""
+    whole = trainer_of(tmp_path, teacher, max_steps=4, save_steps=4, lr_scheduler_type="constant")
+    report = RunReport()
+    whole.add_callback(report)
+    whole.train()
+    teacher.requests.clear()
+    resumed = trainer_of(tmp_path, teacher, max_steps=4, save_steps=4, lr_scheduler_type="constant")
+    again = RunReport()
+    resumed.add_callback(again)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert resumed.state.global_step == 4
+    assert teacher.requests == []
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert again.figures()["tokens_trained"] == report.figures()["tokens_trained"]
+    assert len(again.figures()["epochs"]) == 1
+
+
 def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked) -> None:
     trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2)
     trainer.stop.number = signal.SIGTERM

@@ -73,7 +73,7 @@ def dataset() -> Dataset:
 
 
 def trainer_of(folder: Path, teacher: Asked | None, *, model: Any = None, **options: Any) -> DistillationTrainer:
-    names = ("save_steps", "max_steps", "num_train_epochs", "seed")
+    names = ("save_steps", "max_steps", "num_train_epochs", "seed", "lr_scheduler_type")
     arguments = {name: options.pop(name) for name in names if name in options}
     if model is None:
         make_model(folder / "model", tied=True, dropout=0.2)
