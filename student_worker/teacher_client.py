@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 
@@ -106,8 +106,25 @@ class LocalTeacherClient:
         return self._info
 
     def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
-        """Requests are answered in the order they come in, whatever their priority."""
-        return self._executor.submit(self._answer, sequence, draw_set)
+        """Requests are answered in the order they come in, whatever their priority.
+
+        The future is none of the executor's: it can be cancelled while `score` runs, and who waits for it goes on.
+        """
+        future: Future[ReceivedTargets] = Future()
+        scored = self._executor.submit(self._answer, sequence, draw_set)
+
+        def hand_on(done: Future[ReceivedTargets]) -> None:
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+                if done.cancelled():
+                    future.cancel()
+                elif (error := done.exception()) is not None:
+                    future.set_exception(error)
+                else:
+                    future.set_result(done.result())
+
+        future.add_done_callback(lambda _: scored.cancel())
+        scored.add_done_callback(hand_on)
+        return future
 
     def is_stale(self, received: ReceivedTargets) -> bool:
         return False

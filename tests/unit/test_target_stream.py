@@ -582,6 +582,32 @@ def test_a_local_teacher_streams_without_a_network() -> None:
     client.close()
 
 
+def test_a_local_request_is_cancelled_while_it_is_scored() -> None:
+    """A run that is told to end does not wait for a teacher in its own process that does not answer."""
+    begun, let, answers = threading.Event(), threading.Event(), threading.Event()
+
+    def score(sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        begun.set()
+        let.wait(30)
+        answers.set()
+        return expected_targets(sequence, draw_set)
+
+    client = LocalTeacherClient(score, info=INFO, spec=SPEC)
+    stream = TargetStream(make_batches(4), client, prefetch_batches=1)
+
+    def close() -> None:
+        begun.wait(60)
+        wait_until(lambda: any("decode" in name for name in stream_threads()))
+        stream.close()
+
+    threading.Timer(0.0, close).start()
+    with pytest.raises(StopIteration):  # ended by the close, the teacher still silent
+        next(iter(stream))
+    assert not answers.is_set()
+    let.set()
+    client.close()
+
+
 def test_a_stream_whose_client_cache_and_caller_draw_otherwise_is_refused(tmp_path: Path) -> None:
     teacher = HandTeacher()
     cache = open_cache(tmp_path, teacher)
