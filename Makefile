@@ -20,7 +20,7 @@ demo: $(STAMP)  ## the main job, with a real model and real text: runs/demo/
 	$(BIN)/python -m demo $(ARGS)
 
 test: $(STAMP)  ## the whole suite on the CPU
-	@echo "about half an hour on two cores; make test-fast takes the unit tests alone"
+	@echo "about 20 minutes on two cores; make test-fast takes the unit tests alone"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP)  ## the unit tests alone

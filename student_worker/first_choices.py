@@ -55,7 +55,7 @@ class FirstChoices:
         return batch | {"targets": place_rows(parts, num_rows=num_rows, vocab_size=parts[0][1].vocab_size, spec=SPEC)}
 
     def _collect(self) -> None:
-        """Wait for the answers, WAIT_SECONDS at most for all of them."""
+        """Wait for the answers, WAIT_SECONDS at most for all, and close the client: others need its credit."""
         until = time.monotonic() + WAIT_SECONDS
         reasons: list[str] = []
         for sequence, future in self._waiting:
@@ -71,7 +71,4 @@ class FirstChoices:
             numbers = (len(reasons), len(self._waiting))
             logger.warning("the teacher's first choices of %d of %d sequences are not known: %s", *numbers, reasons[0])
         self._waiting = []
-
-    def close(self) -> None:
-        """Cancel what is not answered, and the client."""
         self._client.close()
