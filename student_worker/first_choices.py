@@ -48,7 +48,10 @@ class FirstChoices:
         """The batch with the first choices as its targets, as far as they are known; as it is where none are."""
         if self._waiting:
             self._collect()
-        parts = [(rows, self._known[one.digest()]) for rows, one in split_batch(batch) if one.digest() in self._known]
+        if not self._known:
+            return batch
+        found = [(rows, self._known.get(one.digest())) for rows, one in split_batch(batch)]
+        parts = [(rows, targets) for rows, targets in found if targets is not None]
         if not parts:
             return batch
         num_rows = batch["input_ids"].numel()

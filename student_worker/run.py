@@ -155,8 +155,8 @@ def prepare(
         if config.targets == "online":
             agree_on_teacher(client, config.target_spec(), folder)
     first_choices = None
-    if client is not None and config.max_teacher_lag == 0 and not _holds_targets(config.cache):
-        asked = connect(config, FIRST_CHOICES_SPEC, vocab_size, vocabulary)
+    if client is not None and len(heldout_set) and config.max_teacher_lag == 0 and not _holds_targets(config.cache):
+        asked = connected(FIRST_CHOICES_SPEC)
         resources.enter_context(contextlib.closing(asked))
         sequences = (one for i in range(len(heldout_set)) for _, one in split_batch(collate([heldout_set[i]])))
         first_choices = FirstChoices(asked, sequences)

@@ -1,5 +1,5 @@
 """The compose cluster as a user starts it, on the real teacher: trained through a killed and two restarted replicas,
-scraped, stopped, and trained again out of its cache volume. `make test-compose` runs it, in less than ten minutes.
+scraped, stopped, and trained again out of its cache volume. `make test-compose` runs it, in about a quarter of an hour.
 """
 
 from __future__ import annotations
