@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,8 @@ class PromptDraws:
         if hidden_states.device.type == "cpu" and not self.has_met_nan:
             self.has_met_nan = not math.isfinite(float(hidden_states.sum(dtype=torch.float32)))
         by_spec: dict[TargetSpec, list[_Piece]] = {}
-        for chunk in chunks:
+        # An engine may name the requests of a step in another order than that of their rows.
+        for chunk in sorted(chunks, key=attrgetter("offset")):
             piece = self._advance(chunk)
             if piece is not None and len(piece.rows):
                 by_spec.setdefault(piece.progress.request.spec, []).append(piece)
@@ -188,7 +190,7 @@ def _split(pieces: Sequence[_Piece], max_rows: int) -> Iterable[list[_Piece]]:
 
 
 def _select(hidden_states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
-    """Rows of the step; a view where they are neighbours."""
+    """Rows of the step at ascending places [R]; a view where they are neighbours."""
     first, last = int(places[0]), int(places[-1])
     if last - first == len(places) - 1:
         return hidden_states[first : last + 1]

@@ -8,6 +8,8 @@ import tracemalloc
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import permutations
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,13 +69,23 @@ def make_draws(requests: Sequence[ScoreRequest], *, chunk_rows: int = 4, head: T
     return draws
 
 
-def step(draws: PromptDraws, requests: Sequence[ScoreRequest], pieces: Sequence[tuple[int, int, int]]) -> None:
-    """One engine step: (request, first row, rows) of each piece, their hidden states one after another."""
+def step(
+    draws: PromptDraws,
+    requests: Sequence[ScoreRequest],
+    pieces: Sequence[tuple[int, int, int]],
+    random: Random | None = None,
+) -> None:
+    """One engine step: (request, first row, rows) of each piece, their hidden states one after another.
+
+    random: names the pieces in an order of its own, as an engine does whose batch has had gaps filled.
+    """
     chunks, parts, offset = [], [], 0
     for number, first_row, num_rows in pieces:
         chunks.append(PromptChunk(key=str(number), first_row=first_row, num_rows=num_rows, offset=offset))
         parts.append(hidden_of(requests[number])[first_row : first_row + num_rows])
         offset += num_rows
+    if random is not None:
+        random.shuffle(chunks)
     draws.step(torch.cat(parts), chunks)
 
 
@@ -109,7 +121,24 @@ def test_any_schedule_with_preemptions_gives_each_row_once(
                 done[i] += num_rows
                 room -= num_rows
         if pieces:
-            step(draws, requests, pieces)
+            step(draws, requests, pieces, random)
+    for found, request in zip(taken(draws, len(requests)), requests, strict=True):
+        assert_equal(found, request)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_chunks_may_be_named_in_another_order_than_their_rows(order: tuple[int, ...]) -> None:
+    requests = [make_request(n, seed=n) for n in (3, 4, 2, 5)]
+    draws = make_draws(requests, chunk_rows=100)
+    hidden = torch.cat([hidden_of(request) for request in requests])
+    offsets = np.cumsum([0, *(len(request.sequence) for request in requests)])
+    draws.step(
+        hidden,
+        [
+            PromptChunk(key=str(i), first_row=0, num_rows=len(requests[i].sequence), offset=int(offsets[i]))
+            for i in order
+        ],
+    )
     for found, request in zip(taken(draws, len(requests)), requests, strict=True):
         assert_equal(found, request)
 
