@@ -2,10 +2,11 @@
 
     python -m benchmarks.student_step [--rounds 3] [--steps 4] [--parts …]
 
-Writes benchmarks/results/student_step.json and docs/figures/student_step.png. Every case runs in a process of its own,
-forked from one that has imported everything and computed nothing, one after the other, round by round; a ratio is the
-median over rounds of medians over steps, each over the fused cross-entropy's of the same round. `paired` steps the
-three losses that matter most in turn within one process, on one thread, for ratios that a busy machine disturbs less.
+Needs `pip install --no-deps liger-kernel==0.8.5` beside the lock. Writes benchmarks/results/student_step.json and
+docs/figures/student_step.png. Every case runs in a process of its own, forked from one that has imported everything and
+computed nothing, one after the other, round by round; a ratio is the median over rounds of medians over steps, each
+over the fused cross-entropy's of the same round. `paired` steps the three losses that matter most in turn within one
+process, on one thread, for ratios that a busy machine disturbs less.
 """
 
 from __future__ import annotations
