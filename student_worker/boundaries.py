@@ -43,6 +43,12 @@ class _Window:
             return slice(0, 0)
         return slice(int(index[0]), int(index[-1]) + 1)
 
+    def begins_as(self, other: _Window, number: int) -> bool:
+        """Whether so many first tokens are the same, and the one after them, which may differ, begins where it did."""
+        begin = slice(number + (number > 0))
+        same_ids = np.array_equal(self.ids[:number], other.ids[:number])
+        return same_ids and np.array_equal(self.starts[begin], other.starts[begin])
+
 
 def document_ids(
     document: TextIO,
@@ -75,12 +81,9 @@ def document_ids(
             overlap *= 4
         else:
             text += more
-            overlap, num_chars = (
-                max(overlap_chars, len(text) // 4),
-                len(text),
-            )  # so that a character is seen a few times
+            overlap, num_chars = max(overlap_chars, len(text) // 4), len(text)  # so that each is seen a few times
             longer = _encode(tokenizer, text, begin)
-            if begin and not np.array_equal(longer.ids[: first + 1], window.ids[: first + 1]):
+            if not longer.begins_as(window, first):
                 raise RuntimeError("the tokenizer gives other ids to a text's beginning for what comes far behind it")
             window = longer
     yield window.ids[first:].tolist()

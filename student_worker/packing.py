@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 256
+MAX_TRIED = 1000
+"""Tokens of which one text is looked for that the tokenizer gives an id."""
 END_OF_TEXT = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -152,7 +155,9 @@ def _row_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, frame: Frame)
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the tokenizer puts before and after a text by itself."""
-    for text in ("a", "1", "."):
+    ordinary = sorted(set(range(min(len(tokenizer), MAX_TRIED))) - set(tokenizer.all_special_ids))
+    own = (tokenizer.decode([index]) for index in ordinary)  # for one without letters
+    for text in itertools.chain(("a", "1", "."), own):
         plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         whole: list[int] = tokenizer(text)["input_ids"]
         for place in range(len(whole) - len(plain) + 1):

@@ -43,18 +43,28 @@ TEXTS = {
     "code": inspect.getsource(json.decoder) + inspect.getsource(inspect)[:20_000],
     "french": varied(FRENCH, 110),
     "german": varied(GERMAN, 110),
+    "blank start": " \n" * 4500 + varied(PROSE, 60) + "\n" * 5000 + varied(GERMAN, 30) + " " * 4000,
     "others": varied(OTHERS, 300) + " " * 3000 + "7" * 2500 + "\n" * 700 + "=" * 1500,
 }
 
 
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
-    """By kind: byte-level regexes of GPT-2, Qwen2 and Llama 3, SentencePiece's prefix spaces, byte fallback."""
+    """By kind: byte-level regexes of GPT-2, Qwen2 and Llama 3, SentencePiece's prefix spaces, byte fallback, BERT's.
+
+    `strip` and `t5` take blanks from a text's ends.
+    """
     return {
         "gpt2": _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
         "qwen2": _byte_level(_split(QWEN2), normalizers.NFC()),
         "llama3": _byte_level(_split(LLAMA3)),
         **{f"metaspace_{scheme}": _metaspace(scheme) for scheme in ("always", "first", "never")},
         "byte_fallback": _byte_fallback(),
+        "wordpiece": _wordpiece(),
+        "strip": _byte_level(_split(QWEN2), normalizers.Strip()),
+        "t5": _metaspace(
+            "always",
+            normalizers.Sequence([normalizers.Strip(left=False), normalizers.Replace(Regex(" {2,}"), "▁")]),
+        ),
     }
 
 
@@ -81,8 +91,10 @@ def _byte_level(
     return _fast(made)
 
 
-def _metaspace(scheme: str) -> PreTrainedTokenizerFast:
+def _metaspace(scheme: str, normalizer: normalizers.Normalizer | None = None) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.Unigram())
+    if normalizer is not None:
+        made.normalizer = normalizer
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     made.decoder = decoders.Metaspace(prepend_scheme=scheme)
     _train(made, trainers.UnigramTrainer(vocab_size=500, unk_token="<unk>", show_progress=False))
@@ -100,6 +112,14 @@ def _byte_fallback() -> PreTrainedTokenizerFast:
     made.pre_tokenizer = None  # type: ignore[assignment]
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return _fast(made, unk_token="<unk>", eos_token="</s>")
+
+
+def _wordpiece() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    _train(made, trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]"], show_progress=False))
+    return _fast(made, unk_token="[UNK]")
 
 
 def _train(made: Tokenizer, trainer: trainers.Trainer) -> None:

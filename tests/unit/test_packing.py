@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from student_worker.boundaries import document_ids
@@ -19,7 +19,18 @@ from student_worker.data import load_sequences
 from student_worker.packing import Frame, frame_of
 from tests.tokenizer_kinds import TEXTS, tokenizers
 
-KINDS = ["gpt2", "qwen2", "llama3", "metaspace_always", "metaspace_first", "metaspace_never", "byte_fallback"]
+KINDS = [
+    "gpt2",
+    "qwen2",
+    "llama3",
+    "metaspace_always",
+    "metaspace_first",
+    "metaspace_never",
+    "byte_fallback",
+    "wordpiece",
+    "strip",
+    "t5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +186,13 @@ def test_documents_get_what_the_tokenizer_puts_around_them_and_the_end_of_text_o
     assert packed == [token for text in [*documents, documents[0]] for token in [*tokenizer(text)["input_ids"], end]]
     around = template.replace(" ", "").replace("$A", "text") + "<|endoftext|>"
     assert f"each document is packed as {around} (document_start: auto, document_end: auto)" in caplog.text
+
+
+def test_a_tokenizer_without_letters_has_its_first_token_found() -> None:
+    """It gives no id to an "a", and none that stands for what it does not know."""
+    made = Tokenizer(models.BPE(vocab={"<s>": 0, "日": 1, "本": 2}, merges=[]))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert frame_of(PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")) == Frame((0,), ())
 
 
 def test_the_end_of_text_is_not_put_twice(kinds: dict[str, PreTrainedTokenizerFast]) -> None:
