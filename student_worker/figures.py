@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from logitstream import metrics
 from logitstream.loss import Diagnostics
 from logitstream.types import TargetSpec
+from student_worker.agreement import of_all_processes
 from student_worker.checkpoints import resumed_state
 from student_worker.documents import Batch
 from student_worker.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
@@ -66,11 +67,10 @@ class StepFigures(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the sums of the checkpoint, which the main process takes over from all."""
-        before: dict[str, float] = resumed_state(state, self)
-        for index, name in enumerate(SUMS):
-            self.sums[name] += before.get(name, 0.0) if state.is_world_process_zero else 0.0
-            self._logged[index] += before.get(name, 0.0)
+        """Go on from the sums of the checkpoint, in place of this trainer's; the main process takes over all."""
+        if before := resumed_state(state, self):
+            self.sums = {name: before.get(name, 0.0) if state.is_world_process_zero else 0.0 for name in SUMS}
+            self._logged[: len(SUMS)] = torch.tensor([before.get(name, 0.0) for name in SUMS], dtype=torch.float64)
 
     def begin_step(self) -> None:
         """Before the step's batches are asked for."""
@@ -197,15 +197,6 @@ def diagnostic_means(sums: dict[str, float], spec: TargetSpec | None) -> dict[st
         return agreement
     means = {"kl": sums["kl"] / sums["kept_rows"], "student_kept_mass": sums["kept_mass"] / sums["kept_rows"]}
     return means | agreement
-
-
-def of_all_processes(mine: dict[str, float]) -> list[dict[str, float]]:
-    """Every process's, in the order of their ranks; all call it."""
-    everyone = [mine]
-    if dist.is_available() and dist.is_initialized():
-        everyone = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def sum_over_processes(mine: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from logitstream.loss import IGNORED_LABEL, Diagnostics
 from logitstream.types import TargetSpec
+from student_worker.agreement import of_all_processes
 from student_worker.documents import Batch
 from student_worker.figures import diagnostic_means
 from student_worker.supervision import next_token_labels, supervised_mask
@@ -32,7 +33,8 @@ class Heldout:
         total = accelerator.reduce(self.sums.to(accelerator.device), "sum").tolist()
         sums = dict(zip(Diagnostics._fields, total, strict=True))
         loss = sums["cross_entropy"] / sums["labelled_rows"] if sums["labelled_rows"] else math.nan
-        return {"loss": loss} | diagnostic_means(sums, self.spec)
+        spec = next((one for one in of_all_processes(self.spec) if one is not None), None)  # some may have had none
+        return {"loss": loss} | diagnostic_means(sums, spec)
 
 
 def labels_of(batch: Batch) -> Tensor:

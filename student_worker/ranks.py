@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from logitstream.errors import RanksDiffer
+from student_worker.agreement import of_all_processes
 from student_worker.documents import Batch
 
 MAX_NAMES = 3
@@ -26,8 +27,6 @@ MAX_NAMES = 3
 Place = tuple[int, ...]
 """Which shard of a tensor a process holds, by mesh dimension; empty: the whole tensor."""
 Digests = dict[tuple[str, Place], int]
-
-T = TypeVar("T")
 
 
 class RankGuard(TrainerCallback):
@@ -93,7 +92,7 @@ def joined_by(model: nn.Module) -> str | None:
 def describe_run(model: nn.Module, batches: Sequence[Batch]) -> str:
     """One line on what runs, from the model as it is called and a step's own batches; every process calls it."""
     lengths = [length for batch in batches for length in _sequence_lengths(batch)]
-    everyone = _gather((len(lengths), min(lengths, default=0), max(lengths, default=0)))
+    everyone = of_all_processes((len(lengths), min(lengths, default=0), max(lengths, default=0)))
     sequences = sum(number for number, _, _ in everyone)
     shortest = min((low for number, low, _ in everyone if number), default=0)
     longest = max(high for _, _, high in everyone)
@@ -107,7 +106,7 @@ def describe_run(model: nn.Module, batches: Sequence[Batch]) -> str:
 
 def expect_equal_numbers(num_batches: int) -> None:
     """Raise RanksDiffer, on every process, where some would wait in a step for one that has no batch for it."""
-    numbers = _gather(num_batches)
+    numbers = of_all_processes(num_batches)
     if len(set(numbers)) > 1:
         raise RanksDiffer(
             f"expected as many batches on every rank as on rank 0, got {', '.join(map(str, numbers))}: set "
@@ -142,7 +141,7 @@ def expect_equal_ranks(model: nn.Module, *, when: str) -> None:
     """
     if num_processes() == 1 or joined_by(model) in ("FSDP", "DeepSpeed"):
         return
-    everyone = _gather(digests(model))
+    everyone = of_all_processes(digests(model))
     if message := difference(everyone):
         raise RanksDiffer(
             f"the processes' students differ {when}: {message}. Each process has trained another student; likely a "
@@ -201,11 +200,3 @@ def _sequence_lengths(batch: Batch) -> Iterator[int]:
     mask = batch.get("attention_mask")
     number, tokens = batch["input_ids"].shape
     yield from [tokens] * number if mask is None or mask.ndim != 2 else mask.bool().sum(1).tolist()
-
-
-def _gather(mine: T) -> list[T]:
-    """Every process's value, by rank."""
-    everyone: list[Any] = [mine] * num_processes()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitstream import metrics
+from student_worker.agreement import of_all_processes
 from student_worker.checkpoints import resumed_state
-from student_worker.figures import of_all_processes
 
 COUNTS = {
     "tokens": "logitstream_student_tokens_total",

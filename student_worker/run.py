@@ -155,7 +155,8 @@ def prepare(
         if config.targets == "online":
             agree_on_teacher(client, config.target_spec(), folder)
     first_choices = None
-    if client is not None and len(heldout_set) and config.max_teacher_lag == 0 and not _holds_targets(config.cache):
+    is_filled = of_main_process(_holds_targets(config.cache))  # of all: one of them will soon have made a new one
+    if client is not None and len(heldout_set) and config.max_teacher_lag == 0 and not is_filled:
         asked = connected(FIRST_CHOICES_SPEC)
         resources.enter_context(contextlib.closing(asked))
         sequences = (one for i in range(len(heldout_set)) for _, one in split_batch(collate([heldout_set[i]])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,43 @@ def test_all_processes_train_from_one_teacher_or_end_with_the_same_error(tmp_pat
     assert f"weights_digest: '{digest_a}' against '{digest_b}'" in unlike
     assert f"TeacherUnavailable no teacher came up within 1 s at {nobody}" in missing
     assert digest_a in (tmp_path / "teacher.json").read_text()
+
+
+HELDOUT = """
+import json
+import torch
+from accelerate import Accelerator
+from logitstream.loss import Diagnostics
+from student_worker.first_choices import SPEC
+from student_worker.heldout import Heldout
+
+accelerator, heldout = Accelerator(cpu=True), Heldout()
+seen = {name: torch.tensor(4.0, dtype=torch.float64) for name in Diagnostics._fields}
+nothing = {name: torch.zeros((), dtype=torch.float64) for name in ("kept_rows", "agreements", "kl", "kept_mass")}
+if accelerator.process_index == 0:
+    heldout.add(Diagnostics(**seen | nothing), None)
+else:
+    heldout.add(Diagnostics(**seen), SPEC)
+print(json.dumps(heldout.means(accelerator)) + "\\n", end="", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_held_out_figures_do_not_depend_on_which_process_has_the_targets(tmp_path: Path) -> None:
+    """The main process's batches may be those whose first choices were not asked for."""
+    script = tmp_path / "process.py"
+    script.write_text(HELDOUT)
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    expected = {"loss": 1.0, "teacher_top1_agreement": 1.0}
+    assert [json.loads(line) for line in ended.stdout.splitlines()] == [expected] * 2
 
 
 def test_a_resumed_run_refuses_another_teacher_but_may_draw_otherwise(tmp_path: Path) -> None:
