@@ -60,7 +60,7 @@ def wait_for(
     deadline = time.monotonic() + seconds
     while not ready():
         for name, (process, log) in processes.items():
-            if process.poll() is not None:
+            if process.poll() is not None and not ready():  # it may have ended as expected meanwhile
                 raise ChildFailed(f"{name} ended with status {process.returncode} before {what}:\n{tail(log)}")
         if time.monotonic() > deadline:
             logs = ", ".join(str(log) for _, log in processes.values())

@@ -80,8 +80,8 @@ def _of_main_process(decide: Callable[[], Any]) -> Any:
 def _split_text(
     rows: Dataset, heldout_sequences: int, max_sequences: int, cache: str, cached_only: bool
 ) -> tuple[Indices, Indices]:
-    noted, reader = _look_up(cache, alone=cached_only)
-    cached = CachedRows(rows, reader)
+    noted, reader, draw_sets = _look_up(cache, alone=cached_only)
+    cached = CachedRows(rows, reader, draw_sets)
     contents = contents_of(rows)
     order = sorted(range(len(contents)), key=lambda i: sorted(contents[i]))
     apart = {content_of(sequence.token_ids) for sequence in noted or ()}
@@ -128,9 +128,9 @@ def _split_cache(
 class CachedRows:
     """Which rows of a text a cache holds targets of; none where there is no cache."""
 
-    def __init__(self, rows: Dataset, cache: CacheReader | None) -> None:
-        self._rows, self._cache = rows, cache
-        self._draw_sets = [] if cache is None else [int(number) for number in np.unique(cache.draw_sets())]
+    def __init__(self, rows: Dataset, cache: CacheReader | None, draw_sets: Sequence[int]) -> None:
+        """draw_sets: of the cache's records, the smallest first."""
+        self._rows, self._cache, self._draw_sets = rows, cache, draw_sets
 
     def __call__(self, index: int) -> bool:
         """Whether there are targets of one of the row's documents, of any draw set."""
@@ -212,24 +212,27 @@ def _cached(rows: Sequence[int], cached: CachedRows, cache: str, max_sequences: 
     return found
 
 
-def _look_up(cache: str, *, alone: bool) -> tuple[list[TokenSequence] | None, CacheReader | None]:
-    """What a cache holds out and how to look up what is in it; None where there is none, or it is out of reach.
+def _look_up(cache: str, *, alone: bool) -> tuple[list[TokenSequence] | None, CacheReader | None, list[int]]:
+    """What a cache holds out, how to look up what is in it, its draw sets; None where there is none or out of reach.
 
     alone: of a run without a teacher, which cannot go on without it.
     """
     if not cache:
-        return [], None
+        return [], None, []
     try:
-        return from_disk(cache, lambda: (read_heldout(cache), _reader(cache)), alone=alone)
+        return from_disk(cache, lambda: (read_heldout(cache), *_reader(cache)), alone=alone)
     except (OSError, DiskHangs) as error:
         if alone:
             raise
         logger.warning("cache %s: later runs may train on what this one holds out: %s", cache, error)
-        return None, None
+        return None, None, []
 
 
-def _reader(cache: str) -> CacheReader | None:
-    return CacheReader(cache) if may_hold_targets(cache) else None
+def _reader(cache: str) -> tuple[CacheReader | None, list[int]]:
+    if not may_hold_targets(cache):
+        return None, []
+    reader = CacheReader(cache)
+    return reader, [int(number) for number in np.unique(reader.draw_sets())]
 
 
 def _note(cache: str, sequences: Sequence[TokenSequence]) -> None:

@@ -115,6 +115,13 @@ def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     assert "elastic" not in tail(log)
 
 
+def test_a_child_that_ends_as_expected_while_it_is_looked_at_has_not_failed(tmp_path: Path) -> None:
+    with child("worker", ["-c", "pass"], tmp_path / "log") as process:
+        process.wait()
+        answers = iter([False])  # it was still running then
+        wait_for(lambda: next(answers, True), {"worker": (process, tmp_path / "log")}, seconds=60, what="its end")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_ends_teacher_and_students(tmp_path: Path, teacher_dir: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "demo", "--sequences", "1024", "--output", str(tmp_path / "run")]
