@@ -341,6 +341,8 @@ def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, An
     with trainer.stop.listening():
         heldout = evaluate(trainer, "before")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step and not trainer.has_trained():
+            raise LogitstreamError("no token was trained on: each sequence was refused, damaged, or masked as a whole")
         try:
             heldout |= evaluate(trainer, "after")
         except Stopped:

@@ -95,6 +95,15 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         finally:
             self._end_stream()
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As ResumableTrainer's; none where every sequence so far was refused: who goes on from it would pass them."""
+        if self.has_trained():
+            super()._save_checkpoint(model, trial)
+
+    def has_trained(self) -> bool:
+        """Whether a token of the run was trained on, by any process; every process calls it."""
+        return self.figures.run_state()["tokens"] > 0
+
     def _end_stream(self) -> None:
         self._source, self._batches = None, iter(())
         if self.target_stream is not None:

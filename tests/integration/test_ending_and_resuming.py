@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from logitstream.errors import TeacherUnavailable
+from logitstream.errors import InvalidSequence, LogitstreamError, TeacherUnavailable
 from logitstream.types import SparseTargets, TokenSequence
 from student_worker.checkpoints import checkpoints_in, choose_checkpoint, fault_of
 from student_worker.report import RunReport
@@ -206,6 +206,32 @@ def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked)
     with pytest.raises(Stopped):
         trainer.train()
     assert not checkpoints_in(tmp_path / "out")
+
+
+class RefusingTeacher(Asked):
+    """Refuses all that it is asked."""
+
+    def score(self, sequence: TokenSequence, draw_set: int) -> SparseTargets:
+        raise InvalidSequence("longer than the 4 tokens that this teacher takes")
+
+
+def test_nothing_is_saved_where_every_sequence_was_refused(tmp_path: Path, teacher: Asked) -> None:
+    """Who goes on from such a checkpoint would pass over sequences that were never trained on."""
+    for options in ({}, {"save_steps": 1}):
+        with pytest.raises(LogitstreamError, match="sequences are refused or damaged; the last: longer than the 4 tok"):
+            reporting_trainer(tmp_path, RefusingTeacher(), num_train_epochs=2, **options).train()
+        assert not checkpoints_in(tmp_path / "out")
+    reporting_trainer(tmp_path, teacher, max_steps=1, save_steps=1).train()
+    assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-1"]
+
+
+def test_a_trainer_that_goes_on_from_a_checkpoint_twice_counts_its_tokens_once(tmp_path: Path, teacher: Asked) -> None:
+    trainer = reporting_trainer(tmp_path, teacher, max_steps=2, save_steps=1)
+    trainer.train()
+    expected = [row["tokens"] for row in trainer.state.log_history if "tokens" in row]
+    for _ in range(2):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        assert [row["tokens"] for row in trainer.state.log_history if "tokens" in row] == expected
 
 
 def test_a_signal_during_the_evaluation_afterwards_keeps_what_was_trained(tmp_path: Path, teacher: Asked) -> None:

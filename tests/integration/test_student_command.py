@@ -138,6 +138,22 @@ def test_what_a_user_can_mend_is_said_in_one_line(
     assert "Traceback" not in said
 
 
+def test_a_run_of_which_all_was_refused_fails_and_leaves_the_folder_to_the_corrected_one(
+    home: Path, tmp_path: Path
+) -> None:
+    """Too few sequences for the stream to end it before: the teacher takes 64 tokens."""
+    student = json.loads((home / "student" / "config.json").read_text()) | {"max_position_embeddings": 128}
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text(json.dumps(student))
+    changes = {"model_config": str(tmp_path / "student" / "config.json"), "save_steps": 1, "max_steps": 2}
+    status, said = run(config_of(home, tmp_path / "run", **changes, sequence_tokens=80, heldout_sequences=1))
+    assert status == 1, said
+    assert said.splitlines()[-1].startswith("student-worker: no token was trained on: each sequence was refused")
+    assert not (tmp_path / "run" / "report.json").exists()
+    status, said = run(config_of(home, tmp_path / "run", **changes))
+    assert status == 0, said
+
+
 def test_a_model_that_is_cut_off_is_said_in_one_line(home: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_tiny_teacher(model)
