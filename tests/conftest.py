@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test: each of them and of what they start takes one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import logitstream.rpc  # noqa: F401  # sets how grpc forks, before any test loads it
 
 MARK = "LOGITSTREAM_TEST_RUN"

@@ -64,7 +64,8 @@ with child("parent", ["-c", sys.argv[1], sys.argv[2]], Path(sys.argv[3])) as pro
 """
 TIED_GRANDCHILD = """
 import subprocess, sys
-tied = "import sys, time; from logitstream.processes import end_with_parent; end_with_parent(); time.sleep(600)"
+tied = "import sys, time; from logitstream.processes import end_with_parent; end_with_parent(); "
+tied += "open(sys.argv[1], 'w').close(); time.sleep(600)"
 subprocess.run([sys.executable, "-c", tied, sys.argv[1]])
 """
 
@@ -73,10 +74,10 @@ def test_a_child_and_its_children_end_with_a_parent_that_is_killed(tmp_path: Pat
     mark = str(tmp_path / "mark")
     with subprocess.Popen([sys.executable, "-c", PARENT, TIED_GRANDCHILD, mark, str(tmp_path / "log")]) as parent:
         deadline = time.monotonic() + 30
-        while len(processes_naming(mark)) < 3:
+        while not Path(mark).exists():  # the last one has asked the kernel for it
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(0.5)  # until the last one has asked the kernel for it
+        assert len(processes_naming(mark)) == 3
         parent.kill()
     wait_until_gone(mark)
 
@@ -92,15 +93,16 @@ def test_with_children():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_test_run_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    """One whose tests run in processes of their own, as those of `make test`; a terminal's Ctrl-C reaches them all."""
     mark = str(tmp_path / "mark")
     (tmp_path / "test_it.py").write_text(CHILD_OF_A_TEST.format(program=GRANDCHILD, mark=mark))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", str(tmp_path / "test_it.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "tests.conftest", str(tmp_path / "test_it.py")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as tests:
         deadline = time.monotonic() + 60
         while len(processes_naming(mark)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        tests.send_signal(number)
+        (os.killpg if number == signal.SIGINT else os.kill)(tests.pid, number)
     wait_until_gone(mark)
 
 
