@@ -9,6 +9,7 @@ import tempfile
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import student_worker.run  # noqa: F401  # the command itself imports it once it has read its settings
 from logitstream import codec
 from tests.tiny_models import save_tiny_teacher
 
