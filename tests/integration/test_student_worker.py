@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.chaos.killed_runs import run_student, run_student_of_two
 from tests.distributed_training import relative_distance
+from tests.forking import SPAWN
 from tests.hanging_disk import hanging_file
 from tests.serving import teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
@@ -30,8 +33,8 @@ SEQUENCES = 24
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, a text in its words and an untrained student's config."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A teacher that runs, a text in its words and an untrained student's config."""
     folder = tmp_path_factory.mktemp("home")
     save_tiny_teacher(folder / "teacher")
     words = random.Random(0).choices([f"w{index}" for index in range(3, VOCAB_SIZE)], k=32 * (SEQUENCES + 4))
@@ -39,10 +42,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "teacher" / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "student").mkdir()
     (folder / "student" / "config.json").write_text(json.dumps(config))
-    return folder
+    with teacher_process("--model", str(folder / "teacher")) as (_, address):
+        (folder / "address").write_text(address)
+        yield folder
 
 
-def settings(home: Path, output: Path, **changes: Any) -> str:
+def settings(home: Path, output: Path, **changes: Any) -> Path:
     values = {
         "model_config": str(home / "student" / "config.json"),
         "tokenizer": str(home / "teacher"),
@@ -62,13 +67,23 @@ def settings(home: Path, output: Path, **changes: Any) -> str:
     } | changes
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values))
-    return f"--config={path}"
+    return path
 
 
-def run(*arguments: str, workers: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launcher, "-m", "student_worker", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False)
+def taught(home: Path) -> dict[str, Any]:
+    """Settings of a run that asks the teacher for the text's targets."""
+    return {"text": [str(home / "corpus.txt")], "teacher": [(home / "address").read_text()]}
+
+
+def run(config: Path, *, workers: int = 1) -> tuple[int, str]:
+    """Status and what was written, of a process forked from one that has imported everything."""
+    log = config.with_suffix(".log")
+    target = run_student if workers == 1 else run_student_of_two
+    process = SPAWN.Process(target=target, args=(["--config", str(config)], log, None))
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None, log.read_text()
+    return process.exitcode, log.read_text()
 
 
 def test_two_processes_with_default_settings_train_the_student_of_one(home: Path, tmp_path: Path) -> None:
@@ -76,18 +91,17 @@ def test_two_processes_with_default_settings_train_the_student_of_one(home: Path
     words = random.Random(1).choices([f"w{index}" for index in range(3, VOCAB_SIZE)], k=32 * (32 + 6 * 16 + 5) + 31)
     (tmp_path / "corpus.txt").write_text(" ".join(words))
     outputs, running = [tmp_path / "alone", tmp_path / "together"], []
-    with teacher_process("--model", str(home / "teacher")) as (_, address):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        for output, how, more in (
-            (outputs[0], [], ["--per_device_train_batch_size", "16"]),
-            (outputs[1], launcher, []),
-        ):
-            command = [sys.executable, *how, "-m", "tests.student_with_digests", *more]
-            command += ["--teacher", address, "--output_dir", str(output), "--text", str(tmp_path / "corpus.txt")]
-            command += ["--model_config", str(home / "student" / "config.json"), "--tokenizer", str(home / "teacher")]
-            command += ["--sequence_tokens", "32"]
-            running.append(subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT))
-        printed = [process.communicate(timeout=240)[0] for process in running]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for output, how, more in (
+        (outputs[0], [], ["--per_device_train_batch_size", "16"]),
+        (outputs[1], launcher, []),
+    ):
+        command = [sys.executable, *how, "-m", "tests.student_with_digests", *more]
+        command += ["--teacher", (home / "address").read_text(), "--text", str(tmp_path / "corpus.txt")]
+        command += ["--model_config", str(home / "student" / "config.json"), "--tokenizer", str(home / "teacher")]
+        command += ["--sequence_tokens", "32", "--output_dir", str(output)]
+        running.append(subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT))
+    printed = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
     digests = re.findall(r"^rank (\d) (\w{64})$", printed[1], re.MULTILINE)
     assert sorted(rank for rank, _ in digests) == ["0", "1"]
@@ -111,19 +125,10 @@ def report_of(output: Path) -> dict[str, Any]:
 
 
 def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) -> None:
-    text, cache = [str(home / "corpus.txt")], str(tmp_path / "cache")
-    with teacher_process("--model", str(home / "teacher")) as (_, address):
-        online = settings(
-            home,
-            tmp_path / "online",
-            text=text,
-            cache=cache,
-            teacher=[address],
-            bytes_per_token=12.0,
-            targets="cache_then_online",
-        )
-        done = run(online)
-        assert done.returncode == 0, done.stderr[-3000:]
+    cache = str(tmp_path / "cache")
+    online = {"cache": cache, "bytes_per_token": 12.0, "targets": "cache_then_online"}
+    status, said = run(settings(home, tmp_path / "online", **taught(home), **online))
+    assert status == 0, said
     report = report_of(tmp_path / "online")
     first, second = report["epochs"]
     assert first["received_bytes"] > 0
@@ -145,7 +150,7 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
     two = settings(
         home,
         tmp_path / "two",
-        text=text,
+        text=[str(home / "corpus.txt")],
         cache=cache,
         targets="cache",
         per_device_train_batch_size=1,
@@ -153,8 +158,8 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
         bytes_per_token=12.0,  # the cache's number of samples is taken: nobody is there to be asked
         draws="fresh",  # the cache holds one draw set for two epochs
     )
-    done = run(two, workers=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, said = run(two, workers=2)
+    assert status == 0, said
     assert [epoch["cache_hits"] for epoch in report_of(tmp_path / "two")["epochs"]] == [SEQUENCES, SEQUENCES]
     assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["num_samples"] == resolved["num_samples"]
 
@@ -168,8 +173,8 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
         per_device_train_batch_size=1,
         use_cpu=False,
     )
-    done = run(alone, workers=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, said = run(alone, workers=2)
+    assert status == 0, said
     assert report_of(tmp_path / "alone")["tokens_trained"] == 2 * SEQUENCES * 32
 
 
@@ -180,11 +185,9 @@ def test_a_student_with_another_tokenizer_is_refused_at_once_and_told_which_toke
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(tmp_path / "other")
-    with teacher_process("--model", str(home / "teacher")) as (_, address):
-        text = [str(home / "corpus.txt")]
-        done = run(settings(home, tmp_path / "run", text=text, teacher=[address], tokenizer=str(tmp_path / "other")))
-    assert done.returncode != 0
-    told = done.stderr.splitlines()[-1]
+    status, said = run(settings(home, tmp_path / "run", **taught(home), tokenizer=str(tmp_path / "other")))
+    assert status != 0
+    told = said.splitlines()[-1]
     assert f"2 of {VOCAB_SIZE} ids stand for other tokens (7 is 'w9' here and 'w7' there, 9 is 'w7' here" in told
     assert f"tokenize with the teacher's tokenizer, that of {home / 'teacher'}" in told
 
@@ -196,33 +199,25 @@ def test_a_student_that_added_a_token_of_its_own_is_taught(home: Path, tmp_path:
     config = json.loads((home / "student/config.json").read_text()) | {"vocab_size": VOCAB_SIZE + 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     changes = {"model_config": str(tmp_path / "config.json"), "tokenizer": str(tmp_path / "more")}
-    with teacher_process("--model", str(home / "teacher")) as (_, address):
-        text, output = [str(home / "corpus.txt")], tmp_path / "run"
-        done = run(settings(home, output, text=text, teacher=[address], num_train_epochs=1, **changes))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert report_of(output)["tokens_trained"] == SEQUENCES * 32
+    status, said = run(settings(home, tmp_path / "run", **taught(home), num_train_epochs=1, **changes))
+    assert status == 0, said
+    assert report_of(tmp_path / "run")["tokens_trained"] == SEQUENCES * 32
 
 
 def test_a_killed_worker_goes_on_from_its_latest_checkpoint(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "resumed"
-    with teacher_process("--model", str(home / "teacher")) as (_, address):
-        again_and_again = settings(
-            home,
-            output,
-            text=[str(home / "corpus.txt")],
-            teacher=[address],
-            resume_from_checkpoint="latest",
-            save_strategy="steps",
-            save_steps=5,
-            heldout_sequences=0,
-        )
-        with subprocess.Popen([sys.executable, "-m", "student_worker", again_and_again], env=ENVIRONMENT) as process:
-            while not (output / "checkpoint-5" / "trainer_state.json").exists():
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.kill()
-        done = run(again_and_again)
-        assert done.returncode == 0, done.stderr[-3000:]
+    changes = {"resume_from_checkpoint": "latest", "save_strategy": "steps", "save_steps": 5, "heldout_sequences": 0}
+    config = settings(home, output, **taught(home), **changes)
+    words = ["--config", str(config)]
+    process = SPAWN.Process(target=run_student, args=(words, config.with_suffix(".log"), None))
+    process.start()
+    while not (output / "checkpoint-5" / "trainer_state.json").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    status, said = run(config)
+    assert status == 0, said
     steps = [json.loads(line)["step"] for line in (output / "progress.jsonl").read_text().splitlines()]
     assert steps == list(range(1, steps[-1] + 1))
     assert report_of(output)["resumed_at_step"] >= 5, "the resumed run trains on what was left"
@@ -232,13 +227,10 @@ def test_a_killed_worker_goes_on_from_its_latest_checkpoint(home: Path, tmp_path
 def test_student_worker_trains_to_its_end_although_its_cache_does_not_answer(home: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "manifest.json").touch()
-    with (
-        hanging_file(tmp_path / "cache" / "manifest.json"),
-        teacher_process("--model", str(home / "teacher")) as (_, address),
-    ):
-        text, cache = [str(home / "corpus.txt")], str(tmp_path / "cache")
-        changes = {"targets": "cache_then_online", "num_train_epochs": 1, "overhead_every": 0}
-        done = run(settings(home, tmp_path / "output", text=text, cache=cache, teacher=[address], **changes))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"reading the cache {cache}, has not answered for 5 s: the run goes on without it" in done.stderr
+    cache = str(tmp_path / "cache")
+    changes = {"targets": "cache_then_online", "num_train_epochs": 1, "overhead_every": 0, "cache": cache}
+    with hanging_file(tmp_path / "cache" / "manifest.json"):
+        status, said = run(settings(home, tmp_path / "output", **taught(home), **changes))
+    assert status == 0, said
+    assert f"reading the cache {cache}, has not answered for 5 s: the run goes on without it" in said
     assert report_of(tmp_path / "output")["heldout_loss_after"] is not None
