@@ -142,8 +142,8 @@ def trainer_of(
     )
 
 
-def losses(folder: Path, teacher: Any, student: Any, collator: Collator) -> tuple[float, float]:
-    """Of one training step, and of the evaluation, which has no targets."""
+def trained(folder: Path, teacher: Any, student: Any, collator: Collator) -> DistillationTrainer:
+    """After one training step."""
     client = client_of(teacher)
     student = copy.deepcopy(student)
     for module in student.modules():
@@ -152,17 +152,24 @@ def losses(folder: Path, teacher: Any, student: Any, collator: Collator) -> tupl
     trainer = trainer_of(folder, student, client, collator)
     trainer.train()
     client.close()
+    return trainer
+
+
+def losses(folder: Path, teacher: Any, student: Any, collator: Collator) -> tuple[float, float]:
+    """Of one training step, and of the evaluation, which has no targets."""
+    trainer = trained(folder, teacher, student, collator)
     return trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_packed_batch_has_the_loss_of_its_documents(tmp_path: Path, one_thread: None, family: str) -> None:
     """Relative and absolute positions, windows shorter than a document; the teacher's weights, then others."""
     teacher, student = tiny_model(family, seed=1), tiny_model(family, seed=2)
     expected = losses(tmp_path, teacher, student, collate)
     assert expected[0] > 0.1
     for name, way in zip(NAMES, WAYS, strict=True):
-        assert losses(tmp_path, teacher, teacher, way)[0] == pytest.approx(0, abs=2e-5), name
+        own = trained(tmp_path, teacher, teacher, way).state.log_history[0]["loss"]
+        assert own == pytest.approx(0, abs=2e-5), name
         assert losses(tmp_path, teacher, student, way) == pytest.approx(expected, rel=1e-4), name
 
 
