@@ -255,7 +255,7 @@ async def test_streams_open_and_are_answered_while_the_disk_hangs(tmp_path: Path
                 await late.open()
                 await late.request(sequences)  # which are stored, and scored again
                 assert {number: one.targets for number, one in (await late.receive(40)).items()} == expected
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(4.5):  # less than the disk is waited for once
                 for _ in range(10):
                     async with WireClient(server.address) as client:
                         await client.open(replace(SPEC, seed=_))
