@@ -1,4 +1,4 @@
-"""Small students trained one after another: `python -m tests.distributed_training FOLDER`, alone or under torchrun.
+"""Small students trained one after another by one process, and by two that torchrun's agent starts.
 
 FOLDER/scenarios.json names the students' settings (`Scenario`); FOLDER/NAME.PROCESSES.pt is what became of each.
 """
@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainerCallback, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from logitstream.processes import end_with_parent
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from student_worker.target_stream import TargetStream
 from student_worker.teacher_client import LocalTeacherClient
 from student_worker.trainer import DistillationTrainer
+from tests.chaos.killed_runs import launch_two, log_to
 
 VOCAB_SIZE = 64
 NUM_TOKENS = 12
@@ -360,7 +361,16 @@ def relative_distance(got: dict[str, Tensor], expected: dict[str, Tensor], *, si
     return norm(got, expected) / norm(expected, since)
 
 
-def main(folder: Path) -> None:
+def train_together(folder: Path, log: Path) -> None:
+    log_to(log)
+    launch_two(train_all, folder, log)
+
+
+def train_all(folder: Path, log: Path) -> None:
+    """What one process does, alone or as one of two."""
+    end_with_parent()
+    log_to(log)
+    logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -380,12 +390,3 @@ def main(folder: Path) -> None:
             torch.save(result, folder / f"{scenario.name}.{processes}.pt")
         if scenario.out_of_memory_on == "last" and processes > 1:
             os._exit(1)  # the launcher ends the other process, which waits in a gradient's reduction
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main(Path(sys.argv[1]))
-    if dist.is_initialized():
-        dist.barrier()
-    # Freed with the GIL held, a gloo process group joins a thread that may wait for the GIL (torch 2.13): do not.
-    os._exit(0)

@@ -9,6 +9,7 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,12 @@ def run_student(words: list[str], log: Path, point: KillPoint | None) -> None:
 
 
 def run_student_of_two(words: list[str], log: Path, point: KillPoint | None) -> None:
-    """Torchrun's own agent with two workers, which it forks instead of starting a Python for each."""
     log_to(log)
+    launch_two(run_student, words, log, point)
+
+
+def launch_two(function: Callable[..., None], *arguments: Any) -> None:
+    """Torchrun's own agent with two workers, which it forks instead of starting a Python for each."""
     config = torch.distributed.launcher.api.LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -95,7 +100,7 @@ def run_student_of_two(words: list[str], log: Path, point: KillPoint | None) -> 
         monitor_interval=0.05,
         max_restarts=0,  # as torchrun itself
     )
-    torch.distributed.launcher.api.elastic_launch(config, run_student)(words, log, point)
+    torch.distributed.launcher.api.elastic_launch(config, function)(*arguments)
 
 
 def run_teacher(words: list[str], log: Path) -> None:

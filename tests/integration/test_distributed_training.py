@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed_training import Scenario, make_experts, make_model, relative_distance
+from tests.distributed_training import (
+    Scenario,
+    make_experts,
+    make_model,
+    relative_distance,
+    train_all,
+    train_together,
+)
+from tests.forking import SPAWN
 
-REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 280
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
@@ -97,24 +98,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_experts(folder / "experts")
     scenarios = [*TOGETHER, *(scenario for scenario, _ in APART)]
     (folder / "scenarios.json").write_text(json.dumps([asdict(scenario) for scenario in scenarios]))
-    program = ["-m", "tests.distributed_training", str(folder)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with running([sys.executable, *program]) as alone, running([sys.executable, *launcher, *program]) as together:
-        assert alone.wait(TIMEOUT_SECONDS) == 0
-        together.wait(TIMEOUT_SECONDS)  # the last scenario is a failure
-    return folder
-
-
-@contextlib.contextmanager
-def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+    logs = {name: folder / f"{name}.log" for name in ("alone", "together")}
+    alone = SPAWN.Process(target=train_all, args=(folder, logs["alone"]))
+    together = SPAWN.Process(target=train_together, args=(folder, logs["together"]))
     try:
-        yield process
+        for process in (alone, together):
+            process.start()
+        for process in (alone, together):
+            process.join(TIMEOUT_SECONDS)
+        said = "".join(log.read_text(errors="replace")[-4000:] for log in logs.values())
+        assert (alone.exitcode, together.exitcode) == (0, 1), said  # the last scenario is a failure
     finally:
-        with contextlib.suppress(ProcessLookupError):  # the launcher's children too, where it did not end them
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for process in (alone, together):
+            process.kill()
+            process.join()
+    return folder
 
 
 def result(folder: Path, scenario: Scenario, *, processes: int) -> dict[str, Any]:
