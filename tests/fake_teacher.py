@@ -12,12 +12,11 @@ import contextlib
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from logitstream.rpc.convert import info_to_message
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceServicer, add_TeacherServiceServicer_to_server
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from tests.forking import SPAWN
 
 VOCAB_SIZE = 1000
 TOKENIZER_DIGEST = hashlib.sha256(b"fake tokenizer").hexdigest()
@@ -168,7 +168,7 @@ def _refusal(request: pb.TargetRequest, *, retryable: bool) -> pb.Result:
     return pb.Result(request_id=request.request_id, error=error)
 
 
-async def _serve(options: argparse.Namespace) -> None:
+async def _serve(options: argparse.Namespace, telling: Connection | None) -> None:
     teacher = FakeTeacher(options)
     server = aio.server(
         options=[
@@ -185,39 +185,51 @@ async def _serve(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
     loop.add_signal_handler(signal.SIGUSR1, teacher.replace_weights)
-    print(f"serving on 127.0.0.1:{port}", flush=True)
+    if telling is not None:
+        telling.send(f"127.0.0.1:{port}")
     await stopping.wait()
     teacher.drain()
     await server.stop(options.grace)
 
 
+class Started:
+    """A fake teacher in a process that is forked for it."""
+
+    def __init__(self, *options: str, port: int = 0) -> None:
+        self._told, telling = SPAWN.Pipe(duplex=False)
+        arguments = (_parser().parse_args(["--port", str(port), *options]), telling)
+        self._process = SPAWN.Process(target=run_fake_teacher, args=arguments, daemon=True)
+        self._process.start()
+        telling.close()
+
+    def address(self) -> str:
+        """Wait until it serves."""
+        address: str = self._told.recv()
+        return address
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def exit_status(self, seconds: float = 0.0) -> int | None:
+        """None: it runs, also after so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._told.close()
+
+
 @contextlib.contextmanager
-def fake_teacher(*options: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def fake_teacher(*options: str, port: int = 0) -> Iterator[tuple[Started, str]]:
     """A running fake teacher and its address; killed at the end, stopped or not."""
-    process = start_fake_teacher(*options, port=port)
+    teacher = Started(*options, port=port)
     try:
-        yield process, read_address(process)
+        yield teacher, teacher.address()
     finally:
-        stop(process)
-
-
-def start_fake_teacher(*options: str, port: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.fake_teacher", "--port", str(port), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def read_address(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("serving on "), f"the fake teacher ended with {process.poll()}"
-    return line.removeprefix("serving on ").strip()
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+        teacher.stop()
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -227,7 +239,7 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(0)
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--weights", default="a")
@@ -240,14 +252,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--copies", type=int, default=1, help="of every answer")
     parser.add_argument("--grace", type=float, default=5.0)
-    run_fake_teacher(parser.parse_args())
+    return parser
 
 
-def run_fake_teacher(options: argparse.Namespace) -> None:
-    """Serve until SIGTERM."""
+def run_fake_teacher(options: argparse.Namespace, telling: Connection | None = None) -> None:
+    """Serve until SIGTERM; whoever listens at the other end of `telling` is told the address."""
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    asyncio.run(_serve(options))
-
-
-if __name__ == "__main__":
-    main()
+    asyncio.run(_serve(options, telling))

@@ -40,12 +40,10 @@ from tests.fake_teacher import (
     SPEC,
     TOKENIZER_DIGEST,
     VOCAB_SIZE,
+    Started,
     expected_targets,
     fake_info,
     fake_teacher,
-    read_address,
-    start_fake_teacher,
-    stop,
     weights_digest,
 )
 from tests.fault_proxy import fault_proxy
@@ -136,20 +134,20 @@ def test_a_killed_replica_loses_nothing_and_is_used_again_once_it_is_back() -> N
     sequences = make_sequences(300)
     port = free_port()
     with fake_teacher("--seconds", "0.002") as (_, steady):
-        killed = start_fake_teacher("--version", "1", "--seconds", "0.002", port=port)
+        killed = Started("--version", "1", "--seconds", "0.002", port=port)
         try:
-            with connected(steady, read_address(killed), max_teacher_lag=-1) as client:
+            with connected(steady, killed.address(), max_teacher_lag=-1) as client:
                 futures = submit_all(client, sequences)
                 wait_until(lambda: sum(future.done() for future in futures) > 50)
-                stop(killed)
+                killed.stop()
                 check_all(futures, sequences)
-                killed = start_fake_teacher("--version", "2", port=port)
+                killed = Started("--version", "2", port=port)
                 for _ in itertools.count():
                     received = check_all(submit_all(client, sequences[:20]), sequences[:20])
                     if 2 in versions(received):
                         break
         finally:
-            stop(killed)
+            killed.stop()
 
 
 def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() -> None:
@@ -164,7 +162,7 @@ def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() -> None:
         draining.send_signal(signal.SIGTERM)
         futures += submit_all(client, sequences[100:])
         check_all(futures, sequences)
-        assert draining.wait(SECONDS) == 0
+        assert draining.exit_status(SECONDS) == 0
         assert versions(check_all(submit_all(client, sequences[:20]), sequences[:20])) == {0}
 
 
@@ -405,14 +403,14 @@ def test_a_retryable_refusal_goes_to_another_replica() -> None:
 
 def test_a_sequence_that_kills_every_server_is_found_and_the_others_are_answered() -> None:
     port, done = free_port(), threading.Event()
-    started: list[subprocess.Popen[str]] = []
+    started: list[Started] = []
 
     def keep_alive() -> None:
         while not done.is_set():
-            started.append(start_fake_teacher("--seconds", "0.001", port=port))
-            while started[-1].poll() is None and not done.is_set():
+            started.append(Started("--seconds", "0.001", port=port))
+            while started[-1].exit_status() is None and not done.is_set():
                 done.wait(0.02)
-            stop(started[-1])
+            started[-1].stop()
 
     keeping = threading.Thread(target=keep_alive)
     keeping.start()
@@ -428,7 +426,7 @@ def test_a_sequence_that_kills_every_server_is_found_and_the_others_are_answered
     finally:
         done.set()
         keeping.join()
-    assert sum(process.returncode == 13 for process in started) <= 9
+    assert sum(teacher.exit_status() == 13 for teacher in started) <= 9
 
 
 def test_without_a_teacher_requests_and_the_handshake_end_with_the_address_and_the_cause() -> None:
