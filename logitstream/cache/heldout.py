@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from logitstream.files import write_whole
 from logitstream.types import MAX_VOCAB_SIZE, TokenSequence
 
 FILE = "heldout.lst"
+LOCK = ".heldout.lock"
 
 
 def read_heldout(directory: str | Path) -> list[TokenSequence]:
@@ -36,18 +39,31 @@ def read_heldout(directory: str | Path) -> list[TokenSequence]:
 
 
 def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> None:
-    """Set more sequences apart; the folder need not be a cache yet. Raises OSError or CacheError."""
-    known = {sequence.digest(): sequence for sequence in read_heldout(directory)}
-    added = known | {sequence.digest(): sequence for sequence in sequences}
-    if len(added) == len(known):
+    """Set more sequences apart; the folder need not be a cache yet. Raises OSError or CacheError.
+
+    Nothing is lost where several runs do so at once, but in a store, which knows no locks.
+    """
+    more = {sequence.digest(): sequence for sequence in sequences}
+    if more.keys() <= {sequence.digest() for sequence in read_heldout(directory)}:
         return
-    content = render({"sequences": [_entry(added[digest]) for digest in sorted(added)]})
-    if is_remote(directory):
-        with _reaching(str(directory)), fsspec.open(f"{str(directory).rstrip('/')}/{FILE}", "wb") as file:
-            file.write(content)
-        return
-    local_path(directory).mkdir(parents=True, exist_ok=True)
-    write_whole(local_path(directory) / FILE, content)
+    with contextlib.nullcontext() if is_remote(directory) else _alone(local_path(directory)):
+        added = {sequence.digest(): sequence for sequence in read_heldout(directory)} | more
+        content = render({"sequences": [_entry(added[digest]) for digest in sorted(added)]})
+        if is_remote(directory):
+            with _reaching(str(directory)), fsspec.open(f"{str(directory).rstrip('/')}/{FILE}", "wb") as file:
+                file.write(content)
+        else:
+            write_whole(local_path(directory) / FILE, content)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Once nobody else adds to the folder's list; at once where the file system knows no locks."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _remote_bytes(directory: str) -> bytes:

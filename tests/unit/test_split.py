@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,13 @@ def test_notes_keep_masks_and_go_with_a_merged_cache(tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}"
     add_heldout(url, sequences)
     assert len(read_heldout(url)) == 4
+
+
+def test_no_note_is_lost_where_many_runs_begin_at_once(tmp_path: Path) -> None:
+    sequences = [TokenSequence(token_ids=np.array([n, 2, 3], np.int32)) for n in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda one: add_heldout(tmp_path, [one]), sequences))
+    assert {one.digest() for one in read_heldout(tmp_path)} == {one.digest() for one in sequences}
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"sequences": 3}', b"\xff", b"[" * 100_000])
