@@ -37,6 +37,7 @@ class Disk:
         self._waiting_bytes = 0
         self._drops = False
         self._warned = False
+        self._trouble = ""
 
     @property
     def hangs(self) -> bool:
@@ -45,13 +46,13 @@ class Disk:
         return since is not None and time.monotonic() - since > self._patience
 
     async def ask(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
-        """What the function returns; None where the disk does not answer in time, at once where it hangs."""
+        """What the function returns; None where the disk does not answer in time, at once where it hangs, or fails."""
         if self._notices_hanging():
             return None
         future = asyncio.wrap_future(self._submit(function, *arguments))
         done, _ = await asyncio.wait({future}, timeout=self._patience)
         if done:
-            return future.result()
+            return self._outcome(future)
         future.cancel()  # one that has not begun never will
         self._notices_hanging()
         return None
@@ -97,6 +98,20 @@ class Disk:
             self._drops = False
             log.warning("the cache's disk keeps up again")
         if not done.cancelled() and (error := done.exception()) is not None:
+            self._note(error)
+
+    def _outcome(self, future: asyncio.Future[Result]) -> Result | None:
+        """Nobody's answer may depend on the cache: whoever asks it goes on without where it fails."""
+        try:
+            return future.result()
+        except Exception as error:
+            self._note(error)
+            return None
+
+    def _note(self, error: BaseException) -> None:
+        """Log a failure, the same one but once: some are asked for again every second."""
+        if repr(error) != self._trouble:
+            self._trouble = repr(error)
             log.error("the cache failed", exc_info=error)
 
     def _notices_hanging(self) -> bool:

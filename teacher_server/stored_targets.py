@@ -14,7 +14,7 @@ from logitstream import metrics
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.manifest import MANIFEST
 from logitstream.cache.writer import ENTRY_BYTES, MESSAGE_BYTES, RECORD_BYTES
-from logitstream.errors import CacheError
+from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo, request_key
 from teacher_server.backend import ScoreRequest
 from teacher_server.cache_usage import Usage
@@ -53,8 +53,8 @@ class _Cache:
 class StoredTargets:
     """A cache for each (weights, spec) that is served, DIRECTORY/<fingerprint>: students may read it as well.
 
-    `holds` looks into memory alone; everything else reads or writes files and belongs into one thread. Nothing raises:
-    a cache that cannot be used is logged once and passed over. Beyond MAX_OPEN the one used longest ago is closed. All
+    `holds` looks into memory alone; everything else reads or writes files and belongs into one thread. A cache that
+    cannot be used is logged once and passed over. Beyond MAX_OPEN the one used longest ago is closed. All
     caches together keep to max_bytes (0: no bound): beyond it nothing more is written.
     """
 
@@ -188,7 +188,7 @@ class StoredTargets:
                 cache.writer = self._new_writer(directory, fingerprint, info)
             if cache.reader is None:
                 cache.reader = CacheReader(directory, fingerprint)
-        except (CacheError, OSError) as error:
+        except (CacheError, FingerprintMismatch, OSError) as error:
             cache.broken = True
             log.warning("the cache %s is not used: %s", directory, error)
         return cache

@@ -20,7 +20,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from logitstream import metrics
 from logitstream.cache import CacheReader
 from logitstream.cache.open_shard import tree_bytes
-from logitstream.types import Fingerprint, TargetSpec
+from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
 from teacher_server.disk import Disk
 from teacher_server.encoding import encoder
@@ -36,9 +36,15 @@ def request(first: int, draw_set: int = 0) -> ScoreRequest:
     return ScoreRequest(sequence=sequence(first, 1, 2), spec=SPEC, draw_set=draw_set)
 
 
-async def score(directory: Path, backend: FakeBackend, requests: list[ScoreRequest], max_bytes: int = 0) -> list[bytes]:
+async def score(
+    directory: Path,
+    backend: FakeBackend,
+    requests: list[ScoreRequest],
+    max_bytes: int = 0,
+    kind: type[StoredTargets] = StoredTargets,
+) -> list[bytes]:
     """The answers of a server that begins and ends with these requests."""
-    stored = StoredTargets(str(directory), max_bytes=max_bytes)
+    stored = kind(str(directory), max_bytes=max_bytes)
     scheduler = Scheduler(backend, encoder(b"", 1 << 20), max_batch_tokens=100, stored=stored)
     running = asyncio.ensure_future(scheduler.run())
     await scheduler.open_stored(SPEC)
@@ -100,6 +106,52 @@ async def test_a_cache_that_cannot_be_written_or_read_changes_no_answer(tmp_path
     for manifest in (tmp_path / "good").glob("*/manifest.json"):
         manifest.write_bytes(b"{}")
     assert await score(tmp_path / "good", FakeBackend(), [request(1), request(2)]) == plain
+
+
+class FailingTargets(StoredTargets):
+    """Says what is stored, and fails at reading it in a way that no cache foresees."""
+
+    def get(self, request: ScoreRequest, info: TeacherInfo) -> bytes | None:
+        raise OSError("Input/output error")
+
+
+async def test_a_disk_that_fails_in_an_unforeseen_way_leaves_nobody_without_an_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    payloads = await score(tmp_path, FakeBackend(), [request(1), request(2)])
+    backend = FakeBackend()
+    async with asyncio.timeout(20):
+        assert await score(tmp_path, backend, [request(1), request(2)], kind=FailingTargets) == payloads
+    assert num_scored(backend) == 2
+    too_long = tmp_path / ("x" * 300)  # the disk refuses even to say whether it is there
+    async with asyncio.timeout(20):
+        assert await score(too_long, FakeBackend(), [request(1), request(2)]) == payloads
+    failures = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
+    assert failures[0] == "Input/output error"
+    assert "File name too long" in failures[1]
+
+
+def test_a_folder_of_another_fingerprint_is_passed_over_and_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = FakeBackend().describe()
+    first, other = seeded(1), seeded(2)
+    stored = StoredTargets(str(tmp_path))
+    stored.put([(first, b"payload")], info)
+    stored.close()
+    (folder,) = tmp_path.iterdir()
+    shutil.copytree(folder, tmp_path / Fingerprint.of(info, other.spec).digest[:16])
+    stored = StoredTargets(str(tmp_path))
+    for _ in range(3):
+        stored.open(other.spec, info)
+        stored.put([(other, b"payload")], info)
+        assert stored.get(other, info) is None
+    stored.open(first.spec, info)
+    assert stored.get(first, info) == b"payload"
+    stored.close()
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "is not used: " in said
+    assert "seed" in said
 
 
 async def test_requests_that_join_while_the_disk_is_read_share_the_answer(tmp_path: Path) -> None:
