@@ -47,7 +47,7 @@ PERFORMANCE_OPTIONS = frozenset(
 """vLLM's options that change speed and memory alone; any other may change what is served."""
 
 
-class WeightsChanged(RuntimeError):
+class WeightsChanged(ValueError):
     """Raised where weights are written to while they are loaded, which may then be half of two models."""
 
 
