@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from logitstream.errors import LogitstreamError
+
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
@@ -59,6 +61,15 @@ def naming(setting: str, name: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         missing = "there is no such folder, and as the hub's: " if name and not Path(name).exists() else ""
         raise ValueError(f"{setting} {name}: {missing}{error}") from error
+
+
+@contextlib.contextmanager
+def of_setting(names: str) -> Iterator[None]:
+    """Raise what the block raises of a file as ValueError that names the settings which hold its path."""
+    try:
+        yield
+    except (OSError, ValueError, LogitstreamError) as error:
+        raise ValueError(f"{names}: {error}") from error
 
 
 def refuse_missing_folder(setting: str, name: str) -> None:

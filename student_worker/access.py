@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from logitstream.files import of_setting
 from logitstream.rpc.channel import TlsFiles, client_credentials
 from logitstream.rpc.tokens import TokenFile, checked_token
 
@@ -15,13 +16,15 @@ TOKEN_VARIABLE = "LOGITSTREAM_TOKEN"
 def check_access(tls: TlsFiles | None, *, token: str = "", token_file: str = "") -> Callable[[], str]:
     """What reads the token for a connection, once token and certificates have been found good.
 
-    Raises ValueError where one of them is none, OSError for a file that cannot be read.
+    Raises ValueError, which names the setting, where one of them is none or its file cannot be read.
     """
     if tls is not None:
-        client_credentials(tls)
+        with of_setting("tls_ca, tls_cert or tls_key"):
+            client_credentials(tls)
     if token_file and not token:
         read = TokenFile(Path(token_file)).read
-        read()
+        with of_setting("token_file"):
+            read()
         return read
     known = token or os.environ.get(TOKEN_VARIABLE, "").strip()
     checked_token(known.encode(), "the token" if token else f"${TOKEN_VARIABLE}")

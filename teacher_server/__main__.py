@@ -75,13 +75,21 @@ def check(config: TeacherConfig) -> None:
 
 
 def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
-    """What codec version 2 is told about the teacher's ids; empty where the settings name nothing."""
+    """What codec version 2 is told about the teacher's ids; empty where the settings name nothing.
+
+    Raises ValueError where it does not fit into the message that tells students of it.
+    """
     from teacher_server.calibration import id_model_from
 
     path = Path(config.id_model) if config.id_model else None
-    if not config.calibration_text:
-        return id_model_from(path, None, None, backend)
-    return id_model_from(path, Path(config.calibration_text), tokenizer_of(config), backend)
+    text = Path(config.calibration_text) if config.calibration_text else None
+    content = id_model_from(path, text, tokenizer_of(config) if text is not None else None, backend)
+    if len(content) > config.max_message_bytes:
+        raise ValueError(
+            f"max_message_bytes must be at least {len(content)}, the size of the id model, "
+            f"got {config.max_message_bytes}"
+        )
+    return content
 
 
 def vocabulary_of(config: TeacherConfig) -> Vocabulary:
@@ -95,9 +103,12 @@ def tokenizer_of(config: TeacherConfig) -> Any:
     """The one that is named, or the model's own."""
     from transformers import AutoTokenizer
 
+    from logitstream.files import naming
     from teacher_server.weights import weights_folder
 
-    return AutoTokenizer.from_pretrained(config.tokenizer or weights_folder(config.model, config.revision))
+    source = config.tokenizer or str(weights_folder(config.model, config.revision))
+    with naming("tokenizer" if config.tokenizer else "model", source):
+        return AutoTokenizer.from_pretrained(source)
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:

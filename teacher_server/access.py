@@ -8,6 +8,7 @@ import os
 from contextvars import ContextVar
 from pathlib import Path
 
+from logitstream.files import of_setting
 from logitstream.rpc.certificates import Stamp, file_stamp
 from logitstream.rpc.tokens import checked_token
 
@@ -79,7 +80,9 @@ class BearerTokens:
 
 
 def bearer_tokens(token_file: str, token_env: str) -> BearerTokens | None:
-    """Of these settings; None where both are empty. Raises ValueError or OSError where no token is to be had."""
-    if not (token_file or token_env):
+    """Of these settings; None where both are empty. ValueError, which names them, where no token is to be had."""
+    given = {"token_file": token_file, "token_env": token_env}
+    if not any(given.values()):
         return None
-    return BearerTokens(path=Path(token_file) if token_file else None, variable=token_env or None)
+    with of_setting(" and ".join(name for name, value in given.items() if value)):
+        return BearerTokens(path=Path(token_file) if token_file else None, variable=token_env or None)

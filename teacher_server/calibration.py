@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from logitstream.files import of_setting, write_whole
 from logitstream.id_model import IdModel
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from teacher_server.backend import ScoreRequest, TeacherBackend
@@ -31,20 +31,22 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
     """The id model in the file `path`, made from `text` where there is no such file yet; empty where neither is given.
 
     Replicas must share the file: models of two calibrations differ in a few levels, which the students would refuse.
-    Raises ValueError where the file was made for another vocabulary.
+    Raises ValueError where a file cannot be read or was made for another vocabulary.
     """
     if path is not None and path.exists():
-        found, expected = IdModel.from_bytes(path.read_bytes()), backend.describe().vocab_size
+        with of_setting(f"id_model {path}"):
+            found = IdModel.from_bytes(path.read_bytes())
+        expected = backend.describe().vocab_size
         if found.vocab_size != expected:
             raise ValueError(f"id_model {path} is of {found.vocab_size} ids, the teacher has {expected}: make another")
         return found.to_bytes()
     if text is None or tokenizer is None:
         return b""
-    encoded = calibrate(backend, tokenizer.encode(text.read_text(encoding="utf-8"))).to_bytes()
+    with of_setting(f"calibration_text {text}"):
+        content = text.read_text(encoding="utf-8")
+    encoded = calibrate(backend, tokenizer.encode(content)).to_bytes()
     if path is not None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_bytes(encoded)
-        partial.rename(path)
+        write_whole(path, encoded)
     return encoded
 
 

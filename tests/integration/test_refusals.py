@@ -13,11 +13,19 @@ from tests.authority import Authority
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
-        (["--token_file", "{tmp}/odd"], 1, "{tmp}/odd: expected a token of printable ASCII characters"),
-        (["--token_file", "{tmp}/empty"], 1, "no token in {tmp}/empty"),
-        (["--token_file", "{tmp}/none"], 1, "No such file or directory: '{tmp}/none'"),
-        (["--tls_ca", "{tmp}/none"], 1, "No such file or directory: '{tmp}/none'"),
-        (["--tls_ca", "{tmp}/empty"], 1, "the authority {tmp}/empty holds no certificate in PEM"),
+        (["--token_file", "{tmp}/odd"], 1, "token_file: {tmp}/odd: expected a token of printable ASCII characters"),
+        (["--token_file", "{tmp}/empty"], 1, "token_file: no token in {tmp}/empty"),
+        (["--token_file", "{tmp}/none"], 1, "token_file: [Errno 2] No such file or directory: '{tmp}/none'"),
+        (
+            ["--tls_ca", "{tmp}/none"],
+            1,
+            "tls_ca, tls_cert or tls_key: [Errno 2] No such file or directory: '{tmp}/none'",
+        ),
+        (
+            ["--tls_ca", "{tmp}/empty"],
+            1,
+            "tls_ca, tls_cert or tls_key: the authority {tmp}/empty holds no certificate in PEM",
+        ),
         (
             ["--tls_ca", "{tmp}/ca.pem", "--tls_cert", "{tmp}/mine.pem", "--tls_key", "{tmp}/other.key"],
             1,

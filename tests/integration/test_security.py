@@ -218,7 +218,7 @@ def test_a_token_file_that_no_client_could_match_is_an_error_at_first_and_change
     with pytest.raises(ValueError, match=text) as caught:
         BearerTokens(path=token_file)
     assert "good" not in str(caught.value)
-    with pytest.raises(SystemExit, match=f"^teacher-server: {text}"):
+    with pytest.raises(SystemExit, match=f"^teacher-server: token_file: {text}"):
         serve(TeacherConfig(model="m", address="127.0.0.1:0", token_file=str(token_file)), FakeBackend)
     token_file.write_text("first team a\n")
     tokens, client = BearerTokens(path=token_file), TokenFile(tmp_path / "token")

@@ -21,12 +21,12 @@ from logitstream import codec
 from logitstream.id_model import IdModel
 from logitstream.rpc import convert
 from logitstream.types import TargetSpec
-from teacher_server.__main__ import check, main
+from teacher_server.__main__ import backend_factory, check, id_model_of, main, tokenizer_of
 from teacher_server.calibration import id_model_from
 from teacher_server.config import TeacherConfig
 from teacher_server.preflight import check_access, check_places
 from teacher_server.server import EXIT_STUCK, serve
-from teacher_server.weights import weights_digest
+from teacher_server.weights import WeightsChanged, weights_digest
 from tests.authority import Authority
 from tests.fakes import FakeBackend
 from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, teacher_process
@@ -133,6 +133,28 @@ def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
         check(TeacherConfig(model=str(tiny_teacher), device="cpu", id_model=str(path)))
 
 
+def test_files_that_an_id_model_cannot_be_made_of_are_named_with_their_settings(tmp_path: Path) -> None:
+    (tmp_path / "odd").write_bytes(b"\xff\xfe")
+    backend = FakeBackend(vocab_size=70_000)
+    with pytest.raises(ValueError, match=r"^id_model .*odd: not an id model"):
+        id_model_of(TeacherConfig(model="m", id_model=str(tmp_path / "odd")), backend)
+    for name in ("odd", "nowhere"):
+        with pytest.raises(ValueError, match=f"^calibration_text .*{name}: "):
+            id_model_from(None, tmp_path / name, Characters(), backend)
+    (tmp_path / "ids").write_bytes(IdModel.from_expected_counts(np.ones(70_000)).to_bytes())
+    settings = {"model": "m", "id_model": str(tmp_path / "ids")}
+    assert len(id_model_of(TeacherConfig(**settings), backend)) == 70_001
+    with pytest.raises(ValueError, match="max_message_bytes must be at least 70001, the size of the id model, got 65"):
+        id_model_of(TeacherConfig(**settings, max_message_bytes=64 << 10), backend)  # Describe could not be answered
+    with pytest.raises(ValueError, match=r"^tokenizer: there is no folder /nowhere/at all"):
+        tokenizer_of(TeacherConfig(model="m", tokenizer="/nowhere/at all"))
+
+
+class Characters:
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
 async def test_check_tells_what_describe_tells_and_both_what_was_set(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,12 +198,25 @@ def test_a_device_that_is_none_and_weights_that_are_cut_off_end_in_a_line(tiny_t
     assert all("\n" not in str(stopped.value) for stopped in (device, weights))
 
 
+def test_weights_that_are_being_written_are_told_from_those_that_cannot_be_served(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """As the watcher of new checkpoints does, who comes back to the former alone."""
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    config = TeacherConfig(model=str(folder), device="cpu")
+    with (folder / "model.safetensors").open("r+b"):
+        with pytest.raises(WeightsChanged, match="is written to while it is loaded"):
+            backend_factory(config)()
+        with pytest.raises(SystemExit, match=r"^teacher-server: .*is written to while it is loaded: start again when"):
+            check(config)
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"token_file": "{tmp}/nowhere"}, "nowhere"),
-        ({"token_file": "{tmp}/empty"}, "no token in .*empty"),
-        ({"token_env": "LOGITSTREAM_UNSET"}, "no token in environment variable LOGITSTREAM_UNSET"),
+        ({"token_file": "{tmp}/nowhere"}, "token_file: .*nowhere"),
+        ({"token_file": "{tmp}/empty"}, "token_file: no token in .*empty"),
+        ({"token_env": "LOGITSTREAM_UNSET"}, "token_env: no token in environment variable LOGITSTREAM_UNSET"),
         (
             {"tls_cert": "{tmp}/empty", "tls_key": "{tmp}/empty"},
             "tls_cert .*empty and tls_key .*empty do not go together",
