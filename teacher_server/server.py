@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
 from logitstream.errors import LogitstreamError, one_line
+from logitstream.files import write_whole
 from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import CertificateExpiry, server_credentials
 from logitstream.rpc.channel import TlsFiles
@@ -211,10 +212,7 @@ class TeacherServer:
 
     def _announce(self) -> None:
         if self._config.address_file:
-            path = Path(self._config.address_file)
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            partial.write_text(self.address + "\n")
-            partial.rename(path)
+            write_whole(Path(self._config.address_file), self.address + "\n")
         print(f"serving on {self.address}", flush=True)
 
 
