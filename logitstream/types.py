@@ -32,6 +32,8 @@ SAMPLER_FIELDS: dict[str, frozenset[str]] = {
 COMMON_FIELDS = frozenset({"sampler", "temperature", "seed", "codec_version"})
 CODEC_VERSIONS = (1, 2)
 MAX_VOCAB_SIZE = 1 << 24
+MAX_MESSAGE_BYTES = 64 << 20
+"""The most that a teacher's max_message_bytes may be: a client sets what its channel takes before it can ask."""
 PROBABILITY_UNITS = 1 << 16
 """Grid of top_k's probabilities, and the most samples of a row."""
 FULL_UNITS = 1 << 30

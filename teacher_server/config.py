@@ -7,6 +7,7 @@ from typing import Any
 
 from logitstream.rpc.addresses import MAX_PORT, is_loopback, is_unix, split_address
 from logitstream.settings import setting
+from logitstream.types import MAX_MESSAGE_BYTES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("transformers", "vllm")
@@ -44,7 +45,9 @@ class TeacherConfig:
     max_sequence_tokens: int = setting("Longest sequence taken; 0: what the model allows, at most 8192.", 0)
     max_in_flight_tokens: int = setting("Tokens one stream may have in flight, its credit.", 65_536)
     max_queue_tokens: int = setting("Tokens that may wait in the whole server.", 1 << 20)
-    max_message_bytes: int = setting("Largest message of requests, and largest targets of one sequence.", 4 << 20)
+    max_message_bytes: int = setting(
+        "Largest message of requests, and largest targets of one sequence: 64 KiB to 64 MiB.", 4 << 20
+    )
     max_connections: int = setting(
         "Connections that may be open at a time, silent ones included; 0: half of the files that the process may open.",
         0,
@@ -98,8 +101,11 @@ class TeacherConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_message_bytes < LEAST_MESSAGE_BYTES:
-            raise ValueError(f"max_message_bytes must be at least {LEAST_MESSAGE_BYTES}, got {self.max_message_bytes}")
+        if not LEAST_MESSAGE_BYTES <= self.max_message_bytes <= MAX_MESSAGE_BYTES:
+            raise ValueError(
+                f"max_message_bytes must lie in [{LEAST_MESSAGE_BYTES}, {MAX_MESSAGE_BYTES}], "
+                f"got {self.max_message_bytes}"
+            )
         for name in ("max_sequence_tokens", "vocab_size", "max_connections", "max_client_streams", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

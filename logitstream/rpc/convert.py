@@ -10,7 +10,14 @@ import numpy as np
 
 from logitstream.errors import REQUEST_ERRORS, InvalidSequence, ProtocolViolation, RequestError
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from logitstream.types import COMMON_FIELDS, SAMPLER_FIELDS, TargetSpec, TeacherInfo, TokenSequence
+from logitstream.types import (
+    COMMON_FIELDS,
+    MAX_MESSAGE_BYTES,
+    SAMPLER_FIELDS,
+    TargetSpec,
+    TeacherInfo,
+    TokenSequence,
+)
 
 ID_BYTES = 4
 MAX_TEXT_CHARS = 1024
@@ -43,6 +50,11 @@ def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
     for name in ("vocab_size", "max_sequence_tokens", "max_in_flight_tokens", "max_message_bytes"):
         if getattr(message, name) < 1:
             raise ProtocolViolation(f"{name} must be at least 1, got {getattr(message, name)}")
+    if message.max_message_bytes > MAX_MESSAGE_BYTES:
+        raise ProtocolViolation(
+            f"max_message_bytes must be at most {MAX_MESSAGE_BYTES}, which this client takes, got "
+            f"{message.max_message_bytes}"
+        )
     values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(TeacherInfo)}
     return TeacherInfo(**values | {name: tuple(values[name]) for name in ("samplers", "codec_versions")})
 

@@ -91,6 +91,7 @@ def test_equal_specs_have_one_fingerprint_whatever_kind_of_numbers_they_were_mad
         ("backend", "b" * 2000),
         ("vocab_size", 0),
         ("max_message_bytes", 0),
+        ("max_message_bytes", (64 << 20) + 1),
     ],
 )
 def test_what_no_teacher_says_of_itself_is_refused_by_name(field: str, value: Any) -> None:

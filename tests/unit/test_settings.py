@@ -18,6 +18,7 @@ from student_worker.__main__ import main as student_main
 from student_worker.config import StudentConfig
 from student_worker.run import write_resolved
 from teacher_server.__main__ import main as teacher_main
+from teacher_server.config import TeacherConfig
 
 
 @dataclass(kw_only=True)
@@ -84,6 +85,12 @@ def test_a_dict_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         parse("--shares", "7")
     assert "expected a JSON object, got '7'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_bytes", [(64 << 10) - 1, (64 << 20) + 1])
+def test_messages_that_no_vocabulary_or_no_student_goes_with_are_refused(num_bytes: int) -> None:
+    with pytest.raises(ValueError, match=r"max_message_bytes must lie in \[65536, 67108864\], got"):
+        TeacherConfig(model="m", max_message_bytes=num_bytes)
 
 
 def test_an_empty_list_in_the_file_is_one_and_may_be_overridden(
