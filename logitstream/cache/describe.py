@@ -84,12 +84,11 @@ def describe(directory: Path, *, sampled_records: int = 256) -> Description:
 
 def _entry(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """A sealed shard's entry; made anew for an open one, or where it is damaged."""
-    if path.suffix == ".arrow":
-        with contextlib.suppress(CacheError):
-            return read_entry(path)
-    if path.suffix == ".arrow":
-        return summary(shard_spans(path, manifest)[0])
-    return summary(scanned_spans(path, token_width(manifest)))
+    if path.suffix == OPEN_SUFFIX:
+        return summary(scanned_spans(path, token_width(manifest)))
+    with contextlib.suppress(CacheError):
+        return read_entry(path)
+    return summary(shard_spans(path, manifest)[0])
 
 
 def _entries(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]:

@@ -87,12 +87,6 @@ class Snapshot:
         number = bisect_right(self.starts, place) - 1
         return self.shards[number], place - self.starts[number]
 
-    def all_spans(self) -> Iterator[tuple[str, Spans]]:
-        """Each shard's path and spans; FileNotFoundError where one was pruned."""
-        for number, path in enumerate(self.shards):
-            yield path, self.sealed_spans(number)
-        yield from self.open_spans()
-
     def sealed_spans(self, number: int) -> Spans:
         """Of one of the sealed shards; FileNotFoundError where it was pruned."""
         path = self.shards[number]

@@ -105,7 +105,7 @@ def test_the_bytes_of_a_rewritten_shard_are_known_beforehand(sizes: list[int], b
         directory = Path(folder)
         write(directory, numbered(sizes, mask_every=masks), batch_bytes=batch_bytes)
         reader = CacheReader(directory)
-        ((path, spans),) = reader._now.all_spans()
+        ((path,), spans) = reader.shards(), reader._now.sealed_spans(0)
         expected = rewritten_bytes(Path(path), spans, reader.manifest)
         assert len(newest_within(Path(path), spans, expected, reader.manifest)) == len(spans)
         assert len(newest_within(Path(path), spans, expected - 1, reader.manifest)) < len(spans)

@@ -36,8 +36,8 @@ def write(directory: Path, records: list[Record], **options: int) -> CacheReader
 
 
 def shard_and_spans(reader: CacheReader) -> tuple[Path, Spans]:
-    ((path, spans),) = reader._now.all_spans()
-    return Path(path), spans
+    (path,) = reader.shards()
+    return Path(path), reader._now.sealed_spans(0)
 
 
 def flip(path: Path, needle: bytes) -> None:
