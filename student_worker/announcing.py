@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from logitstream.types import TeacherInfo
 from student_worker.checkpoints import checkpoints_in
 from student_worker.config import StudentConfig
 from student_worker.ending import command, resuming
+
+logger = logging.getLogger(__name__)
 
 
 def what_runs(config: StudentConfig, arguments: TrainingArguments, trainer: Trainer, checkpoint: Path | None) -> str:
@@ -26,6 +30,17 @@ def what_runs(config: StudentConfig, arguments: TrainingArguments, trainer: Trai
         f"{num_heldout:,} held out; {_source(config)}; "
         f"output: {arguments.output_dir}{start}"
     )
+
+
+def warn_of_refusals(info: TeacherInfo | None, sequence_tokens: int) -> None:
+    """Log it where the teacher, as far as it is known by now, takes no sequences of the run's length."""
+    if info is not None and info.max_sequence_tokens < sequence_tokens:
+        logger.warning(
+            "the teacher refuses sequences of more than %d tokens, sequence_tokens is %d: longer ones are left out of "
+            "the loss; lower it, or raise max_sequence_tokens at the teacher where its model allows for it",
+            info.max_sequence_tokens,
+            sequence_tokens,
+        )
 
 
 def what_came_of_it(report: dict[str, Any], config: StudentConfig, folder: Path, words: Sequence[str]) -> str:

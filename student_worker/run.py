@@ -37,7 +37,7 @@ from logitstream.tokenizer import Vocabulary
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.access import check_access
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
-from student_worker.announcing import what_came_of_it, what_runs
+from student_worker.announcing import warn_of_refusals, what_came_of_it, what_runs
 from student_worker.batches import split_batch
 from student_worker.cache_disk import from_disk
 from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
@@ -162,6 +162,8 @@ def prepare(
         sequences = (one for i in range(len(heldout_set)) for _, one in split_batch(collate([heldout_set[i]])))
         first_choices = FirstChoices(asked, sequences)
     cache = open_cache(config, client, vocabulary, arguments.process_index, resources)
+    if client is not None and arguments.process_index == 0:
+        warn_of_refusals(client.known_info, config.sequence_tokens)
     trainer = build_trainer(config, arguments, model, client, cache, train_set, heldout_set, draw_set)
     trainer.first_choices = first_choices
     return tokenizer, trainer

@@ -29,6 +29,7 @@ from logitstream.rpc.channel import (
 from logitstream.rpc.connection import TeacherConnection
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
+    MAX_MESSAGE_BYTES,
     Fingerprint,
     ReceivedTargets,
     SparseTargets,
@@ -47,8 +48,6 @@ from student_worker.resolver import resolve, teacher_host
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-MAX_MESSAGE_BYTES = 64 << 20
-"""The largest message taken from a teacher."""
 
 
 class TeacherClient(Protocol):
@@ -184,7 +183,7 @@ class GrpcTeacherClient:
         fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
 
         Raises ValueError for an address that is none, plaintext to another machine without `insecure`, or a token or
-        certificate that is none; OSError for a file that cannot be read.
+        certificate that is none or cannot be read.
         """
         if not addresses:
             raise ValueError("expected at least one teacher address, host:port")
@@ -227,6 +226,11 @@ class GrpcTeacherClient:
             raise TeacherUnavailable("the client is closed")
         waiting = self._dispatcher.wait_ready(self._connect_timeout)
         return asyncio.run_coroutine_threadsafe(waiting, self._loop).result()
+
+    @property
+    def known_info(self) -> TeacherInfo | None:
+        """As `info` where a replica has described itself by now; never waits."""
+        return self._teacher.info
 
     @property
     def max_teacher_lag(self) -> int:

@@ -99,6 +99,20 @@ def test_the_same_command_again_is_refused_with_both_commands_and_loses_nothing(
     assert report["tokens_trained"] == 6 * 32
 
 
+def test_a_teacher_of_shorter_sequences_than_the_runs_is_named_at_the_start(home: Path, tmp_path: Path) -> None:
+    values = json.loads((home / "student" / "config.json").read_text()) | {"max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = config_of(
+        home, tmp_path / "run", model_config=str(tmp_path / "config.json"), sequence_tokens=80, heldout_sequences=1
+    )
+    _, said = run(config, "--max_steps", "1")
+    lines = said.splitlines()
+    (warned,) = [number for number, line in enumerate(lines) if "WARNING" in line and "sequence_tokens is 80" in line]
+    assert "the teacher refuses sequences of more than 64 tokens" in lines[warned]
+    (announced,) = [number for number, line in enumerate(lines) if "training an untrained" in line]
+    assert warned < announced
+
+
 def test_state_files_that_an_old_kill_emptied_do_not_stop_a_start(home: Path, tmp_path: Path) -> None:
     config = config_of(home, tmp_path / "run", resume_from_checkpoint="latest")
     assert run(config, "--max_steps", "2")[0] == 0
