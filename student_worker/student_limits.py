@@ -9,8 +9,6 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from student_worker.split_model import TOLERANCE
-
 POSITIONS = ("max_position_embeddings", "max_seq_len")
 """A config's names for how many positions a model has."""
 PROBE_TOKENS = 4
@@ -27,7 +25,7 @@ class StudentLimits:
     @classmethod
     def of(cls, model: nn.Module) -> StudentLimits:
         """The limits of a transformers model; of another module, none."""
-        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        embedding = _embedding_of(model)
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         found = (getattr(config, name, None) for name in POSITIONS)
@@ -84,8 +82,9 @@ def stands_before(inputs: dict[str, Any]) -> Before | None:
 def hides(model: Any, before: Before, *, num_rows: int) -> bool:
     """Whether a row's second half sees nothing of the first: of another document, or of padding.
 
-    Tried out: does another first half move the second one's logits? Attention kernels differ in this, some families
-    take no mask, and recurrent ones carry their state on, by little where they are not trained yet.
+    Tried out: have the second half's logits a gradient at the first one's embeddings? Attention kernels differ in this,
+    some families take no mask, and recurrent ones carry their state on. What an untrained one carries on may be too
+    little to move logits of a low precision, but its gradient is not rounded away.
     """
     half = torch.arange(PROBE_TOKENS)
     told = {
@@ -104,26 +103,36 @@ def refuse_to_see(model: Any, before: Before) -> NoReturn:
     raise ValueError(f"{type(model).__name__} sees {what}, the teacher does not: {instead}")
 
 
-@torch.no_grad()
 def _hides_first_half(model: Any, num_rows: int, told: dict[str, Tensor]) -> bool:
     generator = torch.Generator().manual_seed(0)
+    embedding = _embedding_of(model) or next(part for part in model.modules() if isinstance(part, nn.Embedding))
     vocab_size = StudentLimits.of(model).vocab_size or model.config.vocab_size
     device = next(model.parameters()).device
     shape = (num_rows, 2 * PROBE_TOKENS)
-    one = torch.randint(vocab_size, shape, generator=generator).to(device)
-    other = one.clone()
-    other[:, :PROBE_TOKENS] = (one[:, :PROBE_TOKENS] + vocab_size // 2) % vocab_size
+    embedded: list[Tensor] = []
 
-    def moved(**options: Tensor) -> tuple[float, torch.dtype]:
-        first, second = (model(input_ids=ids, use_cache=False, **options).logits for ids in (one, other))
-        return float((first[:, PROBE_TOKENS:] - second[:, PROBE_TOKENS:]).abs().max()), first.dtype
+    def begin_here(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # which may be changed in place, as a leaf may not
 
+    options = {name: values.to(device).expand(shape) for name, values in told.items()}
+    options["input_ids"] = torch.randint(vocab_size, shape, generator=generator).to(device)
+    hook = embedding.register_forward_hook(begin_here)
     was_training = model.training
     model.eval()
     try:
-        seen, dtype = moved(**{name: values.to(device).expand(shape) for name, values in told.items()})
-        return seen <= TOLERANCE[dtype] * moved()[0]  # experts that see other batches round otherwise
+        with torch.enable_grad():
+            logits = model(use_cache=False, **options).logits[:, PROBE_TOKENS:].float()
+            weights = torch.randn(logits.shape, generator=generator).to(device)
+            gradients = torch.autograd.grad((logits * weights).sum(), embedded)
+        return not any(bool(gradient[:, :PROBE_TOKENS].any()) for gradient in gradients)
     except TypeError:  # a forward without such an argument
         return False
     finally:
+        hook.remove()
         model.train(was_training)
+
+
+def _embedding_of(model: Any) -> Any:
+    """The input embedding of a transformers model; None where the model does not say which it is."""
+    return getattr(model, "get_input_embeddings", lambda: None)()

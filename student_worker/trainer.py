@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -80,7 +80,8 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             self.is_fused = install_fused_loss(self.model)
         self.figures = StepFigures(overhead_every=overhead_every)
         self.add_callback(self.figures)
-        self._hidden: dict[Before, bool] = {}
+        self._hidden: dict[tuple[Before, int], bool] = {}
+        """What the student hides, in one row and in several: attention kernels differ in that."""
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
@@ -213,14 +214,15 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     def _try_hiding(self, before: Before | None, *, num_rows: int) -> None:
         """ValueError where the student sees what its batch must hide; a sharded one is tried on all processes alike."""
         assert isinstance(self.model, nn.Module)
-        kinds: Sequence[Before] = get_args(Before)
+        several = min(num_rows, 2)
+        cases: list[tuple[Before, int]] = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
         if before is not None and joined_by(self.model) in (None, "DDP"):
-            kinds = (before,)
-        for kind in kinds:
-            if kind not in self._hidden:
-                self._hidden[kind] = hides(self.model, kind, num_rows=num_rows)
+            cases = [(before, several)]
+        for case in cases:
+            if case not in self._hidden:
+                self._hidden[case] = hides(self.model, case[0], num_rows=case[1])
                 reshard(self.model)
-        if before is not None and not self._hidden[before]:
+        if before is not None and not self._hidden[before, several]:
             refuse_to_see(self.model, before)
 
     def _loss_arguments(self, inputs: Batch, ce_weight: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import DataCollatorWithFlattening, TrainingArguments
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
 
 from logitstream.errors import InvalidSequence
 from logitstream.sampling import sample
@@ -35,6 +35,7 @@ INFO = TeacherInfo(
     max_sequence_tokens=64,
 )
 LENGTHS = (12, 9, 15, 4)
+HYBRIDS = ["mamba", "jamba", "falcon_h1", "lfm2_moe", "recurrent_gemma"]
 Row = dict[str, Any]
 Collator = Callable[[list[Row]], Batch]
 
@@ -180,6 +181,39 @@ def test_a_student_that_sees_across_documents_is_refused(tmp_path: Path, family:
     trainer = trainer_of(tmp_path, student, client_of(tiny_model("llama")), flattened())
     with pytest.raises(ValueError, match="ForCausalLM sees across the documents of a packed row"):
         trainer.train()
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_rounding_does_not_hide_what_a_student_sees_across_documents(tmp_path: Path, family: str) -> None:
+    """In bfloat16 a fresh hybrid's logits need not move at all for what its state carries across the border."""
+    student = any_family(family, vocab_size=VOCAB_SIZE).to(torch.bfloat16)
+    trainer = trainer_of(tmp_path, student, None, flattened())
+    with pytest.raises(ValueError, match="sees across the documents of a packed row"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3", "mixtral"])
+def test_attention_in_low_precision_hides_other_documents(tmp_path: Path, family: str) -> None:
+    """Nothing of them comes through, whatever the precision; nor of padding."""
+    student = tiny_model(family).to(torch.bfloat16)
+    for collator in (flattened(), left_padded):
+        assert np.isfinite(trainer_of(tmp_path, student, None, collator).evaluate()["eval_loss"])
+
+
+class PackedAlone(LlamaForCausalLM):
+    """Takes heed of packed positions in a batch of one row alone, as flash attention does."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, position_ids=position_ids if len(input_ids) == 1 else None, **kwargs)
+
+
+def test_a_student_that_hides_documents_in_single_rows_is_tried_with_several(tmp_path: Path) -> None:
+    student = PackedAlone(tiny_model("llama").config).eval()
+    trainer = trainer_of(tmp_path, student, None, flattened())
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    trainer.data_collator = two_rows
+    with pytest.raises(ValueError, match="PackedAlone sees across the documents of a packed row"):
+        trainer.evaluate()
 
 
 def left_padded(rows: list[Row]) -> Batch:
