@@ -14,10 +14,12 @@ import torch
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.fingerprint import Hasher
 
 from logitstream.cache import CacheReader
 from logitstream.errors import CorruptRecord
 from logitstream.types import TokenSequence, request_key
+from student_worker import boundaries, documents, packing, token_rows
 from student_worker.cache_disk import cache_disk
 from student_worker.packing import TextFile, frame_of, pack
 from student_worker.student_limits import StudentLimits
@@ -77,9 +79,14 @@ def load_sequences(
 
 
 def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any]) -> Dataset:
-    """What the generator yields, kept on disk by the datasets library; raises what the generator raises."""
+    """What the generator yields, kept on disk by the datasets library; raises what the generator raises.
+
+    It is found there again by the arguments and by the code that makes rows of them: another version's are others.
+    """
+    code = [Path(str(module.__file__)).read_bytes() for module in (boundaries, documents, packing, token_rows)]
+    known = Hasher.hash((code, sequences.__name__, arguments))
     try:
-        return Dataset.from_generator(sequences, gen_kwargs=arguments)
+        return Dataset.from_generator(sequences, gen_kwargs=arguments, fingerprint=known)
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
 

@@ -102,12 +102,14 @@ def warn_of_cuts(parts: Sequence[Part], sequence_tokens: int) -> None:
 
 def _row(row: dict[str, Any], where: str) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
     """A row's columns, and each token's document, 0 for padding."""
-    lengths = {name: None if values is None else len(values) for name, values in row.items() if name != "seq_lengths"}
-    if row["input_ids"] is None or len(set(lengths.values())) > 1:
+    lengths = {name: None if values is None else len(values) for name, values in row.items()}
+    if None in lengths.values() or len({number for name, number in lengths.items() if name != "seq_lengths"}) > 1:
         raise ValueError(f"{where}: expected lists of one length, one entry a token, got lengths {lengths}")
-    values = {name: np.asarray(column, np.int64) for name, column in row.items() if column is not None}
+    if empty := [name for name, column in row.items() if None in column]:
+        raise ValueError(f"{where}: expected whole numbers, got an entry of {empty[0]} that is null")
+    values = {name: np.asarray(column, np.int64) for name, column in row.items()}
     batch = {name: values[name][None] for name in ("input_ids", "attention_mask", *DOCUMENTS[:2]) if name in values}
-    if values.get("seq_lengths") is not None and len(values["input_ids"]):
+    if "seq_lengths" in values and len(values["input_ids"]):
         ends = np.cumsum(values["seq_lengths"][values["seq_lengths"] > 0])
         batch["cu_seq_lens_q"] = np.concatenate([np.zeros(1, np.int64), ends])
     try:

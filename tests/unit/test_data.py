@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+import student_worker
 from student_worker.batches import split_batch
 from student_worker.data import check_datasets_cache, collate, load_sequences
 from student_worker.packing import frame_of, pack
@@ -132,6 +137,10 @@ def test_columns_say_which_rows_count_and_which_tokens_are_one_document(
         ({"weights": [0.5] * 6}, "the column 'weights' has an entry for each token"),
         ({"position_ids": [3, 4, 5, 6, 7, 8]}, "rows.jsonl: row 0: .*its position is 3"),
         ({"seq_lengths": [3, 4]}, "rows.jsonl: row 0: expected cu_seq_lens_q to rise from 0 to the 6 tokens"),
+        (
+            {"labels": [5, None, 7, 8, 9, 10]},
+            "rows.jsonl: row 0: expected whole numbers, got an entry of labels that is",
+        ),
         ({"completion_mask": [0.5] * 6}, "expected completion_mask to hold a list of whole numbers"),
         ({"input_ids": [5, 6, 30, 8, 9, 10]}, "rows.jsonl: row 0: token id 30 is outside the student's .* of 30 ids"),
         ({"input_ids": [5, -1, 7, 8, 9, 10]}, "rows.jsonl: row 0: token id -1 is outside"),
@@ -150,6 +159,13 @@ def test_an_unknown_column_of_tokens_is_refused_though_some_rows_lack_it(tmp_pat
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match="the column 'span_mask' has an entry for each token"):
+        load_sequences([str(path)], tokenizer(), sequence_tokens=8)
+
+
+def test_documents_that_some_rows_do_not_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": [5, 6, 7], "seq_lengths": one}) for one in ([1, 2], None)))
+    with pytest.raises(ValueError, match=r"row 1: expected lists of one length.*'seq_lengths': None"):
         load_sequences([str(path)], tokenizer(), sequence_tokens=8)
 
 
@@ -234,3 +250,36 @@ def test_input_that_cannot_be_trained_on_is_named(tmp_path: Path, name: str, con
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_sequences([str(tmp_path / name)], tokenizer(), sequence_tokens=8)
+
+
+PACK = """
+import sys
+from student_worker.data import load_sequences
+from transformers import AutoTokenizer
+print(load_sequences([sys.argv[1]], AutoTokenizer.from_pretrained(sys.argv[2]), sequence_tokens=2)[:]["input_ids"])
+"""
+
+
+def test_sequences_that_another_version_made_of_a_text_are_made_anew(tmp_path: Path) -> None:
+    """The datasets library keeps them, and knows a function by its name alone."""
+    (tmp_path / "a.txt").write_text("w2 w3 w4 w5")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    root = Path(student_worker.__path__[0]).parent
+    for name in ("student_worker", "logitstream"):
+        shutil.copytree(root / name, tmp_path / "other" / name)
+    changed = tmp_path / "other" / "student_worker" / "packing.py"
+    changed.write_text(changed.read_text().replace('yield {"input_ids": ids}', 'yield {"input_ids": ids[::-1]}'))
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", PACK, str(tmp_path / "a.txt"), str(tmp_path / "tokenizer")],
+            env=os.environ | {"PYTHONPATH": str(where), "HF_HOME": str(tmp_path / "home")},
+            cwd=where,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for where in (root, tmp_path / "other")
+    ]
+    ours, theirs = (json.loads(line) for line in found)
+    assert theirs == [ids[::-1] for ids in ours]
+    assert ours != theirs
