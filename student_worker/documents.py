@@ -138,7 +138,9 @@ def _of_attention_mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, dict[st
 
 def _of_blocks(mask: npt.NDArray[Any]) -> Numbers:
     """The documents of a mask [B, T, T] of who attends to whom; a token that does not attend to itself is padding."""
-    attends = mask == (0 if mask.dtype != bool and (mask < 0).any() else 1)
+    # A floating mask without a 1 is one to be added, were it all 0 for there is nothing to hide.
+    is_added = mask.dtype != bool and ((mask < 0).any() or (mask.dtype.kind == "f" and not mask.any()))
+    attends = mask == (0 if is_added else 1)
     present = np.diagonal(attends, axis1=1, axis2=2)
     first = attends.argmax(2)
     index = np.arange(mask.shape[1])

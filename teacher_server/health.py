@@ -39,6 +39,11 @@ class Health:
             },
         )
 
+    @property
+    def serving(self) -> bool:
+        """Whether the services were last set to SERVING."""
+        return all(status == HealthCheckResponse.SERVING for status in self._status.values())
+
     def set(self, *, serving: bool) -> None:
         status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         self._status = dict.fromkeys(self._status, status)

@@ -81,6 +81,11 @@ class TeacherServer:
         self.scheduler: Scheduler | None = None
         self.address = ""
 
+    @property
+    def serving(self) -> bool:
+        """Whether the teacher is loaded and its health says SERVING."""
+        return self._health.serving
+
     def stop(self) -> None:
         """Begin to drain; safe to call as a signal handler on the loop."""
         self._stopping.set()

@@ -41,7 +41,7 @@ async def serving(
     config = TeacherConfig(**{"model": "test", "address": "127.0.0.1:0", "drain_seconds": 5.0} | settings)
     server = TeacherServer(config, lambda: backend, load_checkpoint=load_checkpoint, load_vocabulary=lambda: vocabulary)
     running = asyncio.ensure_future(server.run())
-    while server.scheduler is None and not running.done():
+    while not server.serving and not running.done():
         await asyncio.sleep(0.005)
     try:
         yield server

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from student_worker.batches import split_batch
@@ -47,6 +47,7 @@ def say(way: str, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, tor
 
 
 @settings(max_examples=60, deadline=None)
+@example(lengths=[[1]], padding=0, way="added_blocks")
 @given(
     lengths=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3),
     padding=st.integers(0, 3),
