@@ -1,5 +1,5 @@
 """The compose cluster as a user starts it, on the real teacher: trained through a killed and two restarted replicas,
-scraped, stopped, and trained again out of its cache volume. `make test-compose` runs it, in about a quarter of an hour.
+scraped, stopped, and trained again out of its cache volume. `make test-compose` runs it, in about ten minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.compose.cluster import ROOT, Cluster, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(1800)]
 
-NUM_SEQUENCES, SEQUENCE_TOKENS, SEQUENCES_PER_STEP, EPOCHS = 640, 128, 8, 2
+NUM_SEQUENCES, SEQUENCE_TOKENS, SEQUENCES_PER_STEP, EPOCHS = 416, 128, 8, 2
 NUM_STEPS = EPOCHS * NUM_SEQUENCES // SEQUENCES_PER_STEP
 ONLINE_STEPS = NUM_SEQUENCES // SEQUENCES_PER_STEP
 STOP_SECONDS = 45
