@@ -13,7 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,3 +134,18 @@ def wait_until(ready: Callable[[], bool], *, seconds: float, what: str) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:g} s for {what}")
         time.sleep(1)
+
+
+def build_images() -> None:
+    """Build what the compose tests run; say so where no engine is to be had, as they will."""
+    with ExitStack() as stack:
+        try:
+            environment = stack.enter_context(engine())
+        except RuntimeError as error:
+            print(f"no images were built: {error}")
+            return
+        Cluster([ROOT / "docker/compose.yaml"], environment).compose("build", seconds=900)
+
+
+if __name__ == "__main__":
+    build_images()
