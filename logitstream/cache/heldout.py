@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from logitstream.cache.manifest import parse, render
 from logitstream.cache.remote import is_remote, local_path
 from logitstream.errors import CacheError, InvalidSequence
-from logitstream.files import write_whole
+from logitstream.files import alone, write_whole
 from logitstream.types import MAX_VOCAB_SIZE, TokenSequence
 
 FILE = "heldout.lst"
@@ -46,7 +45,7 @@ def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> No
     more = {sequence.digest(): sequence for sequence in sequences}
     if more.keys() <= {sequence.digest() for sequence in read_heldout(directory)}:
         return
-    with contextlib.nullcontext() if is_remote(directory) else _alone(local_path(directory)):
+    with contextlib.nullcontext() if is_remote(directory) else alone(local_path(directory) / LOCK):
         added = {sequence.digest(): sequence for sequence in read_heldout(directory)} | more
         content = render({"sequences": [_entry(added[digest]) for digest in sorted(added)]})
         if is_remote(directory):
@@ -54,16 +53,6 @@ def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> No
                 file.write(content)
         else:
             write_whole(local_path(directory) / FILE, content)
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Once nobody else adds to the folder's list; at once where the file system knows no locks."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _remote_bytes(directory: str) -> bytes:
