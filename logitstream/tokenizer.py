@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+from logitstream.files import naming
 from logitstream.types import MAX_VOCAB_SIZE
 
 UNCHECKED_TOKENIZER = "unchecked"
@@ -86,6 +87,17 @@ class Vocabulary:
         if not is_whole:
             raise ValueError("no vocabulary: expected as many ids as tokens, and texts")
         return cls(sorted(zip(ids, tokens, strict=True)), rules)
+
+
+def load_tokenizer(tokenizer: str, model: str) -> Any:
+    """Load the tokenizer of the setting `tokenizer`, or the model's own where it is empty: a folder or a hub's name.
+
+    Raises ValueError, which names the setting, where it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with naming("tokenizer" if tokenizer else "model", tokenizer or model):
+        return AutoTokenizer.from_pretrained(tokenizer or model)
 
 
 def tokenizer_digest(tokenizer: HasVocabulary) -> str:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -33,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from logitstream import metrics
 from logitstream.errors import DiskHangs, LogitstreamError
 from logitstream.files import naming, refuse_missing_folder, write_whole
-from logitstream.tokenizer import Vocabulary
+from logitstream.tokenizer import Vocabulary, load_tokenizer
 from logitstream.types import Fingerprint, TargetSpec
 from student_worker.access import check_access
 from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
@@ -128,8 +127,7 @@ def prepare(
         refuse_missing_folder(setting, getattr(config, setting))
     if not config.text:
         adopt_cache_spec(config)
-    with naming("tokenizer" if config.tokenizer else "model", config.tokenizer or config.model):
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer, config.model)
     with naming("model" if config.model else "model_config", config.model or config.model_config):
         model = load_model(config, arguments)
     train_set, heldout_set = load_data(

@@ -101,14 +101,10 @@ def vocabulary_of(config: TeacherConfig) -> Vocabulary:
 
 def tokenizer_of(config: TeacherConfig) -> Any:
     """The one that is named, or the model's own."""
-    from transformers import AutoTokenizer
-
-    from logitstream.files import naming
+    from logitstream.tokenizer import load_tokenizer
     from teacher_server.weights import weights_folder
 
-    source = config.tokenizer or str(weights_folder(config.model, config.revision))
-    with naming("tokenizer" if config.tokenizer else "model", source):
-        return AutoTokenizer.from_pretrained(source)
+    return load_tokenizer(config.tokenizer, config.tokenizer or str(weights_folder(config.model, config.revision)))
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:

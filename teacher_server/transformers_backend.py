@@ -13,14 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.errors import NonFiniteLogits, RequestError
-from logitstream.files import naming
 from logitstream.sampling import among_rows, draw, rows_at_once, warm_up
-from logitstream.tokenizer import tokenizer_digest
+from logitstream.tokenizer import load_tokenizer, tokenizer_digest
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 from teacher_server.backend import ScoreRequest
@@ -97,8 +96,7 @@ class TransformersBackend:
         """
         folder = weights_folder(model, revision)
         stamps, digest = weights_stamps(folder), weights_digest(folder)
-        with naming("tokenizer" if tokenizer else "model", tokenizer or str(folder)):
-            words = AutoTokenizer.from_pretrained(tokenizer or folder)
+        words = load_tokenizer(tokenizer, str(folder))
         check_vocab_size(vocab_size, words)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         started = time.monotonic()
