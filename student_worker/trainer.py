@@ -82,6 +82,8 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self.add_callback(self.figures)
         self._hidden: dict[tuple[Before, int], bool] = {}
         """What the student hides, in one row and in several: attention kernels differ in that."""
+        self._is_sharded: bool | None = None
+        """Whether each process holds a part of the student; None: not looked at since `train` was called."""
         self._source: Iterator[Batch] | None = None
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
@@ -91,6 +93,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's; the target stream is closed whatever happens."""
+        self._is_sharded = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -207,7 +210,9 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         model_inputs = for_the_model(inputs, takes_positions=takes_positions(self.model))
         StudentLimits.of(self.model).check(model_inputs)
         before = stands_before(model_inputs)
-        if before is not None or (not self._hidden and joined_by(self.model) not in (None, "DDP")):
+        if self._is_sharded is None:
+            self._is_sharded = joined_by(self.model) not in (None, "DDP")
+        if before is not None or (self._is_sharded and not self._hidden):
             self._try_hiding(before, num_rows=len(inputs["input_ids"]))
         return model_inputs
 
@@ -216,7 +221,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         assert isinstance(self.model, nn.Module)
         several = min(num_rows, 2)
         cases: list[tuple[Before, int]] = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
-        if before is not None and joined_by(self.model) in (None, "DDP"):
+        if before is not None and not self._is_sharded:
             cases = [(before, several)]
         for case in cases:
             if case not in self._hidden:
