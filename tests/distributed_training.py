@@ -83,16 +83,21 @@ class Scenario:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE + 6,  # a few ids more than the teacher has
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
 def make_model(folder: Path, *, tied: bool, dropout: float = 0.0) -> None:
     """An untrained student with a few ids more than its teacher."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE + 6,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SIZES,
         attention_dropout=dropout,
         tie_word_embeddings=tied,
     )
@@ -103,12 +108,7 @@ def make_experts(folder: Path) -> None:
     """A mixture of experts that adds its router's loss."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=VOCAB_SIZE + 6,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SIZES,
         num_local_experts=4,
         output_router_logits=True,
         router_aux_loss_coef=0.5,

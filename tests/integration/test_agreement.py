@@ -50,22 +50,28 @@ dist.destroy_process_group()
 """
 
 
-def test_all_processes_train_from_one_teacher_or_end_with_the_same_error(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
+def printed_by_two(script: str, folder: Path, *arguments: str) -> list[str]:
+    """The lines that two processes of torchrun print, which must end well."""
+    file = folder / "process.py"
+    file.write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = subprocess.run(
+        [*launch, str(file), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout.splitlines()
+
+
+def test_all_processes_train_from_one_teacher_or_end_with_the_same_error(tmp_path: Path) -> None:
     nobody = "127.0.0.1:9"
     with fake_teacher() as (_, a), fake_teacher() as (_, twin), fake_teacher("--weights", "b") as (_, b):
-        ended = subprocess.run(
-            [*launch, str(script), str(tmp_path), a, twin, a, b, a, nobody],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("turn"))
+        printed = printed_by_two(PROCESS, tmp_path, str(tmp_path), a, twin, a, b, a, nobody)
+    lines = sorted(line for line in printed if line.startswith("turn"))
     assert lines[::2] == lines[1::2]
     same, unlike, missing = lines[::2]
     digest_a, digest_b = weights_digest("a", 0), weights_digest("b", 0)
@@ -98,19 +104,8 @@ torch.distributed.destroy_process_group()
 
 def test_held_out_figures_do_not_depend_on_which_process_has_the_targets(tmp_path: Path) -> None:
     """The main process's batches may be those whose first choices were not asked for."""
-    script = tmp_path / "process.py"
-    script.write_text(HELDOUT)
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
     expected = {"loss": 1.0, "teacher_top1_agreement": 1.0}
-    assert [json.loads(line) for line in ended.stdout.splitlines()] == [expected] * 2
+    assert [json.loads(line) for line in printed_by_two(HELDOUT, tmp_path)] == [expected] * 2
 
 
 def test_a_resumed_run_refuses_another_teacher_but_may_draw_otherwise(tmp_path: Path) -> None:
@@ -170,18 +165,8 @@ dist.destroy_process_group()
 
 
 def test_all_processes_train_on_the_sequences_that_the_main_one_found_in_a_cache_that_grows(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(CACHE_PROCESS)
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = sorted(line for line in ended.stdout.splitlines() if line.startswith("turn"))
+    printed = printed_by_two(CACHE_PROCESS, tmp_path, str(tmp_path))
+    lines = sorted(line for line in printed if line.startswith("turn"))
     assert len(lines) == 20
     assert lines[::2] == lines[1::2]
     assert len(set(lines)) == 10  # it grew meanwhile
