@@ -44,6 +44,7 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation --target /opt/app 
 FROM dependencies-cpu AS make-assets
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --no-cache-dir --no-deps --target /build/gguf "$(grep '^gguf==' requirements.lock)"
+COPY logitstream/__init__.py logitstream/errors.py logitstream/files.py logitstream/
 COPY demo demo
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     LOGITSTREAM_ASSETS=/assets PYTHONPATH="$(echo /opt/venv/lib/python3*/site-packages):/build/gguf" \
