@@ -101,7 +101,7 @@ def replay_in_order(reader: CacheReader) -> int:
 
 
 def replay_shuffled(reader: CacheReader, keys: list[bytes]) -> int:
-    """As training does (student_worker/target_source.py): looked up together, read one after the other."""
+    """As training does (logitstream/training/target_source.py): looked up together, read one after the other."""
     total = 0
     for start in range(0, len(keys), KEYS_AT_ONCE):
         for payload in reader.get_many(keys[start : start + KEYS_AT_ONCE]):

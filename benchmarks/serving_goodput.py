@@ -20,7 +20,7 @@ from logitstream.rpc import convert
 from logitstream.rpc.channel import open_channel
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.backend import ScoreRequest
-from teacher_server.gate import SERVICE
+from teacher_server.interceptors import SERVICE
 from teacher_server.replies import reply_messages
 from teacher_server.stream import Event, Outcome
 from teacher_server.work import Scored, key_of

@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
 from benchmarks.machine import machine
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import TargetSpec
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import GrpcTeacherClient
 
 RESULTS = Path(__file__).parent / "results" / "sizing.json"
 TEACHER_TOKENS_PER_SECOND = 20_000

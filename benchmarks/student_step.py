@@ -35,9 +35,9 @@ from logitstream.cache import CacheReader, CacheWriter
 from logitstream.fused_loss import fused_linear_sparse_kl
 from logitstream.sampling import sample
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
+from logitstream.training.head_loss import HeadLoss
+from logitstream.training.split_model import install_fused_loss
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TokenSequence
-from student_worker.head_loss import HeadLoss
-from student_worker.split_model import install_fused_loss
 
 RESULTS = Path("benchmarks/results/student_step.json")
 FIGURE = Path("docs/figures/student_step.png")
@@ -162,8 +162,8 @@ def ours_from_the_cache(problem: Problem) -> Iterator[torch.Tensor]:
 
 def ours_over_grpc(problem: Problem) -> Iterator[torch.Tensor]:
     """From a server that answers at once, a process on the same cores, through the prefetching stream."""
-    from student_worker.target_stream import TargetStream
-    from student_worker.teacher_client import GrpcTeacherClient
+    from logitstream.client.teacher_client import GrpcTeacherClient
+    from logitstream.training.target_stream import TargetStream
 
     with tempfile.TemporaryDirectory() as folder:
         address_file = Path(folder) / "address"

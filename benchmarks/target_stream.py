@@ -23,12 +23,12 @@ import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
 from benchmarks.machine import machine
+from logitstream.client.teacher_client import GrpcTeacherClient
+from logitstream.data.documents import Batch
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
+from logitstream.training.target_cache import open_target_cache
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import TargetSpec
-from student_worker.documents import Batch
-from student_worker.target_cache import open_target_cache
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import GrpcTeacherClient
 
 RESULTS = Path(__file__).parent / "results" / "target_stream.json"
 ROUNDS = 5

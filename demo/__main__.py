@@ -167,8 +167,8 @@ def evaluate_heldout(options: argparse.Namespace, teacher: Path, text: Path) -> 
     from transformers import AutoTokenizer
 
     from demo.evaluate import evaluate
-    from student_worker.data import load_sequences
-    from student_worker.split import split_text
+    from logitstream.data.corpus import load_sequences
+    from logitstream.training.split import split_text
 
     sequences = load_sequences([str(text)], AutoTokenizer.from_pretrained(teacher), sequence_tokens=SEQUENCE_TOKENS)
     _, heldout = split_text(sequences, heldout_sequences=options.heldout_sequences)

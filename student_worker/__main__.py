@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str]) -> None:
     """Run, and end with one line where something failed that a user can mend, or where the run was told to end."""
-    from student_worker.checkpoints import ResumeUndecided, checkpoints_in
+    from logitstream.training.checkpoints import ResumeUndecided, checkpoints_in
+    from logitstream.training.stopping import Stopped
     from student_worker.run import output_folder, run
-    from student_worker.stopping import Stopped
 
     folder = output_folder(arguments)
     try:
@@ -92,7 +92,7 @@ class Stderr:
 
 
 def _going_on(folder: Path, words: Sequence[str]) -> str:
-    from student_worker.checkpoints import checkpoints_in
+    from logitstream.training.checkpoints import checkpoints_in
 
     newest = next(iter(checkpoints_in(folder)), None)
     if newest is None:

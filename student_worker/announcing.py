@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from logitstream.training.checkpoints import checkpoints_in
 from logitstream.types import TeacherInfo
-from student_worker.checkpoints import checkpoints_in
 from student_worker.config import StudentConfig
 from student_worker.ending import command, resuming
 

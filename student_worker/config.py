@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from logitstream.client.resolver import teacher_host
 from logitstream.rpc.addresses import check_exposure
 from logitstream.rpc.channel import TlsFiles
 from logitstream.settings import setting
 from logitstream.types import TargetSpec
-from student_worker.resolver import teacher_host
 
 
 @dataclass(kw_only=True)

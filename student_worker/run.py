@@ -30,32 +30,32 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
+from logitstream.cache.cache_disk import from_disk
+from logitstream.client.access import check_access
+from logitstream.client.teacher_client import GrpcTeacherClient
+from logitstream.data.batches import split_batch
+from logitstream.data.corpus import CacheDataset, collate, load_sequences
+from logitstream.data.student_limits import StudentLimits
 from logitstream.errors import DiskHangs, LogitstreamError
 from logitstream.files import naming, refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary, load_tokenizer
+from logitstream.training.checkpoints import STAGING, choose_checkpoint
+from logitstream.training.distributed import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
+from logitstream.training.first_choices import SPEC as FIRST_CHOICES_SPEC
+from logitstream.training.first_choices import FirstChoices
+from logitstream.training.progress import ProgressDisplay
+from logitstream.training.report import RunReport
+from logitstream.training.split import split_cache, split_text
+from logitstream.training.stopping import Stopped
+from logitstream.training.target_cache import TargetCache, may_hold_targets, open_target_cache
+from logitstream.training.target_stream import TargetStream
+from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import Fingerprint, TargetSpec
-from student_worker.access import check_access
-from student_worker.agreement import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from student_worker.announcing import warn_of_refusals, what_came_of_it, what_runs
-from student_worker.batches import split_batch
-from student_worker.cache_disk import from_disk
-from student_worker.cached_draws import adopt_cache_spec, choose_draw_set
-from student_worker.calibration import calibration_sequences, choose_spec
-from student_worker.checkpoints import STAGING, choose_checkpoint
+from student_worker.budget_search import calibration_sequences, choose_spec
 from student_worker.config import StudentConfig
-from student_worker.data import CacheDataset, collate, load_sequences
-from student_worker.first_choices import SPEC as FIRST_CHOICES_SPEC
-from student_worker.first_choices import FirstChoices
-from student_worker.progress import ProgressDisplay
-from student_worker.report import RunReport
 from student_worker.run_folder import locked
-from student_worker.split import split_cache, split_text
-from student_worker.stopping import Stopped
-from student_worker.student_limits import StudentLimits
-from student_worker.target_cache import TargetCache, may_hold_targets, open_target_cache
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import GrpcTeacherClient
-from student_worker.trainer import DistillationTrainer
+from student_worker.run_plan import adopt_cache_spec, choose_draw_set
 
 
 def run(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str] = ()) -> None:

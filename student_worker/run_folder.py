@@ -13,7 +13,7 @@ from pathlib import Path
 
 from logitstream.errors import LogitstreamError
 from logitstream.files import remove_partial_files
-from student_worker.checkpoints import STAGING
+from logitstream.training.checkpoints import STAGING
 
 try:
     import fcntl

@@ -79,7 +79,7 @@ def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
 
     Raises ValueError where it does not fit into the message that tells students of it.
     """
-    from teacher_server.calibration import id_model_from
+    from teacher_server.id_model_calibration import id_model_from
 
     path = Path(config.id_model) if config.id_model else None
     text = Path(config.calibration_text) if config.calibration_text else None

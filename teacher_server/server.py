@@ -27,8 +27,8 @@ from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
 from teacher_server.encoding import Encode, encoder
-from teacher_server.gate import HEALTH_SERVICE, SERVICE, WhenLoaded, interceptors
 from teacher_server.health import Health
+from teacher_server.interceptors import HEALTH_SERVICE, SERVICE, WhenLoaded, interceptors
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
 from teacher_server.stopping import stopping_signals

@@ -29,7 +29,7 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo
 from teacher_server.access import caller
-from teacher_server.accounts import Accounts
+from teacher_server.admission import Accounts
 from teacher_server.backend import ScoreRequest
 from teacher_server.first_message import EOF, Context, first_message, parse
 from teacher_server.replies import reply_messages

@@ -19,7 +19,7 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.types import TargetSpec
-from teacher_server.accounts import Account, Accounts
+from teacher_server.admission import Account, Accounts
 from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
 from teacher_server.scheduler import SLICE, Scheduler
 from teacher_server.work import Scored

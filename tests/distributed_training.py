@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainerCallback, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
+from logitstream.client.teacher_client import LocalTeacherClient
 from logitstream.processes import end_with_parent
+from logitstream.training.target_stream import TargetStream
+from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import LocalTeacherClient
-from student_worker.trainer import DistillationTrainer
 from tests.chaos.killed_runs import launch_two, log_to
 
 VOCAB_SIZE = 64

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitstream.client.teacher_client import GrpcTeacherClient
+from logitstream.training.target_cache import open_target_cache
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import SparseTargets, TokenSequence
-from student_worker.target_cache import open_target_cache
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, expected_targets
 
 NUM_SEQUENCES = 480

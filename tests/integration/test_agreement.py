@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from logitstream.cache import CacheWriter
+from logitstream.client.teacher_client import GrpcTeacherClient
+from logitstream.data.corpus import CacheDataset
 from logitstream.errors import CacheError, FingerprintMismatch
+from logitstream.training.distributed import agree_on_teacher, expected_teacher, open_agreed_cache
 from logitstream.types import TargetSpec
-from student_worker.agreement import agree_on_teacher, expected_teacher, open_agreed_cache
-from student_worker.data import CacheDataset
-from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, fake_teacher, weights_digest
 from tests.integration.crashing_writer import FINGERPRINT, record
 
@@ -24,8 +24,8 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from logitstream.errors import LogitstreamError
-from student_worker.agreement import agree_on_teacher
-from student_worker.teacher_client import GrpcTeacherClient
+from logitstream.training.distributed import agree_on_teacher
+from logitstream.client.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE
 
 dist.init_process_group("gloo")
@@ -87,8 +87,8 @@ import json
 import torch
 from accelerate import Accelerator
 from logitstream.loss import Diagnostics
-from student_worker.first_choices import SPEC
-from student_worker.heldout import Heldout
+from logitstream.training.first_choices import SPEC
+from logitstream.training.heldout import Heldout
 
 accelerator, heldout = Accelerator(cpu=True), Heldout()
 seen = {name: torch.tensor(4.0, dtype=torch.float64) for name in Diagnostics._fields}
@@ -130,8 +130,8 @@ import sys, threading
 from pathlib import Path
 import torch.distributed as dist
 from logitstream.cache import CacheWriter
-from student_worker.agreement import open_agreed_cache
-from student_worker.data import CacheDataset
+from logitstream.training.distributed import open_agreed_cache
+from logitstream.data.corpus import CacheDataset
 from tests.integration.crashing_writer import FINGERPRINT, record
 
 dist.init_process_group("gloo")

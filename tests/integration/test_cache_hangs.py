@@ -16,12 +16,12 @@ import pytest
 from logitstream import metrics
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import DiskThread
+from logitstream.data.batches import Batch, split_batch
+from logitstream.data.corpus import CacheDataset
 from logitstream.errors import DiskHangs
+from logitstream.training.target_cache import TargetCache, open_target_cache
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import Fingerprint
-from student_worker.batches import Batch, split_batch
-from student_worker.data import CacheDataset
-from student_worker.target_cache import TargetCache, open_target_cache
-from student_worker.target_stream import TargetStream
 from tests.hanging_disk import FreezingDisk, freezing_disk, hanging_file
 from tests.unit.test_target_stream import INFO, SPEC, HandTeacher, assert_same, expected, make_batches, wait_until
 

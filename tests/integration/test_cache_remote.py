@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.remote import Mirror
+from logitstream.data.corpus import CacheDataset, collate
 from logitstream.errors import CacheError, FingerprintMismatch
-from student_worker.data import CacheDataset, collate
 from tests.integration.crashing_writer import FINGERPRINT, record
 
 RECORDS = [record(0, number) for number in range(60)]

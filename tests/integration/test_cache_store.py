@@ -18,11 +18,11 @@ from prometheus_client import REGISTRY
 from logitstream.__main__ import main
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.remote import staging_folder
-from student_worker.calibration import choose_spec
-from student_worker.data import collate
-from student_worker.target_cache import open_target_cache
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import LocalTeacherClient
+from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.data.corpus import collate
+from logitstream.training.target_cache import open_target_cache
+from logitstream.training.target_stream import TargetStream
+from student_worker.budget_search import choose_spec
 from tests.integration.crashing_writer import FINGERPRINT, record
 from tests.integration.test_cache_training import INFO, SPEC, make_sequences, score
 

@@ -22,16 +22,16 @@ from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.open_shard import OpenShard
 from logitstream.cache.rewrite import prune
 from logitstream.cache.shard import encode_batch
+from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.data.corpus import CacheDataset, collate
 from logitstream.errors import FingerprintMismatch
 from logitstream.sampling import sample
 from logitstream.tokenizer import Vocabulary
+from logitstream.training.split import split_cache
+from logitstream.training.target_cache import TargetCache, open_target_cache
+from logitstream.training.target_stream import Mode, TargetStream
+from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.data import CacheDataset, collate
-from student_worker.split import split_cache
-from student_worker.target_cache import TargetCache, open_target_cache
-from student_worker.target_stream import Mode, TargetStream
-from student_worker.teacher_client import LocalTeacherClient
-from student_worker.trainer import DistillationTrainer
 
 VOCAB_SIZE = 64
 TOKENS = 8

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from logitstream import codec
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.errors import AccessDenied, FingerprintMismatch, InvalidSequence, TeacherUnavailable
 from logitstream.rpc.channel import TlsFiles
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import ReceivedTargets, TargetSpec, TokenSequence
-from student_worker.teacher_client import GrpcTeacherClient
 from teacher_server.backend import ScoreRequest
 from tests.authority import Authority
 from tests.fakes import FakeBackend, fake_targets

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.loss import sparse_kl
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence, request_key
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import GrpcTeacherClient
 from teacher_server.weights import weights_digest
 from tests.learning_teacher import pattern
 from tests.serving import ENVIRONMENT, teacher_process

@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback
 
 from logitstream.errors import InvalidSequence, LogitstreamError, TeacherUnavailable
+from logitstream.training.checkpoints import checkpoints_in, choose_checkpoint, fault_of
+from logitstream.training.report import RunReport
+from logitstream.training.saving import CheckpointFailed
+from logitstream.training.stopping import Stopped
+from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TokenSequence
-from student_worker.checkpoints import checkpoints_in, choose_checkpoint, fault_of
-from student_worker.report import RunReport
-from student_worker.saving import CheckpointFailed
-from student_worker.stopping import Stopped
-from student_worker.trainer import DistillationTrainer
 from tests.integration.test_trainer import NUM_SEQUENCES, Asked, losses_of, trainer_of
 
 STEPS_AN_EPOCH = 6

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from logitstream import codec
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.rpc.channel import TlsFiles
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import TargetSpec, TokenSequence
-from student_worker.teacher_client import GrpcTeacherClient
 from teacher_server.server import TeacherServer
 from teacher_server.transformers_backend import TransformersBackend
 from tests.authority import Authority

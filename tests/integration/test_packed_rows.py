@@ -14,15 +14,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
 
+from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.data.batches import split_batch
+from logitstream.data.corpus import collate
+from logitstream.data.documents import Batch
 from logitstream.errors import InvalidSequence
 from logitstream.sampling import sample
+from logitstream.training.target_stream import TargetStream
+from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.batches import split_batch
-from student_worker.data import collate
-from student_worker.documents import Batch
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import LocalTeacherClient
-from student_worker.trainer import DistillationTrainer
 from tests.tiny_models import VOCAB_SIZE, any_family, tiny_model
 
 SPEC = TargetSpec(sampler="full")

@@ -19,15 +19,15 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from logitstream import metrics
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import ServerCertificates, certificate_expiry
 from logitstream.rpc.channel import TlsFiles
 from logitstream.rpc.tokens import TokenFile
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from student_worker.teacher_client import GrpcTeacherClient
 from teacher_server.access import BearerTokens
 from teacher_server.config import TeacherConfig
-from teacher_server.gate import REFUSALS_LOG_SECONDS, Refusals
+from teacher_server.interceptors import REFUSALS_LOG_SECONDS, Refusals
 from teacher_server.server import TeacherServer, serve
 from tests.authority import Authority
 from tests.fakes import FakeBackend

@@ -21,7 +21,7 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.backend import ScoreRequest
 from teacher_server.config import TeacherConfig
-from teacher_server.gate import HEALTH_SERVICE, SERVICE
+from teacher_server.interceptors import HEALTH_SERVICE, SERVICE
 from teacher_server.scheduler import SLICE
 from teacher_server.server import TeacherServer
 from teacher_server.stream import ClientStream, CreditChanged

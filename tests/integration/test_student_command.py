@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from student_worker.checkpoints import checkpoints_in, fault_of
+from logitstream.training.checkpoints import checkpoints_in, fault_of
 from tests.chaos.killed_runs import run_student, run_student_of_two
 from tests.forking import SPAWN
 from tests.serving import ENVIRONMENT, teacher_process

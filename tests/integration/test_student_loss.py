@@ -14,11 +14,11 @@ from accelerate.utils import is_compiled_module
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, EvalPrediction, TrainingArguments
 
+from logitstream.data.corpus import collate
+from logitstream.data.loss_mask import next_token_labels, supervised_mask
 from logitstream.loss import sparse_kl
+from logitstream.training.trainer import DistillationTrainer, refuse_what_is_not_honoured
 from logitstream.types import SparseTargets
-from student_worker.data import collate
-from student_worker.supervision import next_token_labels, supervised_mask
-from student_worker.trainer import DistillationTrainer, refuse_what_is_not_honoured
 from tests.distributed_training import VOCAB_SIZE, targets_of
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}

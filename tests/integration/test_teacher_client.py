@@ -23,16 +23,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from logitstream import codec
+from logitstream.client.resolver import resolve, teacher_host
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.errors import (
     FingerprintMismatch,
     InvalidSequence,
     ScoringFailed,
     TeacherUnavailable,
 )
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence, request_key
-from student_worker.resolver import resolve, teacher_host
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import (
     FATAL_ID,
     FLAKY_ID,
@@ -529,7 +529,7 @@ def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
 def test_a_client_left_open_does_not_keep_the_process_alive_and_needs_no_proxy_to_its_own_machine() -> None:
     script = (
         "from logitstream.tokenizer import UNCHECKED_TOKENIZER\n"
-        "from student_worker.teacher_client import GrpcTeacherClient\n"
+        "from logitstream.client.teacher_client import GrpcTeacherClient\n"
         "from tests.fake_teacher import SPEC, VOCAB_SIZE\n"
         "import sys\n"
         "client = GrpcTeacherClient([sys.argv[1]], SPEC, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER)\n"

@@ -22,8 +22,8 @@ from logitstream.id_model import IdModel
 from logitstream.rpc import convert
 from logitstream.types import TargetSpec
 from teacher_server.__main__ import backend_factory, check, id_model_of, main, tokenizer_of
-from teacher_server.calibration import id_model_from
 from teacher_server.config import TeacherConfig
+from teacher_server.id_model_calibration import id_model_from
 from teacher_server.preflight import check_access, check_places
 from teacher_server.server import EXIT_STUCK, serve
 from teacher_server.weights import WeightsChanged, weights_digest

@@ -14,14 +14,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from logitstream import codec, metrics
+from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.data.corpus import collate
+from logitstream.data.loss_mask import next_token_labels, supervised_mask
 from logitstream.loss import sparse_kl
+from logitstream.training.report import OVERHEAD, RunReport
+from logitstream.training.target_stream import TargetStream
+from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.data import collate
-from student_worker.report import OVERHEAD, RunReport
-from student_worker.supervision import next_token_labels, supervised_mask
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import LocalTeacherClient
-from student_worker.trainer import DistillationTrainer
 from tests.distributed_training import VOCAB_SIZE, make_model, targets_of
 
 SPEC = TargetSpec(num_samples=10, codec_version=1)

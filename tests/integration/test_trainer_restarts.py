@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from student_worker.target_stream import TargetStream
-from student_worker.trainer import DistillationTrainer
+from logitstream.training.target_stream import TargetStream
+from logitstream.training.trainer import DistillationTrainer
 from tests.distributed_training import Scenario, Trouble, make_model, make_trainer, teacher
 
 

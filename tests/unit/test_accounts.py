@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitstream.errors import TooManyInFlight
-from teacher_server.accounts import GRACE_SECONDS, MAX_REQUESTS, Account, Accounts, Allowance
+from teacher_server.admission import GRACE_SECONDS, MAX_REQUESTS, Account, Accounts, Allowance
 
 
 class Clock:

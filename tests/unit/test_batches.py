@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logitstream.data.batches import leave_out, place_rows, split_batch
 from logitstream.errors import CodecError
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
-from student_worker.batches import leave_out, place_rows, split_batch
 
 
 @st.composite

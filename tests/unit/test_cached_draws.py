@@ -14,12 +14,12 @@ from transformers import TrainingArguments
 
 from logitstream.cache import CacheWriter
 from logitstream.cache.manifest import MANIFEST, parse, render
+from logitstream.data.corpus import CacheDataset
 from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
-from student_worker.cached_draws import adopt_cache_spec, choose_draw_set, count_epochs
 from student_worker.config import StudentConfig
-from student_worker.data import CacheDataset
 from student_worker.run import load_data
+from student_worker.run_plan import adopt_cache_spec, choose_draw_set, count_epochs
 
 SPEC = TargetSpec(sampler="threshold", threshold=0.125, seed=7)
 FINGERPRINT = Fingerprint(

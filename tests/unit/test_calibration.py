@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 
 from logitstream.cache import CacheWriter
+from logitstream.client.teacher_client import LocalTeacherClient
 from logitstream.errors import InvalidSequence
 from logitstream.sampling import sample
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.calibration import CALIBRATION_SEQUENCES, calibration_sequences, choose_spec
-from student_worker.teacher_client import LocalTeacherClient
+from student_worker.budget_search import CALIBRATION_SEQUENCES, calibration_sequences, choose_spec
 
 VOCAB_SIZE = 200
 INFO = TeacherInfo(

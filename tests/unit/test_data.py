@@ -21,10 +21,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import student_worker
-from student_worker.batches import split_batch
-from student_worker.data import check_datasets_cache, collate, load_sequences
-from student_worker.packing import frame_of, pack
-from student_worker.student_limits import StudentLimits
+from logitstream.data.batches import split_batch
+from logitstream.data.corpus import check_datasets_cache, collate, load_sequences
+from logitstream.data.packing import frame_of, pack
+from logitstream.data.student_limits import StudentLimits
 
 WORDS = {"<end>": 0, "<unknown>": 1} | {f"w{index}": index for index in range(2, 30)}
 
@@ -254,7 +254,7 @@ def test_input_that_cannot_be_trained_on_is_named(tmp_path: Path, name: str, con
 
 PACK = """
 import sys
-from student_worker.data import load_sequences
+from logitstream.data.corpus import load_sequences
 from transformers import AutoTokenizer
 print(load_sequences([sys.argv[1]], AutoTokenizer.from_pretrained(sys.argv[2]), sequence_tokens=2)[:]["input_ids"])
 """

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from logitstream.client.dispatcher import DeliverySettings, Dispatcher
+from logitstream.client.own_tokenizer import OwnTokenizer
+from logitstream.client.replica import Request
+from logitstream.client.teacher_identity import Identity, KnownTeacher
 from logitstream.errors import ProtocolViolation, ScoringFailed, TeacherUnavailable
 from logitstream.rpc.connection import Answer, Outgoing
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo, TokenSequence
-from student_worker.dispatcher import DeliverySettings, Dispatcher
-from student_worker.known_teacher import Identity, KnownTeacher
-from student_worker.own_tokenizer import OwnTokenizer
-from student_worker.replica import Request
 from tests.fake_teacher import FATAL_ID, SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, fake_info
 
 IDENTITY = Identity(client_id="test", vocab_size=VOCAB_SIZE, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from student_worker.batches import split_batch
-from student_worker.documents import for_the_model, number_documents, positions_of
-from student_worker.supervision import next_token_labels, supervised_mask
+from logitstream.data.batches import split_batch
+from logitstream.data.documents import for_the_model, number_documents, positions_of
+from logitstream.data.loss_mask import next_token_labels, supervised_mask
 
 Lengths = list[list[int]]
 WAYS = ["position_ids", "numbers", "bool_blocks", "added_blocks", "whole_blocks", "seq_idx"]

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from logitstream.client.own_tokenizer import OwnTokenizer
+from logitstream.client.teacher_identity import Identity, KnownTeacher, teacher_differences
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
-from student_worker.known_teacher import Identity, KnownTeacher, teacher_differences
-from student_worker.own_tokenizer import OwnTokenizer
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, fake_info
 
 STUDENT = Identity(client_id="test", vocab_size=1000, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)

@@ -10,9 +10,9 @@ import torch
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 
-from student_worker.documents import Batch
-from student_worker.order import LengthGrouped, without_repeats
-from student_worker.supervision import supervised_mask
+from logitstream.data.documents import Batch
+from logitstream.data.loss_mask import supervised_mask
+from logitstream.training.order import LengthGrouped, without_repeats
 
 NUM_TOKENS = 3
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from student_worker.overhead import OverheadMeter, Pair, PassTime, StepTimes, overhead_of
+from logitstream.training.overhead import OverheadMeter, Pair, PassTime, StepTimes, overhead_of
 
 STEP = StepTimes(epoch=0, micro_batches=2, waiting=0.1, decoding=0.05, optimizer=0.2, whole=3.0)
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from student_worker.boundaries import document_ids
-from student_worker.data import load_sequences
-from student_worker.packing import Frame, frame_of
+from logitstream.data.boundaries import document_ids
+from logitstream.data.corpus import load_sequences
+from logitstream.data.packing import Frame, frame_of
 from tests.tokenizer_kinds import TEXTS, tokenizers
 
 KINDS = [
@@ -217,8 +217,8 @@ def test_settings_name_other_tokens_or_none_around_documents(kinds: dict[str, Pr
 
 
 def test_long_documents_among_short_ones_keep_their_place(kinds: dict[str, PreTrainedTokenizerFast]) -> None:
-    from student_worker import packing
-    from student_worker.student_limits import StudentLimits
+    from logitstream.data import packing
+    from logitstream.data.student_limits import StudentLimits
 
     texts = ["short", TEXTS["prose"] * 20, "", "another", "x" * 200_000, "last"]
     assert len(texts[1]) > packing.WINDOW_CHARS

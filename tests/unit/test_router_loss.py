@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from student_worker.head_loss import HeadLoss, StudentLoss
-from student_worker.split_model import install_fused_loss
-from student_worker.supervision import next_token_labels, supervised_mask
+from logitstream.data.loss_mask import next_token_labels, supervised_mask
+from logitstream.training.head_loss import HeadLoss, StudentLoss
+from logitstream.training.split_model import install_fused_loss
 
 VOCAB_SIZE = 61
 SIZES = {

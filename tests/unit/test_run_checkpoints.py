@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from student_worker.checkpoints import STAGING, ResumeUndecided, choose_checkpoint, fault_of
+from logitstream.training.checkpoints import STAGING, ResumeUndecided, choose_checkpoint, fault_of
+from logitstream.training.trainer import DistillationTrainer
 from student_worker.run_folder import FolderInUse, lock, locked
-from student_worker.trainer import DistillationTrainer
 from tests.distributed_training import make_model
 
 FILES = (

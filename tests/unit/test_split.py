@@ -20,12 +20,12 @@ from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.heldout import FILE, add_heldout, read_heldout
 from logitstream.cache.manifest import render
 from logitstream.cache.rewrite import merge, prune
+from logitstream.data.corpus import CacheDataset
 from logitstream.errors import CacheError
+from logitstream.training.split import documents_of, split_cache, split_text
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 from student_worker.config import StudentConfig
-from student_worker.data import CacheDataset
 from student_worker.run import load_data
-from student_worker.split import documents_of, split_cache, split_text
 
 FINGERPRINT = Fingerprint(
     weights_digest="ab" * 32,

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logitstream.loss import sparse_kl
-from student_worker.head_loss import HeadLoss, StudentLoss
-from student_worker.split_model import install_fused_loss
+from logitstream.training.head_loss import HeadLoss, StudentLoss
+from logitstream.training.split_model import install_fused_loss
 from tests.sparse_rows import random_targets
 
 VOCAB_SIZE = 97

@@ -19,6 +19,8 @@ from prometheus_client import REGISTRY
 from torch.utils.data import DataLoader
 
 from logitstream import codec
+from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.data.documents import Batch
 from logitstream.errors import (
     CacheMiss,
     CorruptRecord,
@@ -27,11 +29,9 @@ from logitstream.errors import (
     LogitstreamError,
     TeacherUnavailable,
 )
+from logitstream.training.target_cache import TargetCache, open_target_cache
+from logitstream.training.target_stream import TargetStream
 from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TokenSequence, request_key
-from student_worker.documents import Batch
-from student_worker.target_cache import TargetCache, open_target_cache
-from student_worker.target_stream import TargetStream
-from student_worker.teacher_client import LocalTeacherClient
 from tests.fake_teacher import SPEC, expected_targets, fake_info
 
 INFO = fake_info()

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from logitstream.client.own_tokenizer import OwnTokenizer, TokenizerMismatch
 from logitstream.errors import InvalidSequence, ProtocolViolation
 from logitstream.tokenizer import (
     MAX_DESCRIPTION_BYTES,
@@ -22,7 +23,6 @@ from logitstream.tokenizer import (
     vocabulary_differences,
 )
 from logitstream.types import TeacherInfo, TokenSequence
-from student_worker.own_tokenizer import OwnTokenizer, TokenizerMismatch
 
 WORDS = [f"w{index}" for index in range(20)]
 

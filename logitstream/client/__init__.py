@@ -1,0 +1,1 @@
+"""Clients of teacher servers: replicas, their identity, retries."""

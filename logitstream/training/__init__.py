@@ -1,0 +1,1 @@
+"""The student's trainer and the stream of targets that feeds it."""

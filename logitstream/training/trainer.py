@@ -1,0 +1,334 @@
+"""DistillationTrainer: transformers.Trainer with the distillation loss, the target stream and their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+
+from logitstream import metrics
+from logitstream.data.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
+from logitstream.data.loss_mask import next_token_labels, supervised_mask
+from logitstream.data.student_limits import (
+    Before,
+    StudentLimits,
+    hides,
+    refuse_to_see,
+    stands_before,
+    takes_positions,
+)
+from logitstream.data.token_rows import per_token
+from logitstream.training.data_parallel import DataParallelTrainer
+from logitstream.training.first_choices import FirstChoices
+from logitstream.training.head_loss import HeadLoss, StudentLoss
+from logitstream.training.heldout import Heldout, labels_of
+from logitstream.training.measuring import MeasuringTrainer
+from logitstream.training.order import leave_out_repeats, without_repeats
+from logitstream.training.ranks import expect_equal_numbers, joined_by
+from logitstream.training.saving import ResumableTrainer
+from logitstream.training.split_model import install_fused_loss, reshard
+from logitstream.training.stats import StepFigures
+
+if TYPE_CHECKING:
+    from logitstream.training.target_stream import TargetStream
+
+
+class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTrainer):
+    """Trains on batches with `targets`; one without them gets plain cross-entropy. See `supervision`.
+
+    Evaluation is cross-entropy, and the KL beside it where its batches bring targets.
+
+    wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
+        targets, or have none.
+    ce_weight, temperature, ghost, chunk_bytes: as in `fused_linear_sparse_kl`; temperature, ghost None: the targets'.
+    first_choices: the teacher's on held-out text, for eval_teacher_top1_agreement.
+    overhead_every: measure the overhead over cross-entropy at every n-th optimizer step; 0: never. See `overhead`.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        wrap_dataloader: Callable[[DataLoader[Any]], TargetStream] | None = None,
+        ce_weight: float = 0.0,
+        temperature: float | None = None,
+        ghost: bool | None = None,
+        chunk_bytes: int | None = None,
+        overhead_every: int = 0,
+        first_choices: FirstChoices | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.is_fused = False
+        self.target_stream: TargetStream | None = None
+        super().__init__(*args, **kwargs)
+        refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
+        self.wrap_dataloader = wrap_dataloader
+        self.ce_weight = ce_weight
+        self.temperature = temperature
+        self.ghost = ghost
+        self.chunk_bytes = chunk_bytes
+        self.first_choices = first_choices
+        assert isinstance(self.model, nn.Module)
+        model_init: Any = self.model_init
+        if model_init is None:
+            self.is_fused = install_fused_loss(self.model)
+        self.figures = StepFigures(overhead_every=overhead_every)
+        self.add_callback(self.figures)
+        self._hidden: dict[tuple[Before, int], bool] = {}
+        """What the student hides, in one row and in several: attention kernels differ in that."""
+        self._is_sharded: bool | None = None
+        """Whether each process holds a part of the student; None: not looked at since `train` was called."""
+        self._source: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch] = iter(())
+        self._dataloader: DataLoader[Any] | None = None
+        self._num_micro_batches = torch.ones(())
+        """With a supervised row, counted as the rows are."""
+        self._heldout = Heldout()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's; the target stream is closed whatever happens."""
+        self._is_sharded = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_stream()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As ResumableTrainer's; none where every sequence so far was refused: who goes on from it would pass them."""
+        if self.has_trained():
+            super()._save_checkpoint(model, trial)
+
+    def has_trained(self) -> bool:
+        """Whether a token of the run was trained on, by any process; every process calls it."""
+        return self.figures.run_state()["tokens"] > 0
+
+    def _end_stream(self) -> None:
+        self._source, self._batches = None, iter(())
+        if self.target_stream is not None:
+            self.target_stream.close()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new student of `model_init`, with the fused loss: for each call of `train` and each trial of a search."""
+        model: nn.Module = super().call_model_init(trial)
+        self.is_fused = install_fused_loss(model)
+        self._hidden = {}
+        return model
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The plain dataloader, which the Trainer may skip in when it resumes; `get_batch_samples` adds the targets."""
+        self._end_stream()
+        dataloader = self._dataloader = super().get_train_dataloader()
+        if self.wrap_dataloader is not None:
+            self.target_stream = self.wrap_dataloader(dataloader)
+            self.figures.follow(self.target_stream)
+        return dataloader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The next batches with their targets, and how many supervised rows they hold in all processes."""
+        self.figures.begin_step()
+        if epoch_iterator is not self._source:
+            self._begin_epoch(epoch_iterator)
+        samples: tuple[list[Batch], Tensor | int | None] = super().get_batch_samples(self._batches, num_batches, device)
+        return samples
+
+    def _begin_epoch(self, epoch_iterator: Iterator[Batch]) -> None:
+        batches = without_repeats(epoch_iterator, self._dataloader, process_index=self.args.process_index)
+        stream = self.target_stream
+        if stream is not None:
+            if self._source is None:  # later epochs follow by themselves
+                stream.set_epoch(int(self.state.epoch or 0))
+            first_step = self.state.global_step * self.args.gradient_accumulation_steps
+            batches = stream.over(batches, first_step=first_step)
+        self._source, self._batches = epoch_iterator, batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
+        """Supervised rows, of all processes where average_tokens_across_devices asks so; counts micro-batches too."""
+        self.stop.agree()
+        if not has_length(self._dataloader):  # else all processes are known to have as many batches
+            expect_equal_numbers(len(batch_samples))
+        if not batch_samples:
+            return None
+        rows = torch.stack([supervised_mask(batch).sum() for batch in batch_samples])
+        counts = torch.stack([rows.sum(), (rows > 0).sum()]).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
+        num_items, self._num_micro_batches = counts.unbind()
+        return num_items.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, such that DDP's mean over processes is the mean over supervised rows.
+
+        What the model itself adds (a router's loss) has no rows: it is averaged over the step's micro-batches.
+        """
+        student = self._student_loss(model, inputs, num_items_in_batch)
+        own_loss = student.own_loss
+        if num_items_in_batch is not None:
+            counts = supervised_mask(inputs).any()  # a micro-batch of nothing but what fills up an epoch does not
+            own_loss = own_loss * counts * self._over_processes / self._num_micro_batches.clamp(min=1)
+        if model.training and not self.is_measuring:
+            self.figures.add_loss(student.diagnostics, own_loss)
+        loss = student.loss + own_loss
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    @property
+    def _over_processes(self) -> int:
+        """How many processes' rows and micro-batches the step's numbers count; DDP divides by as many."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _student_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        ce_weight: float | None = None,
+    ) -> StudentLoss:
+        arguments = self._loss_arguments(inputs, self.ce_weight if ce_weight is None else ce_weight)
+        if num_items_in_batch is not None:
+            arguments["num_items"] = num_items_in_batch / self._over_processes
+        head_loss = HeadLoss(from_logits=not self.is_fused, chunk_bytes=self.chunk_bytes, **arguments)
+        student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
+        return student
+
+    def _model_inputs(self, inputs: Batch) -> Batch:
+        """What the student's forward gets; ValueError where it cannot take that, or is not what the teacher is told."""
+        assert isinstance(self.model, nn.Module)
+        model_inputs = for_the_model(inputs, takes_positions=takes_positions(self.model))
+        StudentLimits.of(self.model).check(model_inputs)
+        before = stands_before(model_inputs)
+        if self._is_sharded is None:
+            self._is_sharded = joined_by(self.model) not in (None, "DDP")
+        if before is not None or (self._is_sharded and not self._hidden):
+            self._try_hiding(before, num_rows=len(inputs["input_ids"]))
+        return model_inputs
+
+    def _try_hiding(self, before: Before | None, *, num_rows: int) -> None:
+        """ValueError where the student sees what its batch must hide; a sharded one is tried on all processes alike."""
+        assert isinstance(self.model, nn.Module)
+        several = min(num_rows, 2)
+        cases: list[tuple[Before, int]] = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
+        if before is not None and not self._is_sharded:
+            cases = [(before, several)]
+        for case in cases:
+            if case not in self._hidden:
+                self._hidden[case] = hides(self.model, case[0], num_rows=case[1])
+                reshard(self.model)
+        if before is not None and not self._hidden[before, several]:
+            refuse_to_see(self.model, before)
+
+    def _loss_arguments(self, inputs: Batch, ce_weight: float) -> dict[str, Any]:
+        targets = inputs.get("targets")
+        return {
+            "targets": targets,
+            "labels": next_token_labels(inputs),
+            "loss_mask": supervised_mask(inputs),
+            "ce_weight": 1.0 if targets is None else ce_weight,
+            "temperature": self.temperature,
+            "ghost": self.ghost,
+        }
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, but the loss is the mean over all supervised tokens; NaN where there is none.
+
+        The Trainer's is a mean of batches' means. Where batches bring targets, eval_kl and what goes with it are the
+        means over the rows that have them. Afterwards FSDP2 scatters its weights again.
+        """
+        self._heldout = Heldout()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        assert output.metrics is not None
+        for name, value in self._heldout.means(self.accelerator).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        assert isinstance(self.model, nn.Module)
+        reshard(self.model)
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Cross-entropy of held-out text; logits and `labels_of` only where something asks for them."""
+        inputs = self._prepare_inputs(inputs)
+        counted = self._without_repeats(inputs)
+        if self.first_choices is not None and counted.get("targets") is None:
+            counted = self.first_choices.add_to(counted)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            seen = self._student_loss(model, counted, ce_weight=0.5).diagnostics
+            self._heldout.add(seen, counted["targets"].spec if counted.get("targets") is not None else None)
+            loss = (seen.cross_entropy / seen.labelled_rows).float()
+            if prediction_loss_only:
+                return loss, None, None
+            logits = model(**self._model_inputs(inputs)).logits
+        num_tokens = inputs["input_ids"].shape[1]
+        return loss, logits.detach()[:, -num_tokens:], labels_of(inputs)
+
+    def _without_repeats(self, inputs: Batch) -> Batch:
+        """Of the last batches of all processes, those sequences out of the loss that only fill them up.
+
+        As accelerate's gather_for_metrics does: the processes' sequences in turn, of which the first `remainder` count.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        return leave_out_repeats(inputs, state.remainder, process_index=self.args.process_index)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with `figures` over all processes beside each training loss."""
+        if "loss" in logs:
+            metrics.STUDENT_LOSS.set(logs["loss"])
+            logs |= self.figures.logs(self.accelerator)
+        super().log(logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: list[str] = self._signature_columns or []
+        self._signature_columns = list(dict.fromkeys([*known, *PACKING, *FOR_THE_LOSS]))  # type: ignore[assignment]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """As the Trainer's; ValueError where that would leave out, without a word, what belongs to the tokens."""
+        self._set_signature_columns_if_needed()
+        unused = [name for name in dataset.column_names if name not in (self._signature_columns or [])]
+        wrong = ["seq_lengths"] if "seq_lengths" in unused else per_token(dataset, unused)
+        if wrong and self.args.remove_unused_columns:
+            raise ValueError(
+                f"the column {wrong[0]!r} of the {str(description).lower()} dataset has an entry for each token or "
+                "document, and would be left out: remove it, or say the same by position_ids, labels or a known mask"
+            )
+        return super()._remove_unused_columns(dataset, description)
+
+
+def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: Any = None) -> None:
+    """ValueError for a setting of transformers' Trainer that this loss would pass over without a word."""
+    liger = args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+    parallel: Any = args.parallelism_config
+    splits = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
+    refused: list[tuple[Any, str]] = [
+        (args.n_gpu > 1, f"expected one device a process, got {args.n_gpu}: start with torchrun"),
+        (args.label_smoothing_factor, "label_smoothing_factor softens labels, and the targets are soft: set it to 0"),
+        (compute_loss_func, "compute_loss_func would replace the loss: override DistillationTrainer.compute_loss"),
+        (args.label_names not in (None, ["labels"]), f"expected label_names ['labels'], got {args.label_names}"),
+        (liger, "use_liger_kernel needs liger_kernel_config {'fused_linear_cross_entropy': False}: the loss is ours"),
+        (splits, "parallelism_config splits sequences, but a row's targets are whole: set cp_size and sp_size to 1"),
+    ]
+    for applies, message in refused:
+        if applies:
+            raise ValueError(message)
