@@ -306,7 +306,7 @@ def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
     """Trains the student; what became of it."""
     gradients = Gradients()
     trouble = Trouble(scenario, cut_off=scenario.resume_at > 0)
-    logging.getLogger("student_worker").addHandler(lines := Lines())
+    logging.getLogger("logitstream").addHandler(lines := Lines())
     with teacher(scenario) as wrap:
         trainer = make_trainer(scenario, folder, [gradients, trouble], wrap)
         trainer.retry_seconds = 3.0

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-import student_worker
+import logitstream
 from logitstream.data.batches import split_batch
 from logitstream.data.corpus import check_datasets_cache, collate, load_sequences
 from logitstream.data.packing import frame_of, pack
@@ -264,10 +264,9 @@ def test_sequences_that_another_version_made_of_a_text_are_made_anew(tmp_path: P
     """The datasets library keeps them, and knows a function by its name alone."""
     (tmp_path / "a.txt").write_text("w2 w3 w4 w5")
     tokenizer().save_pretrained(tmp_path / "tokenizer")
-    root = Path(student_worker.__path__[0]).parent
-    for name in ("student_worker", "logitstream"):
-        shutil.copytree(root / name, tmp_path / "other" / name)
-    changed = tmp_path / "other" / "student_worker" / "packing.py"
+    root = Path(logitstream.__path__[0]).parent
+    shutil.copytree(root / "logitstream", tmp_path / "other" / "logitstream")
+    changed = tmp_path / "other" / "logitstream" / "data" / "packing.py"
     changed.write_text(changed.read_text().replace('yield {"input_ids": ids}', 'yield {"input_ids": ids[::-1]}'))
     found = [
         subprocess.run(

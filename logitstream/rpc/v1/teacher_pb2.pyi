@@ -23,6 +23,117 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ScoreRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
+    DRAW_SET_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    """names the client in logs and for fairness; calls of one client share its limit"""
+    vocab_size: _builtins.int
+    """the student's; must be at least the teacher's"""
+    tokenizer_digest: _builtins.str
+    """the expected one; empty: not checked"""
+    weights_digest: _builtins.str
+    """the expected one; empty: whatever is served"""
+    draw_set: _builtins.int
+    """which of the independent draws; the epoch where draws are fresh"""
+    priority: _builtins.int
+    """smaller is needed sooner; the student's step number"""
+    @_builtins.property
+    def spec(self) -> Global___TargetSpec: ...
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sequence]: ...
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        spec: Global___TargetSpec | None = ...,
+        vocab_size: _builtins.int = ...,
+        tokenizer_digest: _builtins.str = ...,
+        weights_digest: _builtins.str = ...,
+        draw_set: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        sequences: _abc.Iterable[Global___Sequence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "draw_set", b"draw_set", "priority", b"priority", "sequences", b"sequences", "spec", b"spec", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "weights_digest", b"weights_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
+
+@_typing.final
+class Sequence(_message.Message):
+    """Room for what else may be wanted of a sequence: ids to score at each position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    LOSS_MASK_FIELD_NUMBER: _builtins.int
+    token_bytes: _builtins.bytes
+    """four bytes an id, least significant first"""
+    loss_mask: _builtins.bytes
+    """one bit a token, least significant first; empty: all rows are wanted"""
+    def __init__(
+        self,
+        *,
+        token_bytes: _builtins.bytes = ...,
+        loss_mask: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss_mask", b"loss_mask", "token_bytes", b"token_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sequence: _TypeAlias = Sequence  # noqa: Y015
+
+@_typing.final
+class ScoreResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TEACHER_VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """of the sequence in the request"""
+    targets: _builtins.bytes
+    """one encoded SparseTargets (logitstream/codec.py), every row of the sequence"""
+    teacher_version: _builtins.int
+    weights_digest: _builtins.bytes
+    """first 8 bytes of the digest of the weights that scored this sequence"""
+    @_builtins.property
+    def error(self) -> Global___RequestError: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        targets: _builtins.bytes = ...,
+        error: Global___RequestError | None = ...,
+        teacher_version: _builtins.int = ...,
+        weights_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "targets", b"targets"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "index", b"index", "outcome", b"outcome", "targets", b"targets", "teacher_version", b"teacher_version", "weights_digest", b"weights_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["targets", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ScoreResult: _TypeAlias = ScoreResult  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

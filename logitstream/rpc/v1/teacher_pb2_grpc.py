@@ -49,6 +49,11 @@ class TeacherServiceStub:
                 request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.SerializeToString,
                 response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_stream(
+                '/logitstream.rpc.v1.TeacherService/Score',
+                request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResult.FromString,
+                _registered_method=True)
 
 
 class TeacherServiceServicer:
@@ -76,6 +81,17 @@ class TeacherServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
+        answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+        Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
+        RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
+        UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +109,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.StreamTargets,
                     request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.FromString,
                     response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_stream_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.FromString,
+                    response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResult.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +197,33 @@ class TeacherService:
             '/logitstream.rpc.v1.TeacherService/StreamTargets',
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.SerializeToString,
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/logitstream.rpc.v1.TeacherService/Score',
+            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
+            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResult.FromString,
             options,
             channel_credentials,
             insecure,

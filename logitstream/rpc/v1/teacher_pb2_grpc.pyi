@@ -43,6 +43,13 @@ class TeacherServiceStub:
     """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
     What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
     """
+    Score: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResult]
+    """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
+    answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+    Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
+    RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
+    UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
+    """
 
 @_typing.type_check_only
 class TeacherServiceAsyncStub(TeacherServiceStub):
@@ -54,6 +61,13 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     StreamTargets: _aio.StreamStreamMultiCallable[_teacher_pb2.StreamTargetsRequest, _teacher_pb2.StreamTargetsResponse]  # type: ignore[assignment]
     """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
     What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
+    """
+    Score: _aio.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResult]  # type: ignore[assignment]
+    """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
+    answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+    Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
+    RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
+    UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
     """
 
 class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -81,6 +95,19 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_teacher_pb2.StreamTargetsResponse], _abc.AsyncIterator[_teacher_pb2.StreamTargetsResponse]]:
         """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
         What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
+        """
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _teacher_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.ScoreResult], _abc.AsyncIterator[_teacher_pb2.ScoreResult]]:
+        """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
+        answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+        Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
+        RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
+        UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
         """
 
 def add_TeacherServiceServicer_to_server(servicer: TeacherServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
