@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.loss import IGNORED_LABEL, Diagnostics, entries
+from logitstream.data.loss_mask import IGNORED_LABEL
+from logitstream.loss import Diagnostics, entries
 from logitstream.types import SparseTargets
 
 

@@ -18,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logitstream.data.loss_mask import IGNORED_LABEL, counted_rows
 from logitstream.types import SparseTargets
-
-IGNORED_LABEL = -100
 
 
 class Diagnostics(NamedTuple):
@@ -155,13 +154,9 @@ def supervised_rows(
         )
     if labels is not None and labels.numel() != num_rows:
         raise ValueError(f"expected {num_rows} labels, got {labels.numel()}")
-    if loss_mask is not None:
-        if loss_mask.numel() != num_rows:
-            raise ValueError(f"expected a loss_mask of {num_rows} rows, got {loss_mask.numel()}")
-        return loss_mask.reshape(-1).to(device=rows.device, dtype=torch.bool)
-    if labels is not None:
-        return labels != IGNORED_LABEL
-    return torch.ones(num_rows, dtype=torch.bool, device=rows.device)
+    if loss_mask is not None and loss_mask.numel() != num_rows:
+        raise ValueError(f"expected a loss_mask of {num_rows} rows, got {loss_mask.numel()}")
+    return counted_rows(rows[:, 0], loss_mask=loss_mask, labels=labels)
 
 
 def check_vocabulary(targets: SparseTargets, vocab_size: int) -> None:

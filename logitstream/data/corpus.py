@@ -19,6 +19,7 @@ from datasets.fingerprint import Hasher
 from logitstream.cache import CacheReader
 from logitstream.cache.cache_disk import cache_disk
 from logitstream.data import boundaries, documents, packing, token_rows
+from logitstream.data.loss_mask import IGNORED_LABEL
 from logitstream.data.packing import TextFile, frame_of, pack
 from logitstream.data.student_limits import StudentLimits
 from logitstream.data.token_rows import COLUMNS, LOSS_COLUMNS, cut, known_columns, warn_of_cuts
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 TEXT_FILES = (".txt", ".md", ".rst")
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-IGNORED_LABEL = -100
 
 
 def load_sequences(

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from logitstream.data.documents import Batch
-from logitstream.data.loss_mask import next_token_labels, supervised_mask
-from logitstream.loss import IGNORED_LABEL, Diagnostics
+from logitstream.data.loss_mask import IGNORED_LABEL, next_token_labels, supervised_mask
+from logitstream.loss import Diagnostics
 from logitstream.training.distributed import of_all_processes
 from logitstream.training.stats import diagnostic_means
 from logitstream.types import TargetSpec
