@@ -20,37 +20,41 @@ class ScoreRequest:
     draw_set: int = 0
 
 
+Result = SparseTargets | RequestError
+"""A request's targets, with a row for every token and those outside the loss mask empty, or its error."""
+
+
 def entries_bound(request: ScoreRequest, vocab_size: int) -> int:
-    """The most entries that this request's targets can have."""
+    """Return the largest number of entries that the request's targets can have."""
     return types.entries_bound(request.sequence, request.spec, vocab_size)
 
 
 def cost_in_tokens(request: ScoreRequest, vocab_size: int) -> int:
-    """What a request counts in credit, queues and batches."""
+    """Return what a request counts against limits, in queues and in batches."""
     return types.credit_tokens(request.sequence, request.spec, vocab_size)
 
 
 class TeacherBackend(Protocol):
-    """Called from one thread at a time, never from the event loop, but for `describe` and `healthy`.
+    """A model that scores batches; called from one thread at a time, except for `describe` and `healthy`.
 
-    One that has an attribute `batches_at_once` (an int) has `score` called from so many threads: another batch is at
-    hand when one is done.
+    A backend with an attribute `batches_at_once` (an int) has `score` called from that many threads, so that the next
+    batch is at hand when one is done.
     """
 
     def describe(self) -> TeacherInfo:
-        """What is served now; limits of the server are filled in by the caller."""
+        """Return what is served now; the caller fills in the server's limits."""
         ...
 
-    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
-        """One result a request, in order: targets with a row for every token, or what is wrong with that sequence.
+    def score(self, batch: Sequence[ScoreRequest]) -> Sequence[Result]:
+        """Return one result per request, in order.
 
-        Rows outside the loss mask are empty. Raises torch.OutOfMemoryError or MemoryError where the batch is too large
-        for the device (the scheduler splits it), any other exception where the backend failed.
+        Raises torch.OutOfMemoryError or MemoryError if the batch is too large for the device (it is retried in halves),
+        any other exception if the backend failed.
         """
         ...
 
     def healthy(self) -> bool:
-        """Whether it can score at the moment; called from any thread."""
+        """Return True if it can score now; called from any thread."""
         ...
 
     def close(self) -> None:

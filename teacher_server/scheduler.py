@@ -19,12 +19,11 @@ from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
-from teacher_server.batch_budget import BatchBudget
 from teacher_server.checkpoints import check_successor
 from teacher_server.disk import Disk
 from teacher_server.encoding import Encode, encode_all
 from teacher_server.fair_queue import FairQueue
-from teacher_server.isolation import BROKE_DOWN, BackendBroken, Trouble, Turns, score_isolating
+from teacher_server.retries import BROKE_DOWN, BackendBroken, BatchScorer
 from teacher_server.stored_targets import StoredTargets
 from teacher_server.work import Key, Scored, Work, key_of
 
@@ -58,7 +57,6 @@ class Scheduler:
     ) -> None:
         self._backend = backend
         self._encode = encode
-        self._budget = BatchBudget(max_batch_tokens)
         queue = self._queue = FairQueue[Work](client_weights)
         metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
         self._works: OrderedDict[Key, Work] = OrderedDict()
@@ -66,7 +64,7 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._batches_at_once: int = getattr(backend, "batches_at_once", 1)
         self._backend_threads = ThreadPoolExecutor(self._batches_at_once, thread_name_prefix="backend")
-        self._turns = Turns()
+        self._scorer = BatchScorer(max_batch_tokens, batches_at_once=self._batches_at_once)
         self._scoring: set[asyncio.Task[None]] = set()
         self._broken: BaseException | None = None
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
@@ -75,7 +73,6 @@ class Scheduler:
         self._encoding = asyncio.Semaphore(self._batches_at_once + MAX_ENCODING_BATCHES)
         self._finishing: set[asyncio.Task[None]] = set()
         self._next_backend: TeacherBackend | None = None
-        self._good: ScoreRequest | None = None
         self.is_draining = False
         self.is_stuck = False  # after `close`: a batch or the disk is still busy and cannot be stopped
         self.info = backend.describe()
@@ -187,18 +184,13 @@ class Scheduler:
 
     async def _score(self, batch: list[Work]) -> None:
         """Have a batch scored by the backend, in a thread of its own, and see to it that it is answered."""
-        trouble = Trouble()
         requests = [work.request for work in batch]
         try:
-            results = await self._in_backend(score_isolating, self._backend, requests, trouble, self._turns, self._good)
+            results = await self._in_backend(self._scorer.score, self._backend, requests)
         except BackendBroken:
             for work in batch:
                 self._refuse(work, ServerDraining(BROKE_DOWN))
             raise
-        if not trouble.num_failures:
-            self._good = requests[-1]
-        num_tokens = sum(len(request.sequence) for request in requests)
-        self._budget.adapt(trouble, num_sequences=len(batch), num_tokens=num_tokens)
         self._spawn(self._finish(batch, results, self.info))
 
     def _in_backend(self, function: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
@@ -206,7 +198,8 @@ class Scheduler:
 
     async def close(self) -> None:
         """Free the backend once the running batch is done, or give up on it; what still waits is cancelled."""
-        self.is_draining = self._turns.is_over = True
+        self.is_draining = True
+        self._scorer.stop()
         for task in self._scoring:
             task.cancel()
         if self._finishing:
@@ -233,7 +226,7 @@ class Scheduler:
         batch: list[Work] = []
         num_tokens = 0
         while (ticket := self._queue.peek()) is not None and (
-            not batch or num_tokens + ticket.cost <= self._budget.tokens
+            not batch or num_tokens + ticket.cost <= self._scorer.batch_tokens
         ):
             work = self._queue.pop().item
             work.running = True
@@ -243,7 +236,7 @@ class Scheduler:
             num_tokens += ticket.cost
             batch.append(work)
         if batch:
-            metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._budget.max_tokens)
+            metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._scorer.max_batch_tokens)
         return batch
 
     async def _finish(self, batch: list[Work], results: list[SparseTargets | RequestError], info: TeacherInfo) -> None:
@@ -299,7 +292,7 @@ class Scheduler:
         version = self.info.teacher_version + 1
         self.info = replace(backend.describe(), teacher_version=version)
         self._failures.clear()
-        self._budget = BatchBudget(self._budget.max_tokens)
+        self._scorer.reset_batch_tokens()
         metrics.TEACHER_VERSION.set(version)
         log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
         await self._in_backend(old.close)

@@ -14,7 +14,7 @@ from logitstream.errors import RequestError, ScoringFailed, ServerDraining
 from logitstream.types import SparseTargets
 from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.encoding import encoder
-from teacher_server.isolation import BackendBroken
+from teacher_server.retries import BackendBroken
 from teacher_server.scheduler import Scheduler
 from tests.fakes import FAKE_DIGEST, FakeBackend
 from tests.serving import SPEC, sequence

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from logitstream.errors import RequestError, ScoringFailed
 from logitstream.types import SparseTargets
 from teacher_server.backend import ScoreRequest
-from teacher_server.isolation import Trouble, Turns, is_broken, score_isolating
+from teacher_server.retries import BackendBroken, BatchScorer
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, sequence
 
@@ -32,10 +32,8 @@ def poisoned(batch: Sequence[ScoreRequest]) -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_only_poisoned_sequences_fail_and_each_after_bounded_tries(bad: list[bool]) -> None:
     backend = FakeBackend(fault=poisoned)
-    trouble = Trouble()
-    results = score_isolating(backend, requests([POISON if is_bad else 1 for is_bad in bad]), trouble)
+    results = BatchScorer(1000).score(backend, requests([POISON if is_bad else 1 for is_bad in bad]))
     assert [isinstance(result, ScoringFailed) for result in results] == bad
-    assert trouble.num_given_up == sum(bad)
     for index, is_bad in enumerate(bad):
         if is_bad:
             assert "secret" not in str(results[index])
@@ -44,15 +42,18 @@ def test_only_poisoned_sequences_fail_and_each_after_bounded_tries(bad: list[boo
 
 
 @pytest.mark.parametrize("limit", [3, 10, 50])
-def test_a_batch_that_does_not_fit_is_split_until_it_does(limit: int) -> None:
+def test_a_batch_that_does_not_fit_is_split_until_it_does_and_later_ones_are_smaller(limit: int) -> None:
     def full(batch: Sequence[ScoreRequest]) -> None:
         if sum(len(request.sequence) for request in batch) > limit:
             raise MemoryError("no room")
 
-    trouble = Trouble()
-    results = score_isolating(FakeBackend(fault=full), requests([1] * 16), trouble)
+    scorer = BatchScorer(48)
+    results = scorer.score(FakeBackend(fault=full), requests([1] * 16))
     assert all(isinstance(result, SparseTargets) for result in results)
-    assert (trouble.num_out_of_memory > 0) == (limit < 48)
+    assert scorer.batch_tokens == (48 if limit == 50 else 24)
+    for _ in range(100):
+        scorer.score(FakeBackend(), requests([1]))
+    assert scorer.batch_tokens == 48
 
 
 def test_torch_out_of_memory_is_recognised_without_torch() -> None:
@@ -62,11 +63,12 @@ def test_torch_out_of_memory_is_recognised_without_torch() -> None:
     def full(batch: Sequence[ScoreRequest]) -> None:
         raise OutOfMemoryError("CUDA out of memory")
 
-    trouble = Trouble()
-    (result,) = score_isolating(FakeBackend(fault=full), requests([1]), trouble)
+    backend = FakeBackend(fault=full)
+    (result,) = BatchScorer(1000).score(backend, requests([1]))
     assert isinstance(result, ScoringFailed)
     assert "memory" in str(result)
-    assert trouble.num_out_of_memory == 2
+    assert not result.lasting
+    assert len(backend.batches) == 2
 
 
 def test_a_backend_that_loses_a_result_is_not_believed() -> None:
@@ -74,12 +76,13 @@ def test_a_backend_that_loses_a_result_is_not_believed() -> None:
         def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
             return super().score(batch)[:-1] if len(batch) > 1 else super().score(batch)
 
-    results = score_isolating(Loses(), requests([1, 2, 3]), Trouble())
+    results = BatchScorer(1000).score(Loses(), requests([1, 2, 3]))
     assert all(isinstance(result, SparseTargets) for result in results)
 
 
 def test_whoever_broke_an_engine_that_others_used_too_fails_alone() -> None:
     poisons_inside: list[bool] = []
+    failures: list[int] = []
 
     class Engine(FakeBackend):
         """Dies of the poison, and with it whatever else is in it."""
@@ -92,24 +95,29 @@ def test_whoever_broke_an_engine_that_others_used_too_fails_alone() -> None:
                 raise RuntimeError("the engine is dead")
             time.sleep(0.002)
             if poisons_inside:
+                failures.append(len(batch))
                 raise RuntimeError("the engine is dead")
             return super().score(batch)
 
-    backend, turns, failures = Engine(), Turns(), []
+    backend, scorer = Engine(), BatchScorer(1000, batches_at_once=3)
 
     def run(token_ids: Sequence[int]) -> list[bool]:
-        results = score_isolating(backend, requests(token_ids), trouble := Trouble(), turns)
-        failures.append(trouble.num_failures)
-        return [isinstance(result, ScoringFailed) for result in results]
+        return [isinstance(result, ScoringFailed) for result in scorer.score(backend, requests(token_ids))]
 
     with ThreadPoolExecutor(3) as threads:
         for _ in range(20):
             assert list(threads.map(run, ([1, POISON, 2], [3, 4], [5]))) == [[False, True, False], [False] * 2, [False]]
-    assert sum(failures) > 20 * 4  # four of the poison's own: others did fail beside it
+    assert failures, "no batch failed beside the poison: this test shows nothing"
 
 
 def test_a_backend_is_broken_when_it_fails_on_what_it_could_do() -> None:
-    (good,) = requests([1])
-    assert not is_broken(FakeBackend(fault=poisoned), good)
-    (bad,) = requests([POISON])
-    assert is_broken(FakeBackend(fault=poisoned), bad)
+    scorer = BatchScorer(1000)
+    scorer.score(FakeBackend(), requests([1]))
+    (result,) = scorer.score(FakeBackend(fault=poisoned), requests([POISON]))
+    assert isinstance(result, ScoringFailed)
+
+    def broken(batch: Sequence[ScoreRequest]) -> None:
+        raise RuntimeError("the device is lost")
+
+    with pytest.raises(BackendBroken):
+        scorer.score(FakeBackend(fault=broken), requests([2]))
