@@ -4,7 +4,7 @@ LogitstreamError
 ├── RequestError                 one sequence is refused; others on the stream go on
 │   ├── InvalidSequence          empty, too long, a token id outside the vocabulary, a mask of another length
 │   ├── InvalidSpec              unknown sampler, a parameter out of bounds, an unknown codec version
-│   ├── TooManyInFlight          more than the stream's credit
+│   ├── TooManyInFlight          the client holds as much of the server as it may
 │   ├── ServerDraining           the replica is going away and takes no new requests
 │   ├── ScoringFailed            the backend failed on this sequence after bounded tries
 │   └── NonFiniteLogits          the teacher gave NaN, +inf or an empty row
@@ -42,9 +42,10 @@ class InvalidSpec(RequestError, ValueError):
 
 
 class TooManyInFlight(RequestError):
-    """The stream holds more tokens in flight than its credit."""
+    """The client holds as much of the server as it may; `retry_after_seconds` says when to ask again."""
 
     retryable = True
+    retry_after_seconds = 1.0
 
 
 class ServerDraining(RequestError):

@@ -18,9 +18,12 @@ from grpc import aio
 from logitstream import metrics
 from logitstream.errors import (
     FingerprintMismatch,
+    InvalidSequence,
     LogitstreamError,
+    NonFiniteLogits,
     ProtocolViolation,
     RequestError,
+    ScoringFailed,
     ServerDraining,
 )
 from logitstream.rpc import convert
@@ -29,12 +32,14 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo
 from teacher_server.access import caller
-from teacher_server.admission import Accounts
-from teacher_server.backend import ScoreRequest
+from teacher_server.admission import Accounts, Admission
+from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
+from teacher_server.calls import one_request
 from teacher_server.first_message import EOF, Context, first_message, parse
 from teacher_server.replies import reply_messages
 from teacher_server.scheduler import SLICE, Scheduler
 from teacher_server.stream import ClientStream
+from teacher_server.work import Scored
 
 GONE_SECONDS = 10.0
 MAX_CLIENT_ID_CHARS = 128
@@ -90,6 +95,9 @@ class TeacherServicer:
             max_client_streams=limits.max_client_streams,
         )
         self._stream_ids = itertools.count(1)
+        self._admission = Admission(
+            max_in_flight_tokens=limits.max_in_flight_tokens, max_queue_tokens=limits.max_queue_tokens
+        )
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """What the gRPC server serves."""
@@ -100,6 +108,7 @@ class TeacherServicer:
                 "Describe": grpc.stream_stream_rpc_method_handler(self.describe),
                 "DescribeTokenizer": grpc.stream_stream_rpc_method_handler(self.describe_tokenizer),
                 "StreamTargets": grpc.stream_stream_rpc_method_handler(self.stream_targets),
+                "Score": one_request(pb.ScoreRequest, self.score),
             },
         )
 
@@ -111,7 +120,7 @@ class TeacherServicer:
     @property
     def num_unsent(self) -> int:
         """Requests whose answers have not been written yet."""
-        return sum(stream.num_unsent for stream in self._streams)
+        return self._admission.num_calls + sum(stream.num_unsent for stream in self._streams)
 
     def announce_drain(self, grace_seconds: float) -> None:
         for stream in self._streams:
@@ -136,6 +145,89 @@ class TeacherServicer:
                 await _write(context, part.SerializeToString())
         except LogitstreamError as error:
             await _abort(context, error)
+
+    async def score(self, message: pb.ScoreRequest, context: Context) -> None:
+        """Answer each sequence of a call when it is ready. Cancellation, for whatever reason, drops what is left."""
+        spec = self._check_open(message)
+        client_id = _client(message)
+        requests, refused = await self._parse(message, spec)
+        costs = [cost_in_tokens(request, self._scheduler.info.vocab_size) for _, request in requests]
+        finished: asyncio.Queue[asyncio.Future[Scored]] = asyncio.Queue()
+        submitted: dict[asyncio.Future[Scored], tuple[int, int]] = {}
+        with self._admission.hold(client_id, costs) as hold:
+            try:
+                await self._scheduler.open_stored(spec)
+                for (index, request), cost in zip(requests, costs, strict=True):
+                    try:
+                        future = self._scheduler.submit(request, client_id=client_id, priority=message.priority)
+                    except RequestError as error:
+                        refused.append((index, error))
+                        continue
+                    submitted[future] = index, cost
+                    future.add_done_callback(finished.put_nowait)
+                for index, refusal in refused:
+                    await self._send_result(context, index, refusal)
+                for _ in range(len(submitted)):
+                    future = await finished.get()
+                    index, cost = submitted.pop(future)
+                    hold.release(cost)
+                    outcome = _outcome(future)
+                    if isinstance(outcome, Scored):
+                        _check_weights(message.weights_digest, outcome.weights_digest)
+                    await self._send_result(context, index, outcome)
+            finally:
+                for future in submitted:
+                    future.cancel()
+
+    async def _parse(
+        self, message: pb.ScoreRequest, spec: TargetSpec
+    ) -> tuple[list[tuple[int, ScoreRequest]], list[tuple[int, RequestError]]]:
+        """Return a call's sequences, by their index, and what is wrong with others. Raises ProtocolViolation."""
+        vocab_size = self._scheduler.info.vocab_size
+        max_entries = ENTRIES_PER_MESSAGE_BYTE * self._limits.max_message_bytes
+        if len(message.sequences) > MAX_MESSAGE_REQUESTS:
+            raise ProtocolViolation(
+                f"{len(message.sequences)} sequences in a call: the limit is {MAX_MESSAGE_REQUESTS}"
+            )
+        requests, refused = [], []
+        for index, one in enumerate(message.sequences):
+            if index % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+            try:
+                sequence = convert.sequence_from_message(
+                    one, vocab_size=vocab_size, max_sequence_tokens=self._limits.max_sequence_tokens
+                )
+                request = ScoreRequest(sequence=sequence, spec=spec, draw_set=message.draw_set)
+                if (entries := entries_bound(request, vocab_size)) > max_entries:
+                    raise InvalidSequence(
+                        f"{len(sequence)} tokens may give {entries} entries: the limit is {max_entries}; "
+                        "ask for shorter sequences or fewer entries a row"
+                    )
+            except RequestError as error:
+                refused.append((index, error))
+            else:
+                requests.append((index, request))
+        return requests, refused
+
+    async def _send_result(self, context: Context, index: int, outcome: Scored | RequestError) -> None:
+        if isinstance(outcome, RequestError):
+            name = type(outcome).__name__
+            metrics.TEACHER_REJECTS.labels(name).inc()
+            level = logging.WARNING if isinstance(outcome, ScoringFailed | NonFiniteLogits) else logging.DEBUG
+            log.log(level, "sequence refused, %s: %s", name, outcome, extra={"client": caller.get(), "request": index})
+            result = pb.ScoreResult(index=index, error=convert.error_to_message(outcome))
+        else:
+            metrics.TEACHER_SEQUENCES.inc()
+            metrics.TEACHER_PAYLOAD_BYTES.inc(len(outcome.payload))
+            result = pb.ScoreResult(
+                index=index,
+                targets=outcome.payload,
+                teacher_version=outcome.teacher_version,
+                weights_digest=bytes.fromhex(outcome.weights_digest)[: convert.WIRE_DIGEST_BYTES],
+            )
+        start = time.perf_counter()
+        await context.write(result)
+        metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
 
     async def stream_targets(self, _requests: object, context: Context) -> None:
         """One stream from `open` to the last answer; a client that goes away cancels this coroutine."""
@@ -165,7 +257,7 @@ class TeacherServicer:
         opened: pb.Open = message.open
         return opened
 
-    def _check_open(self, message: pb.Open) -> TargetSpec:
+    def _check_open(self, message: pb.Open | pb.ScoreRequest) -> TargetSpec:
         """The handshake; raises FingerprintMismatch, InvalidSpec, ProtocolViolation or TooManyInFlight."""
         info = self._scheduler.info
         client_id = _client(message)
@@ -173,7 +265,8 @@ class TeacherServicer:
             raise ServerDraining("the server is draining: ask another replica")
         if len(client_id) > MAX_CLIENT_ID_CHARS or not client_id.isprintable():
             raise ProtocolViolation(f"client_id must be at most {MAX_CLIENT_ID_CHARS} printable characters")
-        self._accounts.check_streams(client_id)
+        if isinstance(message, pb.Open):
+            self._accounts.check_streams(client_id)
         if message.vocab_size < info.vocab_size:
             raise FingerprintMismatch(
                 f"the student's vocabulary of {message.vocab_size} is smaller than the teacher's {info.vocab_size}; "
@@ -277,10 +370,17 @@ def described(info: TeacherInfo, limits: StreamLimits, id_model: bytes, tokenize
     )
 
 
-def _client(message: pb.Open) -> str:
+def _client(message: pb.Open | pb.ScoreRequest) -> str:
     """Who asks: the name of its token, or else what it calls itself."""
     client_id: str = caller.get() or message.client_id
     return client_id
+
+
+def _outcome(future: asyncio.Future[Scored]) -> Scored | RequestError:
+    error = future.exception()
+    if error is not None and not isinstance(error, RequestError):
+        raise error
+    return error or future.result()
 
 
 def _slices(requests: Sequence[T]) -> Iterator[Sequence[T]]:

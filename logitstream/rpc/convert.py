@@ -72,17 +72,28 @@ def request_to_message(
     )
 
 
-def sequence_from_message(message: pb.TargetRequest, *, vocab_size: int, max_sequence_tokens: int) -> TokenSequence:
+def sequence_to_message(sequence: TokenSequence) -> pb.Sequence:
+    mask = sequence.loss_mask
+    return pb.Sequence(
+        token_bytes=sequence.token_ids.astype("<i4", copy=False).tobytes(),
+        loss_mask=b"" if mask is None or mask.all() else np.packbits(mask, bitorder="little").tobytes(),
+    )
+
+
+def sequence_from_message(
+    message: pb.TargetRequest | pb.Sequence, *, vocab_size: int, max_sequence_tokens: int
+) -> TokenSequence:
     """Raises InvalidSequence, saying what was expected and what came."""
     data = message.token_bytes
-    num_tokens, rest = divmod(len(data), ID_BYTES) if data else (len(message.token_ids), 0)
+    ids = message.token_ids if isinstance(message, pb.TargetRequest) else ()
+    num_tokens, rest = divmod(len(data), ID_BYTES) if data else (len(ids), 0)
     if rest:
         raise InvalidSequence(f"token_bytes of {len(data)} bytes: expected {ID_BYTES} a token")
     if not 0 < num_tokens <= max_sequence_tokens:  # before anything is made of its length
         raise InvalidSequence(f"sequence of {num_tokens} tokens: expected 1 to {max_sequence_tokens}")
-    if data and message.token_ids:
+    if data and ids:
         raise InvalidSequence("token_ids and token_bytes are both set: expected one of them")
-    token_ids = np.frombuffer(data, "<u4").astype(np.uint32) if data else np.array(message.token_ids, np.uint32)
+    token_ids = np.frombuffer(data, "<u4").astype(np.uint32) if data else np.array(ids, np.uint32)
     largest = int(np.maximum.reduce(token_ids))
     if largest >= vocab_size:
         raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import grpc
 
 from logitstream.errors import (
@@ -59,8 +62,24 @@ def status_of(error: LogitstreamError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
-def error_of(code: grpc.StatusCode, details: str) -> LogitstreamError:
-    """What a call that ended with `code` raises on the student."""
+RETRY_AFTER = "retry-after-ms"
+"""Trailing metadata of RESOURCE_EXHAUSTED: when the same call may be let in."""
+
+
+def trailing_metadata(error: LogitstreamError) -> tuple[tuple[str, str], ...]:
+    """Return what ends a call for `error` beside its status and details."""
+    if isinstance(error, TooManyInFlight):
+        return ((RETRY_AFTER, str(round(1000 * error.retry_after_seconds))),)
+    return ()
+
+
+def error_of(code: grpc.StatusCode, details: str, trailing: Iterable[Any] | None = None) -> LogitstreamError:
+    """Return the error that a client raises for a call that ended with `code`."""
+    retry_after = str(dict(trailing or ()).get(RETRY_AFTER, ""))
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after.isdecimal():
+        error = TooManyInFlight(details)
+        error.retry_after_seconds = int(retry_after) / 1000
+        return error
     if code is grpc.StatusCode.UNAUTHENTICATED or code is grpc.StatusCode.PERMISSION_DENIED:
         return AccessDenied(details)
     if code is grpc.StatusCode.FAILED_PRECONDITION:

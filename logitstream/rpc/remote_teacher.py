@@ -1,0 +1,156 @@
+"""The calls of one teacher server, as its clients make them: typed values in and out, this package's errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from grpc import aio
+
+from logitstream.errors import AccessDenied, LogitstreamError, ProtocolViolation, RequestError
+from logitstream.rpc.channel import bearer_metadata
+from logitstream.rpc.convert import error_from_message, info_from_message, sequence_to_message, spec_to_message
+from logitstream.rpc.status import error_of
+from logitstream.rpc.v1 import teacher_pb2 as pb
+from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
+from logitstream.tokenizer import Vocabulary
+from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
+
+GRPC_FRAMING_BYTES = 5
+MAX_TOKENIZER_BYTES = 32 << 20
+"""Largest vocabulary taken from a teacher, deflated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One sequence's encoded targets, or its error.
+
+    index: the sequence's place in the call; wire_bytes: size of the whole gRPC message; weights_digest: the first bytes
+    of the digest of the weights that scored it.
+    """
+
+    index: int
+    payload: bytes = b""
+    wire_bytes: int = 0
+    error: RequestError | None = None
+    teacher_version: int = 0
+    weights_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """The client's part of every `Score`: its name, and what it expects of the teacher; empty digests: anything."""
+
+    client_id: str
+    vocab_size: int
+    tokenizer_digest: str = ""
+    weights_digest: str = ""
+
+
+class RemoteTeacher:
+    """One server behind one channel; used from one event loop. Any number of calls may run side by side.
+
+    Methods raise TeacherUnavailable, or TooManyInFlight with `retry_after_seconds`, if another try may succeed, and
+    another LogitstreamError if none will. Cancelling a call, or closing its iterator, cancels it on the server.
+    """
+
+    def __init__(self, channel: aio.Channel, *, address: str, timeout_seconds: float, token: str | None = None) -> None:
+        self._channel = channel
+        self._stub = TeacherServiceStub(channel)
+        self._address = address
+        self._timeout = timeout_seconds
+        self._metadata = bearer_metadata(token)
+
+    async def describe(self) -> TeacherInfo:
+        """Ask what is served now."""
+        try:
+            message = await self._stub.Describe(pb.DescribeRequest(), timeout=self._timeout, metadata=self._metadata)
+        except aio.AioRpcError as error:
+            raise self._translated(error) from None
+        try:
+            return info_from_message(message)
+        except ProtocolViolation as error:
+            raise ProtocolViolation(f"{self._address}: {error}") from None
+
+    async def describe_tokenizer(self) -> Vocabulary:
+        """Fetch the teacher's whole vocabulary: megabytes for a large one."""
+        data = bytearray()
+        request = pb.DescribeTokenizerRequest()
+        try:
+            async for part in self._stub.DescribeTokenizer(request, timeout=self._timeout, metadata=self._metadata):
+                data += part.data
+                if len(data) > MAX_TOKENIZER_BYTES:
+                    raise ProtocolViolation(f"{self._address}: a vocabulary of more than {MAX_TOKENIZER_BYTES} bytes")
+        except aio.AioRpcError as error:
+            raise self._translated(error) from None
+        try:
+            return await asyncio.to_thread(Vocabulary.from_bytes, bytes(data))
+        except ValueError as error:
+            raise ProtocolViolation(f"{self._address}: {error}") from None
+
+    async def score(
+        self,
+        sequences: Sequence[TokenSequence],
+        spec: TargetSpec,
+        caller: Caller,
+        *,
+        draw_set: int = 0,
+        priority: int = 0,
+        deadline_seconds: float | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Yield one answer a sequence, as each is ready; fewer if the call fails on the way, which raises.
+
+        A call may have TeacherInfo.max_in_flight_tokens (`types.credit_tokens` of each sequence), or a single sequence.
+        Read promptly: what is not read counts against this client. One that is turned away again and again should ask
+        for less at a time.
+        """
+        request = pb.ScoreRequest(
+            client_id=caller.client_id,
+            spec=spec_to_message(spec),
+            vocab_size=caller.vocab_size,
+            tokenizer_digest=caller.tokenizer_digest,
+            weights_digest=caller.weights_digest,
+            draw_set=draw_set,
+            priority=max(priority, 0),
+            sequences=map(sequence_to_message, sequences),
+        )
+        missing = set(range(len(sequences)))
+        call = self._stub.Score(request, timeout=deadline_seconds, metadata=self._metadata)
+        try:
+            async for result in call:
+                if result.index not in missing:
+                    raise ProtocolViolation(f"{self._address}: an answer to sequence {result.index}, which none awaits")
+                missing.remove(result.index)
+                yield answer_from_message(result)
+        except aio.AioRpcError as error:
+            raise self._translated(error) from None
+        finally:
+            call.cancel()
+        if missing:
+            raise ProtocolViolation(f"{self._address}: the call ended well with {len(missing)} sequences unanswered")
+
+    async def close(self) -> None:
+        """End all calls and the channel."""
+        await self._channel.close(None)
+
+    def _translated(self, error: aio.AioRpcError) -> LogitstreamError:
+        translated = error_of(error.code(), error.details() or "", error.trailing_metadata())
+        hint = ""
+        if isinstance(translated, AccessDenied):
+            sent = "the token that was sent is none of the server's" if self._metadata else "no token was sent"
+            hint = f" ({sent}: see token_file and $LOGITSTREAM_TOKEN)"
+        translated.args = (f"{self._address}: {translated}{hint}",)
+        return translated
+
+
+def answer_from_message(result: pb.ScoreResult) -> Answer:
+    """Return the answer that a message holds."""
+    return Answer(
+        index=result.index,
+        payload=result.targets,
+        wire_bytes=result.ByteSize() + GRPC_FRAMING_BYTES,
+        error=None if result.WhichOneof("outcome") == "targets" else error_from_message(result.error),
+        teacher_version=result.teacher_version,
+        weights_digest=result.weights_digest,
+    )
