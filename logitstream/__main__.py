@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from logitstream.cache.describe import Description, describe
 from logitstream.cache.export import export
-from logitstream.cache.manifest import caches_in
-from logitstream.cache.open_shard import tree_bytes
+from logitstream.cache.manifest import caches_in, tree_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.remote import fetched, is_remote, local_path
 from logitstream.cache.rewrite import merge, prune

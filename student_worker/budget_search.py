@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
 from logitstream.cache import CacheReader
-from logitstream.cache.cache_disk import from_disk
+from logitstream.cache.disk import from_disk
 from logitstream.client.teacher_client import TeacherClient
 from logitstream.data.batches import split_batch
 from logitstream.data.corpus import CacheDataset, collate

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
-from logitstream.cache.cache_disk import from_disk
+from logitstream.cache.disk import from_disk
 from logitstream.client.access import check_access
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.data.batches import split_batch

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from logitstream.cache import CacheReader
-from logitstream.cache.cache_disk import from_disk, open_reader
+from logitstream.cache.disk import from_disk, open_reader
 from logitstream.types import TargetSpec
 from student_worker.config import StudentConfig
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from logitstream import metrics
-from logitstream.cache.open_shard import tree_bytes
+from logitstream.cache.manifest import tree_bytes
 
 LOOK_SECONDS = 60.0
 """How often the folder is walked: other servers write into it, and it is cleared by hand."""

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.cache.decoding import decoder
-from logitstream.cache.manifest import read_entry, summary
-from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes, file_bytes, shard_bytes
+from logitstream.cache.manifest import file_bytes, read_entry, summary
+from logitstream.cache.open_shard import OPEN_SUFFIX, directory_bytes, shard_bytes
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import scanned_spans, token_width
 from logitstream.cache.shard_state import other_fingerprint, shard_spans, unreadable

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import struct
 import time
@@ -228,3 +229,16 @@ def remove_leftovers(directory: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             if LEFTOVER.search(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 path.unlink()
+
+
+def tree_bytes(directory: Path) -> int:
+    """Bytes of a cache and of those below it: newer weights have theirs in `versions`."""
+    return sum(file_bytes(Path(folder, name)) for folder, _, names in os.walk(directory) for name in names)
+
+
+def file_bytes(path: Path) -> int:
+    """Of a regular file; 0 where it is none, or was renamed or removed meanwhile."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitstream.cache.manifest import remove_leftovers, write_entry
+from logitstream.cache.manifest import file_bytes, remove_leftovers, write_entry
 from logitstream.cache.shard import (
     END_OF_STREAM,
     Message,
@@ -210,19 +210,6 @@ def directory_bytes(directory: Path) -> int:
     return sum(map(file_bytes, directory.iterdir()))
 
 
-def tree_bytes(directory: Path) -> int:
-    """Bytes of a cache and of those below it: newer weights have theirs in `versions`."""
-    return sum(file_bytes(Path(folder, name)) for folder, _, names in os.walk(directory) for name in names)
-
-
 def shard_bytes(shard: Path) -> int:
     """Bytes of a sealed shard and its sidecars."""
     return sum(map(file_bytes, (shard, shard.with_suffix(".index"), shard.with_suffix(".json"))))
-
-
-def file_bytes(path: Path) -> int:
-    """Of a regular file; 0 where it is none, or was renamed or removed meanwhile."""
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except OSError:
-        return 0

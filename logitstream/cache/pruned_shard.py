@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.cache.open_shard import SHARD_NAME, file_bytes, shard_bytes
+from logitstream.cache.manifest import file_bytes
+from logitstream.cache.open_shard import SHARD_NAME, shard_bytes
 from logitstream.cache.shard import END_OF_STREAM, SPAN_DTYPE, Spans, scan, scanned_spans, token_width
 from logitstream.cache.shard_file import ShardFile
 from logitstream.cache.shard_rewrite import (

@@ -13,8 +13,8 @@ import numpy as np
 
 from logitstream.cache.heldout import add_heldout, read_heldout
 from logitstream.cache.index import KeyIndex
-from logitstream.cache.manifest import MANIFEST, caches_in, read_manifest
-from logitstream.cache.open_shard import OPEN_SUFFIX, file_bytes, is_written, lock_dead, origin, recover
+from logitstream.cache.manifest import MANIFEST, caches_in, file_bytes, read_manifest
+from logitstream.cache.open_shard import OPEN_SUFFIX, is_written, lock_dead, origin, recover
 from logitstream.cache.pruned_shard import Pruned, PrunedShard
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import Record

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream import metrics
-from logitstream.cache.manifest import create_manifest
-from logitstream.cache.open_shard import OpenShard, recover, tree_bytes
+from logitstream.cache.manifest import create_manifest, tree_bytes
+from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, TOKEN_DTYPES, Record, encode_batch, token_width
 from logitstream.types import Fingerprint

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import Hasher
 
 from logitstream.cache import CacheReader
-from logitstream.cache.cache_disk import cache_disk
+from logitstream.cache.disk import cache_disk
 from logitstream.data import boundaries, documents, packing, token_rows
 from logitstream.data.loss_mask import IGNORED_LABEL
 from logitstream.data.packing import TextFile, frame_of, pack

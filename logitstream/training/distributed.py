@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from logitstream.cache import CacheReader
-from logitstream.cache.cache_disk import open_reader
+from logitstream.cache.disk import open_reader
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.client.teacher_identity import teacher_differences
 from logitstream.errors import CacheError, FingerprintMismatch, LogitstreamError

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from datasets import Dataset
 
 from logitstream.cache import CacheReader
-from logitstream.cache.cache_disk import from_disk
+from logitstream.cache.disk import from_disk
 from logitstream.cache.heldout import add_heldout, read_heldout
 from logitstream.data.batches import split_batch
 from logitstream.data.corpus import CacheDataset, collate

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from logitstream.cache import CacheReader, CacheWriter, has_manifest
-from logitstream.cache.cache_disk import cache_disk
-from logitstream.cache.disk import DiskThread
-from logitstream.cache.open_shard import tree_bytes
+from logitstream.cache.disk import DiskThread, cache_disk
+from logitstream.cache.manifest import tree_bytes
 from logitstream.cache.remote import is_remote, local_path
 from logitstream.client.teacher_client import TeacherClient
 from logitstream.errors import CacheError, DiskHangs, FingerprintMismatch
@@ -198,7 +197,7 @@ class TargetCache:
 
 
 def _payloads(reader: CacheReader, keys: Sequence[bytes]) -> list[bytes | None]:
-    return list(reader.get_many(keys))
+    return [reader.get(key) for key in keys]
 
 
 def open_target_cache(

@@ -19,7 +19,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from logitstream import metrics
 from logitstream.cache import CacheReader
-from logitstream.cache.open_shard import tree_bytes
+from logitstream.cache.manifest import tree_bytes
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
 from teacher_server.disk import Disk
