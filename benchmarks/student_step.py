@@ -35,8 +35,7 @@ from logitstream.cache import CacheReader, CacheWriter
 from logitstream.fused_loss import fused_linear_sparse_kl
 from logitstream.sampling import sample
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
-from logitstream.training.head_loss import HeadLoss
-from logitstream.training.split_model import install_fused_loss
+from logitstream.training.head_loss import HeadLoss, install_fused_loss
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TokenSequence
 
 RESULTS = Path("benchmarks/results/student_step.json")

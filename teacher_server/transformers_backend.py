@@ -13,18 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.errors import NonFiniteLogits, RequestError
 from logitstream.sampling import among_rows, draw, rows_at_once, warm_up
+from logitstream.split_model import SplitModel
 from logitstream.tokenizer import load_tokenizer, tokenizer_digest
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
 from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 from teacher_server.backend import ScoreRequest
 from teacher_server.batching import split_by_length
-from teacher_server.causal_lm import SplitCausalLM
+from teacher_server.rope_lengths import LengthDependence
 from teacher_server.vocabulary import check_vocab_size, served_vocab_size
 from teacher_server.weights import WeightsChanged, is_being_written, weights_digest, weights_folder, weights_stamps
 
@@ -71,7 +73,14 @@ class TransformersBackend:
         head = model.get_output_embeddings()
         num_rows = model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
         self._info = replace(info, vocab_size=served_vocab_size(vocab_size, num_rows=num_rows))
-        self._lm: SplitCausalLM | None = SplitCausalLM(model.eval().requires_grad_(False))
+        self._by_length = LengthDependence(model)  # before the first pass, which may change what it remembers
+        self._lm: SplitModel | None = SplitModel(model.eval().requires_grad_(False))
+        self._pads_safely = self._lm.pads_safely()
+        if not self._pads_safely:
+            log.warning("%s: padding changes its results, only equal lengths share a pass", type(model).__name__)
+        if self._by_length:
+            log.info("%s: %s: shorter and longer ones never share a pass", type(model).__name__, self._by_length)
+        self._device: torch.device = model.device
         self._max_padded_tokens = max_padded_tokens
         self._chunk_rows = max(1, logits_chunk_bytes // (model.dtype.itemsize * num_rows))
         self._pass_overhead_tokens = PASS_OVERHEAD_TOKENS.get(model.device.type, 1024)
@@ -154,11 +163,11 @@ class TransformersBackend:
 
     def _passes(self, lengths: list[int]) -> list[list[int]]:
         assert self._lm is not None, "score after close"
-        overhead = self._pass_overhead_tokens if self._lm.pads_safely else 0
+        overhead = self._pass_overhead_tokens if self._pads_safely else 0
         most_tokens = self._max_padded_tokens if self._lm.is_split else 1
         groups: dict[Any, list[int]] = {}
         for index, length in enumerate(lengths):
-            groups.setdefault(self._lm.by_length.group(length), []).append(index)
+            groups.setdefault(self._by_length.group(length), []).append(index)
         passes = [
             [members[place] for place in one]
             for members in groups.values()
@@ -173,7 +182,9 @@ class TransformersBackend:
     def _score_pass(self, uniques: list[_Unique], drawings: list[_Drawing]) -> None:
         assert self._lm is not None
         start = time.perf_counter()
-        hidden = self._lm.hidden([torch.from_numpy(unique.token_ids).long() for unique in uniques])
+        ids = [torch.from_numpy(unique.token_ids).long() for unique in uniques]
+        self._by_length.forget()
+        hidden = self._lm.hidden(pad_sequence(ids, batch_first=True).to(self._device, non_blocking=True))
         rows = [np.flatnonzero(unique.wanted) for unique in uniques]
         if len(uniques) == 1 and uniques[0].wanted.all():
             hidden_NH = hidden[0]  # no copy: it may be whole logits

@@ -25,13 +25,12 @@ from logitstream.data.student_limits import (
 from logitstream.data.token_rows import per_token
 from logitstream.training.data_parallel import DataParallelTrainer
 from logitstream.training.first_choices import FirstChoices
-from logitstream.training.head_loss import HeadLoss, StudentLoss
+from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss, reshard
 from logitstream.training.heldout import Heldout, labels_of
 from logitstream.training.measuring import MeasuringTrainer
 from logitstream.training.order import leave_out_repeats, without_repeats
 from logitstream.training.ranks import expect_equal_numbers, joined_by
 from logitstream.training.saving import ResumableTrainer
-from logitstream.training.split_model import install_fused_loss, reshard
 from logitstream.training.stats import StepFigures
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logitstream.data.loss_mask import next_token_labels, supervised_mask
-from logitstream.training.head_loss import HeadLoss, StudentLoss
-from logitstream.training.split_model import install_fused_loss
+from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss
 
 VOCAB_SIZE = 61
 SIZES = {

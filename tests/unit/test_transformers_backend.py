@@ -14,9 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from logitstream.errors import NonFiniteLogits
 from logitstream.sampling import sample
+from logitstream.split_model import SplitModel
 from logitstream.types import SAMPLERS, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.backend import ScoreRequest
-from teacher_server.causal_lm import SplitCausalLM
 from teacher_server.transformers_backend import TransformersBackend
 from teacher_server.weights import WeightsChanged, is_complete, weights_digest
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_teacher, tiny_model
@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_the_model_alone_whatever_the_batch_and_the_c
     backend = backend_of(model, logits_chunk_bytes=rows_a_chunk * 4 * VOCAB_SIZE)
     assert backend._lm is not None
     assert backend._lm.is_split
-    assert backend._lm.pads_safely
+    assert backend._pads_safely
     sequences = ragged([5, 40, 17, 1, 23, 40], masked=True)
     for one, targets in zip(
         sequences, scored(backend, [ScoreRequest(sequence=s, spec=FULL) for s in sequences]), strict=True
@@ -155,17 +155,17 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_alone() -> None:
 
 
 class LooksAhead(LlamaForCausalLM):
-    """Not causal, and not a head on a body: every logit depends on all tokens."""
+    """Not causal, and its head is called twice: every logit depends on all tokens."""
 
     def forward(self, input_ids: torch.Tensor, **_options: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
-        mean = self.model.embed_tokens(input_ids).mean(1, keepdim=True)
-        return CausalLMOutputWithPast(logits=self.lm_head(self.model.embed_tokens(input_ids) + 5 * mean))
+        hidden = self.model.embed_tokens(input_ids)
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden) + 5 * self.lm_head(hidden.mean(1, keepdim=True)))
 
 
 def test_a_model_that_cannot_be_split_or_padded_is_still_right(caplog: pytest.LogCaptureFixture) -> None:
     model = LooksAhead(tiny_model("llama").config).eval()
     backend = backend_of(model, logits_chunk_bytes=7 * 4 * VOCAB_SIZE)
-    assert "cannot be told apart" in caplog.text
+    assert "calls its output layer 2 times: its logits are computed whole" in caplog.text
     assert "padding changes" in caplog.text
     sequences = ragged([5, 20, 5, 11])
     for one, targets in zip(
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_be_split_or_padded_is_still_right(caplog: pytest.Lo
 
 
 def test_bfloat16_is_split_too() -> None:
-    assert SplitCausalLM(tiny_model("gemma2").to(torch.bfloat16)).is_split
+    assert SplitModel(tiny_model("gemma2").to(torch.bfloat16)).is_split
 
 
 def test_a_saved_model_is_loaded_with_its_digests_and_its_limits(tmp_path: Path) -> None:
