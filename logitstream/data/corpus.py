@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import cache_disk
-from logitstream.data import boundaries, documents, packing, token_rows
+from logitstream.data import documents, packing, token_rows
 from logitstream.data.loss_mask import IGNORED_LABEL
 from logitstream.data.packing import TextFile, frame_of, pack
 from logitstream.data.student_limits import StudentLimits
@@ -83,7 +83,7 @@ def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dic
 
     It is found there again by the arguments and by the code that makes rows of them: another version's are others.
     """
-    code = [Path(str(module.__file__)).read_bytes() for module in (boundaries, documents, packing, token_rows)]
+    code = [Path(str(module.__file__)).read_bytes() for module in (documents, packing, token_rows)]
     known = Hasher.hash((code, sequences.__name__, arguments))
     try:
         return Dataset.from_generator(sequences, gen_kwargs=arguments, fingerprint=known)
@@ -108,7 +108,7 @@ def _load(path: str, text_column: str) -> TextFile | Dataset:
     """A text file, or the token columns or the text of one file or of a folder that `datasets` saved."""
     file = Path(path)
     if file.is_file() and file.suffix.lower() in TEXT_FILES:
-        return TextFile.of(path)
+        return TextFile(path, file.stat().st_size, file.stat().st_mtime_ns)
     rows = _read(file)
     if "input_ids" in rows.column_names:
         return known_columns(rows, path)

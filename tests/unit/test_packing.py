@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from logitstream.data.boundaries import document_ids
 from logitstream.data.corpus import load_sequences
-from logitstream.data.packing import Frame, frame_of
+from logitstream.data.packing import Frame, document_ids, frame_of
 from tests.tokenizer_kinds import TEXTS, tokenizers
 
 KINDS = [
