@@ -96,8 +96,7 @@ def measure_teacher(args: argparse.Namespace) -> dict[str, Any]:
 
 def batch_shapes(lengths: list[int], budget: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(rows, width) of the passes that the server makes of these sequences, and of its batches padded as they come."""
-    from teacher_server.batching import split_by_length
-    from teacher_server.transformers_backend import PASS_OVERHEAD_TOKENS
+    from teacher_server.transformers_backend import PASS_OVERHEAD_TOKENS, split_by_length
 
     batches: list[list[int]] = [[]]
     for length in lengths:

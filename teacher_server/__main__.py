@@ -134,8 +134,8 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
 
     def load_vllm() -> TeacherBackend:
         from logitstream.tokenizer import tokenizer_digest
+        from teacher_server.backend import check_vocab_size
         from teacher_server.vllm_backend import VllmBackend
-        from teacher_server.vocabulary import check_vocab_size
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
         with_code = bool(config.backend_options.get("trust_remote_code"))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from logitstream import types
 from logitstream.errors import RequestError
+from logitstream.tokenizer import HasVocabulary
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 
 
@@ -60,3 +61,17 @@ class TeacherBackend(Protocol):
     def close(self) -> None:
         """Free the model; idempotent."""
         ...
+
+
+def check_vocab_size(vocab_size: int, tokenizer: HasVocabulary) -> None:
+    """Raise ValueError if an id of the tokenizer would be cut off; 0 cuts nothing."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if 0 < vocab_size <= largest:
+        raise ValueError(f"vocab_size must be above {largest}, the tokenizer's largest id, got {vocab_size}")
+
+
+def served_vocab_size(vocab_size: int, *, num_rows: int) -> int:
+    """Return how many ids are served: all rows of the head for 0; ValueError if there are fewer than asked for."""
+    if not 0 <= vocab_size <= num_rows:
+        raise ValueError(f"vocab_size must be at most {num_rows}, the rows of the teacher's head, got {vocab_size}")
+    return vocab_size or num_rows

@@ -51,7 +51,7 @@ from logitstream import metrics
 from logitstream.errors import InvalidSequence, RequestError
 from logitstream.sampling import warm_up
 from logitstream.types import SparseTargets, TeacherInfo
-from teacher_server.backend import ScoreRequest
+from teacher_server.backend import ScoreRequest, served_vocab_size
 from teacher_server.prompt_draws import (
     COPIES_OF_LOGITS,
     Outcome,
@@ -59,7 +59,6 @@ from teacher_server.prompt_draws import (
     pack_request,
     unpack_outcome,
 )
-from teacher_server.vocabulary import served_vocab_size
 from teacher_server.weights import digest_with_options
 
 if current_platform.is_cpu():

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_server.batching import split_by_length
+from teacher_server.transformers_backend import split_by_length
 
 
 def cost(passes: list[list[int]], lengths: list[int], overhead: int) -> int:
