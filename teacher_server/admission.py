@@ -151,9 +151,10 @@ class Client:
 class Hold:
     """What one call holds until its answers are written."""
 
-    def __init__(self, admission: Admission, client: Client, num_tokens: int) -> None:
+    def __init__(self, admission: Admission, client: Client, num_tokens: int, num_sequences: int) -> None:
         self._admission = admission
         self._client = client
+        self._num_sequences = num_sequences
         self.num_tokens = 0
         self.add(num_tokens)
 
@@ -164,8 +165,10 @@ class Hold:
         self._admission.num_tokens += num_tokens
 
     def release(self, num_tokens: int) -> None:
-        """Give back what one sequence held; the rest goes when the call ends."""
-        self.add(-min(max(num_tokens, LEAST_SEQUENCE_TOKENS), self.num_tokens))
+        """Give back what one sequence held; with the last one, all that is left."""
+        self._num_sequences -= 1
+        all_left = self._num_sequences == 0
+        self.add(-self.num_tokens if all_left else -max(num_tokens, LEAST_SEQUENCE_TOKENS))
 
 
 class Admission:
@@ -195,7 +198,7 @@ class Admission:
         client.came = began = self._clock()
         self._forget_idle(began)
         self._check(client, num_tokens, len(costs))
-        hold = Hold(self, client, num_tokens)
+        hold = Hold(self, client, num_tokens, len(costs))
         client.num_calls += 1
         self.num_calls += 1
         try:

@@ -23,6 +23,7 @@ from logitstream.rpc.channel import TlsFiles
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo
 from teacher_server import listening
+from teacher_server.admission import Admission
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
@@ -80,6 +81,12 @@ class TeacherServer:
         )
         self.scheduler: Scheduler | None = None
         self.address = ""
+
+    @property
+    def admission(self) -> Admission:
+        """What clients hold; for tests."""
+        assert self._gate.servicer is not None
+        return self._gate.servicer.admission
 
     @property
     def serving(self) -> bool:
@@ -178,7 +185,7 @@ class TeacherServer:
         servicer.announce_drain(self._config.drain_seconds)
         while servicer.num_unsent and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        log.info("drained: %d requests left unanswered", servicer.num_unsent)
+        log.info("drained: %d calls left unanswered", servicer.num_unsent)
         await self._server.stop(STOP_SECONDS)
 
     async def _keep_house(self, scheduler: Scheduler) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -95,7 +95,7 @@ class TeacherServicer:
             max_client_streams=limits.max_client_streams,
         )
         self._stream_ids = itertools.count(1)
-        self._admission = Admission(
+        self.admission = Admission(
             max_in_flight_tokens=limits.max_in_flight_tokens, max_queue_tokens=limits.max_queue_tokens
         )
 
@@ -120,7 +120,7 @@ class TeacherServicer:
     @property
     def num_unsent(self) -> int:
         """Requests whose answers have not been written yet."""
-        return self._admission.num_calls + sum(stream.num_unsent for stream in self._streams)
+        return self.admission.num_calls + sum(stream.num_unsent for stream in self._streams)
 
     def announce_drain(self, grace_seconds: float) -> None:
         for stream in self._streams:
@@ -154,10 +154,10 @@ class TeacherServicer:
         costs = [cost_in_tokens(request, self._scheduler.info.vocab_size) for _, request in requests]
         finished: asyncio.Queue[asyncio.Future[Scored]] = asyncio.Queue()
         submitted: dict[asyncio.Future[Scored], tuple[int, int]] = {}
-        with self._admission.hold(client_id, costs) as hold:
+        with self.admission.hold(client_id, costs) as hold:
             try:
                 await self._scheduler.open_stored(spec)
-                for (index, request), cost in zip(requests, costs, strict=True):
+                async for (index, request), cost in _in_turns(list(zip(requests, costs, strict=True))):
                     try:
                         future = self._scheduler.submit(request, client_id=client_id, priority=message.priority)
                     except RequestError as error:
@@ -190,9 +190,7 @@ class TeacherServicer:
                 f"{len(message.sequences)} sequences in a call: the limit is {MAX_MESSAGE_REQUESTS}"
             )
         requests, refused = [], []
-        for index, one in enumerate(message.sequences):
-            if index % SLICE == SLICE - 1:
-                await asyncio.sleep(0)
+        async for index, one in _in_turns(list(enumerate(message.sequences))):
             try:
                 sequence = convert.sequence_from_message(
                     one, vocab_size=vocab_size, max_sequence_tokens=self._limits.max_sequence_tokens
@@ -374,6 +372,14 @@ def _client(message: pb.Open | pb.ScoreRequest) -> str:
     """Who asks: the name of its token, or else what it calls itself."""
     client_id: str = caller.get() or message.client_id
     return client_id
+
+
+async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:
+    """Yield the items; every SLICE of them others have their turn on the event loop."""
+    for number, item in enumerate(items, start=1):
+        yield item
+        if number % SLICE == 0:
+            await asyncio.sleep(0)
 
 
 def _outcome(future: asyncio.Future[Scored]) -> Scored | RequestError:

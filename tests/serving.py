@@ -56,68 +56,49 @@ def sequence(*token_ids: int, mask: Sequence[bool] | None = None) -> TokenSequen
 
 
 class WireClient:
-    """One stream; answers are collected by request id as pb.Result, everything else in `notices`."""
+    """Calls of one server, made from messages by hand."""
 
     def __init__(self, address: str, *, token: str | None = None, tls: TlsFiles | None = None) -> None:
         self.channel = open_channel(address, max_message_bytes=8 << 20, tls=tls)
         self.stub = TeacherServiceStub(self.channel)
         self.metadata = bearer_metadata(token)
-        self.results: dict[int, pb.Result] = {}
-        self.notices: list[pb.StreamTargetsResponse] = []
-        self.call: Any = None
 
     async def __aenter__(self) -> WireClient:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        if self.call is not None:
-            self.call.cancel()
         await self.channel.close()
 
     async def describe(self) -> pb.DescribeResponse:
         return await self.stub.Describe(pb.DescribeRequest(), metadata=self.metadata, timeout=10)
 
-    async def open(self, spec: TargetSpec | pb.TargetSpec = SPEC, **fields: Any) -> WireClient:
-        message = spec if isinstance(spec, pb.TargetSpec) else convert.spec_to_message(spec)
-        hello = pb.Open(**{"client_id": "test", "vocab_size": 1 << 24, "spec": message} | fields)
-        self.call = self.stub.StreamTargets(metadata=self.metadata)
-        await self.call.write(pb.StreamTargetsRequest(open=hello))
-        response = await self.call.read()
-        assert response is not aio.EOF, await self.call.details()
-        assert response.WhichOneof("kind") == "opened"
-        return self
+    def call(
+        self,
+        *sequences: TokenSequence | pb.Sequence,
+        spec: TargetSpec | pb.TargetSpec = SPEC,
+        seconds: float = 20.0,
+        **fields: Any,
+    ) -> aio.UnaryStreamCall[pb.ScoreRequest, pb.ScoreResult]:
+        """Begin to score; the call's results are to be read."""
+        message = convert.spec_to_message(spec) if isinstance(spec, TargetSpec) else spec
+        request = pb.ScoreRequest(**{"client_id": "test", "vocab_size": 1 << 24, "spec": message} | fields)
+        request.sequences.extend(
+            one if isinstance(one, pb.Sequence) else convert.sequence_to_message(one) for one in sequences
+        )
+        return self.stub.Score(request, metadata=self.metadata, timeout=seconds)
 
-    async def request(self, sequences: dict[int, TokenSequence], *, draw_set: int = 0, priority: int = 0) -> None:
-        messages = [
-            convert.request_to_message(request_id, one, draw_set=draw_set, priority=priority)
-            for request_id, one in sequences.items()
-        ]
-        await self.send(messages)
+    async def score(self, *sequences: TokenSequence | pb.Sequence, **fields: Any) -> list[pb.ScoreResult]:
+        """Return the results in the sequences' order."""
+        results = {result.index: result async for result in self.call(*sequences, **fields)}
+        return [results[index] for index in range(len(sequences))]
 
-    async def send(self, messages: Sequence[pb.TargetRequest]) -> None:
-        await self.call.write(convert.requests_to_message(messages))
-
-    async def receive(self, count: int, *, seconds: float = 20.0) -> dict[int, pb.Result]:
-        """Read until `count` answers are here in all."""
-        async with asyncio.timeout(seconds):
-            while len(self.results) < count:
-                response = await self.call.read()
-                if response is aio.EOF:
-                    raise EOFError(f"{await self.call.code()}: {await self.call.details()}")
-                if response.WhichOneof("kind") == "results":
-                    self.results |= {result.request_id: result for result in response.results.results}
-                else:
-                    self.notices.append(response)
-        return self.results
-
-    async def finish(self) -> tuple[Any, str]:
-        """The status that the server ends the stream with."""
+    async def refusal(self, *sequences: TokenSequence | pb.Sequence, **fields: Any) -> aio.AioRpcError:
+        """Return how a call ends that must be refused as a whole."""
         try:
-            while (response := await self.call.read()) is not aio.EOF:
-                self.notices.append(response)
-        except aio.AioRpcError:
-            pass
-        return await self.call.code(), await self.call.details()
+            results = await self.score(*sequences, **fields)
+        except aio.AioRpcError as error:
+            return error
+        raise AssertionError(f"the call was answered: {results}")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ async def test_a_second_server_at_an_address_that_is_served_says_so_and_ends(
         with pytest.raises(OSError, match=f"^cannot serve on {wanted}: .*(in use|listens there)"):
             await other.run()
         async with WireClient(server.address) as client:  # the first one is not harmed
-            await client.open()
+            assert (await client.score(sequence(1)))[0].targets
 
 
 async def test_a_unix_socket_is_announced_by_its_path_and_taken_over_from_a_server_that_has_ended(
@@ -69,9 +69,7 @@ async def test_a_unix_socket_is_announced_by_its_path_and_taken_over_from_a_serv
             await asyncio.sleep(0.01)
         assert address_file.read_text() == f"{address}\n"
         async with WireClient(server.address) as client:
-            await client.open()
-            await client.request({1: sequence(1)})
-            assert (await client.receive(1))[1].targets
+            assert (await client.score(sequence(1)))[0].targets
     assert f"serving on {address}\n" in capsys.readouterr().out
 
 
@@ -158,14 +156,12 @@ async def test_a_hangup_drains_a_server_as_sigterm_does_unless_it_was_started_to
             while not address_file.exists():
                 await asyncio.sleep(0.05)
         async with WireClient(address_file.read_text().strip()) as client:
-            await client.open()
-            await client.request({1: sequence(1)})
+            running = asyncio.ensure_future(client.score(sequence(1)))
             await asyncio.sleep(0.3)
             process.send_signal(signal.SIGHUP)
-            assert (await client.receive(1))[1].targets
+            assert (await running)[0].targets
             if ignored:
-                await client.request({2: sequence(2)})
-                assert (await client.receive(2))[2].targets
+                assert (await client.score(sequence(2)))[0].targets
                 os.kill(process.pid, signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 30) == 0
     finally:

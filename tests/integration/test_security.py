@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
 import resource
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -57,26 +58,20 @@ async def serving_tls(files: TlsFiles, *, mutual: bool = False, **settings: Any)
 
 
 async def works(address: str, **options: Any) -> bool:
-    """Whether a stream gets its targets."""
+    """Return whether a call gets its targets."""
     async with WireClient(address, **options) as client:
-        await client.open()
-        await client.request({1: sequence(1, 2, 3)})
-        return bool((await client.receive(1))[1].targets)
+        return bool((await client.score(sequence(1, 2, 3)))[0].targets)
 
 
 async def refusal(address: str, *, seconds: float = 15.0, **options: Any) -> grpc.StatusCode:
-    """The status of a Describe and of a stream that must both fail, and tell nothing."""
+    """Return the status of a Describe; that and a Score must both fail, and tell nothing."""
     async with WireClient(address, **options) as client:
         with pytest.raises(aio.AioRpcError) as caught:
             await client.stub.Describe(pb.DescribeRequest(), metadata=client.metadata, timeout=seconds)
         details = str(caught.value.details())
         assert "fake" not in details
         assert SECRET not in details
-        call = client.stub.StreamTargets(metadata=client.metadata, timeout=seconds)
-        with suppress(aio.AioRpcError, aio.InternalError):
-            await call.write(pb.StreamTargetsRequest(open=pb.Open(vocab_size=1000)))
-            assert await call.read() is aio.EOF
-        assert await call.code() is not grpc.StatusCode.OK
+        assert (await client.refusal(sequence(1), seconds=seconds)).code() is caught.value.code()
         return caught.value.code()
 
 
@@ -305,20 +300,17 @@ def test_a_token_file_that_grows_within_one_tick_of_the_clock_is_read_again(tmp_
 async def test_a_token_with_a_name_makes_one_client_of_whatever_its_holder_calls_itself(tmp_path: Path) -> None:
     token_file = tmp_path / "tokens"
     token_file.write_text("one team a\ntwo\n")
-    async with serving(FakeBackend(), token_file=str(token_file), max_streams=6) as server, AsyncExitStack() as stack:
-
-        async def opened(token: str, client_id: str) -> None:
-            client = await stack.enter_async_context(WireClient(server.address, token=token))
-            await client.open(client_id=client_id)
-
-        for number in range(3):
-            await opened("one", f"self-made {number}")
-        with pytest.raises((AssertionError, aio.AioRpcError), match="3 streams of client 'team a' are open"):
-            await opened("one", "another")
-        await opened("two", "b")
-        servicer = server._gate.servicer
-        assert servicer is not None
-        assert {stream.client_id for stream in servicer._streams} == {"team a", "b"}
+    async with (
+        serving(FakeBackend(delay_seconds=0.5), token_file=str(token_file), max_in_flight_tokens=1600) as server,
+        WireClient(server.address, token="one") as team,
+        WireClient(server.address, token="two") as other,
+    ):
+        calls = [team.call(sequence(number), client_id=f"self-made {number}") for number in range(3)]
+        while server.admission.num_calls < 3:
+            await asyncio.sleep(0.005)
+        assert (await team.refusal(sequence(9), client_id="b")).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await other.score(sequence(9), client_id="b"))[0].targets
+        assert [(await call.read()).index for call in calls] == [0, 0, 0]
 
 
 async def test_a_token_may_come_from_the_environment() -> None:

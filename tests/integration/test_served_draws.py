@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitstream import codec
+from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from teacher_server.transformers_backend import TransformersBackend
 from tests.serving import WireClient, serving
@@ -57,14 +59,19 @@ class Keep(TransformersBackend):
         """The fixture closes it."""
 
 
-async def served(client: WireClient, asked: list[tuple[TokenSequence, int]]) -> list[SparseTargets]:
-    """The decoded targets of (sequence, draw set), asked for in one message."""
-    client.results.clear()
-    for start in range(0, len(asked), 1000):
-        for request_id, (one, draw_set) in enumerate(asked[start : start + 1000], start):
-            await client.request({request_id: one}, draw_set=draw_set)
-        await client.receive(min(start + 1000, len(asked)), seconds=120)
-    return [codec.decode(client.results[number].targets) for number in range(len(asked))]
+def decoded(results: list[pb.ScoreResult]) -> list[SparseTargets]:
+    return [codec.decode(result.targets) for result in results]
+
+
+async def served(
+    client: WireClient, one: TokenSequence, spec: TargetSpec, *, num_draw_sets: int = NUM_DRAW_SETS, at_once: int = 100
+) -> list[SparseTargets]:
+    """Return one sequence's targets of so many draw sets, a call each."""
+    drawn: list[SparseTargets] = []
+    for start in range(0, num_draw_sets, at_once):
+        calls = [client.score(one, spec=spec, draw_set=start + number, seconds=120) for number in range(at_once)]
+        drawn += [targets for results in await asyncio.gather(*calls) for targets in decoded(results)]
+    return drawn
 
 
 def z_scores(drawn: list[SparseTargets], probs: npt.NDArray[np.float64], rows: list[int]) -> npt.NDArray[np.float64]:
@@ -103,17 +110,15 @@ async def test_served_targets_are_unbiased_and_top_k_is_not(
     with torch.inference_mode():
         logits = backend._lm.logits(backend._lm.hidden([torch.from_numpy(one.token_ids).long()])[0])
     probs = torch.softmax(logits.double(), -1).numpy()
-    asked = [(one, draw_set) for draw_set in range(NUM_DRAW_SETS)]
     async with serving(Keep(backend)) as server:
         for name, spec in UNBIASED.items():
             async with WireClient(server.address) as client:
-                await client.open(spec)
-                scores = z_scores(await served(client, asked), probs, rows)
+                scores = z_scores(await served(client, one, spec), probs, rows)
                 assert len(scores) > 2 * NUM_BUCKETS
                 assert np.abs(scores).max() <= 6, name
         async with WireClient(server.address) as client:
-            await client.open(TargetSpec(sampler="top_k", top_k=12))
-            assert np.abs(z_scores(await served(client, asked[:50]), probs, rows)).max() > 100
+            drawn = await served(client, one, TargetSpec(sampler="top_k", top_k=12), num_draw_sets=50, at_once=50)
+            assert np.abs(z_scores(drawn, probs, rows)).max() > 100
 
 
 def different_share(a: list[SparseTargets], b: list[SparseTargets]) -> float:
@@ -133,7 +138,6 @@ async def test_another_batch_and_another_process_give_the_same_draw(
     """fp32: at most 0.5 % of the entries differ. bfloat16 rounds the logits so coarsely that batch shape matters: its
     share is reported (pytest --junit-xml, or -s)."""
     sequences = [TokenSequence(token_ids=token_ids[i * 64 : i * 64 + 40 + 3 * i]) for i in range(8)]
-    asked = [(one, 7) for one in sequences]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "teacher_server", "--model", str(teacher_dir), "--address", "127.0.0.1:0"]
     command += ["--dtype", dtype, "--num_threads", "1", "--max_batch_tokens", "150", "--device", "cpu"]
@@ -141,13 +145,11 @@ async def test_another_batch_and_another_process_give_the_same_draw(
     try:
         loaded = TransformersBackend.load(str(teacher_dir), dtype=dtype, device="cpu")
         async with serving(loaded) as server, WireClient(server.address) as client:
-            await client.open(TargetSpec())
-            together = await served(client, asked)
-            alone = [(await served(client, [one]))[0] for one in asked]
+            together = decoded(await client.score(*sequences, spec=TargetSpec(), draw_set=7))
+            alone = [decoded(await client.score(one, spec=TargetSpec(), draw_set=7))[0] for one in sequences]
         assert other.stdout is not None
         async with WireClient(other.stdout.readline().split()[-1]) as client:
-            await client.open(TargetSpec())
-            elsewhere = await served(client, asked[::-1])
+            elsewhere = decoded(await client.score(*sequences[::-1], spec=TargetSpec(), draw_set=7, seconds=60))
     finally:
         other.kill()
         other.communicate()

@@ -49,21 +49,18 @@ async def test_serves_reports_and_drains_at_sigterm(tiny_teacher: Path, tmp_path
         async with WireClient(address) as client:
             info = convert.info_from_message(await client.describe())
             assert info.weights_digest == weights_digest(tiny_teacher)
-            await client.open(TargetSpec())
-            await client.request({number: sequence(*range(number, number + 9)) for number in range(20)})
-            results = await client.receive(20)
-            assert all(codec.decode(result.targets).num_rows == 9 for result in results.values())
+            asked = [sequence(*range(number, number + 9)) for number in range(20)]
+            results = await client.score(*asked, spec=TargetSpec())
+            assert all(codec.decode(result.targets).num_rows == 9 for result in results)
+            (bad,) = await client.score(sequence(1_000_000))
+            assert bad.error.code == "InvalidSequence"
             exported = urllib.request.urlopen(f"http://{metrics_address}/metrics").read().decode()
             assert "logitstream_teacher_tokens_total 180.0" in exported
             assert "logitstream_teacher_sequences_total 20.0" in exported
             process.send_signal(signal.SIGTERM)
-            status, _ = await client.finish()
-            assert status.name == "OK"
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0
-        assert '"message": "drained: 0 requests left unanswered"' in errors
-        lines = [json.loads(line) for line in errors.splitlines()]
-        assert {"stream": 1, "client": "test", "message": "stream opened"}.items() <= lines[-4].items()
+        assert "drained: 0 calls left unanswered" in [json.loads(line)["message"] for line in errors.splitlines()]
 
 
 def test_new_checkpoints_are_served_as_they_appear_and_broken_ones_are_not(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -78,9 +75,7 @@ def test_new_checkpoints_are_served_as_they_appear_and_broken_ones_are_not(tiny_
 
     async def scenario(address: str) -> None:
         async with WireClient(address) as client:
-            await client.open(TargetSpec())
-            await client.request({0: sequence(1, 2, 3)})
-            await client.receive(1)
+            (first,) = await client.score(sequence(1, 2, 3), spec=TargetSpec())
             second = save_tiny_teacher(watched / "checkpoint-2", seed=2)
             assert await version(client, 1) == weights_digest(second)
             (watched / "checkpoint-3").mkdir()
@@ -90,12 +85,11 @@ def test_new_checkpoints_are_served_as_they_appear_and_broken_ones_are_not(tiny_
             (wrong / "config.json").write_text("{}")
             fifth = save_tiny_teacher(watched / "checkpoint-5", seed=5)
             assert await version(client, 2) == weights_digest(fifth)
-            await client.request({1: sequence(1, 2, 3)})
-            result = (await client.receive(2))[1]
+            (result,) = await client.score(sequence(1, 2, 3), spec=TargetSpec())
             assert result.teacher_version == 2
             assert result.weights_digest.hex() == weights_digest(fifth)[:16]
-            assert client.results[0].teacher_version == 0
-            assert result.targets != client.results[0].targets
+            assert first.teacher_version == 0
+            assert result.targets != first.targets
 
     arguments = ["--model", str(tiny_teacher), "--watch_checkpoints", str(watched), "--watch_seconds", "0.1"]
     with teacher_process(*arguments) as (_, address):
@@ -116,9 +110,7 @@ async def test_an_id_model_is_made_once_and_then_shared(tiny_teacher: Path, tmp_
         async with WireClient(address) as client:
             encoded = (await client.describe()).id_model
             assert encoded == (tmp_path / "ids").read_bytes()
-            await client.open(TargetSpec())
-            await client.request({1: sequence(*range(30))})
-            payload = (await client.receive(1))[1].targets
+            payload = (await client.score(sequence(*range(30)), spec=TargetSpec()))[0].targets
         targets = codec.decode(payload, id_model=IdModel.from_bytes(encoded))
         assert targets.num_rows == 30
     assert id_model_from(tmp_path / "ids", None, None, FakeBackend(vocab_size=96)) == encoded
@@ -307,8 +299,8 @@ async def test_a_batch_that_never_ends_does_not_hold_the_server_beyond_its_drain
             while not address_file.exists():
                 await asyncio.sleep(0.05)
         async with WireClient(address_file.read_text().strip()) as client:
-            await client.open()
-            await client.request({1: sequence(1)})
+            call = client.call(sequence(1))
+            await call.wait_for_connection()
             await asyncio.sleep(0.5)
             process.terminate()
             assert await asyncio.to_thread(process.wait, 30) == EXIT_STUCK

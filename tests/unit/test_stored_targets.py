@@ -162,17 +162,14 @@ async def test_requests_that_join_while_the_disk_is_read_share_the_answer(tmp_pa
     assert num_scored(backend) == 0
 
 
-async def test_a_server_with_a_cache_answers_a_second_stream_from_it(tmp_path: Path) -> None:
+async def test_a_server_with_a_cache_answers_a_second_call_from_it(tmp_path: Path) -> None:
     backend = FakeBackend()
-    sequences = {number: sequence(number, 5, 6) for number in range(4)}
+    sequences = [sequence(number, 5, 6) for number in range(4)]
     async with serving(backend, cache=str(tmp_path)) as server:
         targets = []
         for _ in range(2):
             async with WireClient(server.address) as client:
-                await client.open()
-                await client.request(sequences)
-                results = await client.receive(4)
-                targets.append({number: result.targets for number, result in results.items()})
+                targets.append([result.targets for result in await client.score(*sequences)])
             assert server.scheduler is not None
             await server.scheduler.refresh_stored()  # as the server does once a second
         assert targets[0] == targets[1]
@@ -290,29 +287,23 @@ def test_opening_a_specs_cache_looks_at_no_other(tmp_path: Path) -> None:
     stored.close()
 
 
-async def test_streams_open_and_are_answered_while_the_disk_hangs(tmp_path: Path) -> None:
+async def test_calls_are_answered_while_the_disk_hangs(tmp_path: Path) -> None:
     backend = FakeBackend()
-    sequences = {number: sequence(number, 5, 6) for number in range(40)}
+    sequences = [sequence(number, 5, 6) for number in range(40)]
     async with serving(backend, cache=str(tmp_path)) as server, WireClient(server.address) as early:
         scheduler = server.scheduler
         assert scheduler is not None
-        await early.open()
-        await early.request(sequences)
-        expected = {number: result.targets for number, result in (await early.receive(40)).items()}
+        expected = [result.targets for result in await early.score(*sequences)]
         await scheduler.refresh_stored()
         disk_is_free = threading.Event()
         scheduler._disk.submit(disk_is_free.wait, 60)
         try:
             async with asyncio.timeout(10), WireClient(server.address) as late:
-                await late.open()
-                await late.request(sequences)  # which are stored, and scored again
-                assert {number: one.targets for number, one in (await late.receive(40)).items()} == expected
+                assert [one.targets for one in await late.score(*sequences)] == expected  # stored, and scored again
             async with asyncio.timeout(4.5):  # less than the disk is waited for once
-                for _ in range(10):
+                for seed in range(10):
                     async with WireClient(server.address) as client:
-                        await client.open(replace(SPEC, seed=_))
-                        await client.request(sequences)
-                        await client.receive(40)
+                        await client.score(*sequences, spec=replace(SPEC, seed=seed))
             assert await health(server.address) == health_pb2.HealthCheckResponse.SERVING
         finally:
             disk_is_free.set()
@@ -321,9 +312,7 @@ async def test_streams_open_and_are_answered_while_the_disk_hangs(tmp_path: Path
             await asyncio.sleep(0.01)
         await scheduler.refresh_stored()
         async with WireClient(server.address) as client:  # what waited for the disk is on it now
-            await client.open(replace(SPEC, seed=9))
-            await client.request(sequences)
-            await client.receive(40)
+            await client.score(*sequences, spec=replace(SPEC, seed=9))
         assert num_scored(backend) == num_scored_before
 
 
@@ -349,19 +338,17 @@ async def test_what_the_disk_does_not_take_in_time_is_answered_and_counted(tmp_p
 
 
 @pytest.mark.parametrize("way", ["frozen", "unreadable"])
-async def test_a_file_system_that_hangs_takes_no_stream_off_line(way: str, tmp_path: Path) -> None:
+async def test_a_file_system_that_hangs_takes_no_call_off_line(way: str, tmp_path: Path) -> None:
     """frozen: writes wait for ever; unreadable: what opens the manifest of one of the caches does."""
     specs = [replace(SPEC, seed=seed) for seed in range(4)]
-    sequences = {number: sequence(number, 5, 6) for number in range(40)}
+    sequences = [sequence(number, 5, 6) for number in range(40)]
     with ExitStack() as stack:
         disk = stack.enter_context(freezing_disk(tmp_path)) if way == "frozen" else None
         folder = tmp_path / "caches" if disk is None else disk.folder / "caches"
 
-        async def answered(server: TeacherServer, spec: TargetSpec) -> dict[int, bytes]:
+        async def answered(server: TeacherServer, spec: TargetSpec) -> list[bytes]:
             async with asyncio.timeout(10), WireClient(server.address) as client:
-                await client.open(spec)
-                await client.request(sequences)
-                return {number: one.targets for number, one in (await client.receive(40)).items()}
+                return [one.targets for one in await client.score(*sequences, spec=spec)]
 
         async with serving(FakeBackend(), cache=str(folder)) as server:
             expected = [await answered(server, spec) for spec in specs]
@@ -391,15 +378,15 @@ async def test_a_file_system_that_hangs_takes_no_stream_off_line(way: str, tmp_p
             assert num_scored(backend) == before  # all of it from the disk again
 
 
-async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_streams(tmp_path: Path) -> None:
+async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_calls(tmp_path: Path) -> None:
     backend = FakeBackend()
-    async with serving(backend, cache=str(tmp_path), max_streams=2, max_client_streams=2) as server:
+    async with serving(backend, cache=str(tmp_path), max_in_flight_tokens=1024) as server:
         assert server.scheduler is not None
         disk_is_free = threading.Event()
         server.scheduler._disk.submit(disk_is_free.wait, 20)
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(WireClient(server.address)) for _ in range(6)]
-            opening = [asyncio.ensure_future(client.open()) for client in clients]
+            calls = [asyncio.ensure_future(client.score(sequence(1, 2))) for client in clients]
             await asyncio.sleep(HOUSEKEEPING_SECONDS * 1.1)  # refresh_stored waits for the disk by now
             backend.closed = True
             async with asyncio.timeout(5):
@@ -407,7 +394,7 @@ async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_streams(tmp_
                     await asyncio.sleep(0.05)
             backend.closed = False
             disk_is_free.set()
-            outcomes = await asyncio.gather(*opening, return_exceptions=True)
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert sum(not isinstance(outcome, BaseException) for outcome in outcomes) == 2
 
 
