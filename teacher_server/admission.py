@@ -197,7 +197,7 @@ class Admission:
         client = self._clients.setdefault(client_id, Client())
         client.came = began = self._clock()
         self._forget_idle(began)
-        self._check(client, num_tokens, len(costs))
+        self._check(client, num_tokens, fits=sum(costs) <= self._max_in_flight_tokens or len(costs) == 1)
         hold = Hold(self, client, num_tokens, len(costs))
         client.num_calls += 1
         self.num_calls += 1
@@ -209,9 +209,8 @@ class Admission:
             self.num_calls -= 1
             self._call_seconds = self._clock() - began
 
-    def _check(self, client: Client, num_tokens: int, num_sequences: int) -> None:
+    def _check(self, client: Client, num_tokens: int, *, fits: bool) -> None:
         share = min(self._max_in_flight_tokens, self._max_queue_tokens // len(self._clients))
-        fits = num_tokens <= self._max_in_flight_tokens or num_sequences == 1
         if self.num_tokens < self._max_queue_tokens and (
             client.num_tokens + num_tokens <= share or (not client.num_tokens and fits)
         ):

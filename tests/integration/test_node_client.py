@@ -113,7 +113,6 @@ async def test_a_client_made_from_the_documents_gets_what_the_python_client_gets
         "tls_key": files.key,
         "token_file": str(tmp_path / "tokens"),
         "cache": str(tmp_path / "cache"),  # so that both get the same draws bit for bit, whatever batch they are of
-        "max_in_flight_tokens": 80,
     }
     async with serving(backend, **settings) as server:
         assert server.scheduler is not None

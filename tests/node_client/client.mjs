@@ -66,35 +66,27 @@ function describe() {
   });
 }
 
-// The outcome of each sequence, asked for as the credit allows; they count their tokens, as they have few entries.
+// The outcome of each sequence, in one call.
 function ask(vocabSize) {
   return new Promise((resolve, reject) => {
     const outcomes = [];
-    let [credit, inFlight, next, left] = [0, 0, 0, options.sequences.length];
-    const call = client.StreamTargets(metadata);
-    const send = () => {
-      for (; next < options.sequences.length; next++) {
-        const ids = options.sequences[next];
-        if (inFlight && inFlight + ids.length > credit) return;
-        inFlight += ids.length;
-        call.write({ requests: { requests: [{ request_id: next + 1, token_bytes: tokenBytes(ids) }] } });
-      }
-    };
-    call.on("data", (message) => {
-      if (message.kind === "opened" || message.kind === "credit") credit = message[message.kind].max_in_flight_tokens;
-      for (const result of message.kind === "results" ? message.results.results : []) {
-        const number = Number(result.request_id) - 1;
-        const numTokens = options.sequences[number].length;
-        outcomes[number] = result.outcome === "targets" ? { rows: decode(result.targets, numTokens) } : { error: result.error };
-        inFlight -= numTokens;
-        left -= 1;
-      }
-      if (left) send();
-      else call.end();
+    const call = client.Score(
+      {
+        client_id: options.clientId ?? "node",
+        vocab_size: vocabSize,
+        spec: options.spec,
+        sequences: options.sequences.map((ids) => ({ token_bytes: tokenBytes(ids) })),
+      },
+      metadata,
+      { deadline: Date.now() + 30_000 },
+    );
+    call.on("data", (result) => {
+      const numTokens = options.sequences[result.index].length;
+      outcomes[result.index] =
+        result.outcome === "targets" ? { rows: decode(result.targets, numTokens) } : { error: result.error };
     });
     call.on("error", reject);
     call.on("end", () => resolve(outcomes));
-    call.write({ open: { client_id: options.clientId ?? "node", vocab_size: vocabSize, spec: options.spec } });
   });
 }
 
