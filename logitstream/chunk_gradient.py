@@ -1,4 +1,4 @@
-"""One chunk of student logits becomes its own loss gradient, in place: the inner step of `fused_loss`.
+"""The inner step of `fused_loss`: turns one chunk of student logits into its own loss gradient, in place.
 
 Legend: N supervised rows, C rows of a chunk, V ids, K kept entries.
 """
@@ -28,12 +28,12 @@ class Objective:
 
     @property
     def has_two_softmaxes(self) -> bool:
-        """Whether the two losses differ in temperature."""
+        """True if both losses count and differ in temperature."""
         return 0 < self.ce_weight < 1 and self.temperature != 1
 
     @property
     def num_buffers(self) -> int:
-        """How many [C, V] blocks `logits_to_gradient_` holds, the logits among them."""
+        """Number of [C, V] blocks that `logits_to_gradient_` holds, including the logits."""
         return 1 + self.has_two_softmaxes + (self.logit_softcap is not None)
 
 
@@ -49,7 +49,7 @@ class Rows:
 
     @classmethod
     def select(cls, targets: SparseTargets | None, labels: Tensor | None, index_N: Tensor, dtype: torch.dtype) -> Rows:
-        """The rows at index_N, increasing, of all rows' targets and labels."""
+        """Return the rows at index_N, which increases, from all rows' targets and labels."""
         labels_N = None if labels is None else labels.index_select(0, index_N)
         if targets is None:
             starts, none = np.zeros(len(index_N) + 1, np.int64), index_N.new_zeros(0)
@@ -67,7 +67,7 @@ class Rows:
         return cls(labels=labels_N, starts=starts, entry_rows=rows_K, entry_ids=ids_K, entry_weights=weights_K)
 
     def chunk(self, start: int, stop: int) -> Rows:
-        """Rows start to stop, numbered from 0."""
+        """Return rows start to stop, numbered from 0."""
         first, last = int(self.starts[start]), int(self.starts[stop])
         return Rows(
             labels=None if self.labels is None else self.labels[start:stop],
@@ -78,7 +78,7 @@ class Rows:
         )
 
     def labelled(self) -> tuple[Tensor, Tensor] | None:
-        """Row and label of the rows that have one."""
+        """Return row and label of the rows that have a label."""
         if self.labels is None:
             return None
         rows = (self.labels != IGNORED_LABEL).nonzero().squeeze(1)
@@ -86,7 +86,7 @@ class Rows:
 
 
 def logits_to_gradient_(logits_CV: Tensor, objective: Objective, rows: Rows, sums: Diagnostics) -> Tensor:
-    """Turn logits into the gradient of the rows' summed loss, but for the row factor [C] returned; adds to sums."""
+    """Turn logits into the gradient of the rows' summed loss divided by the row factor [C] returned; add to sums."""
     slope_CV = None
     if objective.logit_softcap is not None:
         logits_CV.div_(objective.logit_softcap).tanh_()
@@ -110,10 +110,10 @@ def logits_to_gradient_(logits_CV: Tensor, objective: Objective, rows: Rows, sum
 def _softmax_to_gradient_(
     logits_CV: Tensor, objective: Objective, rows: Rows, sums: Diagnostics, *, kd: float, ce: float
 ) -> Tensor:
-    """kd·(S·p − t̂) + ce·(p − onehot) in place, but for the row factor [C] returned; both share one softmax.
+    """Write kd·(S·p − t̂) + ce·(p − onehot), divided by the row factor [C] returned; both losses share one softmax.
 
     With e = exp(z − max), p = e / Σe and a = kd·S + ce the gradient is (e − (kd·t̂ + ce·onehot)·Σe/a)·a/Σe: only the
-    entries are corrected, and the factor goes to the [C, H] side.
+    entries are corrected, and the factor a/Σe is left for the smaller [C, H] product.
     """
     if kd and objective.temperature != 1:
         logits_CV.div_(objective.temperature)
@@ -126,7 +126,7 @@ def _softmax_to_gradient_(
     exp_K = exp_CV[at_K]
     if ghost:
         exp_CV[at_K] = 0
-    rest_C = exp_CV.sum(1)  # all of it, where there is no ghost bucket
+    rest_C = exp_CV.sum(1)  # all of it without a ghost bucket
     kept_C = torch.zeros_like(rest_C).index_add_(0, rows.entry_rows, exp_K)
     total_C = rest_C + kept_C if ghost else rest_C
     lse_C = max_C + total_C.log()
@@ -171,7 +171,7 @@ def _add_target_sums(
 def _add_ghost_sums(
     sums: Diagnostics, rows: Rows, mass_C: Tensor, rest_C: Tensor, total_C: Tensor, *, vocab_size: int
 ) -> Tensor:
-    """[C]: the teacher's mass in the ghost bucket, 0 in rows that keep nothing or everything."""
+    """Return the teacher's mass in the ghost bucket, [C]: 0 in rows that keep nothing or everything."""
     sizes_C = torch.from_numpy(np.diff(rows.starts)).to(mass_C.device)
     rest_mass_C = torch.where((sizes_C > 0) & (sizes_C < vocab_size), 1 - mass_C, 0).clamp(min=0)
     rest_logprob_C = rest_C.clamp(min=torch.finfo(rest_C.dtype).tiny).log() - total_C.log()

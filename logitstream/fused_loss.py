@@ -1,8 +1,10 @@
 """Final projection and distillation loss together, chunk by chunk: [tokens, V] logits never exist.
 
-`loss.sparse_kl` on `hidden @ weight.T + bias` is the specification. The backward pass is made in the forward one, while
-a chunk's softmax is at hand: three matrix products as in the unfused loss, where recomputing would take a fourth. With
-ce_weight=1 and no targets this is a fused cross-entropy. Nothing here was ever run on a GPU.
+`loss.sparse_kl` of `hidden @ weight.T + bias` is the specification. From here to there: `fused_linear_sparse_kl` checks
+and selects rows, `_FusedLinearSparseKL` is its autograd function, `_chunk_by_chunk` multiplies, and
+`chunk_gradient.logits_to_gradient_` turns a chunk's logits into their gradient. The gradients are made in the forward
+pass, while a chunk's softmax is at hand: three matrix products as in the unfused loss, where recomputing would take a
+fourth. With ce_weight=1 and no targets this is a fused cross-entropy. Nothing here was ever run on a GPU.
 
 Legend: N supervised rows, C rows of a chunk, V ids, H hidden size, K kept entries.
 """
@@ -18,20 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitstream.chunk_gradient import Objective, Rows, logits_to_gradient_
-from logitstream.loss import Diagnostics, as_drawn, check_vocabulary, supervised_rows
+from logitstream.loss import Diagnostics, drawn_with, supervised_rows
 from logitstream.types import SparseTargets
-
-__all__ = ["Diagnostics", "FusedLoss", "fused_linear_sparse_kl"]
 
 CPU_CHUNK_BYTES = 24 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
-"""Room for a chunk's logits: larger costs memory, smaller reads the head's weight more often."""
+"""Room for a chunk's logits: more costs memory, less reads the head's weight more often."""
 OPERAND_PEAK = 256.0
 """Far from either end of float16: small probabilities keep their digits, and no product of usual weights overflows."""
 
 
 class FusedLoss(NamedTuple):
-    """The scalar to call backward on, once, and what was seen on the way."""
+    """The scalar to call backward on, and what the forward pass saw."""
 
     loss: Tensor
     diagnostics: Diagnostics
@@ -40,41 +40,39 @@ class FusedLoss(NamedTuple):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_linear_sparse_kl(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     targets: SparseTargets | None,
     *,
     bias: Tensor | None = None,
+    logit_softcap: float | None = None,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
-    temperature: float | None = None,
-    logit_softcap: float | None = None,
     loss_mask: Tensor | None = None,
     num_items: Tensor | float | None = None,
-    ghost: bool | None = None,
     chunk_bytes: int | None = None,
 ) -> FusedLoss:
-    """`loss.sparse_kl` of the logits hidden @ weight.T + bias, in memory bounded by chunk_bytes beside the gradients.
+    """Return `loss.sparse_kl` of the logits hidden @ weight.T + bias, in memory that chunk_bytes bounds.
 
-    hidden: [..., H], R rows in all; weight: [V, H]; bias: [V]; logit_softcap: logits become cap·tanh(logits / cap).
-    Everything else as in `loss.sparse_kl`. Under autocast the products run in autocast's dtype; sums, the softmax and
-    the weight's gradient are fp32 (fp64 for fp64 input). ValueError where shapes or settings do not fit. A compiled
-    model is compiled up to here and from here on: these steps depend on data, and have products and little else.
+    hidden: [..., H], R rows in all; weight: [V, H], None if hidden are the logits themselves; bias: [V].
+    logit_softcap: logits become cap·tanh(logits / cap). Everything else is as in `loss.sparse_kl`.
+
+    Under autocast the products run in its dtype; sums, the softmax and the weight's gradient are float32 (float64 for
+    float64 input). A compiled model is compiled up to here and from here on: these steps depend on data, and are little
+    else than matrix products. Raises ValueError if shapes or settings do not fit.
     """
     hidden_RH = hidden.reshape(-1, hidden.shape[-1])
     labels_R = None if labels is None else labels.reshape(-1).to(hidden.device)
-    mask_R = supervised_rows(hidden_RH, targets, labels_R, loss_mask, ce_weight)
-    temperature, ghost = as_drawn(targets, temperature, ghost)
-    if targets is not None:
-        check_vocabulary(targets, len(weight))
+    vocab_size = hidden.shape[-1] if weight is None else len(weight)
+    mask_R = supervised_rows(hidden_RH, targets, labels_R, loss_mask, ce_weight, vocab_size=vocab_size)
     index_N = mask_R.nonzero().squeeze(1)
     hidden_NH = hidden_RH if len(index_N) == len(hidden_RH) else hidden_RH.index_select(0, index_N)
-    rows = Rows.select(targets if ce_weight < 1 else None, labels_R, index_N, _accumulator(hidden.dtype))
+    temperature, ghost = drawn_with(targets)
     step = _Step(
         objective=Objective(ce_weight=ce_weight, temperature=temperature, logit_softcap=logit_softcap, ghost=ghost),
-        rows=rows,
+        rows=Rows.select(targets if ce_weight < 1 else None, labels_R, index_N, _accumulator(hidden.dtype)),
         num_items=max(len(index_N), 1) if num_items is None else num_items,
         chunk_bytes=chunk_bytes or (CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES),
-        product_dtype=_product_dtype(hidden),
+        product_dtype=_accumulator(hidden.dtype) if weight is None else _product_dtype(hidden),
         wants_gradients=torch.is_grad_enabled(),
     )
     loss, *sums = _FusedLinearSparseKL.apply(hidden_NH, weight, bias, step)  # type: ignore[no-untyped-call]
@@ -92,7 +90,7 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What one call computes, tensors with gradients apart."""
+    """One call's arguments, except the tensors that get gradients."""
 
     objective: Objective
     rows: Rows
@@ -103,7 +101,7 @@ class _Step:
 
     @property
     def operand_scale(self) -> float:
-        """What the gradient at the logits, of weights that sum to 1, is multiplied by to be at most OPERAND_PEAK."""
+        """A power of two that brings the gradient at the logits, of weights that sum to 1, to at most OPERAND_PEAK."""
         kd = (1 - self.objective.ce_weight) * self.objective.temperature
         return OPERAND_PEAK / 2.0 ** math.ceil(math.log2(max(kd + self.objective.ce_weight, 1)))
 
@@ -118,10 +116,12 @@ class _FusedLinearSparseKL(torch.autograd.Function):
     """Loss and sums forward; the gradients wait in ctx for the first backward, a second one makes them anew."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step
+    ) -> tuple[Tensor, ...]:
         ctx.step, ctx.needs = step, [step.wants_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
         ctx.save_for_backward(hidden, weight, bias)
-        sums, ctx.gradients = _loss_and_gradients(hidden, weight, bias, step, ctx.needs)
+        sums, ctx.gradients = _chunk_by_chunk(hidden, weight, bias, step, ctx.needs)
         ctx.mark_non_differentiable(*sums)
         kl_share = (1 - step.objective.ce_weight) * step.objective.temperature**2
         total = kl_share * sums.kl + step.objective.ce_weight * sums.cross_entropy
@@ -133,7 +133,7 @@ class _FusedLinearSparseKL(torch.autograd.Function):
         hidden, weight, bias = inputs = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # handed over, so that autograd need not copy them
         if gradients is None:
-            _, gradients = _loss_and_gradients(hidden, weight, bias, ctx.step, ctx.needs)
+            _, gradients = _chunk_by_chunk(hidden, weight, bias, ctx.step, ctx.needs)
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
             for gradient in gradients:
                 if gradient is not None:
@@ -142,51 +142,50 @@ class _FusedLinearSparseKL(torch.autograd.Function):
         return *typed, None
 
 
-def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step, needs: list[bool]
-) -> tuple[Diagnostics, list[Tensor | None]]:
-    with torch.autocast(hidden.device.type, enabled=False):  # the products choose their dtypes themselves
-        return _chunk_by_chunk(hidden, weight, bias, step, needs)
-
-
 def _chunk_by_chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, step: _Step, needs: list[bool]
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step, needs: list[bool]
 ) -> tuple[Diagnostics, list[Tensor | None]]:
-    num_rows, vocab_size = len(hidden), len(weight)
+    """Return the sums and the gradients, in the accumulator's dtype, of hidden, weight and bias where needed."""
+    num_rows, vocab_size = len(hidden), hidden.shape[1] if weight is None else len(weight)
     dtype = _accumulator(hidden.dtype)
-    products_weight = weight.to(step.product_dtype)
+    head = None if weight is None else weight.to(step.product_dtype)
     grad_hidden = torch.empty_like(hidden, dtype=dtype) if needs[0] else None
-    grad_weight = torch.empty_like(weight, dtype=dtype) if needs[1] else None
-    grad_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs[2] else None
+    grad_weight = torch.empty_like(weight, dtype=dtype) if weight is not None and needs[1] else None
+    grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs[2] else None
     sums = Diagnostics(*hidden.new_zeros(len(Diagnostics._fields), dtype=torch.float64).unbind())
     chunk_rows = step.chunk_rows(vocab_size, dtype)
     buffer = torch.empty(min(chunk_rows, num_rows), vocab_size, dtype=dtype, device=hidden.device)
-    for start in range(0, num_rows, chunk_rows):
-        hidden_CH = hidden[start : start + chunk_rows].to(step.product_dtype)
-        logits_CV = _project(hidden_CH, products_weight, bias, buffer[: len(hidden_CH)])
-        factor_C = logits_to_gradient_(logits_CV, step.objective, step.rows.chunk(start, start + len(hidden_CH)), sums)
-        item_factor_C = factor_C / step.num_items
-        operand_CV, unit = logits_CV, item_factor_C[:, None]
-        if step.product_dtype != dtype:
-            operand_CV, unit = _low_precision_operand(logits_CV, factor_C, step)
-        if grad_hidden is not None:
-            torch.mul(_mm(operand_CV, products_weight, dtype), unit, out=grad_hidden[start : start + chunk_rows])
-        if grad_weight is not None and operand_CV is not logits_CV and weight.device.type == "cuda":
-            product_VH = _mm(operand_CV.t(), hidden_CH, dtype).mul_(unit)
-            grad_weight.copy_(product_VH) if start == 0 else grad_weight.add_(product_VH)
-        elif grad_weight is not None:  # float32 operands on a CPU, whose low-precision products come rounded
-            scaled_CH = hidden_CH.to(dtype) * item_factor_C[:, None]
-            grad_weight.addmm_(logits_CV.t(), scaled_CH, beta=0.0 if start == 0 else 1.0)
-        if grad_bias is not None:
-            grad_bias.addmv_(logits_CV.t(), item_factor_C)
+    with torch.autocast(hidden.device.type, enabled=False):  # the products choose their dtypes themselves
+        for start in range(0, num_rows, chunk_rows):
+            hidden_CH = hidden[start : start + chunk_rows].to(step.product_dtype)
+            logits_CV = _project(hidden_CH, head, bias, buffer[: len(hidden_CH)])
+            rows = step.rows.chunk(start, start + len(hidden_CH))
+            factor_C = logits_to_gradient_(logits_CV, step.objective, rows, sums)
+            item_factor_C = factor_C / step.num_items
+            operand_CV, unit = logits_CV, item_factor_C[:, None]
+            if step.product_dtype != dtype:
+                operand_CV, unit = _low_precision_operand(logits_CV, factor_C, step)
+            if grad_hidden is not None:
+                product_CH = operand_CV if head is None else _mm(operand_CV, head, dtype)
+                torch.mul(product_CH, unit, out=grad_hidden[start : start + chunk_rows])
+            if grad_weight is not None and operand_CV is not logits_CV and hidden.device.type == "cuda":
+                product_VH = _mm(operand_CV.t(), hidden_CH, dtype).mul_(unit)
+                grad_weight.copy_(product_VH) if start == 0 else grad_weight.add_(product_VH)
+            elif grad_weight is not None:  # float32 operands on a CPU, whose low-precision products come rounded
+                scaled_CH = hidden_CH.to(dtype) * item_factor_C[:, None]
+                grad_weight.addmm_(logits_CV.t(), scaled_CH, beta=0.0 if start == 0 else 1.0)
+            if grad_bias is not None:
+                grad_bias.addmv_(logits_CV.t(), item_factor_C)
     if num_rows == 0 and grad_weight is not None:
         grad_weight.zero_()
     return sums, [grad_hidden, grad_weight, grad_bias]
 
 
-def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
-    """Logits in the accumulator's dtype, written to out."""
-    if hidden_CH.dtype == out_CV.dtype:
+def _project(hidden_CH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
+    """Write the logits to out_CV, in the accumulator's dtype, and return it."""
+    if weight_VH is None:
+        out_CV.copy_(hidden_CH)
+    elif hidden_CH.dtype == out_CV.dtype:
         torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
     else:
         out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
@@ -194,10 +193,10 @@ def _project(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out_CV
 
 
 def _low_precision_operand(gradient_CV: Tensor, factor_C: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
-    """The gradient at the logits in bf16 or fp16, and the power of two that its products are to be multiplied by.
+    """Return the gradient at the logits in bf16 or fp16, and the power of two to multiply its products by.
 
-    float16 ends at 6e-8: probabilities over thousands of items would vanish in it. So of 1 / num_items only the
-    mantissa goes into the operand; the power of two is left for the products in float32, where it rounds nothing.
+    float16 ends at 6e-8: probabilities over thousands of items would vanish in it. So only the mantissa of
+    1 / num_items goes into the operand; the power of two is left for the float32 products, where it rounds nothing.
     """
     per_item = torch.as_tensor(1 / step.num_items, dtype=factor_C.dtype, device=factor_C.device)
     mantissa, exponent = torch.frexp(per_item)
@@ -206,7 +205,7 @@ def _low_precision_operand(gradient_CV: Tensor, factor_C: Tensor, step: _Step) -
 
 
 def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """In dtype: a GPU sums low-precision products up in it, a CPU rounds each sum to the operands' dtype first."""
+    """Multiply into dtype: a GPU sums low-precision products in it, a CPU rounds each sum to the operands' first."""
     if left.dtype != dtype and left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)

@@ -4,11 +4,11 @@ With teacher weights t̂ (sparse, S = Σ t̂) and student logits z, one row's fo
 
     KL = Σ t̂ (log t̂ − log softmax(z/τ))    and    ∂KL/∂z = (S·softmax(z/τ) − t̂) / τ        (RS-KD, section 3)
 
-both times τ², as Hinton et al. (2015, section 2) have it, so that the gradient's size does not depend on τ. S may
-differ from 1 (a threshold draw, a proposal temperature, an unrenormalised top-k); a row without entries has S = 0 and
-gives nothing. For sampled targets Σ t̂ log t̂ is the sample's entropy, so the value exceeds KL(teacher‖student) in
-expectation by what sampling takes from the entropy; the gradient does not see it and stays unbiased. Compare methods on
-held-out figures, never by this value.
+both times τ², as in Hinton et al. (2015, section 2), so that the gradient's size does not depend on τ. S may differ
+from 1 (a threshold draw, a proposal temperature, an unrenormalised top-k); a row without entries has S = 0 and adds
+nothing. For sampled targets Σ t̂ log t̂ is the sample's entropy, so the value exceeds KL(teacher‖student) in
+expectation by the entropy that sampling removes; the gradient does not depend on that and stays unbiased. Compare
+methods by held-out statistics, never by this value.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from logitstream.types import SparseTargets
 
 
 class Diagnostics(NamedTuple):
-    """Sums over supervised rows, detached scalars: add them over calls and processes, then divide.
+    """Sums over supervised rows, detached float64 scalars: add them over calls and processes, then divide.
 
     kl is at the loss's temperature, without τ². kept_mass (the student's mass on the kept ids) and agreements (rows
-    where the student's first choice is the teacher's, or one of those that share its greatest weight) are over
-    kept_rows, the rows that have entries. cross_entropy is over labelled_rows; where it is no part of the loss it is
-    still summed if labels came and τ = 1, for it costs nothing then.
+    whose first choice of the student has the teacher's greatest weight) are over kept_rows, the rows with entries.
+    cross_entropy is over labelled_rows; if it is not part of the loss, it is still summed for labels at τ = 1.
     """
 
     rows: Tensor
@@ -46,112 +45,64 @@ def sparse_kl(
     *,
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
-    temperature: float | None = None,
     loss_mask: Tensor | None = None,
     num_items: Tensor | float | None = None,
-    ghost: bool | None = None,
 ) -> Tensor:
-    """Scalar ((1 − ce_weight)·τ²·KL + ce_weight·cross-entropy), summed over supervised rows and divided by num_items.
+    """Return ((1 − ce_weight)·τ²·KL + ce_weight·cross-entropy), summed over supervised rows, over num_items.
 
     logits: [..., V], R rows in all, V no smaller than the targets' vocabulary; row r of the targets belongs to row r of
-        the logits (no shift: both predict the next token). None as targets needs ce_weight=1.
-    labels: int64, R in all, row r's next token, already shifted, -100 where there is none; cross-entropy at τ = 1.
-    loss_mask: bool, R in all: the supervised rows; without it, those with a label, or all rows where no labels came.
-    num_items: supervised rows of the whole step over all micro-batches and processes; without it, those of this call.
-    temperature, ghost: None takes them from the targets' spec (τ = 1 and no ghost where that is not known); values that
-        contradict it are refused. ghost: one more bucket holds what the kept ids leave of the teacher's and of the
-        student's mass (RS-KD, section 2).
+        the logits (no shift: both predict the next token).
+    targets: their spec tells the temperature τ and whether there is a ghost bucket, which holds what the kept ids leave
+        of the teacher's and of the student's mass (RS-KD, section 2); without a spec τ is 1. None needs ce_weight=1.
+    labels: int64, R in all, row r's next token, already shifted, -100 for none; cross-entropy is at τ = 1.
+    loss_mask: bool, R in all: the supervised rows; by default those with a label, or all rows without labels.
+    num_items: supervised rows of the whole step over all micro-batches and processes; by default those of this call.
 
-    ValueError where shapes or settings do not fit.
+    Raises ValueError if shapes or settings do not fit.
     """
     logits_RV = logits.reshape(-1, logits.shape[-1])
-    labels_R = None if labels is None else labels.reshape(-1)
-    mask_R = supervised_rows(logits_RV, targets, labels_R, loss_mask, ce_weight)
-    temperature, ghost = as_drawn(targets, temperature, ghost)
-    if num_items is None:
-        num_items = mask_R.sum().clamp(min=1)
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    labels_R = None if labels is None else labels.reshape(-1)
+    mask_R = supervised_rows(logits_RV, targets, labels_R, loss_mask, ce_weight, vocab_size=logits_RV.shape[1])
     total = logits_RV.new_zeros(())
     if targets is not None and ce_weight != 1:
-        kl_R = _row_kl(logits_RV / temperature, targets, ghost)
-        total = total + (1 - ce_weight) * temperature**2 * kl_R[mask_R].sum()
+        kl_R = _row_kl(logits_RV, targets)
+        total = total + (1 - ce_weight) * drawn_with(targets)[0] ** 2 * kl_R[mask_R].sum()
     if labels_R is not None and ce_weight != 0:
         ce_R = torch.nn.functional.cross_entropy(logits_RV, labels_R, ignore_index=IGNORED_LABEL, reduction="none")
         total = total + ce_weight * ce_R[mask_R].sum()
-    return total / num_items
+    return total / (mask_R.sum().clamp(min=1) if num_items is None else num_items)
 
 
-def as_drawn(targets: SparseTargets | None, temperature: float | None, ghost: bool | None) -> tuple[float, bool]:
-    """Temperature and ghost bucket as the targets were drawn; ValueError where a given value contradicts."""
+def drawn_with(targets: SparseTargets | None) -> tuple[float, bool]:
+    """Return the temperature that targets were drawn at, and whether they have a ghost bucket."""
     spec = None if targets is None else targets.spec
-    if spec is None:
-        return (1.0 if temperature is None else temperature), bool(ghost)
-    has_ghost = spec.sampler == "top_k_ghost"
-    if temperature is not None and temperature != spec.temperature:
-        raise ValueError(
-            f"the targets were drawn at temperature {spec.temperature:g}, but the loss was given {temperature:g}: "
-            "leave it out, or draw targets at that temperature"
-        )
-    if ghost is not None and ghost != has_ghost:
-        raise ValueError(
-            f"the targets were drawn by {spec.sampler}, which goes with ghost={has_ghost}, but the loss was given "
-            f"ghost={ghost}: leave it out, or draw targets by {'top_k_ghost' if ghost else 'top_k'}"
-        )
-    return spec.temperature, has_ghost
-
-
-@torch.no_grad()
-def diagnostics_of(
-    logits: Tensor,
-    targets: SparseTargets | None,
-    *,
-    labels: Tensor | None = None,
-    ce_weight: float = 0.0,
-    temperature: float | None = None,
-    loss_mask: Tensor | None = None,
-    ghost: bool | None = None,
-) -> Diagnostics:
-    """What `fused_linear_sparse_kl` sees on its way, of logits that are there; arguments as in `sparse_kl`."""
-    temperature, ghost = as_drawn(targets, temperature, ghost)
-    logits_RV = logits.reshape(-1, logits.shape[-1])
-    labels_R = None if labels is None else labels.reshape(-1)
-    mask_R = supervised_rows(logits_RV, targets, labels_R, loss_mask, ce_weight)
-    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
-    sums = Diagnostics(*logits_RV.new_zeros(len(Diagnostics._fields), dtype=torch.float64).unbind())
-    sums.rows.add_(mask_R.sum())
-    if labels_R is not None and (ce_weight or temperature == 1):
-        labels_R = labels_R.masked_fill(~mask_R, IGNORED_LABEL)
-        sums.labelled_rows.add_((labels_R != IGNORED_LABEL).sum())
-        sums.cross_entropy.add_(torch.nn.functional.cross_entropy(logits_RV, labels_R, reduction="sum"))
-    if targets is None or ce_weight == 1:
-        return sums
-    rows_K, ids_K, weights_K = entries(targets, logits_RV.device, logits_RV.dtype)
-    sums.kl.add_(_row_kl(logits_RV / temperature, targets, ghost)[mask_R].sum())
-    kept_R = torch.zeros_like(mask_R).index_fill_(0, rows_K, True) & mask_R
-    sums.kept_rows.add_(kept_R.sum())
-    probs_K = torch.softmax(logits_RV / temperature, dim=-1)[rows_K, ids_K]
-    sums.kept_mass.add_(probs_K[mask_R[rows_K]].sum())
-    greatest_R = logits_RV.new_zeros(len(logits_RV)).scatter_reduce_(0, rows_K, weights_K, "amax")
-    agrees_K = (weights_K == greatest_R[rows_K]) & (logits_RV[rows_K, ids_K] == logits_RV.amax(1)[rows_K])
-    sums.agreements.add_((torch.zeros_like(mask_R).index_fill_(0, rows_K[agrees_K], True) & mask_R).sum())
-    return sums
+    return (1.0, False) if spec is None else (spec.temperature, spec.sampler == "top_k_ghost")
 
 
 def supervised_rows(
-    rows: Tensor, targets: SparseTargets | None, labels: Tensor | None, loss_mask: Tensor | None, ce_weight: float
+    rows: Tensor,
+    targets: SparseTargets | None,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    ce_weight: float,
+    *,
+    vocab_size: int,
 ) -> Tensor:
-    """bool [R]: the rows that count; ValueError where the arguments of a loss do not fit together."""
-    num_rows = len(rows)
+    """Return which of the rows [R, …] count, bool [R]; raise ValueError if a loss's arguments do not fit together."""
     if not 0 <= ce_weight <= 1:
         raise ValueError(f"ce_weight must lie in [0, 1], got {ce_weight}")
     if ce_weight < 1 and targets is None:
         raise ValueError(f"no targets: expected ce_weight=1, got {ce_weight}")
     if ce_weight > 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight} needs labels")
+    num_rows = len(rows)
     if targets is not None and targets.num_rows != num_rows:
         raise ValueError(
             f"expected targets of {num_rows} rows, one for each row of the student, got {targets.num_rows}"
         )
+    if targets is not None and targets.vocab_size > vocab_size:  # more ids than the teacher's are padding
+        raise ValueError(f"targets over {targets.vocab_size} ids, but the student's vocabulary has {vocab_size}")
     if labels is not None and labels.numel() != num_rows:
         raise ValueError(f"expected {num_rows} labels, got {labels.numel()}")
     if loss_mask is not None and loss_mask.numel() != num_rows:
@@ -159,20 +110,14 @@ def supervised_rows(
     return counted_rows(rows[:, 0], loss_mask=loss_mask, labels=labels)
 
 
-def check_vocabulary(targets: SparseTargets, vocab_size: int) -> None:
-    """ValueError where the student has fewer ids than the teacher (more are fine: padded embeddings)."""
-    if targets.vocab_size > vocab_size:
-        raise ValueError(f"targets over {targets.vocab_size} ids, but the student's vocabulary has {vocab_size}")
-
-
-def _row_kl(logits_RV: Tensor, targets: SparseTargets, ghost: bool) -> Tensor:
-    """[R]: Σ t̂ (log t̂ − log p), with the ghost bucket's term where wanted."""
-    check_vocabulary(targets, logits_RV.shape[-1])
+def _row_kl(logits_RV: Tensor, targets: SparseTargets) -> Tensor:
+    """Return Σ t̂ (log t̂ − log p) for each row, [R], with the ghost bucket's term if there is one."""
+    temperature, has_ghost = drawn_with(targets)
     rows_K, ids_K, weights_K = entries(targets, logits_RV.device, logits_RV.dtype)
-    logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
+    logprobs_RV = torch.log_softmax(logits_RV / temperature, dim=-1)
     terms_K = torch.xlogy(weights_K, weights_K) - weights_K * logprobs_RV[rows_K, ids_K]
     kl_R = logits_RV.new_zeros(len(logits_RV)).index_add(0, rows_K, terms_K)
-    if not ghost:
+    if not has_ghost:
         return kl_R
     kept_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
     kept_RV[rows_K, ids_K] = True
@@ -184,7 +129,7 @@ def _row_kl(logits_RV: Tensor, targets: SparseTargets, ghost: bool) -> Tensor:
 
 
 def entries(targets: SparseTargets, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token id (int64) and weight of each entry, [K] each."""
+    """Return the row, token id (int64) and weight of each entry, [K] each."""
     rows = torch.from_numpy(targets.row_index())
     ids = torch.from_numpy(targets.token_ids).long()
     return rows.to(device), ids.to(device), torch.from_numpy(targets.weights()).to(device=device, dtype=dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from logitstream.types import SparseTargets
+from logitstream.types import SparseTargets, TargetSpec
 
 
 def random_targets(
@@ -24,3 +26,9 @@ def random_targets(
         token_ids=np.concatenate([*rows, np.zeros(0)]).astype(np.int32),
         counts=np.concatenate([*counts, np.zeros(0)]).astype(np.int32),
     )
+
+
+def drawn(targets: SparseTargets, *, temperature: float = 1.0, ghost: bool = False) -> SparseTargets:
+    """The same targets as if drawn at this temperature, with a ghost bucket or without one."""
+    sampler = "top_k_ghost" if ghost else "systematic"
+    return replace(targets, spec=TargetSpec(sampler=sampler, temperature=temperature))

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import unwrap_peft_model
 
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
-from logitstream.loss import Diagnostics, diagnostics_of, sparse_kl
+from logitstream.loss import Diagnostics
 from logitstream.split_model import TOLERANCE, Head, NotSeparableError, find_head, run_probe
 
 logger = logging.getLogger(__name__)
@@ -42,29 +42,29 @@ class StudentLoss(NamedTuple):
 
 
 class HeadLoss:
-    """The arguments of `fused_linear_sparse_kl` for one batch; from_logits: compute `sparse_kl` of full logits instead.
+    """The arguments of `fused_linear_sparse_kl` for one batch; from_logits: the model is to make its logits.
 
     Not a dict or dataclass: FSDP2 casts and moves the tensors that it finds in a module's arguments, and torch.compile
     would compile anew for each batch's.
     """
 
-    def __init__(self, *, from_logits: bool = False, chunk_bytes: int | None = None, **arguments: Any) -> None:
+    def __init__(self, *, from_logits: bool = False, **arguments: Any) -> None:
         self.from_logits = from_logits
-        self.chunk_bytes = chunk_bytes
         self.arguments = arguments
 
     def of_head(self, hidden: Tensor, layer: nn.Linear, head: Head) -> FusedLoss:
         """Return the loss for the output layer's input."""
         scaled = hidden if head.logit_scale == 1 else hidden * head.logit_scale
-        options = {"bias": layer.bias, "logit_softcap": head.logit_softcap, "chunk_bytes": self.chunk_bytes}
+        options = {"bias": layer.bias, "logit_softcap": head.logit_softcap}
         fused: FusedLoss = fused_linear_sparse_kl(scaled, layer.weight, **options, **self.arguments)
         return fused
 
     def of_logits(self, logits: Tensor) -> FusedLoss:
         """Return the loss for logits [B, T, V]; of more than T rows (a learned prompt before them) the last T count."""
-        logits = logits[:, -self.arguments["labels"].shape[-1] :]
-        diagnostics = diagnostics_of(logits, **{k: v for k, v in self.arguments.items() if k != "num_items"})
-        return FusedLoss(sparse_kl(logits, **self.arguments), diagnostics)
+        fused: FusedLoss = fused_linear_sparse_kl(
+            logits[:, -self.arguments["labels"].shape[-1] :], None, **self.arguments
+        )
+        return fused
 
 
 @dataclass(slots=True)

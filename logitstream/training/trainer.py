@@ -44,7 +44,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
         targets, or have none.
-    ce_weight, temperature, ghost, chunk_bytes: as in `fused_linear_sparse_kl`; temperature, ghost None: the targets'.
+    ce_weight, chunk_bytes: as in `fused_linear_sparse_kl`.
     first_choices: the teacher's on held-out text, for eval_teacher_top1_agreement.
     overhead_every: measure the overhead over cross-entropy at every n-th optimizer step; 0: never. See `overhead`.
     """
@@ -56,8 +56,6 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         *args: Any,
         wrap_dataloader: Callable[[DataLoader[Any]], TargetStream] | None = None,
         ce_weight: float = 0.0,
-        temperature: float | None = None,
-        ghost: bool | None = None,
         chunk_bytes: int | None = None,
         overhead_every: int = 0,
         first_choices: FirstChoices | None = None,
@@ -69,8 +67,6 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
         self.wrap_dataloader = wrap_dataloader
         self.ce_weight = ce_weight
-        self.temperature = temperature
-        self.ghost = ghost
         self.chunk_bytes = chunk_bytes
         self.first_choices = first_choices
         assert isinstance(self.model, nn.Module)
@@ -199,7 +195,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         arguments = self._loss_arguments(inputs, self.ce_weight if ce_weight is None else ce_weight)
         if num_items_in_batch is not None:
             arguments["num_items"] = num_items_in_batch / self._over_processes
-        head_loss = HeadLoss(from_logits=not self.is_fused, chunk_bytes=self.chunk_bytes, **arguments)
+        head_loss = HeadLoss(from_logits=not self.is_fused, **arguments)
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
         return student
 
@@ -236,8 +232,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             "labels": next_token_labels(inputs),
             "loss_mask": supervised_mask(inputs),
             "ce_weight": 1.0 if targets is None else ce_weight,
-            "temperature": self.temperature,
-            "ghost": self.ghost,
+            "chunk_bytes": self.chunk_bytes,
         }
 
     def evaluation_loop(

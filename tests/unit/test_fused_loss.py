@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
-from logitstream.loss import Diagnostics, diagnostics_of, sparse_kl
+from logitstream.loss import Diagnostics, sparse_kl
 from logitstream.types import SparseTargets
-from tests.sparse_rows import random_targets
+from tests.sparse_rows import drawn, random_targets
 
 CHUNK_ROWS = 3
 
@@ -80,12 +80,10 @@ def test_values_and_gradients_are_the_plain_twins(
     for tensor in inputs:
         tensor.requires_grad_()
     arguments: dict[str, Any] = {
-        "targets": None if ce_weight == 1 else targets,
+        "targets": None if ce_weight == 1 else drawn(targets, temperature=temperature, ghost=ghost),
         "labels": labels if ce_weight else None,
         "ce_weight": ce_weight,
-        "temperature": temperature,
         "loss_mask": mask if masked else None,
-        "ghost": ghost,
     }
     expected = sparse_kl(plain(hidden, weight, bias if biased else None, cap), **arguments)
     got = fused_linear_sparse_kl(
@@ -110,6 +108,8 @@ def test_values_and_gradients_are_the_plain_twins(
 )
 @pytest.mark.parametrize("ghost", [False, True])
 def test_gradcheck(options: dict[str, float], ghost: bool) -> None:
+    options = dict(options)
+    temperature = options.pop("temperature", 1.0)
     hidden, weight, bias, targets, labels, mask = problem(5, num_rows=7, vocab_size=19, max_entries=6, hidden_size=3)
     inputs = tuple(tensor.requires_grad_() for tensor in (hidden, weight, bias))
 
@@ -117,11 +117,10 @@ def test_gradcheck(options: dict[str, float], ghost: bool) -> None:
         return fused_linear_sparse_kl(
             hidden,
             weight,
-            targets,
+            drawn(targets, temperature=temperature, ghost=ghost),
             bias=bias,
             labels=labels,
             loss_mask=mask,
-            ghost=ghost,
             chunk_bytes=CHUNK_ROWS * 8 * 19,
             **options,  # type: ignore[arg-type]
         ).loss
@@ -188,6 +187,7 @@ def test_a_share_of_thousands_of_items_survives_low_precision(
     hidden, weight, bias, targets, labels, mask = problem(8, num_rows=40, vocab_size=3_000, max_entries=6)
     options = {"labels": labels, "loss_mask": mask, "num_items": num_items} | options
     cap = options.pop("logit_softcap", None)
+    targets = drawn(targets, temperature=options.pop("temperature", 1.0), ghost=options.pop("ghost", False))
     inputs = [(tensor * 0.3).to(dtype) for tensor in (hidden, weight, bias)]
 
     def gradients(inner: torch.dtype, *, fused: bool = False, scale: float = 65_536.0) -> list[torch.Tensor]:
@@ -234,18 +234,22 @@ def test_diagnostics_are_those_of_the_logits() -> None:
     assert got.kl.item() / mask.sum().item() == pytest.approx(sparse_kl(logits, targets, loss_mask=mask).item())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"ce_weight": 0.5}, {"ce_weight": 1.0}, {"temperature": 2.0}, {"temperature": 2.0, "ce_weight": 0.5}],
-)
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("ghost", [False, True])
-def test_diagnostics_of_logits_are_those_of_the_fused_loss(options: dict[str, Any], ghost: bool) -> None:
+def test_logits_in_place_of_hidden_states_give_the_same(ce_weight: float, temperature: float, ghost: bool) -> None:
     hidden, weight, bias, targets, labels, mask = problem(3, num_rows=13, vocab_size=40, max_entries=5)
-    arguments: dict[str, Any] = {"labels": labels, "loss_mask": mask, "ghost": ghost} | options
-    fused = fused_linear_sparse_kl(hidden, weight, targets, bias=bias, chunk_bytes=CHUNK_ROWS * 8 * 40, **arguments)
-    from_logits = diagnostics_of(plain(hidden, weight, bias, None), targets, **arguments)
-    for name, ours, theirs in zip(Diagnostics._fields, fused.diagnostics, from_logits, strict=True):
+    targets = drawn(targets, temperature=temperature, ghost=ghost)
+    arguments: dict[str, Any] = {"labels": labels, "loss_mask": mask, "ce_weight": ce_weight}
+    arguments["chunk_bytes"] = CHUNK_ROWS * 8 * 40
+    hidden.requires_grad_()
+    fused = fused_linear_sparse_kl(hidden, weight, targets, bias=bias, **arguments)
+    from_logits = fused_linear_sparse_kl(plain(hidden, weight, bias, None), None, targets, **arguments)
+    for name, ours, theirs in zip(Diagnostics._fields, fused.diagnostics, from_logits.diagnostics, strict=True):
         assert theirs.item() == pytest.approx(ours.item(), rel=1e-9), name
+    torch.testing.assert_close(from_logits.loss, fused.loss)
+    found = (torch.autograd.grad(one.loss, hidden)[0] for one in (from_logits, fused))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

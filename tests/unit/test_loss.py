@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,8 +10,8 @@ import torch
 
 from logitstream.fused_loss import fused_linear_sparse_kl
 from logitstream.loss import sparse_kl
-from logitstream.types import SparseTargets, TargetSpec
-from tests.sparse_rows import random_targets
+from logitstream.types import SparseTargets
+from tests.sparse_rows import drawn, random_targets
 
 VOCAB_SIZE = 23
 
@@ -49,7 +47,7 @@ def cases(seed: int) -> tuple[torch.Tensor, SparseTargets, torch.Tensor, torch.T
 @pytest.mark.parametrize("seed", range(4))
 def test_kl_is_the_written_out_sum_over_supervised_rows(seed: int, temperature: float) -> None:
     logits, targets, _, mask = cases(seed)
-    got = sparse_kl(logits, targets, loss_mask=mask, temperature=temperature)
+    got = sparse_kl(logits, drawn(targets, temperature=temperature), loss_mask=mask)
     expected = reference(logits.numpy(), targets, mask.numpy(), temperature=temperature) / mask.sum()
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
 
@@ -58,14 +56,14 @@ def test_ghost_bucket_holds_what_the_kept_ids_leave() -> None:
     rng = np.random.default_rng(0)
     targets = random_targets(rng, num_rows=9, vocab_size=VOCAB_SIZE, max_entries=6, units=400)
     logits = torch.from_numpy(rng.normal(size=(9, VOCAB_SIZE)))
-    got = sparse_kl(logits, targets, ghost=True)
+    got = sparse_kl(logits, drawn(targets, ghost=True))
     assert got.item() == pytest.approx(reference(logits.numpy(), targets, np.ones(9), ghost=True) / 9, rel=1e-6)
 
 
 def test_gradient_is_mass_times_softmax_less_targets() -> None:
     logits, targets, _, _ = cases(1)
     logits.requires_grad_()
-    sparse_kl(logits, targets, temperature=2.0, num_items=1).backward()
+    sparse_kl(logits, drawn(targets, temperature=2.0), num_items=1).backward()
     dense = torch.zeros_like(logits)
     dense[torch.from_numpy(targets.row_index()), torch.from_numpy(targets.token_ids).long()] = torch.from_numpy(
         targets.weights().astype(np.float64)
@@ -76,7 +74,7 @@ def test_gradient_is_mass_times_softmax_less_targets() -> None:
 
 def test_mix_adds_cross_entropy_at_temperature_one() -> None:
     logits, targets, labels, mask = cases(2)
-    got = sparse_kl(logits, targets, labels=labels, ce_weight=0.3, loss_mask=mask, temperature=3.0)
+    got = sparse_kl(logits, drawn(targets, temperature=3.0), labels=labels, ce_weight=0.3, loss_mask=mask)
     labelled = mask & (labels != -100)
     cross_entropy = torch.nn.functional.cross_entropy(logits[labelled], labels[labelled], reduction="sum")
     kl = reference(logits.numpy(), targets, mask.numpy(), temperature=3.0)
@@ -129,21 +127,10 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
         sparse_kl(**arguments)  # type: ignore[arg-type]
 
 
-def test_temperature_and_ghost_come_from_the_targets_and_nothing_else_is_taken() -> None:
+def test_the_fused_loss_takes_temperature_and_ghost_from_the_targets() -> None:
     logits, targets, _, _ = cases(3)
-    hot = replace(targets, spec=TargetSpec(temperature=2.0))
-    assert sparse_kl(logits, hot).item() == sparse_kl(logits, targets, temperature=2.0).item()
-    assert sparse_kl(logits, hot, temperature=2).item() == sparse_kl(logits, hot).item()
-    ghost = replace(targets, spec=TargetSpec(sampler="top_k_ghost"))
-    assert sparse_kl(logits, ghost).item() == sparse_kl(logits, targets, ghost=True).item()
     weight = torch.eye(logits.shape[-1], dtype=logits.dtype)
-    for loss in (sparse_kl, partial(fused_linear_sparse_kl, weight=weight)):
-        with pytest.raises(ValueError, match="drawn at temperature 2, but the loss was given 1"):
-            loss(logits, targets=hot, temperature=1.0)
-        with pytest.raises(ValueError, match="goes with ghost=True, but the loss was given ghost=False"):
-            loss(logits, targets=ghost, ghost=False)
-        with pytest.raises(ValueError, match="goes with ghost=False, but the loss was given ghost=True"):
-            loss(logits, targets=hot, ghost=True)
-    for one in (hot, ghost):
-        fused = fused_linear_sparse_kl(logits, weight, one).loss
-        assert fused.item() == pytest.approx(sparse_kl(logits, one).item(), rel=1e-6)
+    for one in (drawn(targets, temperature=2.0), drawn(targets, ghost=True)):
+        expected = sparse_kl(logits, one).item()
+        assert expected != sparse_kl(logits, targets).item()
+        assert fused_linear_sparse_kl(logits, weight, one).loss.item() == pytest.approx(expected, rel=1e-6)
