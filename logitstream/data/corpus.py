@@ -1,9 +1,13 @@
-"""Text or a datasets path -> token sequences. They and their order are the same whatever the number of workers."""
+"""A corpus: text files, rows of text or of token ids, or a cache -> token sequences in an order of their own.
+
+The sequences and their order do not depend on the number of workers.
+"""
 
 from __future__ import annotations
 
 import bisect
-import os
+import copy
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,27 +47,24 @@ def load_sequences(
     document_end: str = "auto",
     limits: StudentLimits | None = None,
 ) -> Dataset:
-    """A dataset with `input_ids` and, where the input has them, `labels`, masks and `position_ids`.
+    """Return a dataset with `input_ids` and, if the input has them, `labels`, masks and `position_ids`.
 
-    A text file is one document, and so is a row with text; each gets the tokenizer's ids of the whole, and what
-    `frame_of` says around it. Documents are joined and cut into sequences of `sequence_tokens`; the last, incomplete
-    one is dropped. Rows that hold input_ids already are used as they are, but for padding (attention_mask 0), which is
-    dropped, and their length, which is cut.
+    A text file is one document, and so is a row of text; each gets the tokenizer's ids of the whole, framed as
+    `frame_of` says. Documents are joined and cut into sequences of `sequence_tokens`; the incomplete last one is
+    dropped. Rows that hold input_ids already are used as they are, without their padding (attention_mask 0) and cut to
+    `sequence_tokens`.
 
-    limits: of the student that is to train on them. ValueError where it cannot take them, or where the input is not of
-    these kinds; OSError where the datasets library cannot keep its files.
+    ValueError if the student of these limits cannot take them, or the input is of another kind; OSError if the datasets
+    library cannot keep its files.
     """
     check_datasets_cache(HF_DATASETS_CACHE)
     limits = limits or StudentLimits(vocab_size=0)
     parts = {path: _load(path, text_column) for path in dict.fromkeys(paths)}
-    _refuse_mixture(parts)
-    if _is_tokens(parts[paths[0]]):
+    if _token_columns(parts):
         rows = tuple((path, parts[path]) for path in paths)
         warn_of_cuts(rows, sequence_tokens)
         arguments: dict[str, Any] = {"parts": rows, "sequence_tokens": sequence_tokens, "limits": limits}
-        if next(cut(**arguments), None) is None:
-            raise ValueError(f"no row holds a token: {', '.join(paths)}")
-        return _generate(cut, arguments)
+        return _generate(cut, arguments, f"no row holds a token: {', '.join(paths)}")
     limits.check_length(sequence_tokens, "sequence_tokens")
     arguments = {
         "parts": tuple(parts[path] for path in paths),
@@ -73,16 +74,18 @@ def load_sequences(
         "frame": frame_of(tokenizer, start=document_start, end=document_end),
         "limits": limits,
     }
-    if next(pack(**arguments), None) is None:
-        raise ValueError(f"the text holds less than one sequence of {sequence_tokens} tokens: {', '.join(paths)}")
-    return _generate(pack, arguments)
+    return _generate(
+        pack, arguments, f"the text holds less than one sequence of {sequence_tokens} tokens: {', '.join(paths)}"
+    )
 
 
-def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any]) -> Dataset:
-    """What the generator yields, kept on disk by the datasets library; raises what the generator raises.
+def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dict[str, Any], if_none: str) -> Dataset:
+    """Return the sequences, kept on disk by the datasets library; raise what making them raises.
 
-    It is found there again by the arguments and by the code that makes rows of them: another version's are others.
+    They are found there again by the arguments and by the code that makes them: another version makes others.
     """
+    if next(sequences(**arguments), None) is None:
+        raise ValueError(if_none)
     code = [Path(str(module.__file__)).read_bytes() for module in (documents, packing, token_rows)]
     known = Hasher.hash((code, sequences.__name__, arguments))
     try:
@@ -92,20 +95,18 @@ def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dic
 
 
 def check_datasets_cache(folder: str | Path) -> None:
-    """OSError that names HF_HOME where the datasets library could not write its files to the folder."""
-    reason: OSError | str = "it is read-only"
+    """Raise OSError, which names HF_HOME, if the datasets library could not write its files to the folder."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        reason = error
-    else:
-        if os.access(folder, os.W_OK | os.X_OK):
-            return
-    raise OSError(f"the datasets cache {folder} cannot be written ({reason}): set HF_HOME to a folder that can be")
+        raise OSError(
+            f"the datasets cache {folder} cannot be written ({error}): set HF_HOME to a folder that can be"
+        ) from error
 
 
 def _load(path: str, text_column: str) -> TextFile | Dataset:
-    """A text file, or the token columns or the text of one file or of a folder that `datasets` saved."""
+    """Return a text file, or the token columns or the text of one file or of a folder that `datasets` saved."""
     file = Path(path)
     if file.is_file() and file.suffix.lower() in TEXT_FILES:
         return TextFile(path, file.stat().st_size, file.stat().st_mtime_ns)
@@ -134,18 +135,12 @@ def _read(file: Path) -> Dataset:
     try:
         return load_dataset(builder, data_files=str(file), split="train")
     except (DatasetsError, ValueError, StopIteration) as error:  # an empty file ends the library's own iterator
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{file}: expected rows in {builder}, got something else ({str(reason) or 'no row'})"
-        ) from error
+        reason = str(error.__cause__ or error) or "no row"
+        raise ValueError(f"{file}: expected rows in {builder}, got something else ({reason})") from error
 
 
-def _is_tokens(part: TextFile | Dataset) -> bool:
-    return isinstance(part, Dataset) and "input_ids" in part.column_names
-
-
-def _refuse_mixture(parts: dict[str, TextFile | Dataset]) -> None:
-    """ValueError where some files hold token columns that others lack: those rows could only be guessed at."""
+def _token_columns(parts: dict[str, TextFile | Dataset]) -> list[str]:
+    """Return the token columns of all files, none for text; ValueError if some files have columns that others lack."""
     found = {
         path: [name for name in COLUMNS if isinstance(part, Dataset) and name in part.column_names]
         for path, part in parts.items()
@@ -155,47 +150,41 @@ def _refuse_mixture(parts: dict[str, TextFile | Dataset]) -> None:
         if names != first:
             kinds = [f"{one} has {', '.join(which) or 'text'}" for one, which in ((first_path, first), (path, names))]
             raise ValueError(f"expected the same of {', '.join(COLUMNS)} in every file: {'; '.join(kinds)}")
+    return first
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows of token columns -> [B, T] each; shorter rows are padded, with an attention_mask then."""
-    lengths = [len(row["input_ids"]) for row in rows]
+    """Return rows of token columns as [B, T] each; shorter rows are padded, and an attention_mask then says so."""
+
+    def stack(name: str, values: Sequence[Any]) -> torch.Tensor:
+        tensors = [torch.as_tensor(one, dtype=torch.int64) for one in values]
+        padding = IGNORED_LABEL if name == "labels" else 0
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+
     names = [name for name in ("input_ids", *LOSS_COLUMNS, "position_ids") if name in rows[0]]
-    batch = {name: _stack(rows, name, IGNORED_LABEL if name == "labels" else 0) for name in names}
+    batch = {name: stack(name, [row[name] for row in rows]) for name in names}
     if "loss_mask" in batch:
         batch["loss_mask"] = batch["loss_mask"].bool()
-    if min(lengths) < max(lengths):
-        batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    return batch
-
-
-def _stack(rows: Sequence[dict[str, Any]], name: str, padding: int) -> torch.Tensor:
-    tensors = [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+    mask = stack("attention_mask", [[1] * len(row["input_ids"]) for row in rows])
+    return batch if bool(mask.all()) else batch | {"attention_mask": mask}
 
 
 class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """The token sequences of one draw set of a cache, in the order of their keys: a corpus for training from it alone.
+    """The token sequences of a cache's smallest draw set, by rising key: a corpus for training from the cache alone.
 
-    The order depends on the content alone. A damaged record comes as one token that no loss is taken of; CacheMiss
-    where one was pruned meanwhile.
+    The order depends on the content alone. A damaged record comes as one token without a loss; CacheMiss if a record
+    was pruned meanwhile.
     """
 
-    def __init__(
-        self, cache: CacheReader, *, draw_set: int | None = None, indices: npt.NDArray[np.int64] | None = None
-    ) -> None:
-        """draw_set None: the smallest one that the cache holds; indices: of the cache's keys, instead of all of it."""
+    def __init__(self, cache: CacheReader) -> None:
         self.cache = cache
         self._disk = cache_disk(cache.source, "reading", alone=True)
-        if indices is None:
-            cache.keep_to(cache.view())  # in a loader's process too, and after a refresh
-        draw_sets = self._disk.call(cache.draw_sets) if indices is None or draw_set is None else np.zeros(0, np.uint64)
-        if draw_set is None and len(draw_sets) == 0:
+        cache.keep_to(cache.view())  # in a loader's process too, and after a refresh
+        draw_sets = self._disk.call(cache.draw_sets)
+        if len(draw_sets) == 0:
             raise ValueError(f"the cache {cache.directory} is empty: expected records to train on")
-        self.draw_set = int(draw_sets.min()) if draw_set is None else draw_set
-        self._indices = np.flatnonzero(draw_sets == self.draw_set) if indices is None else indices
-        if indices is None and len(self._indices) == 0:
-            raise ValueError(f"the cache {cache.directory} holds no records of draw set {self.draw_set}")
+        self.draw_set = int(draw_sets.min())
+        self._indices = np.flatnonzero(draw_sets == self.draw_set)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -209,18 +198,20 @@ class CacheDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": record.token_ids.astype(np.int64), "loss_mask": mask}
 
     def sequence(self, index: int) -> TokenSequence:
-        """As it was sent; one token without a wanted row where the record is damaged."""
+        """Return a sequence as it was sent; one token without a wanted row if the record is damaged."""
         row = self[index]
         mask = row["loss_mask"]
         return TokenSequence(token_ids=row["input_ids"].astype(np.int32), loss_mask=None if mask.all() else mask)
 
     def find(self, sequence: TokenSequence) -> int | None:
-        """Where a sequence stands; None where it is none of these."""
+        """Return the index of a sequence; None if it is none of these."""
         key = request_key(self.cache.fingerprint.digest, sequence, self.draw_set)
         index = bisect.bisect_left(self._indices, key, key=lambda i: self.cache.key(int(i)))
         is_there = index < len(self) and self.cache.key(int(self._indices[index])) == key
         return index if is_there else None
 
     def select(self, indices: npt.NDArray[np.int64]) -> CacheDataset:
-        """Some of the sequences, in this order."""
-        return CacheDataset(self.cache, draw_set=self.draw_set, indices=self._indices[indices])
+        """Return some of the sequences, in this order."""
+        chosen = copy.copy(self)
+        chosen._indices = self._indices[indices]
+        return chosen

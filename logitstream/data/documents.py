@@ -1,13 +1,15 @@
-"""Which tokens of a batch belong to which document, however the batch says so; what nobody could be told is refused.
+"""The documents of a batch: which tokens belong to which, however the batch says so.
 
-A row of a batch may hold several documents (packing). Each is scored by the teacher alone and seen by the student
-alone. Collators say which in one of these ways; where one says it in several, they have to agree:
+A row of a batch may hold several documents (packing). The teacher scores each alone, and the student sees each alone.
+Collators mark them in one of these ways; several ways in one batch have to agree:
 
     position_ids                    [B, T]: count from 0 in each document
-    attention_mask                  [B, T] of numbers: one a document, 0 is padding (0 and 1 alone say padding alone)
+    attention_mask                  [B, T] of numbers: one a document, 0 is padding (0 and 1 alone mark padding only)
     attention_mask                  [B, 1, T, T], bool or additive: causal in each document, nothing between them
     seq_idx                         [B, T]: one number a document
     cu_seq_lens_q, cu_seq_lens_k    [documents + 1]: where documents begin in the flattened batch, and its end
+
+Anything in a batch that the teacher could not be told is refused by name.
 """
 
 from __future__ import annotations
@@ -19,39 +21,45 @@ import numpy.typing as npt
 import torch
 
 Batch = dict[str, Any]
-"""input_ids [B, T] and, where there are any, labels, masks, and what says which tokens make a document."""
+"""input_ids [B, T] and, optionally, labels, masks and the marks of documents."""
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 ROW_MASK = "loss_mask"
 """[B, T]: entry t is about row t, which predicts token t + 1."""
 TOKEN_MASKS = ("completion_mask", "assistant_masks")
-"""[B, T]: entry t is about token t, as a label is; it is row t - 1 that predicts it."""
+"""[B, T]: entry t is about token t, as a label is; row t - 1 predicts it."""
 FOR_THE_LOSS = ("labels", ROW_MASK, *TOKEN_MASKS, "targets")
-"""What the model's forward does not get."""
+"""Names that the model's forward does not get."""
 CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k")
 PACKING = ("position_ids", "seq_idx", *CU_SEQ_LENS)
 KNOWN = ("input_ids", "attention_mask", *PACKING, "max_length_q", "max_length_k", *FOR_THE_LOSS)
 
 
 def number_documents(batch: Batch) -> Numbers:
-    """int64 [B, T]: each token's document, counted from 1 within its row; 0 on padding.
+    """Number each token's document from 1 within its row: int64 [B, T], 0 on padding.
 
-    Raises ValueError where the batch holds something that the teacher cannot be told of, by name.
+    ValueError, by name, if the batch holds something that the teacher cannot be told.
     """
     shape = tuple(np.shape(batch["input_ids"]))
     if len(shape) != 2:
         raise ValueError(f"expected input_ids of shape [batch, tokens], got {list(shape)}")
     _check_names(batch, shape)
-    present, said = _of_attention_mask(batch.get("attention_mask"), shape)
-    if batch.get("position_ids") is not None:
-        said["position_ids"] = _of_positions(_per_token("position_ids", batch["position_ids"], shape), present)
-    if batch.get("seq_idx") is not None:
-        said["seq_idx"] = _of_runs("seq_idx", _per_token("seq_idx", batch["seq_idx"], shape), present)
-    for name in CU_SEQ_LENS:
-        if batch.get(name) is not None:
-            said[name] = _of_lengths(name, to_numpy(batch[name]), present)
-    (first, numbers), *others = said.items() or [("input_ids", present.astype(np.int64))]
+    present, found = _from_attention_mask(batch.get("attention_mask"), shape)
+    for name in PACKING:
+        if batch.get(name) is None:
+            continue
+        values = to_numpy(batch[name])
+        if name in CU_SEQ_LENS:
+            found[name] = _from_bounds(name, values, present)
+            continue
+        if values.shape not in (shape, (1, shape[1])):  # one row may stand for all
+            raise ValueError(
+                f"expected {name} of shape {list(shape)}, got {list(values.shape)}: the teacher cannot be told"
+            )
+        values = np.broadcast_to(values, shape)
+        found[name] = _from_positions(values, present) if name == "position_ids" else _from_runs(name, values, present)
+    (first, numbers), *others = found.items() or [("input_ids", present.astype(np.int64))]
     for name, other in others:
         if (other != numbers).any():
             row = int(np.flatnonzero((other != numbers).any(1))[0])
@@ -60,7 +68,7 @@ def number_documents(batch: Batch) -> Numbers:
 
 
 def positions_of(numbers: Numbers) -> Numbers:
-    """int64 [B, T]: each token's place in its document, counted from 0 without padding; 0 on padding."""
+    """Return each token's place in its document, counted from 0 without padding: int64 [B, T], 0 on padding."""
     present = numbers > 0
     rank = np.cumsum(present, axis=1)
     highest_before = np.maximum.accumulate(np.pad(numbers, ((0, 0), (1, 0)))[:, :-1], axis=1)
@@ -69,11 +77,11 @@ def positions_of(numbers: Numbers) -> Numbers:
 
 
 def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
-    """What the student's forward gets: the batch such that each document is seen alone, at its own positions.
+    """Return the arguments of the student's forward, such that each document is seen alone, at its own positions.
 
-    Packed rows say so by position_ids alone, as transformers understands them; a mask beside those would make it take a
-    row for one document. Padding on the left, or inside, does not move positions (takes_positions: the model has them).
-    Raises what `number_documents` does, and ValueError for padding inside a document of a packed row.
+    Packed rows are marked by position_ids alone, as transformers understands them; with a mask beside those it would
+    take a row for one document. Padding on the left or inside does not move positions, if the model takes positions.
+    ValueError as from `number_documents`, and for padding inside a document of a packed row.
     """
     inputs = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
     _check_names(batch, tuple(np.shape(batch["input_ids"])))
@@ -85,7 +93,10 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     inputs.pop("attention_mask", None)
     inputs.pop("position_ids", None)
     if numbers.max(initial=0) > 1:
-        _check_whole(numbers)
+        inside = (numbers[:, 1:] != numbers[:, :-1]) & (positions[:, 1:] > 0)
+        if inside.any():
+            row = np.argwhere(inside)[0, 0]
+            raise ValueError(f"row {row} of a batch: padding inside a document of a row that holds several")
         return inputs | {"position_ids": torch.from_numpy(positions).to(device)}
     if not present.all():
         inputs["attention_mask"] = torch.from_numpy(present.astype(np.int64)).to(device)
@@ -95,7 +106,10 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
 
 
 def to_numpy(values: Any) -> npt.NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    """Return a tensor's or a list's values on the CPU; bfloat16, which numpy lacks, as float32."""
+    if isinstance(values, torch.Tensor):
+        return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
+    return np.asarray(values)
 
 
 def _check_names(batch: Batch, shape: tuple[int, ...]) -> None:
@@ -109,23 +123,13 @@ def _check_names(batch: Batch, shape: tuple[int, ...]) -> None:
             )
 
 
-def _per_token(name: str, values: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """[B, T]; a first dimension of 1 stands for every row."""
-    found = to_numpy(values)
-    if found.shape not in (shape, (1, shape[1])):
-        raise ValueError(f"expected {name} of shape {list(shape)}, got {list(found.shape)}: the teacher cannot be told")
-    return np.broadcast_to(found, shape)
-
-
-def _of_attention_mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, dict[str, Numbers]]:
-    """Which tokens are no padding, and the documents where the mask says which."""
+def _from_attention_mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, dict[str, Numbers]]:
+    """Return which tokens are not padding, and the documents if the mask marks them."""
     if mask is None:
         return np.ones(shape, bool), {}
-    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bfloat16:
-        mask = mask.float()
     found = np.asarray(()) if isinstance(mask, dict) else to_numpy(mask)
     if found.shape in ((shape[0], 1, shape[1], shape[1]), (1, 1, shape[1], shape[1])):
-        numbers = _of_blocks(np.broadcast_to(found[:, 0], (*shape, shape[1])))
+        numbers = _from_blocks(np.broadcast_to(found[:, 0], (*shape, shape[1])))
         return numbers > 0, {"attention_mask": numbers}
     if found.shape != shape or (found < 0).any() or (found != np.floor(found)).any():
         raise ValueError(
@@ -133,18 +137,17 @@ def _of_attention_mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, dict[st
             f"tokens], got {'a dict' if isinstance(mask, dict) else list(found.shape)}: the teacher cannot be told"
         )
     present = found != 0
-    return present, {"attention_mask": _of_runs("attention_mask", found, present)} if found.max(initial=0) > 1 else {}
+    return present, {"attention_mask": _from_runs("attention_mask", found, present)} if (found > 1).any() else {}
 
 
-def _of_blocks(mask: npt.NDArray[Any]) -> Numbers:
-    """The documents of a mask [B, T, T] of who attends to whom; a token that does not attend to itself is padding."""
-    # A floating mask without a 1 is one to be added, were it all 0 for there is nothing to hide.
+def _from_blocks(mask: npt.NDArray[Any]) -> Numbers:
+    """Number the documents of a mask [B, T, T] of who attends to whom; padding does not attend to itself."""
+    # A floating mask without a 1 is additive, even if it is all 0 because there is nothing to hide.
     is_added = mask.dtype != bool and ((mask < 0).any() or (mask.dtype.kind == "f" and not mask.any()))
     attends = mask == (0 if is_added else 1)
     present = np.diagonal(attends, axis1=1, axis2=2)
-    first = attends.argmax(2)
     index = np.arange(mask.shape[1])
-    numbers = np.where(present, np.cumsum(present & (first == index), axis=1), 0)
+    numbers = _count(attends.argmax(2) == index, present)
     expected = (numbers[:, :, None] == numbers[:, None, :]) & (index[:, None] >= index) & present[:, None, :]
     wrong = (attends != expected).any(2) & present
     if wrong.any():
@@ -156,10 +159,8 @@ def _of_blocks(mask: npt.NDArray[Any]) -> Numbers:
     return numbers
 
 
-def _of_positions(positions: npt.NDArray[Any], present: Mask) -> Numbers:
-    numbers = np.zeros(positions.shape, np.int64)
-    for row, (values, kept) in enumerate(zip(positions, present, strict=True)):
-        numbers[row, kept] = np.cumsum(values[kept] == 0)
+def _from_positions(positions: npt.NDArray[Any], present: Mask) -> Numbers:
+    numbers = _count(positions == 0, present)
     wrong = present & (positions_of(np.maximum(numbers, present)) != positions)
     if wrong.any():
         row, token = np.argwhere(wrong)[0].tolist()
@@ -170,18 +171,17 @@ def _of_positions(positions: npt.NDArray[Any], present: Mask) -> Numbers:
     return numbers
 
 
-def _of_runs(name: str, values: npt.NDArray[Any], present: Mask) -> Numbers:
-    """Documents of equal values that stand together."""
+def _from_runs(name: str, values: npt.NDArray[Any], present: Mask) -> Numbers:
+    """Number the runs of equal values, padding aside."""
     numbers = np.zeros(values.shape, np.int64)
     for row, (own, kept) in enumerate(zip(values, present, strict=True)):
-        changes = np.diff(own[kept], prepend=own[kept][:1]) != 0
-        numbers[row, kept] = 1 + np.cumsum(changes)
+        numbers[row, kept] = 1 + np.cumsum(np.diff(own[kept], prepend=own[kept][:1]) != 0)
         if numbers[row].max(initial=0) > len(np.unique(own[kept])):
             raise ValueError(f"row {row} of a batch: {name} gives one number to tokens that do not stand together")
     return numbers
 
 
-def _of_lengths(name: str, bounds: npt.NDArray[Any], present: Mask) -> Numbers:
+def _from_bounds(name: str, bounds: npt.NDArray[Any], present: Mask) -> Numbers:
     num_rows, num_tokens = present.shape
     is_rising = bounds.ndim == 1 and len(bounds) > 1 and bounds[0] == 0 and (np.diff(bounds) > 0).all()
     if not is_rising or bounds[-1] != present.size or not np.isin(np.arange(num_rows) * num_tokens, bounds).all():
@@ -194,9 +194,6 @@ def _of_lengths(name: str, bounds: npt.NDArray[Any], present: Mask) -> Numbers:
     return np.where(present, np.cumsum(starts.reshape(present.shape), axis=1), 0)
 
 
-def _check_whole(numbers: Numbers) -> None:
-    """ValueError where padding lies between tokens of one document."""
-    for row, own in enumerate(numbers):
-        kept = np.flatnonzero(own)
-        if ((np.diff(kept) > 1) & (np.diff(own[kept]) == 0)).any():
-            raise ValueError(f"row {row} of a batch: padding inside a document of a row that holds several")
+def _count(starts: Mask, present: Mask) -> Numbers:
+    """Number the documents that begin at the tokens `starts` that are present."""
+    return np.where(present, np.cumsum(starts & present, axis=1), 0)

@@ -1,4 +1,4 @@
-"""What a student's forward can take: ids in its embedding, positions that it has, documents that it sees alone."""
+"""The limits of a student's forward: ids in its embedding, positions that it has, documents that it sees alone."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ import torch
 from torch import Tensor, nn
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")
-"""A config's names for how many positions a model has."""
+"""Names in configs for the number of positions that a model has."""
 PROBE_TOKENS = 4
 Before = Literal["documents", "padding"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentLimits:
-    """vocab_size: rows of the embedding; num_positions: tokens that a document may have, 0 where nothing bounds it."""
+    """Rows of the embedding, and the most tokens that a document may have; 0 for no limit."""
 
     vocab_size: int
     num_positions: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> StudentLimits:
-        """The limits of a transformers model; of another module, none."""
-        embedding = _embedding_of(model)
+        """Return the limits of a transformers model; another module has none."""
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         found = (getattr(config, name, None) for name in POSITIONS)
         num_positions = next((number for number in found if isinstance(number, int) and number > 0), 0)
-        return cls(vocab_size=getattr(embedding, "num_embeddings", 0), num_positions=num_positions)
+        return cls(vocab_size=getattr(_embedding_of(model), "num_embeddings", 0), num_positions=num_positions)
 
     def check_id(self, highest: int, lowest: int, where: str) -> None:
-        """ValueError where an id has no row in the embedding; where: what held it."""
+        """ValueError if an id has no row in the embedding; `where` names the place of the ids."""
         if self.vocab_size and not 0 <= lowest <= highest < self.vocab_size:
             bad = highest if highest >= self.vocab_size else lowest
             raise ValueError(
@@ -42,7 +41,7 @@ class StudentLimits:
             )
 
     def check_length(self, num_tokens: int, where: str) -> None:
-        """ValueError where a document has more tokens than the student has positions; where: what holds it."""
+        """ValueError if a document has more tokens than the student has positions; `where` names its place."""
         if self.num_positions and num_tokens > self.num_positions:
             raise ValueError(
                 f"{where}: {num_tokens} tokens, but the student has {self.num_positions} positions: shorten the "
@@ -50,7 +49,7 @@ class StudentLimits:
             )
 
     def check(self, inputs: dict[str, Any]) -> None:
-        """As the two above, of what the forward is about to get."""
+        """Check the ids and the lengths of the forward's arguments."""
         input_ids: Tensor = torch.as_tensor(inputs["input_ids"])
         if not input_ids.numel():
             return
@@ -66,13 +65,13 @@ class StudentLimits:
 
 
 def takes_positions(model: Any) -> bool:
-    """Whether the forward of a model, or of what adapters were put on, names position_ids."""
+    """Tell whether the forward of a model, or of the model under its adapters, has an argument position_ids."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return any("position_ids" in inspect.signature(one.forward).parameters for one in (model, base))
 
 
 def stands_before(inputs: dict[str, Any]) -> Before | None:
-    """What a forward that gets these must hide from the tokens of a document that stand behind it."""
+    """Return the kind of tokens before a document that a forward with these arguments must hide from it."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return "documents" if "position_ids" in inputs else None
@@ -80,49 +79,35 @@ def stands_before(inputs: dict[str, Any]) -> Before | None:
 
 
 def hides(model: Any, before: Before, *, num_rows: int) -> bool:
-    """Whether a row's second half sees nothing of the first: of another document, or of padding.
+    """Tell whether the second half of a row sees nothing of the first, which is another document or padding.
 
-    Tried out: have the second half's logits a gradient at the first one's embeddings? Attention kernels differ in this,
-    some families take no mask, and recurrent ones carry their state on. What an untrained one carries on may be too
-    little to move logits of a low precision, but its gradient is not rounded away.
+    This is tried out: the gradient of the second half's logits at the embeddings of the first must be 0. Attention
+    kernels differ in this, some families take no mask, and recurrent ones carry their state on. An untrained one may
+    carry too little to change logits of a low precision, but its gradient is not rounded away.
     """
-    half = torch.arange(PROBE_TOKENS)
-    told = {
-        "documents": {"position_ids": half.repeat(2)},
-        "padding": {"attention_mask": torch.cat([torch.zeros_like(half), torch.ones_like(half)])},
-    }[before]
-    return _hides_first_half(model, num_rows, told)
-
-
-def refuse_to_see(model: Any, before: Before) -> NoReturn:
-    """ValueError for a student that does not hide what stands before a document."""
-    what, instead = {
-        "documents": ("across the documents of a packed row", "give it one document a row"),
-        "padding": ("padding that stands before a text", "pad on the right"),
-    }[before]
-    raise ValueError(f"{type(model).__name__} sees {what}, the teacher does not: {instead}")
-
-
-def _hides_first_half(model: Any, num_rows: int, told: dict[str, Tensor]) -> bool:
+    shape, half = (num_rows, 2 * PROBE_TOKENS), torch.arange(PROBE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     embedding = _embedding_of(model) or next(part for part in model.modules() if isinstance(part, nn.Embedding))
     vocab_size = StudentLimits.of(model).vocab_size or model.config.vocab_size
+    options = {"input_ids": torch.randint(vocab_size, shape, generator=generator)}
+    if before == "documents":
+        options["position_ids"] = half.repeat(2).expand(shape)
+    else:
+        options["attention_mask"] = torch.cat([torch.zeros_like(half), torch.ones_like(half)]).expand(shape)
     device = next(model.parameters()).device
-    shape = (num_rows, 2 * PROBE_TOKENS)
     embedded: list[Tensor] = []
 
     def begin_here(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which may be changed in place, as a leaf may not
+        return embedded[-1].clone()  # which may be changed in place, unlike a leaf
 
-    options = {name: values.to(device).expand(shape) for name, values in told.items()}
-    options["input_ids"] = torch.randint(vocab_size, shape, generator=generator).to(device)
     hook = embedding.register_forward_hook(begin_here)
     was_training = model.training
     model.eval()
     try:
         with torch.enable_grad():
-            logits = model(use_cache=False, **options).logits[:, PROBE_TOKENS:].float()
+            inputs = {name: values.to(device) for name, values in options.items()}
+            logits = model(use_cache=False, **inputs).logits[:, PROBE_TOKENS:].float()
             weights = torch.randn(logits.shape, generator=generator).to(device)
             gradients = torch.autograd.grad((logits * weights).sum(), embedded)
         return not any(bool(gradient[:, :PROBE_TOKENS].any()) for gradient in gradients)
@@ -133,6 +118,15 @@ def _hides_first_half(model: Any, num_rows: int, told: dict[str, Tensor]) -> boo
         model.train(was_training)
 
 
+def refuse_to_see(model: Any, before: Before) -> NoReturn:
+    """Raise ValueError for a student that does not hide what stands before a document."""
+    what, instead = {
+        "documents": ("across the documents of a packed row", "give it one document a row"),
+        "padding": ("padding that stands before a text", "pad on the right"),
+    }[before]
+    raise ValueError(f"{type(model).__name__} sees {what}, the teacher does not: {instead}")
+
+
 def _embedding_of(model: Any) -> Any:
-    """The input embedding of a transformers model; None where the model does not say which it is."""
+    """Return the input embedding of a transformers model; None if the model does not say which it is."""
     return getattr(model, "get_input_embeddings", lambda: None)()

@@ -1,8 +1,8 @@
-"""Which sequences are set apart for evaluation: a matter of their content and of the cache, of no run's settings.
+"""The held-out sequences, set apart by their content and by the cache, whatever a run's settings.
 
-Sequences stand in the order of a hash of their tokens. The first ones are held out, those after them trained on, so
-that a run of another length, order or seed on the same text holds out the same. What a run with a cache holds out is
-noted in the cache, tokens and all; every later run on it evaluates on those, and trains on none of them.
+Sequences stand in the order of a hash of their tokens. The first ones are held out and those after them trained on, so
+a run of another length, order or seed on the same text holds out the same. A run with a cache notes the sequences that
+it holds out in the cache; every later run on that cache evaluates on those and trains on none of them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ from logitstream.types import TokenSequence, request_key
 
 logger = logging.getLogger(__name__)
 
-Indices = npt.NDArray[np.int64]
+T = TypeVar("T")
 Contents = list[frozenset[bytes]]
 """Digests of the tokens of each row's documents."""
 ROWS_AT_ONCE = 1000
@@ -39,32 +38,36 @@ ROWS_AT_ONCE = 1000
 def split_text(
     rows: Dataset, *, heldout_sequences: int, max_sequences: int = 0, cache: str = "", cached_only: bool = False
 ) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows of a text, the same on every process; what is held out is noted in the cache.
+    """Return training and held-out rows of a text, the same on every process, and note the held-out ones in the cache.
 
-    cached_only: rows that the cache lacks are not trained on. ValueError where none is left, CacheError where the
-    cache's note is damaged.
+    cached_only trains on rows that the cache holds targets of. ValueError if none is left, CacheError if the cache's
+    note is damaged.
     """
-    decide = partial(_split_text, rows, heldout_sequences, max_sequences, cache, cached_only)
-    train, heldout = _of_main_process(decide)
-    return rows.select(train), rows.select(heldout)
+    train, heldout = _by_main_process(
+        lambda: _split_text(rows, heldout_sequences, max_sequences, cache, cached_only=cached_only)
+    )
+    return rows.select(sorted(train)), rows.select(sorted(heldout))
 
 
 def split_cache(
     corpus: CacheDataset, *, heldout_sequences: int, max_sequences: int = 0, cache: str = ""
 ) -> tuple[CacheDataset, Dataset]:
-    """Training and held-out sequences of a cache alone, the same on every process.
+    """Return training and held-out sequences of a cache alone, the same on every process.
 
-    Held out are those that the cache notes; else the first by key, which are noted then where that can be done.
-    ValueError where none is left to train on, CacheError where the note is damaged.
+    Those that the cache notes are held out; without a note the first by key, which are noted if possible. ValueError if
+    none is left to train on, CacheError if the note is damaged.
     """
-    train, heldout = _of_main_process(partial(_split_cache, corpus, heldout_sequences, max_sequences, cache))
+    train, heldout = _by_main_process(lambda: _split_cache(corpus, heldout_sequences, max_sequences, cache))
     masks = [np.ones(len(one), bool) if one.loss_mask is None else one.loss_mask for one in heldout]
-    columns = {"input_ids": [one.token_ids for one in heldout], "loss_mask": masks}
-    return corpus.select(train), Dataset.from_dict({name: [row.tolist() for row in c] for name, c in columns.items()})
+    columns = {
+        "input_ids": [one.token_ids.tolist() for one in heldout],
+        "loss_mask": [mask.tolist() for mask in masks],
+    }
+    return corpus.select(np.array(train, np.int64)), Dataset.from_dict(columns)
 
 
-def _of_main_process(decide: Callable[[], Any]) -> Any:
-    """What the main process decides, on every one; an error too, so that none waits for the others."""
+def _by_main_process(decide: Callable[[], T]) -> T:
+    """Return on every process what the main process decides; raise its error on all, so that none waits for others."""
     decided: Any = None
     if is_main_process():
         try:
@@ -74,37 +77,39 @@ def _of_main_process(decide: Callable[[], Any]) -> Any:
     decided = of_main_process(decided)
     if isinstance(decided, Exception):
         raise decided
-    return decided
+    found: T = decided
+    return found
 
 
 def _split_text(
-    rows: Dataset, heldout_sequences: int, max_sequences: int, cache: str, cached_only: bool
-) -> tuple[Indices, Indices]:
-    noted, reader, draw_sets = _look_up(cache, alone=cached_only)
-    cached = CachedRows(rows, reader, draw_sets)
+    rows: Dataset, heldout_sequences: int, max_sequences: int, cache: str, *, cached_only: bool
+) -> tuple[list[int], list[int]]:
+    noted, reader, draw_sets = _from_cache(cache, lambda: _look_up(cache), alone=cached_only) or (None, None, [])
     contents = contents_of(rows)
     order = sorted(range(len(contents)), key=lambda i: sorted(contents[i]))
     apart = {content_of(sequence.token_ids) for sequence in noted or ()}
     heldout = _distinct([i for i in order if contents[i] & apart], contents)[:heldout_sequences]
-    if heldout and len(heldout) < heldout_sequences:
+    if 0 < len(heldout) < heldout_sequences:
         _say_followed(len(heldout), heldout_sequences)
     is_new = not heldout and heldout_sequences > 0
     if is_new:
-        heldout = _choose(order, contents, heldout_sequences, cached)
+        heldout = _choose(
+            _distinct(order, contents), heldout_sequences, lambda i: any(_held(rows, i, reader, draw_sets))
+        )
     apart.update(*(contents[i] for i in heldout))
     train = [i for i in order if not contents[i] & apart]
     if not train:
         raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(rows)} to train on")
     if cached_only:
-        train = _cached(train, cached, cache, max_sequences)
+        train = _cached(train, lambda i: all(_held(rows, i, reader, draw_sets[:1])), cache, max_sequences)
     if is_new and noted is not None:
         _note(cache, documents_of(rows, heldout))
-    return np.sort(np.array(train[: max_sequences or None], np.int64)), np.sort(np.array(heldout, np.int64))
+    return train[: max_sequences or None], heldout
 
 
 def _split_cache(
     corpus: CacheDataset, heldout_sequences: int, max_sequences: int, cache: str
-) -> tuple[Indices, list[TokenSequence]]:
+) -> tuple[list[int], list[TokenSequence]]:
     noted = from_disk(cache, lambda: read_heldout(cache)) if cache else []
     apart = {index for index in map(corpus.find, noted) if index is not None}
     heldout = noted[:heldout_sequences]
@@ -122,70 +127,44 @@ def _split_cache(
     train = [index for index in range(len(corpus)) if index not in apart][: max_sequences or None]
     if not train:
         raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(corpus)} to train on")
-    return np.array(train, np.int64), heldout
-
-
-class CachedRows:
-    """Which rows of a text a cache holds targets of; none where there is no cache."""
-
-    def __init__(self, rows: Dataset, cache: CacheReader | None, draw_sets: Sequence[int]) -> None:
-        """draw_sets: of the cache's records, the smallest first."""
-        self._rows, self._cache, self._draw_sets = rows, cache, draw_sets
-
-    def __call__(self, index: int) -> bool:
-        """Whether there are targets of one of the row's documents, of any draw set."""
-        return any(self._holds(sequence, self._draw_sets) for sequence in documents_of(self._rows, [index]))
-
-    def wholly(self, index: int) -> bool:
-        """Whether there are targets of all of the row's documents, of the first draw set."""
-        return all(self._holds(sequence, self._draw_sets[:1]) for sequence in documents_of(self._rows, [index]))
-
-    def _holds(self, sequence: TokenSequence, draw_sets: Sequence[int]) -> bool:
-        if self._cache is None:
-            return False
-        digest = self._cache.fingerprint.digest
-        return any(request_key(digest, sequence, draw_set) in self._cache for draw_set in draw_sets)
+    return train, heldout
 
 
 def documents_of(rows: Dataset, indices: Sequence[int]) -> list[TokenSequence]:
-    """The documents of some rows, with the masks that they are sent with."""
+    """Return the documents of some rows, with the masks that they are sent with."""
     return [sequence for index in indices for _, sequence in split_batch(collate([rows[int(index)]]))]
 
 
 def contents_of(rows: Dataset) -> Contents:
-    """What each row holds, whatever counts of it."""
+    """Return the digests of each row's documents, whichever of their rows count."""
     names = [name for name in ("input_ids", "position_ids") if name in rows.column_names]
     found: Contents = []
     for batch in rows.select_columns(names).with_format("numpy").iter(batch_size=ROWS_AT_ONCE):
         for index, token_ids in enumerate(batch["input_ids"]):
-            if "position_ids" not in names:
-                found.append(frozenset([content_of(token_ids)]))
-                continue
-            packed = {"input_ids": token_ids[None], "position_ids": batch["position_ids"][index][None]}
-            (numbers,) = number_documents(packed)
+            (numbers,) = number_documents({name: batch[name][index][None] for name in names})
             found.append(frozenset(content_of(token_ids[numbers == n]) for n in range(1, numbers.max() + 1)))
     return found
 
 
 def content_of(token_ids: npt.NDArray[Any]) -> bytes:
-    """16 bytes that depend on the tokens alone: other masks make no other text."""
+    """Return 16 bytes that depend on the tokens alone: other masks make no other text."""
     content = np.ascontiguousarray(token_ids, dtype="<i4").tobytes()
     return hashlib.blake2b(content, digest_size=16, person=b"ls-heldout").digest()
 
 
 def _distinct(indices: Sequence[int], contents: Contents) -> list[int]:
-    """The first row of each content."""
+    """Return the first row of each content."""
     first: dict[frozenset[bytes], int] = {}
     for i in indices:
         first.setdefault(contents[i], i)
     return list(first.values())
 
 
-def _choose(order: Sequence[int], contents: Contents, number: int, is_cached: Callable[[int], bool]) -> list[int]:
-    """The first rows that are not cached, then others: on what is cached a student may have been trained."""
+def _choose(rows: Sequence[int], number: int, is_cached: Callable[[int], bool]) -> list[int]:
+    """Return the first rows that are not cached, then others: a student may have been trained on what is cached."""
     chosen: list[int] = []
     cached: list[int] = []
-    for i in _distinct(order, contents):
+    for i in rows:
         (cached if is_cached(i) else chosen).append(i)
         if len(chosen) == number:
             break
@@ -199,9 +178,9 @@ def _choose(order: Sequence[int], contents: Contents, number: int, is_cached: Ca
     return chosen + missing
 
 
-def _cached(rows: Sequence[int], cached: CachedRows, cache: str, max_sequences: int) -> list[int]:
-    """Those of a text's rows that can be trained on without a teacher; ValueError where there is none."""
-    found = [i for i in rows if cached.wholly(i)]
+def _cached(rows: Sequence[int], is_cached: Callable[[int], bool], cache: str, max_sequences: int) -> list[int]:
+    """Return the rows that can be trained on without a teacher; ValueError if there are none."""
+    found = [i for i in rows if is_cached(i)]
     if not found:
         raise ValueError(
             f"the cache {cache} holds targets of none of the text's {len(rows)} sequences: expected the text, "
@@ -212,36 +191,36 @@ def _cached(rows: Sequence[int], cached: CachedRows, cache: str, max_sequences: 
     return found
 
 
-def _look_up(cache: str, *, alone: bool) -> tuple[list[TokenSequence] | None, CacheReader | None, list[int]]:
-    """What a cache holds out, how to look up what is in it, its draw sets; None where there is none or out of reach.
+def _held(rows: Dataset, index: int, cache: CacheReader | None, draw_sets: Sequence[int]) -> list[bool]:
+    """Tell for each document of a row whether the cache holds targets of it in one of the draw sets."""
+    return [
+        cache is not None and any(request_key(cache.fingerprint.digest, one, number) in cache for number in draw_sets)
+        for one in documents_of(rows, [index])
+    ]
 
-    alone: of a run without a teacher, which cannot go on without it.
-    """
+
+def _look_up(cache: str) -> tuple[list[TokenSequence], CacheReader | None, list[int]]:
+    """Return the held-out sequences that a cache notes, a reader of it, and its draw sets from the smallest on."""
     if not cache:
         return [], None, []
+    noted, reader = read_heldout(cache), CacheReader(cache) if may_hold_targets(cache) else None
+    return noted, reader, [] if reader is None else [int(number) for number in np.unique(reader.draw_sets())]
+
+
+def _note(cache: str, sequences: Sequence[TokenSequence]) -> None:
+    if cache:
+        _from_cache(cache, lambda: add_heldout(cache, sequences), alone=False)
+
+
+def _from_cache(cache: str, work: Callable[[], T], *, alone: bool) -> T | None:
+    """Return what `work` finds; None with a warning if the cache is out of reach, unless the run has nothing else."""
     try:
-        return from_disk(cache, lambda: (read_heldout(cache), *_reader(cache)), alone=alone)
+        return from_disk(cache, work, alone=alone) if cache else work()
     except (OSError, DiskHangs) as error:
         if alone:
             raise
         logger.warning("cache %s: later runs may train on what this one holds out: %s", cache, error)
-        return None, None, []
-
-
-def _reader(cache: str) -> tuple[CacheReader | None, list[int]]:
-    if not may_hold_targets(cache):
-        return None, []
-    reader = CacheReader(cache)
-    return reader, [int(number) for number in np.unique(reader.draw_sets())]
-
-
-def _note(cache: str, sequences: Sequence[TokenSequence]) -> None:
-    if not cache:
-        return
-    try:
-        from_disk(cache, lambda: add_heldout(cache, sequences), alone=False)
-    except (OSError, DiskHangs) as error:
-        logger.warning("cache %s: later runs may train on what this one holds out: %s", cache, error)
+        return None
 
 
 def _say_followed(found: int, wanted: int) -> None:
