@@ -1,10 +1,11 @@
-"""What both sides compare to know that they share a tokenizer, and how a difference is told."""
+"""The description of a tokenizer by which student and teacher know that they share it, and differences in words."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,9 +16,9 @@ from logitstream.types import MAX_VOCAB_SIZE
 UNCHECKED_TOKENIZER = "unchecked"
 """In place of a student's tokenizer: the caller vouches that ids mean the same to student and teacher."""
 MAX_DESCRIPTION_BYTES = 128 << 20
-"""Of a vocabulary as JSON; the largest known ones take a tenth."""
+"""The most bytes of a vocabulary as JSON; the largest known ones take a tenth."""
 MODEL = "model"
-"""The rule that is told as a digest: what the model goes by beside its tokens is too long to show."""
+"""The rule with a digest for its value: the model's merges and scores are too long to show."""
 SHOWN_TOKENS = 5
 SHOWN_CHARS = 160
 
@@ -25,14 +26,14 @@ Pairs = list[tuple[int, str]]
 
 
 class HasVocabulary(Protocol):
-    """A transformers tokenizer; one of the `tokenizers` kind also tells how it cuts text."""
+    """A transformers tokenizer; one of the `tokenizers` library also tells how it cuts text."""
 
     def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's (id, token) pairs by rising id, and its rules of cutting text by name; empty where unknown."""
+    """A tokenizer's (id, token) pairs by rising id, and its rules of cutting text by name; no rules if unknown."""
 
     pairs: Pairs = field(repr=False)
     rules: dict[str, str] = field(default_factory=dict)
@@ -51,34 +52,33 @@ class Vocabulary:
 
     @cached_property
     def rules_digest(self) -> str:
-        """SHA-256, hex, over the rules; empty where they are unknown."""
+        """SHA-256, hex, over the rules; empty if they are unknown."""
         return hashlib.sha256(json.dumps(self.rules, sort_keys=True).encode()).hexdigest() if self.rules else ""
 
     def num_shared(self, digest: str) -> int:
-        """How many of the pairs, from the first, make up the vocabulary of this digest; 0: it is no beginning of ours.
+        """Return how many of the first pairs make up the vocabulary of this digest; 0 if ours does not begin with it.
 
-        Those after them are tokens that were added to it, all with larger ids.
+        The pairs after them are tokens that were added to it, all with larger ids.
         """
         if digest == self.digest:
             return len(self.pairs)
         h = hashlib.sha256()
-        for number, (token_id, token) in enumerate(self.pairs, start=1):
-            h.update(_line(token_id, token))
+        for number, pair in enumerate(self.pairs, start=1):
+            h.update(_line(*pair))
             if h.copy().hexdigest() == digest:
                 return number
         return 0
 
     def to_bytes(self) -> bytes:
-        """Deflated JSON (zlib): `ids` and `tokens`, as long as each other, and `rules`."""
+        """Return deflated JSON (zlib): `ids` and `tokens`, as long as each other, and `rules`."""
         ids, tokens = [one for one, _ in self.pairs], [one for _, one in self.pairs]
         return zlib.compress(json.dumps({"ids": ids, "tokens": tokens, "rules": self.rules}).encode())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Vocabulary:
-        """Undo `to_bytes` for what came over a network; ValueError where it is something else."""
-        inflating = zlib.decompressobj()
+        """Undo `to_bytes` for bytes from a network; ValueError for anything else."""
         try:
-            content = json.loads(inflating.decompress(data, MAX_DESCRIPTION_BYTES))
+            content = json.loads(zlib.decompressobj().decompress(data, MAX_DESCRIPTION_BYTES))
             ids, tokens, rules = content["ids"], content["tokens"], content["rules"]
             is_whole = len(ids) == len(tokens) and all(type(one) is int and 0 <= one < MAX_VOCAB_SIZE for one in ids)
             is_whole &= all(isinstance(one, str) for one in (*tokens, *rules, *rules.values()))
@@ -90,9 +90,9 @@ class Vocabulary:
 
 
 def load_tokenizer(tokenizer: str, model: str) -> Any:
-    """Load the tokenizer of the setting `tokenizer`, or the model's own where it is empty: a folder or a hub's name.
+    """Load the tokenizer of the setting `tokenizer`, a folder or a hub's name, or the model's own if it is empty.
 
-    Raises ValueError, which names the setting, where it cannot be loaded.
+    ValueError, which names the setting, if it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -101,45 +101,42 @@ def load_tokenizer(tokenizer: str, model: str) -> Any:
 
 
 def tokenizer_digest(tokenizer: HasVocabulary) -> str:
-    """SHA-256, hex, over the vocabulary's (id, token) pairs in the order of their ids."""
+    """Return the digest of a tokenizer's vocabulary."""
     return Vocabulary.of(tokenizer).digest
 
 
 def vocabulary_differences(student: Vocabulary, teacher: Vocabulary) -> str:
-    """In words: how many ids stand for other tokens, which the first are, which are on one side alone."""
+    """Say how many ids stand for other tokens, which the first are, and which only one side has."""
     mine, theirs = dict(student.pairs), dict(teacher.pairs)
+    last = max(theirs, default=-1)
     other = [one for one in sorted(mine.keys() & theirs.keys()) if mine[one] != theirs[one]]
     lacking, own = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
-    last = max(theirs, default=-1)
-    early = [one for one in own if one <= last]
-    parts = []
-    if other:
-        shown = ", ".join(f"{one} is {mine[one]!r} here and {theirs[one]!r} there" for one in other[:SHOWN_TOKENS])
-        parts.append(f"{len(other)} of {len(theirs)} ids stand for other tokens ({_first(shown, other)})")
-    if lacking:
-        parts.append(f"the student has no token for {len(lacking)} of the teacher's ids ({_tokens(lacking, theirs)})")
-    if early:
-        parts.append(
-            f"{len(early)} of the student's own tokens lie below the teacher's last id {last} ({_tokens(early, mine)})"
-        )
-    if late := own[len(early) :]:
-        parts.append(f"{len(late)} that it added after the teacher's last id ({_tokens(late, mine)}) would do no harm")
-    return "; ".join(parts)
+    early, late = [one for one in own if one <= last], [one for one in own if one > last]
+    told = [f"{one} is {mine[one]!r} here and {theirs[one]!r} there" for one in other]
+    parts = (
+        (other, f"{len(other)} of {len(theirs)} ids stand for other tokens ({_first(told)})"),
+        (lacking, f"the student has no token for {len(lacking)} of the teacher's ids ({_tokens(lacking, theirs)})"),
+        (
+            early,
+            f"{len(early)} of the student's own tokens lie below the teacher's last id {last} ({_tokens(early, mine)})",
+        ),
+        (late, f"{len(late)} that it added after the teacher's last id ({_tokens(late, mine)}) would do no harm"),
+    )
+    return "; ".join(text for ids, text in parts if ids)
 
 
 def rule_differences(student: Vocabulary, teacher: Vocabulary) -> str:
-    """In words: which rules of cutting text differ; empty where none do or one side's are unknown."""
+    """Say which rules of cutting text differ; nothing if none do or one side's are unknown."""
     if not student.rules or not teacher.rules:
         return ""
-    names = sorted(student.rules.keys() | teacher.rules.keys())
-    pairs = [(name, student.rules.get(name, ""), teacher.rules.get(name, "")) for name in names]
-    return "; ".join(
-        "other merges, scores or options of the model"
-        if name == MODEL
-        else f"{name} {_short(mine)} here and {_short(theirs)} there"
-        for name, mine, theirs in pairs
-        if mine != theirs
-    )
+    parts = []
+    for name in sorted(student.rules.keys() | teacher.rules.keys()):
+        mine, theirs = student.rules.get(name, ""), teacher.rules.get(name, "")
+        if mine != theirs and name == MODEL:
+            parts.append("other merges, scores or options of the model")
+        elif mine != theirs:
+            parts.append(f"{name} {_short(mine)} here and {_short(theirs)} there")
+    return "; ".join(parts)
 
 
 def _line(token_id: int, token: str) -> bytes:
@@ -147,21 +144,21 @@ def _line(token_id: int, token: str) -> bytes:
 
 
 def _rules(tokenizer: Any) -> dict[str, str]:
-    """Normalizer and pre-tokenizer as JSON, what else the model goes by (merges, scores) as its digest."""
+    """Return normalizer and pre-tokenizer as JSON, and the digest of the rest of the model (merges, scores)."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         return {}
     parts = json.loads(backend.to_str())
     model = parts["model"]
     model["merges"] = [one if isinstance(one, str) else " ".join(one) for one in model.get("merges") or []]
-    if isinstance(model.get("vocab"), dict):  # else scores are in it
+    if isinstance(model.get("vocab"), dict):  # otherwise it holds scores
         del model["vocab"]
     digest = hashlib.sha256(_canonical(model).encode()).hexdigest()
     return {name: _canonical(parts.get(name)) for name in ("normalizer", "pre_tokenizer")} | {MODEL: digest}
 
 
 def _canonical(value: Any) -> str:
-    """JSON without what is empty or off, which other versions of `tokenizers` leave out or add."""
+    """Return JSON without empty values and options that are off, which other versions of `tokenizers` leave out."""
     return json.dumps(_without_defaults(value), sort_keys=True, ensure_ascii=False)
 
 
@@ -173,11 +170,11 @@ def _without_defaults(value: Any) -> Any:
 
 
 def _tokens(ids: list[int], tokens: dict[int, str]) -> str:
-    return _first(", ".join(f"{one} {tokens[one]!r}" for one in ids[:SHOWN_TOKENS]), ids)
+    return _first([f"{one} {tokens[one]!r}" for one in ids])
 
 
-def _first(shown: str, ids: list[int]) -> str:
-    return f"{shown}, …" if len(ids) > SHOWN_TOKENS else shown
+def _first(told: Sequence[str]) -> str:
+    return ", ".join([*told[:SHOWN_TOKENS], *(["…"] if len(told) > SHOWN_TOKENS else [])])
 
 
 def _short(text: str) -> str:
