@@ -5,7 +5,6 @@ Collators mark them in one of these ways; several ways in one batch have to agre
 
     position_ids                    [B, T]: count from 0 in each document
     attention_mask                  [B, T] of numbers: one a document, 0 is padding (0 and 1 alone mark padding only)
-    attention_mask                  [B, 1, T, T], bool or additive: causal in each document, nothing between them
     seq_idx                         [B, T]: one number a document
     cu_seq_lens_q, cu_seq_lens_k    [documents + 1]: where documents begin in the flattened batch, and its end
 
@@ -124,43 +123,22 @@ def _check_names(batch: Batch, shape: tuple[int, ...]) -> None:
 
 
 def _from_attention_mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, dict[str, Numbers]]:
-    """Return which tokens are not padding, and the documents if the mask marks them."""
+    """Return which tokens are not padding, and the documents if the mask numbers them."""
     if mask is None:
         return np.ones(shape, bool), {}
     found = np.asarray(()) if isinstance(mask, dict) else to_numpy(mask)
-    if found.shape in ((shape[0], 1, shape[1], shape[1]), (1, 1, shape[1], shape[1])):
-        numbers = _from_blocks(np.broadcast_to(found[:, 0], (*shape, shape[1])))
-        return numbers > 0, {"attention_mask": numbers}
     if found.shape != shape or (found < 0).any() or (found != np.floor(found)).any():
         raise ValueError(
-            "expected an attention_mask of shape [batch, tokens] that is 0 on padding, or one of [batch, 1, tokens, "
-            f"tokens], got {'a dict' if isinstance(mask, dict) else list(found.shape)}: the teacher cannot be told"
+            "expected an attention_mask of shape [batch, tokens] that is 0 on padding, got "
+            f"{'a dict' if isinstance(mask, dict) else list(found.shape)}: mark documents by position_ids instead, the "
+            "teacher cannot be told"
         )
     present = found != 0
     return present, {"attention_mask": _from_runs("attention_mask", found, present)} if (found > 1).any() else {}
 
 
-def _from_blocks(mask: npt.NDArray[Any]) -> Numbers:
-    """Number the documents of a mask [B, T, T] of who attends to whom; padding does not attend to itself."""
-    # A floating mask without a 1 is additive, even if it is all 0 because there is nothing to hide.
-    is_added = mask.dtype != bool and ((mask < 0).any() or (mask.dtype.kind == "f" and not mask.any()))
-    attends = mask == (0 if is_added else 1)
-    present = np.diagonal(attends, axis1=1, axis2=2)
-    index = np.arange(mask.shape[1])
-    numbers = _count(attends.argmax(2) == index, present)
-    expected = (numbers[:, :, None] == numbers[:, None, :]) & (index[:, None] >= index) & present[:, None, :]
-    wrong = (attends != expected).any(2) & present
-    if wrong.any():
-        row, token = np.argwhere(wrong)[0].tolist()
-        raise ValueError(
-            f"row {row} of a batch, token {token}: the attention_mask of 4 dimensions is not causal attention within "
-            "documents that stand one after the other: the teacher cannot be told"
-        )
-    return numbers
-
-
 def _from_positions(positions: npt.NDArray[Any], present: Mask) -> Numbers:
-    numbers = _count(positions == 0, present)
+    numbers = np.where(present, np.cumsum(present & (positions == 0), axis=1), 0)
     wrong = present & (positions_of(np.maximum(numbers, present)) != positions)
     if wrong.any():
         row, token = np.argwhere(wrong)[0].tolist()
@@ -192,8 +170,3 @@ def _from_bounds(name: str, bounds: npt.NDArray[Any], present: Mask) -> Numbers:
     starts = np.zeros(present.size, bool)
     starts[bounds[:-1]] = True
     return np.where(present, np.cumsum(starts.reshape(present.shape), axis=1), 0)
-
-
-def _count(starts: Mask, present: Mask) -> Numbers:
-    """Number the documents that begin at the tokens `starts` that are present."""
-    return np.where(present, np.cumsum(starts & present, axis=1), 0)

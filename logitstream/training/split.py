@@ -8,6 +8,7 @@ it holds out in the cache; every later run on that cache evaluates on those and 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ T = TypeVar("T")
 Contents = list[frozenset[bytes]]
 """Digests of the tokens of each row's documents."""
 ROWS_AT_ONCE = 1000
+FOLLOWED = "%d sequences are held out, not %d: those that the cache notes"
 
 
 def split_text(
@@ -59,11 +61,9 @@ def split_cache(
     """
     train, heldout = _by_main_process(lambda: _split_cache(corpus, heldout_sequences, max_sequences, cache))
     masks = [np.ones(len(one), bool) if one.loss_mask is None else one.loss_mask for one in heldout]
-    columns = {
-        "input_ids": [one.token_ids.tolist() for one in heldout],
-        "loss_mask": [mask.tolist() for mask in masks],
-    }
-    return corpus.select(np.array(train, np.int64)), Dataset.from_dict(columns)
+    ids = [one.token_ids.tolist() for one in heldout]
+    held_out = Dataset.from_dict({"input_ids": ids, "loss_mask": [mask.tolist() for mask in masks]})
+    return corpus.select(np.array(train, np.int64)), held_out
 
 
 def _by_main_process(decide: Callable[[], T]) -> T:
@@ -87,15 +87,14 @@ def _split_text(
     noted, reader, draw_sets = _from_cache(cache, lambda: _look_up(cache), alone=cached_only) or (None, None, [])
     contents = contents_of(rows)
     order = sorted(range(len(contents)), key=lambda i: sorted(contents[i]))
+    distinct = [next(rows_of_one) for _, rows_of_one in itertools.groupby(order, key=contents.__getitem__)]
     apart = {content_of(sequence.token_ids) for sequence in noted or ()}
-    heldout = _distinct([i for i in order if contents[i] & apart], contents)[:heldout_sequences]
+    heldout = [i for i in distinct if contents[i] & apart][:heldout_sequences]
     if 0 < len(heldout) < heldout_sequences:
-        _say_followed(len(heldout), heldout_sequences)
+        logger.warning(FOLLOWED, len(heldout), heldout_sequences)
     is_new = not heldout and heldout_sequences > 0
     if is_new:
-        heldout = _choose(
-            _distinct(order, contents), heldout_sequences, lambda i: any(_held(rows, i, reader, draw_sets))
-        )
+        heldout = _choose(distinct, heldout_sequences, lambda i: any(_held(rows, i, reader, draw_sets)))
     apart.update(*(contents[i] for i in heldout))
     train = [i for i in order if not contents[i] & apart]
     if not train:
@@ -123,7 +122,7 @@ def _split_cache(
         )
         _note(cache, [one for one in heldout if one.loss_mask is None or one.loss_mask.any()])
     elif len(heldout) < heldout_sequences:
-        _say_followed(len(heldout), heldout_sequences)
+        logger.warning(FOLLOWED, len(heldout), heldout_sequences)
     train = [index for index in range(len(corpus)) if index not in apart][: max_sequences or None]
     if not train:
         raise ValueError(f"heldout_sequences = {heldout_sequences} leaves nothing of {len(corpus)} to train on")
@@ -152,30 +151,18 @@ def content_of(token_ids: npt.NDArray[Any]) -> bytes:
     return hashlib.blake2b(content, digest_size=16, person=b"ls-heldout").digest()
 
 
-def _distinct(indices: Sequence[int], contents: Contents) -> list[int]:
-    """Return the first row of each content."""
-    first: dict[frozenset[bytes], int] = {}
-    for i in indices:
-        first.setdefault(contents[i], i)
-    return list(first.values())
-
-
 def _choose(rows: Sequence[int], number: int, is_cached: Callable[[int], bool]) -> list[int]:
     """Return the first rows that are not cached, then others: a student may have been trained on what is cached."""
-    chosen: list[int] = []
-    cached: list[int] = []
-    for i in rows:
-        (cached if is_cached(i) else chosen).append(i)
-        if len(chosen) == number:
-            break
-    missing = cached[: number - len(chosen)]
-    if missing:
+    chosen = list(itertools.islice((i for i in rows if not is_cached(i)), number))
+    fresh = set(chosen)
+    seen = [i for i in rows if i not in fresh][: number - len(chosen)]
+    if seen:
         logger.warning(
             "the cache holds targets of %d sequences that are held out from now on: a student that was trained from it "
             "has seen them",
-            len(missing),
+            len(seen),
         )
-    return chosen + missing
+    return chosen + seen
 
 
 def _cached(rows: Sequence[int], is_cached: Callable[[int], bool], cache: str, max_sequences: int) -> list[int]:
@@ -221,7 +208,3 @@ def _from_cache(cache: str, work: Callable[[], T], *, alone: bool) -> T | None:
             raise
         logger.warning("cache %s: later runs may train on what this one holds out: %s", cache, error)
         return None
-
-
-def _say_followed(found: int, wanted: int) -> None:
-    logger.warning("%d sequences are held out, not %d: those that the cache notes", found, wanted)

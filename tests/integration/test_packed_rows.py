@@ -73,14 +73,6 @@ def numbered(rows: list[Row]) -> Batch:
     return batch
 
 
-def blocks(rows: list[Row]) -> Batch:
-    batch = numbered(rows)
-    numbers = batch["attention_mask"]
-    same = (numbers[:, :, None] == numbers[:, None, :]) & (numbers > 0)[:, None, :]
-    batch["attention_mask"] = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[:, None]
-    return batch
-
-
 def with_lengths(rows: list[Row]) -> Batch:
     return flattened(return_flash_attn_kwargs=True, return_seq_idx=True)(rows)
 
@@ -95,8 +87,8 @@ def padded_on_the_left(rows: list[Row]) -> Batch:
     }
 
 
-WAYS: list[Collator] = [flattened(), two_rows, numbered, blocks, with_lengths, padded_on_the_left]
-NAMES = ["flattened", "two_rows", "numbered", "blocks", "with_lengths", "padded_on_the_left"]
+WAYS: list[Collator] = [flattened(), two_rows, numbered, with_lengths, padded_on_the_left]
+NAMES = ["flattened", "two_rows", "numbered", "with_lengths", "padded_on_the_left"]
 
 
 @pytest.fixture
