@@ -80,7 +80,7 @@ def student(addresses: Sequence[str], number: int) -> float:
     )
     waiting = 0.0
     with contextlib.closing(client):
-        batch = iter(TargetStream(batches, client, spec=spec))
+        batch = iter(TargetStream(batches, client))
         for step in range(NUM_STEPS):
             began = time.perf_counter()
             next(batch)

@@ -176,7 +176,7 @@ def ours_over_grpc(problem: Problem) -> Iterator[torch.Tensor]:
                 [address_file.read_text().strip()], SPEC, vocab_size=problem.vocab_size, tokenizer=UNCHECKED_TOKENIZER
             )
             batches = ({"input_ids": problem.inputs[batch]} for batch in itertools.cycle(range(NUM_BATCHES)))
-            stream = TargetStream(batches, client, spec=SPEC, prefetch_batches=4)
+            stream = TargetStream(batches, client, prefetch_batches=4)
             try:
                 for step, batch in enumerate(stream):
                     yield fused(problem, step % NUM_BATCHES, batch["targets"])

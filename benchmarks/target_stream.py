@@ -59,13 +59,13 @@ def measure(client: GrpcTeacherClient, spec: TargetSpec) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shape = (BATCH_SEQUENCES, NUM_TOKENS)
     batches = [{"input_ids": torch.from_numpy(rng.integers(0, VOCAB_SIZE, shape))} for _ in range(NUM_BATCHES)]
-    online = TargetStream(batches, client, spec=spec)
+    online = TargetStream(batches, client)
     rates: dict[str, list[float]] = {"online": [], "cache": []}
     slowdowns: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         cache = open_target_cache(folder, client, spec)
-        list(TargetStream(batches, client, spec=spec, cache=cache, draw_set=0))
-        replay = TargetStream(batches, None, spec=spec, cache=cache, mode="cache", draw_set=0)
+        list(TargetStream(batches, client, cache=cache, draw_set=0))
+        replay = TargetStream(batches, None, cache=cache, mode="cache", draw_set=0)
         for _ in range(ROUNDS):
             for name, stream in (("online", online), ("cache", replay)):
                 rates[name].append(BATCH_SEQUENCES * NUM_TOKENS * NUM_BATCHES / timed(stream, compute=False))

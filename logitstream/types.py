@@ -375,11 +375,11 @@ def request_key(fingerprint_digest: str, sequence: TokenSequence, draw_set: int)
 class ReceivedTargets:
     """Encoded targets of one sequence as they came over the wire or from disk, and the weights that made them.
 
-    key: request_key of the fingerprint of those weights; weights_digest: its first 8 bytes.
+    fingerprint: digest of the fingerprint with those weights; weights_digest: the first 8 bytes of theirs.
     """
 
     payload: bytes
-    key: bytes
+    fingerprint: str = ""
     teacher_version: int = 0
     weights_digest: bytes = b""
     from_cache: bool = False

@@ -97,8 +97,7 @@ def _choose(
 ) -> Choice:
     def draw(wanted: Sequence[TokenSequence], tried: TargetSpec, draw_set: int) -> list[bytes]:
         with contextlib.closing(connect(tried)) as client:
-            futures = [client.submit(sequence, draw_set=draw_set) for sequence in wanted]
-            return [future.result().payload for future in futures]
+            return [future.result().payload for future in client.submit(wanted, draw_set=draw_set)]
 
     if not sequences:
         raise ValueError("the sequences that a budget is measured on have no supervised token: set num_samples instead")
@@ -113,10 +112,9 @@ def _choose(
 
 def _accepted(client: TeacherClient, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     """The sequences that the teacher answers; as in training, one that it refuses is left out."""
-    futures = [client.submit(sequence) for sequence in sequences]
     accepted: list[TokenSequence] = []
     refusals: list[RequestError] = []
-    for sequence, future in zip(sequences, futures, strict=True):
+    for sequence, future in zip(sequences, client.submit(sequences), strict=True):
         try:
             future.result()
             accepted.append(sequence)

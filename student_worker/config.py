@@ -51,7 +51,6 @@ class StudentConfig:
         "fresh",
     )
     prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
-    spill_batches: int = setting("Further batches asked for ahead and kept in the cache on disk; needs `cache`.", 0)
     cache: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
     cache_max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
     cache_provenance: dict[str, str] = setting(
@@ -118,7 +117,7 @@ class StudentConfig:
         for name in ("sequence_tokens", "prefetch_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_sequences", "heldout_sequences", "spill_batches", "cache_max_bytes", "overhead_every"):
+        for name in ("max_sequences", "heldout_sequences", "cache_max_bytes", "overhead_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("deadline_seconds", "stalled_seconds", "connect_timeout_seconds"):

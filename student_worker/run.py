@@ -308,11 +308,9 @@ def build_trainer(
         return TargetStream(
             dataloader,
             client,
-            spec=config.target_spec(),
             cache=cache,
             mode=config.target_mode(),
             prefetch_batches=config.prefetch_batches,
-            spill_batches=config.spill_batches,
             draw_set=draw_set,
         )
 

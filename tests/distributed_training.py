@@ -299,7 +299,7 @@ def teacher(scenario: Scenario) -> Iterator[Any]:
         return targets_of([*sequence.token_ids.tolist(), draw_set]).slice_rows(0, len(sequence))
 
     with contextlib.closing(LocalTeacherClient(score, info=INFO, spec=SPEC)) as client:
-        yield lambda dataloader: TargetStream(dataloader, client, spec=SPEC)
+        yield lambda dataloader: TargetStream(dataloader, client)
 
 
 def train(scenario: Scenario, folder: Path) -> dict[str, Any]:

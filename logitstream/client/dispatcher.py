@@ -28,7 +28,7 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.rpc.connection import Answer, TeacherConnection, request_bytes
-from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens, request_key
+from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Dispatcher:
             return
         received = ReceivedTargets(
             payload=answer.payload,
-            key=request_key(fingerprint, request.sequence, request.draw_set),
+            fingerprint=fingerprint,
             teacher_version=answer.teacher_version,
             weights_digest=weights_digest,
         )

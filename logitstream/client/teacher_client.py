@@ -42,7 +42,6 @@ from logitstream.types import (
     TargetSpec,
     TeacherInfo,
     TokenSequence,
-    request_key,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,10 +67,12 @@ class TeacherClient(Protocol):
         """As in KnownTeacher; other than 0: the teacher may replace its weights while a student trains."""
         ...
 
-    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
-        """Ask for one sequence's targets; never blocks on the network.
+    def submit(
+        self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
+    ) -> list[Future[ReceivedTargets]]:
+        """Ask for the targets of a batch of sequences; never blocks on the network. Returns one future a sequence.
 
-        Cancelling the future cancels the request. It fails with the RequestError that the teacher answered,
+        Cancelling a future cancels its request. It fails with the RequestError that the teacher answered,
         TeacherUnavailable after the deadline, StaleTeacher or FingerprintMismatch.
         """
         ...
@@ -104,11 +105,14 @@ class LocalTeacherClient:
     def info(self) -> TeacherInfo:
         return self._info
 
-    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
-        """Requests are answered in the order they come in, whatever their priority.
+    def submit(
+        self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
+    ) -> list[Future[ReceivedTargets]]:
+        """Answer in the order of the calls, whatever their priority."""
+        return [self._submit(sequence, draw_set) for sequence in sequences]
 
-        The future is none of the executor's: it can be cancelled while `score` runs, and who waits for it goes on.
-        """
+    def _submit(self, sequence: TokenSequence, draw_set: int) -> Future[ReceivedTargets]:
+        """Return a future of our own: unlike the executor's it can be cancelled while `score` runs."""
         future: Future[ReceivedTargets] = Future()
         scored = self._executor.submit(self._answer, sequence, draw_set)
 
@@ -140,7 +144,7 @@ class LocalTeacherClient:
                 raise ValueError(f"expected targets drawn by {self.spec.canonical()}, got {drawn}")
         return ReceivedTargets(
             payload=codec.encode(targets, version=self.spec.codec_version, id_model=self._id_model),
-            key=request_key(self._digest, sequence, draw_set),
+            fingerprint=self._digest,
             teacher_version=self._info.teacher_version,
             weights_digest=bytes.fromhex(self._info.weights_digest)[:8],
         )
@@ -236,8 +240,13 @@ class GrpcTeacherClient:
     def max_teacher_lag(self) -> int:
         return self._teacher.max_teacher_lag
 
-    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
+    def submit(
+        self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
+    ) -> list[Future[ReceivedTargets]]:
         """As TeacherClient.submit; the smaller the priority, the sooner."""
+        return [self._submit(sequence, draw_set, priority) for sequence in sequences]
+
+    def _submit(self, sequence: TokenSequence, draw_set: int, priority: int) -> Future[ReceivedTargets]:
         if not 0 <= draw_set < 1 << 64:
             raise ValueError(f"expected a draw set in [0, 2^64), got {draw_set}")
         request = Request(

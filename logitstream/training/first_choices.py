@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future
 
 from logitstream import codec
 from logitstream.client.teacher_client import TeacherClient
 from logitstream.data.batches import place_rows, split_batch
 from logitstream.data.documents import Batch
 from logitstream.errors import LogitstreamError
-from logitstream.types import ReceivedTargets, SparseTargets, TargetSpec, TokenSequence
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +34,15 @@ class FirstChoices:
     def __init__(self, client: TeacherClient, sequences: Iterable[TokenSequence]) -> None:
         """client: of `SPEC`; sequences: as `split_batch` makes them, taken in order up to MAX_TOKENS."""
         self._client = client
-        self._waiting: list[tuple[TokenSequence, Future[ReceivedTargets]]] = []
         self._known: dict[bytes, SparseTargets] = {}
+        asked: list[TokenSequence] = []
         num_tokens = 0
         for sequence in sequences:
             num_tokens += len(sequence)
             if num_tokens > MAX_TOKENS:
                 break
-            self._waiting.append((sequence, client.submit(sequence)))
+            asked.append(sequence)
+        self._waiting = list(zip(asked, client.submit(asked), strict=True))
 
     def add_to(self, batch: Batch) -> Batch:
         """The batch with the first choices as its targets, as far as they are known; as it is where none are."""

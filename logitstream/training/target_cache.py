@@ -1,16 +1,15 @@
-"""The student's use of the cache on disk: look-up by content, write-through of what was received.
+"""The student's view of the cache on disk: look-up by key, and writing of what the teacher sent.
 
-A disk that hangs holds up nobody for long: meanwhile targets come from the teacher and are not kept, and a run that has
-no teacher ends with DiskHangs after a minute.
+A disk that hangs delays nobody for long: meanwhile targets come from the teacher and are not kept. A run that has no
+teacher ends with DiskHangs after a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +24,14 @@ from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TokenSeq
 
 logger = logging.getLogger(__name__)
 
-READ_AT_ONCE = 32
-
 T = TypeVar("T")
 
 
 class TargetCache:
     """One directory of targets with one fingerprint; safe from several threads.
 
-    A damaged record passes for missing, and so does everything while the disk hangs. A write that fails never raises:
-    the writer warns once and the run goes on. With write=False, where no teacher is asked, reading raises DiskHangs.
+    A damaged record counts as missing, and so does everything while the disk hangs. A write that fails never raises:
+    the writer warns once and the run goes on. With write=False, for runs without a teacher, reading raises DiskHangs.
     """
 
     def __init__(
@@ -47,39 +44,118 @@ class TargetCache:
         max_bytes: int = 0,
         writer_id: str = "student",
         provenance: dict[str, Any] | None = None,
-        reads: DiskThread | None = None,
-        writes: DiskThread | None = None,
+        disk: DiskThread | None = None,
     ) -> None:
-        """fingerprint None: the one that the directory holds. Raises FingerprintMismatch, CacheError or DiskHangs.
+        """Open the directory; fingerprint=None takes the one it holds. Raises FingerprintMismatch or a CacheError.
 
-        With a fingerprint and write=True a disk that hangs raises nothing: what it answers later is used from then on.
-        reads, writes: what waits for the disk, if there is such a thread already.
+        With a fingerprint and write=True a disk that hangs raises nothing: it is used from when it answers.
         """
         self._directory = directory
         self._alone = not write
-        self._reads = reads if reads is not None else cache_disk(directory, "reading", alone=self._alone)
-        self._writes = writes if writes is not None else cache_disk(directory, "writing", alone=False)
+        self._disk = disk or cache_disk(directory, "using", alone=self._alone)
         self._writer: CacheWriter | None = None
         self._reader: CacheReader | None = None
         self._not_kept = 0
         self._warned_of_others = False
         if fingerprint is None:
-            reader = self._reads.call(lambda: CacheReader(directory))
+            reader = self._disk.call(lambda: CacheReader(directory))
             fingerprint, id_model = reader.fingerprint, reader.id_model
         self.fingerprint = fingerprint
         self._digest = fingerprint.digest
         self.id_model = id_model
         options: Any = {"max_bytes": max_bytes, "writer_id": writer_id, "provenance": provenance}
-        if write:
-            self._write(lambda: self._open_writer(options), None)
-        self._read(self._open_reader, None)
+        self._on_disk(lambda: self._open(options), None)
 
-    def _open_writer(self, options: dict[str, Any]) -> None:
-        self._writer = CacheWriter(self._directory, self.fingerprint, id_model=self.id_model, **options)
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the cache's first writer noted of its origin; empty if nothing can be read."""
+        return dict(self._reader.manifest["provenance"]) if self._reader is not None else {}
 
-    def _open_reader(self) -> None:
-        """Where nothing can be written, a full disk for one, what is there is read all the same."""
-        if self._alone or self.writable:
+    @property
+    def writable(self) -> bool:
+        """Whether what is received is kept; false while the disk hangs, and once it or the budget was full."""
+        return self._writer is not None and not (self._writer.disabled or self._disk.hangs)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the disk does not answer at present."""
+        return self._disk.hangs
+
+    def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
+        return request_key(self._digest, sequence, draw_set)
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a look-up is worth it; the record may still turn out damaged."""
+        return self._reader is not None and key in self._reader and (self._alone or not self.hangs)
+
+    def is_damaged(self, key: bytes) -> bool:
+        """Whether a look-up has found the record damaged."""
+        return self._reader is not None and key in self._reader.damaged
+
+    def get(self, key: bytes) -> ReceivedTargets | None:
+        return self.get_many([key])[0]
+
+    def get_many(self, keys: Sequence[bytes]) -> list[ReceivedTargets | None]:
+        """Return the targets of each key as they were received, by what the last `refresh` found."""
+        nothing: list[bytes | None] = [None] * len(keys)
+        reader = self._reader
+        payloads = nothing if reader is None else self._on_disk(lambda: list(reader.get_many(keys)), nothing)
+        return [
+            None if payload is None else ReceivedTargets(payload=payload, fingerprint=self._digest, from_cache=True)
+            for payload in payloads
+        ]
+
+    def put(self, key: bytes, sequence: TokenSequence, draw_set: int, received: ReceivedTargets) -> bool:
+        """Keep what came over the wire, verbatim, once; false if it is not kept: other weights, a full or hung disk."""
+        writer = self._writer
+        if writer is None or writer.disabled:
+            return False
+        if received.fingerprint != self._digest:
+            if not self._warned_of_others:
+                self._warned_of_others = True
+                logger.warning("the teacher serves other weights now: their targets are not kept in this cache")
+            return False
+        if key in self and not self.is_damaged(key):
+            return True
+        parts = (key, sequence.token_ids, sequence.loss_mask, received.payload, draw_set)
+        kept = self._on_disk(lambda: writer.put(*parts, teacher_version=received.teacher_version), None)
+        self._not_kept += kept is None
+        return bool(kept)
+
+    def refresh(self) -> None:
+        """Write out what was put, and find what others have written since."""
+        with contextlib.suppress(DiskHangs):  # whoever looks something up next is told
+            self._disk.call(self._refresh)
+
+    def close(self) -> None:
+        """Seal what was written. Waits a bounded time for a disk that hangs, and then says what is not on it."""
+        writer, reader = self._writer, self._reader
+        try:
+            self._disk.call(lambda: [opened.close() for opened in (writer, reader) if opened is not None])
+        except DiskHangs:
+            self._disk.held = (writer, reader)  # their finalizers would wait for the disk too
+            if writer is not None and (not_kept := self._not_kept + writer.unwritten):
+                logger.warning(
+                    "cache %s: the targets of %d sequences are not on disk, which did not answer",
+                    self._directory,
+                    not_kept,
+                )
+        self._disk.close()
+
+    def _on_disk(self, work: Callable[[], T], otherwise: T) -> T:
+        """Return what the disk answers, or `otherwise` while it hangs and there is a teacher."""
+        try:
+            return self._disk.call(work)
+        except DiskHangs:
+            if self._alone:
+                raise
+            return otherwise
+
+    def _open(self, options: dict[str, Any]) -> None:
+        """Open for writing and reading; a cache that cannot be written, on a full disk for one, is still read."""
+        if not self._alone:
+            self._writer = CacheWriter(self._directory, self.fingerprint, id_model=self.id_model, **options)
+        if self._writer is None or not self._writer.disabled:
             self._reader = CacheReader(self._directory, self.fingerprint)
             return
         try:
@@ -87,117 +163,11 @@ class TargetCache:
         except (CacheError, OSError) as error:
             logger.info("cache %s cannot be read either: %s", self._directory, error)  # the writer has warned
 
-    def _read(self, work: Callable[[], T], otherwise: T) -> T:
-        """What reading gives, or `otherwise` while the disk hangs and there is a teacher."""
-        try:
-            return self._reads.call(work)
-        except DiskHangs:
-            if self._alone:
-                raise
-            return otherwise
-
-    def _write(self, work: Callable[[], T], otherwise: T) -> T:
-        try:
-            return self._writes.call(work)
-        except DiskHangs:
-            return otherwise
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the cache's first writer noted of its origin; empty where nothing can be read."""
-        return dict(self._reader.manifest["provenance"]) if self._reader is not None else {}
-
-    @property
-    def writable(self) -> bool:
-        """Whether what is received lies on disk; false also while that hangs, and once it or the budget was full."""
-        return self._writer is not None and not (self._writer.disabled or self._writes.hangs or self._reads.hangs)
-
-    @property
-    def hangs(self) -> bool:
-        """Whether what lies on disk cannot be had at present."""
-        return self._reads.hangs
-
-    def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
-        return request_key(self._digest, sequence, draw_set)
-
-    def holds(self, sequence: TokenSequence, draw_set: int) -> bool:
-        """Whether a look-up is worth it; the record may still turn out damaged."""
-        return self.key(sequence, draw_set) in self
-
-    def __contains__(self, key: bytes) -> bool:
-        """As `holds`, of a sequence's `key`."""
-        return self._reader is not None and key in self._reader and (self._alone or not self.hangs)
-
-    def is_damaged(self, sequence: TokenSequence, draw_set: int) -> bool:
-        """Whether a look-up has found the record damaged."""
-        return self._reader is not None and self.key(sequence, draw_set) in self._reader.damaged
-
-    def get(self, sequence: TokenSequence, draw_set: int) -> ReceivedTargets | None:
-        """The targets as they were received; what this process has just written is found too."""
-        key = self.key(sequence, draw_set)
-        if self._reader is None or key not in self._reader:
-            self.refresh()
-        return next(self.get_many([key]))
-
-    def get_many(self, keys: Sequence[bytes]) -> Iterator[ReceivedTargets | None]:
-        """As `get` for each `key`, a few read at a time as they are taken, but of what `refresh` has found alone."""
-        for start in range(0, len(keys), READ_AT_ONCE):
-            some, reader = keys[start : start + READ_AT_ONCE], self._reader
-            nothing: list[bytes | None] = [None] * len(some)
-            payloads = self._read(partial(_payloads, reader, some), nothing) if reader is not None else nothing
-            for key, payload in zip(some, payloads, strict=True):
-                yield None if payload is None else ReceivedTargets(payload=payload, key=key, from_cache=True)
-
-    def put(self, sequence: TokenSequence, draw_set: int, received: ReceivedTargets) -> bool:
-        """Keep what came over the wire, verbatim, once; false where it is not: other weights, a full or hung disk."""
-        writer = self._writer
-        if writer is None or writer.disabled:
-            return False
-        if received.key != self.key(sequence, draw_set):
-            if not self._warned_of_others:
-                self._warned_of_others = True
-                logger.warning("the teacher serves other weights now: their targets are not kept in this cache")
-            return False
-        if received.key in self and not self.is_damaged(sequence, draw_set):
-            return True
-        parts = (received.key, sequence.token_ids, sequence.loss_mask, received.payload, draw_set)
-        kept = self._write(lambda: writer.put(*parts, teacher_version=received.teacher_version), None)
-        self._not_kept += kept is None
-        return bool(kept)
-
-    def refresh(self) -> None:
-        """Find what this process and others have written since."""
+    def _refresh(self) -> None:
         if self._writer is not None:
-            self._write(self._writer.flush, False)
-        reader = self._reader
-        with contextlib.suppress(DiskHangs):  # whoever looks something up next is told
-            if reader is not None:
-                self._reads.call(reader.refresh)
-            elif self.writable:  # the disk hung when the cache was opened
-                self._reads.call(self._open_reader)
-
-    def close(self) -> None:
-        """Seal what was written. Waits for a disk that hangs a bounded time, and says then what is not on it."""
-        writer, reader = self._writer, self._reader
-        if writer is not None:
-            self._write(writer.close, None)
-            if not_kept := self._not_kept + (writer.unwritten if self._writes.hangs else 0):
-                logger.warning(
-                    "cache %s: the targets of %d sequences are not on disk, which did not answer",
-                    self._directory,
-                    not_kept,
-                )
-        if reader is not None:
-            try:
-                self._reads.call(reader.close)
-            except DiskHangs:
-                self._reads.held = self._writes.held = (writer, reader)
-        self._reads.close()
-        self._writes.close()
-
-
-def _payloads(reader: CacheReader, keys: Sequence[bytes]) -> list[bytes | None]:
-    return [reader.get(key) for key in keys]
+            self._writer.flush()
+        if self._reader is not None:
+            self._reader.refresh()
 
 
 def open_target_cache(
@@ -211,32 +181,32 @@ def open_target_cache(
     writer_id: str = "student",
     provenance: dict[str, Any] | None = None,
 ) -> TargetCache:
-    """The cache in a directory, made for the client's teacher where it is new.
+    """Open the cache in a directory, or make it for the client's teacher if it is new.
 
-    Without a client nothing is written. The teacher is asked only where it must be: for a new directory, or where
-    `online` says that all targets come from it. Raises FingerprintMismatch, which spells out what differs, where the
-    directory holds targets of another teacher, tokenizer or spec.
+    Without a client nothing is written. The teacher is asked only if it must be: for a new directory, or if `online`
+    says that all targets come from it. Raises FingerprintMismatch, which names what differs, if the directory holds
+    targets of another teacher, tokenizer or spec.
     """
-    reads = cache_disk(directory, "reading", alone=client is None)
-    options: Any = {"max_bytes": max_bytes, "writer_id": writer_id, "provenance": provenance, "reads": reads}
-    try:
-        if client is None or not (online or not reads.call(lambda: may_hold_targets(directory))):
-            return _open_found(directory, spec, tokenizer, write=client is not None, options=options)
-    except DiskHangs:  # what is there cannot be known now: the teacher's targets are what is wanted
-        if client is None:
-            raise
-    return _open_for_teacher(directory, client, spec, options)
+    disk = cache_disk(directory, "using", alone=client is None)
+    options: Any = {"max_bytes": max_bytes, "writer_id": writer_id, "provenance": provenance, "disk": disk}
+    if client is None:
+        return _checked(TargetCache(directory, write=False, **options), directory, spec, tokenizer)
+    with contextlib.suppress(DiskHangs):  # what is there cannot be known now: the teacher's targets are wanted
+        if not online and disk.call(lambda: may_hold_targets(directory)):
+            return _checked(TargetCache(directory, **options), directory, spec, tokenizer)
+    info, top = client.info, directory
+    fingerprint = Fingerprint.of(info, spec)
+    with contextlib.suppress(DiskHangs):
+        directory = disk.call(lambda: _for_version(top, fingerprint, info.teacher_version))
+        options["max_bytes"] = disk.call(lambda: _bytes_left(max_bytes, top, directory))
+    options["provenance"] = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
+    return TargetCache(directory, fingerprint, id_model=info.id_model, **options)
 
 
-def _open_found(
-    directory: str | Path,
-    spec: TargetSpec,
-    tokenizer: HasVocabulary | Vocabulary | None,
-    *,
-    write: bool,
-    options: dict[str, Any],
+def _checked(
+    cache: TargetCache, directory: str | Path, spec: TargetSpec, tokenizer: HasVocabulary | Vocabulary | None
 ) -> TargetCache:
-    cache = TargetCache(directory, write=write, **options)
+    """Return the cache if its targets are drawn by the spec and its tokenizer is the student's."""
     found = cache.fingerprint
     vocabulary = Vocabulary.of(tokenizer) if tokenizer is not None else None
     wanted = replace(found, spec=spec.canonical())
@@ -245,34 +215,22 @@ def _open_found(
     if wanted == found:
         return cache
     cache.close()
-    told = f"{directory} holds targets of another fingerprint (found against wanted): {found.differences(wanted)}"
+    message = f"{directory} holds targets of another fingerprint (found against wanted): {found.differences(wanted)}"
     if wanted.tokenizer_digest != found.tokenizer_digest:
-        told += f"; tokenize with the cache's tokenizer, {cache.provenance.get('tokenizer', 'that of its teacher')}"
-    raise FingerprintMismatch(told)
-
-
-def _open_for_teacher(
-    directory: str | Path, client: TeacherClient, spec: TargetSpec, options: dict[str, Any]
-) -> TargetCache:
-    info, top, reads = client.info, directory, options["reads"]
-    fingerprint = Fingerprint.of(info, spec)
-    with contextlib.suppress(DiskHangs):
-        directory = reads.call(lambda: _of_version(top, fingerprint, info.teacher_version))
-        options = options | {"max_bytes": reads.call(lambda: _left(options["max_bytes"], top, directory))}
-    provenance = {"teacher": info.model, "revision": info.revision, **(options["provenance"] or {})}
-    return TargetCache(directory, fingerprint, id_model=info.id_model, **options | {"provenance": provenance})
+        message += f"; tokenize with the cache's tokenizer, {cache.provenance.get('tokenizer', 'that of its teacher')}"
+    raise FingerprintMismatch(message)
 
 
 def may_hold_targets(directory: str | Path) -> bool:
-    """Whether there is a cache; what is out of reach counts as none, and its writer warns of it."""
+    """Whether there is a cache; one out of reach counts as none, and its writer warns of it."""
     try:
         return has_manifest(directory)
     except OSError:
         return False
 
 
-def _of_version(directory: str | Path, fingerprint: Fingerprint, teacher_version: int) -> str | Path:
-    """The directory, or a cache of its own in it for newer weights of a teacher that replaced them while serving."""
+def _for_version(directory: str | Path, fingerprint: Fingerprint, teacher_version: int) -> str | Path:
+    """Return the directory, or one inside it for newer weights of a teacher that replaced them while serving."""
     if teacher_version == 0 or not may_hold_targets(directory):
         return directory
     found = CacheReader(directory).fingerprint
@@ -282,8 +240,8 @@ def _of_version(directory: str | Path, fingerprint: Fingerprint, teacher_version
     return f"{str(directory).rstrip('/')}/versions/{fingerprint.digest[:16]}"
 
 
-def _left(max_bytes: int, top: str | Path, directory: str | Path) -> int:
-    """What the bound of the top folder leaves to a cache in it as things are; at least a byte: 0 means no bound."""
+def _bytes_left(max_bytes: int, top: str | Path, directory: str | Path) -> int:
+    """Return what the bound of the top directory leaves to a cache inside it; at least 1, as 0 means no bound."""
     if not max_bytes or directory == top or is_remote(top):
         return max_bytes
     others = tree_bytes(local_path(top)) - tree_bytes(local_path(directory))

@@ -1,27 +1,33 @@
-"""Where one sequence's targets come from: the cache on disk, the teacher, or one after the other."""
+"""Where one sequence's targets come from: the cache on disk first, then the teacher, whose answers are cached."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from logitstream import codec, metrics
 from logitstream.client.teacher_client import TeacherClient
 from logitstream.data.batches import Rows
-from logitstream.errors import CacheMiss, CodecError, CorruptRecord, FingerprintMismatch, StaleTeacher
+from logitstream.errors import (
+    CacheMiss,
+    CodecError,
+    CorruptRecord,
+    FingerprintMismatch,
+    RequestError,
+    StaleTeacher,
+)
 from logitstream.id_model import IdModel
 from logitstream.training.target_cache import TargetCache
-from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TargetSpec, TokenSequence, request_key
+from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TargetSpec, TokenSequence
 
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_SECONDS = 2.0
-"""While the teacher does not answer, the cache is looked at this often: another worker may have written it."""
+"""How often the cache is looked at while the teacher does not answer: another worker may have written to it."""
 MAX_FETCHES = 4
 """How often targets that are damaged, or grew stale while they waited, are asked for before the stream ends."""
 
@@ -30,8 +36,8 @@ MAX_FETCHES = 4
 class StreamStats:
     """Totals over all epochs of a stream.
 
-    Waiting is by the clock, decoding in CPU seconds; batches, rows, entries and payload_bytes (as encoded, without the
-    messages around them) are counted when the caller takes a batch.
+    Waiting is wall-clock time, decoding CPU time. Batches, rows, entries and payload_bytes (as encoded) are counted
+    when the caller takes a batch, the rest when its targets are decoded.
     """
 
     waiting_seconds: float = 0.0
@@ -39,7 +45,6 @@ class StreamStats:
     batches: int = 0
     sequences: int = 0
     cached_sequences: int = 0
-    spilled_sequences: int = 0
     refused_sequences: int = 0
     rows: int = 0
     entries: int = 0
@@ -47,23 +52,21 @@ class StreamStats:
 
 
 @dataclass(slots=True, eq=False)
-class Slot:
-    """One sequence of the stream's batch_number-th batch; `future` is None where its targets lie on disk.
+class Part:
+    """One sequence of a batch and the batch's rows that it covers.
 
-    key: its key in the cache, where that was looked into.
+    key: its key in the cache, if there is one. future: the teacher's answer; None: the targets are on disk.
     """
 
     rows: Rows
     sequence: TokenSequence
-    batch_number: int
     priority: int
-    future: Future[ReceivedTargets] | None = None
-    kept: bool = False
     key: bytes = b""
+    future: Future[ReceivedTargets] | None = None
 
 
 class TargetSource:
-    """Of one epoch: client None asks no teacher, look_up asks the cache before the teacher."""
+    """The targets of one epoch. client=None: from the cache alone; look_up: try the cache before the teacher."""
 
     def __init__(
         self,
@@ -74,76 +77,68 @@ class TargetSource:
         draw_set: int,
         stats: StreamStats,
     ) -> None:
-        self._client = client
-        self._cache = cache
-        self._look_up = look_up
+        """Learn how to decode: from the cache if it may do without the teacher, else from the teacher."""
+        self._client, self._cache, self._look_up = client, cache, look_up
         self._draw_set = draw_set
         self._stats = stats
-        self._keeping = threading.Lock()
-        self._on_disk: deque[Slot] = deque()
-        self._looked_up: deque[Slot] = deque()
-        self._stored: Iterator[ReceivedTargets | None] = iter(())
-        self._id_model: IdModel | None = None
-        self._replaced_weights: set[bytes] = set()
-        self.vocab_size = 0
-        self.spec: TargetSpec | None = None
+        self._replaced_weights: set[str] = set()
+        self.closed = threading.Event()
         self.payload_bytes = 0
-        """Encoded bytes decoded so far, what had to be asked for again included."""
-
-    @property
-    def writable(self) -> bool:
-        """Whether what the teacher sends is kept on disk; false also once the disk or the budget was full."""
-        return self._client is not None and self._cache is not None and self._cache.writable
-
-    def prepare(self) -> None:
-        """Learn how to decode: from the cache where it may do without the teacher, else from the teacher."""
-        cache = self._cache
         if cache is not None:
             cache.refresh()
-        if cache is not None and self._look_up:
+        if cache is not None and look_up:
             id_model, self.vocab_size = cache.id_model, cache.fingerprint.vocab_size
             self.spec = TargetSpec.from_canonical(cache.fingerprint.spec)
         else:
-            assert self._client is not None
-            info = self._client.info
-            id_model, self.vocab_size, self.spec = info.id_model, info.vocab_size, self._client.spec
+            assert client is not None
+            id_model, self.vocab_size, self.spec = client.info.id_model, client.info.vocab_size, client.spec
         self._id_model = IdModel.from_bytes(id_model) if id_model else None
 
-    def locate(self, slot: Slot, received: Callable[[Slot], None] | None) -> None:
-        """Leave the slot to the disk where the cache holds it, else ask the teacher, whose answer calls `received`."""
-        if self._look_up and self._cache is not None:
-            slot.key = self._cache.key(slot.sequence, self._draw_set)
-            if slot.key in self._cache:
-                self._on_disk.append(slot)
-                return
-            metrics.CACHE_MISSES.inc()
-        future = self._submit(slot)
-        if received is not None:
-            future.add_done_callback(lambda _: received(slot))
+    def ask(self, parts: Sequence[Part]) -> None:
+        """Ask the teacher for what the cache does not hold; never blocks. Raises CacheMiss if there is no teacher."""
+        wanted = []
+        for part in parts:
+            if self._cache is not None:
+                part.key = self._cache.key(part.sequence, self._draw_set)
+                if self._look_up:
+                    if part.key in self._cache:
+                        continue
+                    metrics.CACHE_MISSES.inc()
+            wanted.append(part)
+        if wanted:
+            self._submit(wanted)
 
-    def keep(self, slot: Slot) -> bool:
-        """Write what came from the teacher to the cache, once; whether it lies there now."""
-        with self._keeping:
-            future = slot.future
-            if self._cache is None or future is None or future.cancelled() or future.exception() is not None:
-                return slot.kept
-            slot.kept = slot.kept or self._cache.put(slot.sequence, self._draw_set, future.result())
-            return slot.kept
+    def fetch(self, parts: Sequence[Part]) -> Iterator[SparseTargets | RequestError | CorruptRecord]:
+        """Wait for the targets of each part and decode them; yield the error instead if its sequence has none.
 
-    def fetch(self, slot: Slot) -> SparseTargets:
-        """A slot's targets, decoded: from disk, from the teacher where the disk fails, anew where they are of no use.
-
-        Raises what the client's future does, CacheMiss, CodecError or FingerprintMismatch; without a client
-        CorruptRecord for a damaged record.
+        Raises what else the client's futures do, CacheMiss, CodecError and FingerprintMismatch.
         """
+        stored: dict[Part, ReceivedTargets | None] = {}
+        on_disk = [part for part in parts if part.future is None]
+        if on_disk and self._cache is not None:
+            stored = dict(zip(on_disk, self._cache.get_many([part.key for part in on_disk]), strict=True))
+        for part in parts:
+            try:
+                yield self._fetch(part, stored.pop(part, None))
+            except (RequestError, CorruptRecord) as error:
+                yield error
+
+    def flush(self) -> None:
+        """Make what was written to the cache visible to other readers."""
+        if self._cache is not None:
+            self._cache.refresh()
+
+    def _fetch(self, part: Part, received: ReceivedTargets | None) -> SparseTargets:
+        """Decode the targets; ask for them again if they are damaged, or older than the client allows by now."""
         for last in (False,) * (MAX_FETCHES - 1) + (True,):
-            received = self._receive(slot)
+            received = received or self._receive(part)
+            part.future = None
             stale = self._client is not None and not received.from_cache and self._client.is_stale(received)
             try:
                 if not stale or last:
-                    targets = self._decode(received, len(slot.sequence))
-                    self.keep(slot)
-                    slot.future = None  # its callback holds the slot: the payload would wait for the garbage collector
+                    targets = self._decode(received, len(part.sequence))
+                    if self._cache is not None and not received.from_cache:
+                        self._cache.put(part.key, part.sequence, self._draw_set, received)
                     return targets
             except CodecError as error:
                 if self._client is None:
@@ -154,84 +149,67 @@ class TargetSource:
                     raise
                 logger.warning("damaged targets are asked for again: %s", error)
             metrics.STUDENT_RETRIES.labels(reason=StaleTeacher.__name__ if stale else CodecError.__name__).inc()
-            self._submit(slot)
+            received = None
+            self._submit([part])
         raise AssertionError("the last fetch returns or raises")
 
-    def flush(self) -> None:
-        """Acknowledge what was written."""
-        if self._cache is not None:
-            self._cache.refresh()
-
-    def _receive(self, slot: Slot) -> ReceivedTargets:
-        """As they were encoded; a record on disk that is damaged or gone is asked for again."""
-        cache, future = self._cache, slot.future
-        if future is None and cache is not None:
-            if (stored := self._read(slot, cache)) is not None:
-                slot.kept = True
-                return stored
-            if self._client is None and cache.is_damaged(slot.sequence, self._draw_set):
+    def _receive(self, part: Part) -> ReceivedTargets:
+        """Wait for the teacher's answer; ask for a record that the cache should have held, and does not."""
+        cache = self._cache
+        if part.future is None:
+            if self._client is None and cache is not None and cache.is_damaged(part.key):
                 raise CorruptRecord("its record in the cache is damaged, and no teacher is asked in mode 'cache'")
-            if not cache.hangs:
+            if cache is not None and not cache.hangs:
                 logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
-        received = self._wait(slot, future or self._submit(slot))
-        if self._look_up and cache is not None and received.key != cache.key(slot.sequence, self._draw_set):
-            self._check_replaced(slot, received, cache)
+            self._submit([part])
+        assert part.future is not None
+        received = self._wait(part, part.future)
+        if self._look_up and cache is not None and not received.from_cache:
+            self._check_teacher(received, cache)
         return received
 
-    def _read(self, slot: Slot, cache: TargetCache) -> ReceivedTargets | None:
-        """From disk: all slots that wait there by then are looked up at once, each is read when its turn comes."""
-        if not self._looked_up:
-            self._looked_up.extend(self._on_disk.popleft() for _ in range(len(self._on_disk)))
-            self._stored = cache.get_many([one.key for one in self._looked_up])
-        if not self._looked_up or self._looked_up[0] is not slot:  # it was spilled
-            return cache.get(slot.sequence, self._draw_set)
-        self._looked_up.popleft()
-        return next(self._stored)
-
-    def _check_replaced(self, slot: Slot, received: ReceivedTargets, cache: TargetCache) -> None:
-        """FingerprintMismatch, unless only the weights are others than the cache's, and the client allows for that."""
-        assert self._client is not None
-        if received.weights_digest in self._replaced_weights:
-            return
-        info = self._client.info
-        found = replace(Fingerprint.of(info, TargetSpec()), spec=cache.fingerprint.spec)
-        replaced = replace(found, weights_digest=cache.fingerprint.weights_digest) == cache.fingerprint != found
-        if received.weights_digest == bytes.fromhex(info.weights_digest)[:8]:  # else of a version between the two
-            replaced &= received.key == request_key(found.digest, slot.sequence, self._draw_set)
-        if self._client.max_teacher_lag == 0 or not replaced:
-            reason = cache.fingerprint.differences(found) or "the way targets are drawn, or weights replaced meanwhile"
-            raise FingerprintMismatch(f"not the teacher of the cache (its value first): {reason}")
-        self._replaced_weights.add(received.weights_digest)
-
-    def _wait(self, slot: Slot, future: Future[ReceivedTargets]) -> ReceivedTargets:
-        """The teacher's answer, or what another process has written to the cache meanwhile."""
-        cache = self._cache if self._look_up else None
-        if cache is None:
+    def _wait(self, part: Part, future: Future[ReceivedTargets]) -> ReceivedTargets:
+        """Return the teacher's answer, or what another process has written to the cache meanwhile."""
+        if self._cache is None or not self._look_up:
             return future.result()
         while True:
-            known = not future.done() and cache.holds(slot.sequence, self._draw_set)
             try:
-                return future.result(0.0 if known else LOOK_AGAIN_SECONDS)
+                return future.result(LOOK_AGAIN_SECONDS)
             except TimeoutError:
                 if future.done():
                     raise
-                if (stored := cache.get(slot.sequence, self._draw_set)) is not None:
+                self._cache.refresh()
+                if (stored := self._cache.get(part.key)) is not None:
                     future.cancel()
-                    slot.kept = True
                     return stored
 
-    def _submit(self, slot: Slot) -> Future[ReceivedTargets]:
+    def _submit(self, parts: Sequence[Part]) -> None:
         if self._client is None:
             raise CacheMiss(
-                f"the cache holds no undamaged targets of a sequence of {len(slot.sequence)} tokens for draw set "
+                f"the cache holds no undamaged targets of a sequence of {len(parts[0].sequence)} tokens for draw set "
                 f"{self._draw_set}, and no teacher is asked in mode 'cache'"
             )
-        slot.kept = False
-        slot.future = self._client.submit(slot.sequence, draw_set=self._draw_set, priority=slot.priority)
-        return slot.future
+        sequences = [part.sequence for part in parts]
+        futures = self._client.submit(sequences, draw_set=self._draw_set, priority=parts[0].priority)
+        for part, future in zip(parts, futures, strict=True):
+            part.future = future
+            if self.closed.is_set():  # while it was asked for, and too late to be seen by whoever closed
+                future.cancel()
+
+    def _check_teacher(self, received: ReceivedTargets, cache: TargetCache) -> None:
+        """Raise FingerprintMismatch unless the teacher is the cache's, or has replaced its weights as it may."""
+        if received.fingerprint == cache.fingerprint.digest or received.fingerprint in self._replaced_weights:
+            return
+        assert self._client is not None
+        found = Fingerprint.of(self._client.info, self._client.spec)
+        replaced = replace(found, weights_digest=cache.fingerprint.weights_digest) == cache.fingerprint
+        if self._client.max_teacher_lag == 0 or not replaced:
+            reason = cache.fingerprint.differences(found) or "weights that were replaced meanwhile"
+            raise FingerprintMismatch(f"not the teacher of the cache (its value first): {reason}")
+        self._replaced_weights.add(received.fingerprint)
 
     def _decode(self, received: ReceivedTargets, num_rows: int) -> SparseTargets:
-        started = time.thread_time()  # by the clock, a crowded machine's other work would count
+        started = time.thread_time()  # wall-clock time would count a crowded machine's other work
         targets = codec.decode(
             received.payload, spec=self.spec, vocab_size=self.vocab_size, id_model=self._id_model, num_rows=num_rows
         )

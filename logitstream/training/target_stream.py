@@ -1,37 +1,52 @@
-"""Token batches in, (tokens, targets) out, in order: targets are asked for and decoded ahead of the training."""
+"""Token batches in, (tokens, targets) out, in order: targets are asked for ahead of training and decoded beside it."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from accelerate.data_loader import DataLoaderDispatcher
 
+from logitstream import metrics
 from logitstream.client.teacher_client import TeacherClient
+from logitstream.data.batches import blank_out, place_rows, split_batch
 from logitstream.data.documents import Batch
-from logitstream.training.prefetch import Prefetch
+from logitstream.errors import LogitstreamError, TeacherUnavailable
 from logitstream.training.target_cache import TargetCache
-from logitstream.training.target_source import StreamStats, TargetSource
-from logitstream.types import TargetSpec
+from logitstream.training.target_source import Part, StreamStats, TargetSource
+from logitstream.types import SparseTargets
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["online", "cache", "cache_then_online"]
+
+DECODED_BATCHES = 2
+"""Batches decoded ahead of the caller. Those after them wait encoded, in about a tenth of the memory."""
+MIN_REFUSED = 8
+"""The stream ends once more sequences than this, and more than half of all, are refused or damaged."""
 
 
 class TargetStream:
     """Wraps an iterable of batches; each comes back with `targets`, the SparseTargets of its flattened [B*T] rows.
 
-    A batch is a dict with input_ids [B, T] and, optionally, what says which rows are wanted (`supervision`) and which
-    tokens are one document's (`documents`): each document is scored alone, without padding. Unwanted rows, padding and
-    the rows of refused sequences are empty. Each iteration is the next epoch, unless set_epoch says otherwise. Raises
-    ValueError where a batch holds something that the teacher cannot be told of.
+    A batch is a dict with input_ids [B, T] and, optionally, what says which rows are wanted (`data.loss_mask`) and
+    which tokens are one document's (`data.documents`): each document is scored alone, without padding. Unwanted rows,
+    padding and the rows of refused sequences are empty. Each iteration is the next epoch, unless set_epoch says
+    otherwise. Raises ValueError if a batch holds something that the teacher cannot be told.
 
-    spec: ValueError where the client's or the cache's targets are drawn otherwise; None: only those two are compared.
     mode: `online` asks the teacher for everything and writes it to the cache, if there is one; `cache_then_online` asks
         it for what the cache does not hold; `cache` never asks it, and raises CacheMiss for what is not there.
     draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch.
-    prefetch_batches: batches asked for ahead of the caller and held in memory; spill_batches: further ones, whose
-        targets wait in the cache on disk.
+    prefetch_batches: batches asked for ahead of the caller.
     on_refused: `skip` takes a sequence that the teacher refuses, or whose record is damaged in mode `cache`, out of the
         loss and its tokens (id 0 then) out of the batch, logs and counts it; `raise` ends the stream with its error.
     """
@@ -41,60 +56,48 @@ class TargetStream:
         dataloader: Iterable[Batch],
         client: TeacherClient | None,
         *,
-        spec: TargetSpec | None = None,
         cache: TargetCache | None = None,
         mode: Mode = "online",
         prefetch_batches: int = 8,
-        spill_batches: int = 0,
         draw_set: int | None = None,
         on_refused: Literal["skip", "raise"] = "skip",
     ) -> None:
-        if prefetch_batches < 1 or spill_batches < 0:
-            raise ValueError(
-                f"expected prefetch_batches >= 1 and spill_batches >= 0: {prefetch_batches}, {spill_batches}"
-            )
-        if (client is None and mode != "cache") or (cache is None and (mode != "online" or spill_batches)):
-            needs = "a client" if client is None and mode != "cache" else "a cache"
-            raise ValueError(f"mode {mode!r} with spill_batches = {spill_batches} needs {needs}")
+        if prefetch_batches < 1:
+            raise ValueError(f"expected prefetch_batches >= 1, got {prefetch_batches}")
+        if (client is None and mode != "cache") or (cache is None and mode != "online"):
+            raise ValueError(f"mode {mode!r} needs {'a client' if client is None and mode != 'cache' else 'a cache'}")
         if isinstance(dataloader, DataLoaderDispatcher):
             raise ValueError("batches dispatched by one process cannot be prefetched: set `dispatch_batches: false`")
-        _check_spec(spec, client, cache)
+        if client is not None and cache is not None and client.spec.canonical() != cache.fingerprint.spec:
+            raise ValueError(
+                f"expected one way to draw targets, got the client: {client.spec.canonical()}, "
+                f"the cache: {cache.fingerprint.spec}"
+            )
         self.dataloader = dataloader
         self.client = client
         self.cache = cache
         self.mode = mode
         self.prefetch_batches = prefetch_batches
-        self.spill_batches = spill_batches
         self.draw_set = draw_set
         self.on_refused = on_refused
         self.epoch = 0
         self.stats = StreamStats()
         self._skip = 0
-        self._current: Prefetch | None = None
+        self._window: _Window | None = None
 
     def __len__(self) -> int:
         return len(self.dataloader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        """What the stream does not know itself, the wrapped dataloader does: dataset, batch_sampler, …"""
+        """Look up in the wrapped dataloader what the stream itself does not have: dataset, batch_sampler, …"""
         if name.startswith("_") or name == "dataloader":
             raise AttributeError(name)
         return getattr(self.dataloader, name)
 
     @property
-    def waiting_seconds(self) -> float:
-        """How long the caller has waited for batches, in all."""
-        return self.stats.waiting_seconds
-
-    @property
-    def decoding_seconds(self) -> float:
-        """CPU seconds that decoding has taken, in a thread beside the caller's, in all."""
-        return self.stats.decoding_seconds
-
-    @property
     def queue_depth(self) -> int:
-        """Batches whose targets are ready and not yet taken."""
-        return len(self._current.ready) if self._current else 0
+        """Batches whose targets have all arrived and that are not yet taken."""
+        return self._window.num_arrived() if self._window else 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -102,7 +105,7 @@ class TargetStream:
             self.dataloader.set_epoch(epoch)
 
     def skip_batches(self, num_batches: int) -> None:
-        """The next iteration starts after that many batches; nothing is asked for them."""
+        """Start the next iteration after that many batches; nothing is asked for them."""
         self._skip = num_batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -110,7 +113,7 @@ class TargetStream:
         return self.over(itertools.islice(iter(self.dataloader), skip, None), first_step=skip)
 
     def over(self, batches: Iterator[Batch], *, first_step: int = 0) -> Iterator[Batch]:
-        """The rest of this epoch's batches, with targets, from another iterator over them."""
+        """Yield the rest of this epoch's batches, with targets, from another iterator over them."""
         self.close()
         source = TargetSource(
             None if self.mode == "cache" else self.client,
@@ -120,34 +123,163 @@ class TargetStream:
             stats=self.stats,
         )
         self.epoch += 1
-        current = self._current = Prefetch(
-            source,
-            batches,
-            self.stats,
-            prefetch_batches=self.prefetch_batches,
-            spill_batches=self.spill_batches,
-            raise_refused=self.on_refused == "raise",
-            first_step=first_step,
-        )
+        window = self._window = _Window(source, self.stats, raise_refused=self.on_refused == "raise")
         try:
-            yield from current.consume()
+            yield from window.run(batches, ahead=self.prefetch_batches, first_step=first_step)
         finally:
-            current.close()
+            window.close()
 
     def close(self) -> None:
-        """Cancel what is in flight and end the threads; the next iteration starts anew."""
-        if self._current is not None:
-            self._current.close()
-            self._current = None
+        """Cancel what is in flight and end the decoding thread; the next iteration starts anew."""
+        if self._window is not None:
+            self._window.close()
+            self._window = None
 
 
-def _check_spec(spec: TargetSpec | None, client: TeacherClient | None, cache: TargetCache | None) -> None:
-    """ValueError where the client's targets, the cache's and the spec that was asked for are not drawn alike."""
-    drawn = {
-        "the spec given": spec and spec.canonical(),
-        "the client": client and client.spec.canonical(),
-        "the cache": cache and cache.fingerprint.spec,
-    }
-    known = {name: one for name, one in drawn.items() if one is not None}
-    if any(one != next(iter(known.values())) for one in known.values()):
-        raise ValueError("expected one way to draw targets, got " + ", ".join(f"{n}: {s}" for n, s in known.items()))
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A batch whose targets are asked for, and what becomes of it: the batch with its targets."""
+
+    batch: Batch
+    parts: list[Part]
+    queued: bool = False
+    num_rows: int = 0
+    payload_bytes: int = 0
+    decoded: Future[Batch] = field(default_factory=Future)
+
+
+class _Window:
+    """The batches of one epoch that are asked for and not yet taken, in order; one thread decodes the first of them.
+
+    `close` may be called from any thread, the rest is the caller's.
+    """
+
+    def __init__(self, source: TargetSource, stats: StreamStats, *, raise_refused: bool) -> None:
+        self._source = source
+        self._stats = stats
+        self._raise_refused = raise_refused
+        self._asked: deque[_Asked] = deque()
+        self._jobs: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._decode_all, name="target-stream-decode", daemon=True)
+
+    def run(self, batches: Iterator[Batch], *, ahead: int, first_step: int) -> Iterator[Batch]:
+        """Ask for so many batches ahead, in the caller's thread, as accelerate's dataloaders require."""
+        self._thread.start()
+        error: Exception | None = None
+        steps: Iterator[int] | None = itertools.count(first_step)
+        while not self._source.closed.is_set():
+            started = time.perf_counter()
+            while steps is not None and len(self._asked) <= ahead:
+                try:
+                    if not self._ask(next(batches, None), next(steps)):
+                        steps = None
+                except Exception as caught:  # raised after the batches before it
+                    error, steps = caught, None
+            if not self._asked:
+                break
+            batch = self._first()
+            if batch is None:
+                return
+            if not self._asked and error is None:
+                self._source.flush()  # before another worker begins the next epoch, which may read it all from disk
+            waited = time.perf_counter() - started
+            self._stats.waiting_seconds += waited
+            metrics.STUDENT_WAITING_SECONDS.inc(waited)
+            yield batch
+        if error is not None and not self._source.closed.is_set():
+            raise error
+
+    def num_arrived(self) -> int:
+        return sum(all(p.future is None or p.future.done() for p in asked.parts) for asked in list(self._asked))
+
+    def close(self) -> None:
+        """Cancel what is in flight and end the thread; idempotent."""
+        self._source.closed.set()
+        for asked in list(self._asked):
+            for part in asked.parts:
+                if (future := part.future) is not None:
+                    future.cancel()
+        self._jobs.put(None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._asked.clear()
+        metrics.STUDENT_QUEUE_BATCHES.set(0)
+        self._source.flush()
+
+    def _ask(self, batch: Batch | None, step: int) -> bool:
+        """Ask for a batch's targets; false if there is no batch."""
+        if batch is None:
+            return False
+        parts = [Part(rows, sequence, priority=step) for rows, sequence in split_batch(batch)]
+        self._asked.append(_Asked(batch, parts))  # before they are asked for, so that `close` finds them
+        try:
+            self._source.ask(parts)
+        except Exception:
+            self._asked.pop()
+            raise
+        return True
+
+    def _first(self) -> Batch | None:
+        """Wait for the first batch of the window and take it; None once the stream is closed."""
+        for asked in itertools.islice(self._asked, 1 + DECODED_BATCHES):
+            if not asked.queued:
+                asked.queued = True
+                self._jobs.put(asked)
+        if self._source.closed.is_set():  # what was queued after that is not decoded any more
+            return None
+        first = self._asked[0]
+        try:
+            batch = first.decoded.result()
+        except CancelledError:
+            if self._source.closed.is_set():
+                return None
+            raise TeacherUnavailable("the teacher client was closed") from None
+        self._asked.popleft()
+        metrics.STUDENT_QUEUE_BATCHES.set(self.num_arrived())
+        self._stats.batches += 1
+        self._stats.rows += first.num_rows
+        self._stats.entries += batch["targets"].num_entries
+        self._stats.payload_bytes += first.payload_bytes
+        metrics.STUDENT_ENTRIES.inc(batch["targets"].num_entries)
+        return batch
+
+    def _decode_all(self) -> None:
+        while (asked := self._jobs.get()) is not None:
+            try:
+                asked.decoded.set_result(self._decode(asked))
+            except BaseException as error:
+                asked.decoded.set_exception(error)
+            del asked  # a batch is not kept while the thread waits for the next one
+
+    def _decode(self, asked: _Asked) -> Batch:
+        """Wait for a batch's targets and place them; refused and damaged sequences are left out of the loss."""
+        bytes_before = self._source.payload_bytes
+        placed, refused = [], []
+        for part, found in zip(asked.parts, self._source.fetch(asked.parts), strict=True):
+            self._stats.sequences += 1
+            if isinstance(found, SparseTargets):
+                placed.append((part.rows, found))
+                asked.num_rows += found.num_rows
+            else:
+                self._count_refused(part, found)
+                refused.append(part.rows)
+        asked.payload_bytes = self._source.payload_bytes - bytes_before
+        batch = dict(asked.batch)
+        num_rows = int(np.prod(tuple(batch["input_ids"].shape)))
+        source = self._source
+        batch["targets"] = place_rows(placed, num_rows=num_rows, vocab_size=source.vocab_size, spec=source.spec)
+        if refused:
+            blank_out(batch, np.concatenate(refused))
+        return batch
+
+    def _count_refused(self, part: Part, error: LogitstreamError) -> None:
+        """Raise if refusals are errors, or if so many mean that something is wrong with the run."""
+        stats = self._stats
+        stats.refused_sequences += 1
+        if self._raise_refused:
+            raise error
+        logger.warning("a sequence of %d tokens is left out of the loss: %s", len(part.sequence), error)
+        if stats.refused_sequences > MIN_REFUSED and 2 * stats.refused_sequences > stats.sequences:
+            raise LogitstreamError(
+                f"{stats.refused_sequences} of {stats.sequences} sequences are refused or damaged; the last: {error}"
+            ) from error

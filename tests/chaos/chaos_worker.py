@@ -100,7 +100,6 @@ def work(settings: WorkerSettings) -> None:
             cache=cache,
             mode="online" if cache is None else "cache_then_online",
             prefetch_batches=4,
-            spill_batches=0 if cache is None else 4,
             on_refused="raise",
         )
         stream.set_epoch(epoch)

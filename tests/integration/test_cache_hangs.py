@@ -34,7 +34,7 @@ def disk(patience_seconds: float = PATIENCE, *, hangs_seconds: float = PATIENCE)
 
 def open_cache(directory: Path, *, write: bool = True) -> TargetCache:
     known = Fingerprint.of(INFO, SPEC) if write else None
-    return TargetCache(directory, known, write=write, reads=disk(), writes=disk())
+    return TargetCache(directory, known, write=write, disk=disk())
 
 
 @pytest.fixture
@@ -118,12 +118,12 @@ def test_the_teacher_is_asked_for_what_a_hanging_disk_holds(tmp_path: Path, capl
     fill(tmp_path, 8)
     cache, teacher = open_cache(tmp_path), HandTeacher()
     batches = make_batches(12)
-    stream = TargetStream(batches, teacher, cache=cache, mode="cache_then_online", draw_set=0, spill_batches=2)
+    stream = TargetStream(batches, teacher, cache=cache, mode="cache_then_online", draw_set=0)
     (shard,) = tmp_path.glob("*.arrow")
     with hanging_file(shard):
         for got, source in zip(stream, batches, strict=True):
             assert_same(got["targets"], expected(source))
-    assert 24 <= len(teacher.asked) <= 32  # some were spilled, and asked for again
+    assert len(teacher.asked) == 24
     assert stream.stats.cached_sequences == 0
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [line for line in said if "has not answered" in line] == ["the disk has not answered for 0.5 s: so be it"]
@@ -162,10 +162,10 @@ def test_a_corpus_on_a_hanging_disk_is_an_error_not_a_standstill(tmp_path: Path)
 def test_a_frozen_file_system_holds_up_neither_training_nor_its_end(
     frozen: FreezingDisk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Frozen in the middle of a run that spills: what comes is trained on, what is not on disk is counted."""
+    """Frozen in the middle of a run: what comes is trained on, what is not on disk is counted."""
     directory, batches, teacher = frozen.folder / "cache", make_batches(40), HandTeacher()
     cache = open_cache(directory)
-    stream = TargetStream(batches, teacher, cache=cache, draw_set=0, prefetch_batches=2, spill_batches=6)
+    stream = TargetStream(batches, teacher, cache=cache, draw_set=0, prefetch_batches=2)
     iterator = iter(stream)
     got = [next(iterator) for _ in range(5)]
     cache.refresh()

@@ -152,15 +152,15 @@ def test_a_key_is_written_once_however_often_it_is_asked_for(tmp_path: Path, cli
 def test_online_and_replay_give_the_same_bytes(tmp_path: Path, client: LocalTeacherClient) -> None:
     sequences = [TokenSequence(token_ids=np.array(ids, np.int32)) for ids in make_sequences(10)["input_ids"]]
     cache = open_cache(tmp_path, client)
-    online = [client.submit(sequence, draw_set=1).result() for sequence in sequences]
+    online = [client.submit([sequence], draw_set=1)[0].result() for sequence in sequences]
     for sequence, received in zip(sequences, online, strict=True):
-        assert cache.put(sequence, 1, received)
+        assert cache.put(cache.key(sequence, 1), sequence, 1, received)
     cache.close()
     cache = open_cache(tmp_path, None)
     for sequence, received in zip(sequences, online, strict=True):
-        stored = cache.get(sequence, 1)
+        stored = cache.get(cache.key(sequence, 1))
         assert stored is not None
-        assert (stored.payload, stored.key) == (received.payload, received.key)
+        assert (stored.payload, stored.fingerprint) == (received.payload, received.fingerprint)
     cache.close()
 
 
@@ -196,7 +196,8 @@ def fill(
         ids = rng.integers(0, VOCAB_SIZE, TOKENS, dtype=np.int32)
         mask = np.arange(TOKENS) > 1 if number % 2 else None
         sequence = TokenSequence(token_ids=ids, loss_mask=mask)
-        assert caches[number % num_writers].put(sequence, 0, client.submit(sequence).result())
+        cache = caches[number % num_writers]
+        assert cache.put(cache.key(sequence, 0), sequence, 0, client.submit([sequence])[0].result())
     for cache in caches:
         cache.close()
 
@@ -263,7 +264,7 @@ def test_a_run_from_the_cache_alone_goes_on_while_its_shards_are_sealed(
     writing = open_cache(tmp_path / "cache", client)
     for _ in range(12):
         sequence = TokenSequence(token_ids=rng.integers(0, VOCAB_SIZE, TOKENS, dtype=np.int32))
-        assert writing.put(sequence, 0, client.submit(sequence).result())
+        assert writing.put(writing.key(sequence, 0), sequence, 0, client.submit([sequence])[0].result())
     writing.refresh()
     dataset, cache = CacheDataset(CacheReader(tmp_path / "cache")), open_cache(tmp_path / "cache", None)
     cache.refresh()
@@ -271,7 +272,7 @@ def test_a_run_from_the_cache_alone_goes_on_while_its_shards_are_sealed(
     prune(tmp_path / "cache", before_draw_set=0)
     assert [len(dataset[i]["input_ids"]) for i in range(12)] == [TOKENS] * 12
     sequences = [TokenSequence(token_ids=dataset[i]["input_ids"].astype(np.int32)) for i in range(12)]
-    assert all(cache.get(sequence, 0) is not None for sequence in sequences)
+    assert all(cache.get(cache.key(sequence, 0)) is not None for sequence in sequences)
     losses = train(tmp_path / "run", dataset, cache, None, mode="cache", draw_set=0)
     assert len(losses) == 6
     assert np.isfinite(losses).all()
@@ -343,7 +344,7 @@ def test_a_full_disk_at_the_start_leaves_an_online_run_alone(tmp_path: Path, cli
     (tmp_path / "cache").write_bytes(b"a file where the folder should be")
     cache = open_cache(tmp_path / "cache", client, online=True)
     batches = [collate([{"input_ids": ids}]) for ids in make_sequences(3)["input_ids"]]
-    assert len(list(TargetStream(batches, client, cache=cache, spill_batches=2))) == 3
+    assert len(list(TargetStream(batches, client, cache=cache))) == 3
     assert not cache.writable
     cache.close()
 
@@ -395,7 +396,8 @@ def test_the_bound_holds_for_the_whole_folder_with_the_caches_of_newer_weights(t
         client = LocalTeacherClient(score, info=info, spec=SPEC)
         for max_bytes, room in ((held + 500, False), (held + 50_000, True)):
             cache = open_cache(tmp_path, client, online=True, max_bytes=max_bytes)
-            assert cache.put(sequence, max_bytes, client.submit(sequence, draw_set=max_bytes).result())
+            (future,) = client.submit([sequence], draw_set=max_bytes)
+            assert cache.put(cache.key(sequence, max_bytes), sequence, max_bytes, future.result())
             cache.refresh()
             assert cache.writable == room
             cache.close()

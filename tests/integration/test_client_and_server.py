@@ -62,7 +62,7 @@ def test_several_clients_share_a_server_of_little_credit(spec: TargetSpec) -> No
             address = server.stdout.readline().removeprefix("serving on ").strip()
             clients = [client_of(address, spec, client_id=f"client {number}") for number in range(3)]
             sequences = [ragged(150, seed) for seed in range(3)]
-            futures = [[client.submit(one) for one in mine] for client, mine in zip(clients, sequences, strict=True)]
+            futures = [client.submit(mine) for client, mine in zip(clients, sequences, strict=True)]
             for answers, mine in zip(futures, sequences, strict=True):
                 check_all(answers, mine, spec)
             for client in clients:
@@ -75,7 +75,7 @@ def test_several_clients_share_a_server_of_little_credit(spec: TargetSpec) -> No
 async def exchange(client: GrpcTeacherClient, count: int = 20) -> None:
     """Ask and check, beside the server's event loop."""
     sequences = ragged(count)
-    await asyncio.to_thread(lambda: check_all([client.submit(one) for one in sequences], sequences))
+    await asyncio.to_thread(lambda: check_all(client.submit(sequences), sequences))
 
 
 async def refusal(client: GrpcTeacherClient) -> Exception:
@@ -227,7 +227,7 @@ async def test_a_tokenizer_that_differs_is_told_token_by_token_and_an_added_one_
         sequences = [
             TokenSequence(token_ids=np.array(ids, np.int32)) for ids in ([1, 39_999], [1, 40_500], [1, 40_999])
         ]
-        futures = [client.submit(one) for one in sequences]
+        futures = client.submit(sequences)
         await asyncio.to_thread(futures[0].result, SECONDS)
         with pytest.raises(InvalidSequence, match=r"token id 40500 \('<tool>'\) was added to the student's tokenizer"):
             await asyncio.to_thread(futures[1].result, SECONDS)
@@ -281,10 +281,10 @@ async def test_a_server_that_stops_drains_its_client() -> None:
     sequences = ragged(200)
     async with serving(FakeBackend(delay_seconds=0.02), max_batch_tokens=256) as server:
         client = client_of(server.address, deadline_seconds=SECONDS)
-        futures = [client.submit(one) for one in sequences[:50]]
+        futures = client.submit(sequences[:50])
         await asyncio.to_thread(futures[0].result, SECONDS)
     async with serving(FakeBackend(), address=server.address):
-        futures += [client.submit(one) for one in sequences[50:]]
+        futures += client.submit(sequences[50:])
         await asyncio.to_thread(check_all, futures, sequences)
         await close(client)
 
@@ -298,5 +298,5 @@ async def test_teachers_slower_than_expected_are_given_the_time_they_take(count:
         client = GrpcTeacherClient(
             [first.address, second.address], SPEC, vocab_size=1000, tokenizer="70" * 32, stalled_seconds=0.2
         )
-        await asyncio.to_thread(check_all, [client.submit(one) for one in sequences], sequences)
+        await asyncio.to_thread(check_all, client.submit(sequences), sequences)
         await close(client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.loss import sparse_kl
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.training.target_stream import TargetStream
-from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence, request_key
+from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.weights import weights_digest
 from tests.learning_teacher import pattern
 from tests.serving import ENVIRONMENT, teacher_process
@@ -31,16 +32,19 @@ class Watched:
 
     def __init__(self, client: GrpcTeacherClient) -> None:
         self.client = client
-        self.answers: list[tuple[TokenSequence, ReceivedTargets, int]] = []
+        self.answers: list[tuple[ReceivedTargets, int]] = []
 
     @property
     def info(self) -> TeacherInfo:
         return self.client.info
 
-    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
-        future = self.client.submit(sequence, draw_set=draw_set, priority=priority)
-        future.add_done_callback(lambda done: self._note(sequence, done))
-        return future
+    def submit(
+        self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
+    ) -> list[Future[ReceivedTargets]]:
+        futures = self.client.submit(sequences, draw_set=draw_set, priority=priority)
+        for future in futures:
+            future.add_done_callback(self._note)
+        return futures
 
     @property
     def spec(self) -> TargetSpec:
@@ -56,9 +60,9 @@ class Watched:
     def close(self) -> None:
         self.client.close()
 
-    def _note(self, sequence: TokenSequence, future: Future[ReceivedTargets]) -> None:
+    def _note(self, future: Future[ReceivedTargets]) -> None:
         if not future.cancelled() and future.exception() is None:
-            self.answers.append((sequence, future.result(), self.info.teacher_version))
+            self.answers.append((future.result(), self.info.teacher_version))
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -111,16 +115,15 @@ def train(student: torch.nn.Module, client: Watched, *, until_version: int) -> N
 
 
 def check_versions(client: Watched, checkpoints: list[Path]) -> None:
-    """Each answer names weights that were served, and its key is that of these weights and no others."""
+    """Each answer names weights that were served, and its fingerprint is that of these weights and no others."""
     digests = [weights_digest(path) for path in checkpoints if (path / "config.json").exists()]
     by_version: dict[int, set[bytes]] = {}
-    for one, received, newest in client.answers:
+    for received, newest in client.answers:
         by_version.setdefault(received.teacher_version, set()).add(received.weights_digest)
         assert newest - received.teacher_version <= MAX_LAG
         (digest,) = [digest for digest in digests if bytes.fromhex(digest)[:8] == received.weights_digest]
         fingerprint = Fingerprint.of(client.info, SPEC)
-        keys = {request_key(replace(fingerprint, weights_digest=digest).digest, one, draw_set) for draw_set in range(2)}
-        assert received.key in keys
+        assert received.fingerprint == replace(fingerprint, weights_digest=digest).digest
     assert len(by_version) >= 3, by_version
     assert all(len(found) == 1 for found in by_version.values())
     assert len(set().union(*by_version.values())) == len(by_version)

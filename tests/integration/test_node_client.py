@@ -84,7 +84,7 @@ async def asked_in_python(
             [server.address], spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER, tls=tls, token=TOKEN
         )
         try:
-            futures = [client.submit(one) for one in sequences]
+            futures = client.submit(sequences)
             return [future.result(30).payload for future in futures]
         finally:
             client.close()

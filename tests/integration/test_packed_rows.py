@@ -113,7 +113,7 @@ def client_of(teacher: Any, refuse: Callable[[TokenSequence], bool] = lambda _: 
 def trainer_of(
     folder: Path, student: Any, client: LocalTeacherClient | None, collator: Collator
 ) -> DistillationTrainer:
-    stream = None if client is None else (lambda loader: TargetStream(loader, client, spec=SPEC))
+    stream = None if client is None else (lambda loader: TargetStream(loader, client))
     return DistillationTrainer(
         model=student,
         args=TrainingArguments(

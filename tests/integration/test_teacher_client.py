@@ -32,7 +32,7 @@ from logitstream.errors import (
     TeacherUnavailable,
 )
 from logitstream.training.target_stream import TargetStream
-from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence, request_key
+from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence
 from tests.fake_teacher import (
     FATAL_ID,
     FLAKY_ID,
@@ -77,7 +77,7 @@ def with_id(token_id: int) -> TokenSequence:
 
 
 def submit_all(client: GrpcTeacherClient, sequences: Sequence[TokenSequence]) -> list[Future[ReceivedTargets]]:
-    return [client.submit(sequence, priority=step) for step, sequence in enumerate(sequences)]
+    return [client.submit([sequence], priority=step)[0] for step, sequence in enumerate(sequences)]
 
 
 def check_all(futures: Sequence[Future[ReceivedTargets]], sequences: Sequence[TokenSequence]) -> list[ReceivedTargets]:
@@ -104,15 +104,14 @@ def versions(received: Sequence[ReceivedTargets]) -> set[int]:
     return {one.teacher_version for one in received}
 
 
-def test_answers_belong_to_their_sequences_and_carry_the_cache_key() -> None:
+def test_answers_belong_to_their_sequences_and_name_the_teachers_fingerprint() -> None:
     mask = np.array([True, False] * 16)
     sequences = [*make_sequences(50), TokenSequence(token_ids=np.arange(32, dtype=np.int32), loss_mask=mask)]
     with fake_teacher() as (_, address), connected(address) as client:
         received = check_all(submit_all(client, sequences), sequences)
         digest = Fingerprint.of(client.info, SPEC).digest
-        assert [one.key for one in received] == [request_key(digest, sequence, 0) for sequence in sequences]
-        later = client.submit(sequences[0], draw_set=3).result(SECONDS)
-        assert later.key == request_key(digest, sequences[0], 3)
+        assert {one.fingerprint for one in received} == {digest}
+        later = client.submit([sequences[0]], draw_set=3)[0].result(SECONDS)
         want = expected_targets(sequences[0], 3)
         np.testing.assert_array_equal(codec.decode(later.payload).token_ids, want.token_ids)
 
@@ -212,7 +211,7 @@ def test_a_replica_with_other_weights_is_refused_and_not_mixed_in(caplog: pytest
         with connected(other, fingerprint=expected) as client, pytest.raises(FingerprintMismatch, match=other_weights):
             client.info  # noqa: B018
         with connected(other, fingerprint=expected) as client:
-            error = client.submit(sequences[0]).exception(SECONDS)
+            error = client.submit([sequences[0]])[0].exception(SECONDS)
             assert isinstance(error, FingerprintMismatch)
 
 
@@ -225,7 +224,7 @@ def test_unlike_replicas_are_an_error_before_anything_is_asked_whoever_answers_f
 
         addresses = ["teachers:1"] if behind_one_name else [slow, quick]
         with connected(*addresses, resolve=look_up, insecure=True) as client:
-            future = client.submit(make_sequences(1)[0])
+            future = client.submit(make_sequences(1))[0]
             with pytest.raises(FingerprintMismatch) as caught:
                 client.info  # noqa: B018
             digests = f"'{weights_digest('b', 0)}' against '{weights_digest('a', 0)}'"
@@ -273,7 +272,7 @@ def test_a_student_of_another_vocabulary_or_tokenizer_is_refused_at_once() -> No
         with connected(address, vocab_size=999) as client, pytest.raises(FingerprintMismatch, match=r"999.* 1000"):
             client.info  # noqa: B018
         with connected(address, tokenizer="ab" * 32) as client:
-            error = client.submit(make_sequences(1)[0]).exception(SECONDS)
+            error = client.submit(make_sequences(1))[0].exception(SECONDS)
         assert re.search(f"tokenizers differ: the student's {'ab' * 32}, the teacher's {TOKENIZER_DIGEST}", str(error))
 
 
@@ -282,22 +281,24 @@ def test_weights_replaced_while_serving_end_a_run_that_wants_one_teacher() -> No
     with fake_teacher() as (teacher, address), connected(address) as client:
         check_all(submit_all(client, sequences), sequences)
         teacher.send_signal(signal.SIGUSR1)
-        wait_until(lambda: isinstance(client.submit(sequences[0]).exception(SECONDS), FingerprintMismatch))
+        wait_until(lambda: isinstance(client.submit([sequences[0]])[0].exception(SECONDS), FingerprintMismatch))
 
 
 def test_targets_name_the_version_that_made_them_while_the_teacher_learns() -> None:
     sequences = make_sequences(10)
     with fake_teacher() as (teacher, address), connected(address, max_teacher_lag=2) as client:
         for version in range(4):
-            wait_until(lambda version=version: client.submit(sequences[0]).result(SECONDS).teacher_version == version)
+            wait_until(
+                lambda version=version: client.submit([sequences[0]])[0].result(SECONDS).teacher_version == version
+            )
             received = check_all(submit_all(client, sequences), sequences)
             assert versions(received) == {version}
             digest = Fingerprint.of(fake_info(version=version), SPEC).digest
-            assert [one.key for one in received] == [request_key(digest, sequence, 0) for sequence in sequences]
+            assert {one.fingerprint for one in received} == {digest}
             assert client.info.teacher_version == version
             teacher.send_signal(signal.SIGUSR1)
         of = [bytes.fromhex(fake_info(version=version).weights_digest)[:8] for version in range(4)]
-        received = [ReceivedTargets(payload=b"", key=b"", teacher_version=0, weights_digest=one) for one in of]
+        received = [ReceivedTargets(payload=b"", teacher_version=0, weights_digest=one) for one in of]
         assert [client.is_stale(one) for one in received] == [True, False, False, False]
 
 
@@ -374,7 +375,7 @@ def test_what_is_wrong_with_one_sequence_stops_no_other() -> None:
     ]
     with fake_teacher() as (_, address), connected(address) as client:
         futures = submit_all(client, good[:25])
-        refused = [client.submit(sequence) for sequence, _, _ in bad]
+        refused = client.submit([sequence for sequence, _, _ in bad])
         futures += submit_all(client, good[25:])
         check_all(futures, good)
         for future, (_, error, message) in zip(refused, bad, strict=True):
@@ -387,7 +388,7 @@ def test_a_retryable_refusal_is_tried_again_a_bounded_number_of_times() -> None:
     with fake_teacher("--flaky", "3") as (_, address), connected(address) as client:
         check_all(submit_all(client, sequences), sequences)
     with fake_teacher("--flaky", "1000") as (_, address), connected(address) as client:
-        error = client.submit(sequences[0]).exception(SECONDS)
+        error = client.submit([sequences[0]])[0].exception(SECONDS)
         assert isinstance(error, ScoringFailed)
 
 
@@ -418,7 +419,7 @@ def test_a_sequence_that_kills_every_server_is_found_and_the_others_are_answered
     try:
         with connected(f"127.0.0.1:{port}") as client:
             futures = submit_all(client, sequences[:30])
-            fatal = client.submit(with_id(FATAL_ID), priority=30)
+            fatal = client.submit([with_id(FATAL_ID)], priority=30)[0]
             futures += submit_all(client, sequences[30:])
             with pytest.raises(ScoringFailed, match=r"connections broke while this sequence was being scored"):
                 fatal.result(SECONDS)
@@ -437,7 +438,7 @@ def test_without_a_teacher_requests_and_the_handshake_end_with_the_address_and_t
         ):
             client.info  # noqa: B018
         with pytest.raises(TeacherUnavailable, match=rf"no targets within 0\.5 s .*127\.0\.0\.1:{port}"):
-            client.submit(make_sequences(1)[0]).result(SECONDS)
+            client.submit(make_sequences(1))[0].result(SECONDS)
 
 
 @pytest.mark.parametrize("name", ["no-such-host.invalid:1", "teacher..svc:1", f"{'x' * 64}.svc:1"])
@@ -523,7 +524,7 @@ def test_closing_cancels_what_is_in_flight_and_is_idempotent() -> None:
         client.close()
         assert all(future.cancelled() for future in futures)
         with pytest.raises(TeacherUnavailable, match="closed"):
-            client.submit(make_sequences(1)[0])
+            client.submit(make_sequences(1))[0]
 
 
 def test_a_client_left_open_does_not_keep_the_process_alive_and_needs_no_proxy_to_its_own_machine() -> None:

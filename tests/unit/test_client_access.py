@@ -83,9 +83,7 @@ def student(**changes: Any) -> StudentConfig:
     return StudentConfig(**{"model": "m", "text": ["a.txt"]} | changes)
 
 
-@pytest.mark.parametrize(
-    "name", ["max_sequences", "heldout_sequences", "spill_batches", "cache_max_bytes", "overhead_every"]
-)
+@pytest.mark.parametrize("name", ["max_sequences", "heldout_sequences", "cache_max_bytes", "overhead_every"])
 def test_a_number_of_things_below_none_is_refused(name: str) -> None:
     """As an index it would count from the end: 3 held out of none would be all but 3."""
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got -3"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from logitstream.errors import (
 )
 from logitstream.training.target_cache import TargetCache, open_target_cache
 from logitstream.training.target_stream import TargetStream
-from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TokenSequence, request_key
+from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TokenSequence
 from tests.fake_teacher import SPEC, expected_targets, fake_info
 
 INFO = fake_info()
@@ -51,7 +51,12 @@ class HandTeacher:
         self.info = INFO
         self.spec = SPEC
 
-    def submit(self, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0) -> Future[ReceivedTargets]:
+    def submit(
+        self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
+    ) -> list[Future[ReceivedTargets]]:
+        return [self._submit(sequence, draw_set, priority) for sequence in sequences]
+
+    def _submit(self, sequence: TokenSequence, draw_set: int, priority: int) -> Future[ReceivedTargets]:
         future: Future[ReceivedTargets] = Future()
         self.asked.append((sequence, draw_set, priority))
         self.open.append((sequence, draw_set, future))
@@ -70,9 +75,9 @@ class HandTeacher:
         if self.damage > 0:
             self.damage -= 1
             payload = payload[:-1] + bytes([payload[-1] ^ 1])
-        key = request_key(Fingerprint.of(self.info, SPEC).digest, sequence, draw_set)
+        fingerprint = Fingerprint.of(self.info, SPEC).digest
         weights_digest = bytes.fromhex(self.info.weights_digest)[:8]
-        future.set_result(ReceivedTargets(payload=payload, key=key, weights_digest=weights_digest))
+        future.set_result(ReceivedTargets(payload=payload, fingerprint=fingerprint, weights_digest=weights_digest))
 
     def is_stale(self, received: ReceivedTargets) -> bool:
         self.stale -= 1
@@ -168,7 +173,7 @@ def test_closing_mid_epoch_cancels_what_is_in_flight_and_leaves_no_thread() -> N
     iterator = iter(stream)
     taking = threading.Thread(target=lambda: next(iterator, None))
     taking.start()
-    wait_until(lambda: len(teacher.open) == 8)
+    wait_until(lambda: len(teacher.open) == 2 * (1 + 4))
     stream.close()
     taking.join(20)
     assert not taking.is_alive()
@@ -353,12 +358,12 @@ def test_what_another_worker_writes_while_the_teacher_is_silent_is_taken_from_th
     batches = make_batches(3)
     mine = open_target_cache(tmp_path / "c", HandTeacher(), SPEC, writer_id="mine")
     silent = HandTeacher(automatic=False)
-    stream = TargetStream(batches, silent, spec=SPEC, cache=mine, mode="cache_then_online", draw_set=0)
+    stream = TargetStream(batches, silent, cache=mine, mode="cache_then_online", draw_set=0)
 
     def write_like_another_worker() -> None:
         wait_until(lambda: len(silent.asked) == 6)
         other = open_target_cache(tmp_path / "c", HandTeacher(), SPEC, writer_id="other")
-        assert len(list(TargetStream(batches, HandTeacher(), spec=SPEC, cache=other, draw_set=0))) == 3
+        assert len(list(TargetStream(batches, HandTeacher(), cache=other, draw_set=0))) == 3
         other.close()
 
     thread = threading.Thread(target=write_like_another_worker)
@@ -441,7 +446,8 @@ def test_a_whole_record_that_does_not_decode_is_left_out_without_a_teacher_and_a
     cache = open_cache(tmp_path, teacher)
     for sequence in sequences_of(batches[2]):
         key = cache.key(sequence, 0)
-        assert cache.put(sequence, 0, ReceivedTargets(payload=b"no targets", key=key))
+        received = ReceivedTargets(payload=b"no targets", fingerprint=cache.fingerprint.digest)
+        assert cache.put(key, sequence, 0, received)
     rest = [batch for number, batch in enumerate(batches) if number != 2]
     list(TargetStream(rest, teacher, cache=cache, draw_set=0))
     got = list(TargetStream(batches, None, cache=cache, mode="cache", draw_set=0))
@@ -479,7 +485,7 @@ def test_targets_of_replaced_weights_are_trained_on_and_not_kept_where_the_clien
         for got, source in zip(stream, batches, strict=True):
             assert_same(got["targets"], expected(source))
         assert stream.stats.cached_sequences == 4
-    held = [cache.holds(sequence, 0) for batch in batches for sequence in sequences_of(batch)]
+    held = [cache.key(sequence, 0) in cache for batch in batches for sequence in sequences_of(batch)]
     assert held == [True] * 4 + [False] * 4
     teacher.info = replace(INFO, weights_digest="ef" * 32, dtype="bfloat16")
     with pytest.raises(FingerprintMismatch, match="dtype"):
@@ -493,23 +499,8 @@ def test_targets_of_replaced_weights_are_not_written_to_the_cache_of_the_first(t
     list(TargetStream(batches[:2], teacher, cache=cache, draw_set=0))
     teacher.info = replace(INFO, weights_digest="cd" * 32)
     list(TargetStream(batches[2:], teacher, cache=cache, draw_set=0))
-    held = [cache.holds(sequence, 0) for batch in batches for sequence in sequences_of(batch)]
+    held = [cache.key(sequence, 0) in cache for batch in batches for sequence in sequences_of(batch)]
     assert held == [True] * 4 + [False] * 4
-    cache.close()
-
-
-def test_a_slow_consumer_spills_to_disk_within_bounds_and_gets_the_same_targets(tmp_path: Path) -> None:
-    batches, teacher = make_batches(30), HandTeacher()
-    cache = open_cache(tmp_path, teacher)
-    stream = TargetStream(batches, teacher, cache=cache, draw_set=0, prefetch_batches=2, spill_batches=10)
-    iterator = iter(stream)
-    got = [next(iterator)]
-    wait_until(lambda: len(teacher.asked) == 2 * 13)  # the teacher is not stalled by the slow consumer
-    wait_until(lambda: stream.stats.spilled_sequences >= 2 * 10 - 2 * 3)
-    got.extend(iterator)
-    for batch, source in zip(got, batches, strict=True):
-        assert_same(batch["targets"], expected(source))
-    assert len(teacher.asked) == 60  # nothing is paid for twice
     cache.close()
 
 
@@ -525,13 +516,12 @@ def test_targets_are_held_no_longer_than_needed_without_the_garbage_collector(tm
     before = held_in_memory()
     gc.disable()
     try:
-        plain = TargetStream(make_batches(60), teacher, prefetch_batches=3)
-        spilling = TargetStream(make_batches(60), teacher, cache=cache, prefetch_batches=3, spill_batches=20)
-        for stream, at_most in ((plain, 2 * 4), (spilling, 2 * 5)):
+        for cached in (None, cache):
+            stream = TargetStream(make_batches(60), teacher, cache=cached, prefetch_batches=3)
             iterator = iter(stream)
             for _ in range(30):
                 next(iterator)
-            wait_until(lambda at_most=at_most: held_in_memory() - before <= at_most)  # type: ignore[misc]
+            wait_until(lambda: held_in_memory() - before <= 2 * 4)
             stream.close()
     finally:
         gc.enable()
@@ -553,17 +543,16 @@ def test_what_the_stream_does_is_counted() -> None:
     stats = stream.stats
     assert (stats.batches, stats.sequences, stats.rows, stats.entries) == (10, 20, 120, 120)
     assert grown["entries_total"] == 120
-    assert grown["waiting_seconds_total"] == pytest.approx(stream.waiting_seconds)
-    assert grown["decoding_seconds_total"] == pytest.approx(stream.decoding_seconds)
+    assert grown["waiting_seconds_total"] == pytest.approx(stats.waiting_seconds)
+    assert grown["decoding_seconds_total"] == pytest.approx(stats.decoding_seconds)
     assert min(grown.values()) > 0
     assert value("queue_batches") == 0
 
 
-def test_without_room_on_disk_nothing_spills_and_training_goes_on(tmp_path: Path) -> None:
+def test_without_room_on_disk_training_goes_on(tmp_path: Path) -> None:
     batches, teacher = make_batches(30), HandTeacher()
     cache = TargetCache(tmp_path, Fingerprint.of(INFO, SPEC), max_bytes=1)
-    stream = TargetStream(batches, teacher, cache=cache, draw_set=0, prefetch_batches=2, spill_batches=10)
-    iterator = iter(stream)
+    iterator = iter(TargetStream(batches, teacher, cache=cache, draw_set=0, prefetch_batches=2))
     got = [next(iterator)]
     cache.refresh()  # the first write finds no room
     assert not cache.writable
@@ -576,7 +565,7 @@ def test_without_room_on_disk_nothing_spills_and_training_goes_on(tmp_path: Path
 def test_a_local_teacher_streams_without_a_network() -> None:
     batches = make_batches(5)
     client = LocalTeacherClient(expected_targets, info=INFO, spec=SPEC)
-    for got, source in zip(TargetStream(batches, client, spec=SPEC), batches, strict=True):
+    for got, source in zip(TargetStream(batches, client), batches, strict=True):
         assert_same(got["targets"], expected(source))
         assert got["targets"].spec == SPEC
     client.close()
@@ -608,16 +597,11 @@ def test_a_local_request_is_cancelled_while_it_is_scored() -> None:
     client.close()
 
 
-def test_a_stream_whose_client_cache_and_caller_draw_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_stream_whose_client_and_cache_draw_otherwise_is_refused(tmp_path: Path) -> None:
     teacher = HandTeacher()
     cache = open_cache(tmp_path, teacher)
-    wrong = replace(SPEC, temperature=2.0)
-    with pytest.raises(ValueError, match=r"one way to draw targets, got the spec given: .*2\.0.*, the client: .*1\.0"):
-        TargetStream([], teacher, spec=wrong)
-    with pytest.raises(ValueError, match="the cache: "):
-        TargetStream([], None, spec=wrong, cache=cache, mode="cache")
-    teacher.spec = wrong
-    with pytest.raises(ValueError, match=r"the client: .*, the cache: "):
+    teacher.spec = replace(SPEC, temperature=2.0)
+    with pytest.raises(ValueError, match=r"one way to draw targets, got the client: .*2\.0.*, the cache: .*1\.0"):
         TargetStream([], teacher, cache=cache)
     cache.close()
 
@@ -637,7 +621,7 @@ def test_a_local_teacher_that_draws_otherwise_than_it_says_is_refused() -> None:
 
     client = LocalTeacherClient(score, info=INFO, spec=SPEC)
     with pytest.raises(ValueError, match="expected targets drawn by"):
-        client.submit(TokenSequence(token_ids=np.arange(4, dtype=np.int32))).result()
+        client.submit([TokenSequence(token_ids=np.arange(4, dtype=np.int32))])[0].result()
     client.close()
 
 
@@ -648,5 +632,3 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         TargetStream([], None)
     with pytest.raises(ValueError, match="needs a cache"):
         TargetStream([], HandTeacher(), mode="cache_then_online")
-    with pytest.raises(ValueError, match="needs a cache"):
-        TargetStream([], HandTeacher(), spill_batches=3)
