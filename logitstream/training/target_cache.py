@@ -99,7 +99,7 @@ class TargetCache:
         """Return the targets of each key as they were received, by what the last `refresh` found."""
         nothing: list[bytes | None] = [None] * len(keys)
         reader = self._reader
-        payloads = nothing if reader is None else self._on_disk(lambda: list(reader.get_many(keys)), nothing)
+        payloads = nothing if reader is None else self._on_disk(lambda: [reader.get(key) for key in keys], nothing)
         return [
             None if payload is None else ReceivedTargets(payload=payload, fingerprint=self._digest, from_cache=True)
             for payload in payloads
