@@ -29,8 +29,8 @@ from teacher_server.encoding import Encode
 
 VOCAB_SIZE = 49_152
 MAX_MESSAGE_BYTES = 16 << 20
-BARE_METHOD = "/bare.Bare/Stream"
-BARE_HEADER = struct.Struct("<III")  # requests to come, responses to give, bytes of each
+BARE_METHOD = "/bare.Bare/Call"
+BARE_HEADER = struct.Struct("<II")  # responses to give, bytes of each
 
 
 def typical_targets(num_rows: int, *, seed: int = 0) -> SparseTargets:
@@ -98,20 +98,16 @@ def encoded_before(_id_model: bytes, _max_bytes: int) -> Encode:
 
 
 class BareHandler(grpc.GenericRpcHandler):
-    """Messages of given sizes for messages of any: the least that a grpc.aio server can do."""
+    """Responses of given number and size to requests of any: the least that a grpc.aio server can do for a call."""
 
     def service(self, details: Any) -> Any:
-        return grpc.stream_stream_rpc_method_handler(self._answer) if details.method == BARE_METHOD else None
+        return grpc.unary_stream_rpc_method_handler(self._answer) if details.method == BARE_METHOD else None
 
-    async def _answer(self, _requests: Any, context: aio.ServicerContext) -> None:
-        num_requests, num_responses, num_bytes = BARE_HEADER.unpack(await context.read())
+    async def _answer(self, request: bytes, context: aio.ServicerContext) -> None:
+        num_responses, num_bytes = BARE_HEADER.unpack_from(request)
         payload = bytes(num_bytes)
-        sent = 0
-        for received in range(1, num_requests + 1):
-            await context.read()
-            while sent * num_requests < num_responses * received:
-                await context.write(payload)
-                sent += 1
+        for _ in range(num_responses):
+            await context.write(payload)
 
 
 async def serve_bare(address_file: Path) -> None:

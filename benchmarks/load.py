@@ -13,13 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from grpc import aio
 
 from benchmarks.instant_teacher import MAX_MESSAGE_BYTES, VOCAB_SIZE
-from logitstream.rpc import convert
 from logitstream.rpc.channel import open_channel
-from logitstream.rpc.v1 import teacher_pb2 as pb
-from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
+from logitstream.rpc.remote_teacher import Caller, RemoteTeacher
 from logitstream.types import TargetSpec, TokenSequence
 
 SPEC = TargetSpec(num_samples=50)
@@ -53,68 +50,48 @@ def random_sequences(lengths: Sequence[int], *, vocab_size: int = VOCAB_SIZE, se
 
 
 class Client:
-    """One stream that keeps up to `window_tokens` in flight and counts what comes back."""
+    """Calls that keep up to `window_tokens` in flight; counts what comes back."""
 
     def __init__(self, address: str, name: str, *, window_tokens: int) -> None:
-        self._channel = open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES)
-        self._name = name
+        channel = open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES)
+        self._teacher = RemoteTeacher(channel, address=address, timeout_seconds=10)
+        self._caller = Caller(client_id=name, vocab_size=1 << 24)
         self._window = window_tokens
-        self._in_flight: dict[int, tuple[int, float]] = {}
         self._held = 0
         self._room = asyncio.Condition()
-        self.tokens = self.payload_bytes = self.num_messages = 0
+        self.tokens = self.payload_bytes = 0
         self.latencies: list[float] = []
         self.times: list[tuple[float, int]] = []
 
     async def __aenter__(self) -> Client:
-        self._call = TeacherServiceStub(self._channel).StreamTargets()
-        hello = pb.Open(client_id=self._name, vocab_size=1 << 24, spec=convert.spec_to_message(SPEC))
-        await self._call.write(pb.StreamTargetsRequest(open=hello))
-        await self._call.read()
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        self._call.cancel()
-        await self._channel.close()
+        await self._teacher.close()
 
     async def run(self, sequences: Sequence[TokenSequence], *, group: int = 8) -> None:
-        """Send all, `group` a message, and wait for all answers."""
-        messages = [convert.request_to_message(number, one) for number, one in enumerate(sequences)]
-        await self.run_messages([messages[i : i + group] for i in range(0, len(messages), group)])
+        """Send all, `group` a call, and wait for all answers."""
+        async with asyncio.TaskGroup() as calls:
+            for start in range(0, len(sequences), group):
+                asked = sequences[start : start + group]
+                num_tokens = sum(map(len, asked))
+                async with self._room:
+                    await self._room.wait_for(lambda n=num_tokens: not self._held or self._held + n <= self._window)
+                    self._held += num_tokens
+                calls.create_task(self._call(asked))
 
-    async def run_messages(self, groups: list[list[pb.TargetRequest]]) -> None:
-        reading = asyncio.ensure_future(self._read(sum(map(len, groups))))
-        for group in groups:
-            lengths = {request.request_id: len(request.token_bytes) // convert.ID_BYTES for request in group}
-            num_tokens = sum(lengths.values())
+    async def _call(self, sequences: Sequence[TokenSequence]) -> None:
+        sent = time.perf_counter()
+        async for answer in self._teacher.score(sequences, SPEC, self._caller):
+            if answer.error is not None:
+                raise answer.error
+            now, num_tokens = time.perf_counter(), len(sequences[answer.index])
+            self.latencies.append(now - sent)
+            self.times.append((now, num_tokens))
+            self.payload_bytes += len(answer.payload)
+            self.tokens += num_tokens
             async with self._room:
-                await self._room.wait_for(lambda n=num_tokens: not self._held or self._held + n <= self._window)
-                self._held += num_tokens
-            now = time.perf_counter()
-            self._in_flight |= {request_id: (length, now) for request_id, length in lengths.items()}
-            await self._call.write(convert.requests_to_message(group))
-        await reading
-
-    async def _read(self, count: int) -> None:
-        while count:
-            message = await self._call.read()
-            if message is aio.EOF:
-                raise RuntimeError(f"the server ended the stream: {await self._call.details()}")
-            now = time.perf_counter()
-            freed = 0
-            for result in message.results.results:
-                if result.WhichOneof("outcome") == "error":
-                    raise RuntimeError(result.error.message)
-                num_tokens, sent = self._in_flight.pop(result.request_id)
-                self.latencies.append(now - sent)
-                self.payload_bytes += len(result.targets)
-                freed += num_tokens
-                count -= 1
-            self.num_messages += bool(message.results.results)
-            self.tokens += freed
-            self.times.append((now, freed))
-            async with self._room:
-                self._held -= freed
+                self._held -= num_tokens
                 self._room.notify_all()
 
 

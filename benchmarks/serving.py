@@ -1,4 +1,4 @@
-"""What serving costs: tokens/s against the bare forward, goodput against a bare gRPC stream, fairness, memory.
+"""What serving costs: tokens/s against the bare forward, goodput against bare gRPC calls, fairness, memory.
 
     python -m benchmarks.serving [teacher|goodput|fairness|memory …]   all, without a name
     python -m benchmarks.serving soak --minutes 30
@@ -25,7 +25,6 @@ from benchmarks.load import Client, instant, process, random_sequences, tokens_p
 from benchmarks.machine import machine
 from benchmarks.serving_goodput import measure_goodput
 from benchmarks.serving_memory import measure_memory, measure_soak
-from logitstream.rpc import convert
 
 MANY_TOKENS = 65_536
 RESULTS = Path(__file__).parent / "results" / "serving.json"
@@ -125,7 +124,7 @@ async def fairness(address: str, *, batch_seconds: float, seconds: float) -> dic
         number = 0
         while time.perf_counter() < stop:
             (one,) = random_sequences([int(rng.integers(32, 257))], seed=number)
-            await client.run_messages([[convert.request_to_message(number, one)]])
+            await client.run([one])
             number += 1
 
     async with (

@@ -213,18 +213,11 @@ class TeacherServicer:
             metrics.TEACHER_REJECTS.labels(name).inc()
             level = logging.WARNING if isinstance(outcome, ScoringFailed | NonFiniteLogits) else logging.DEBUG
             log.log(level, "sequence refused, %s: %s", name, outcome, extra={"client": caller.get(), "request": index})
-            result = pb.ScoreResult(index=index, error=convert.error_to_message(outcome))
         else:
             metrics.TEACHER_SEQUENCES.inc()
             metrics.TEACHER_PAYLOAD_BYTES.inc(len(outcome.payload))
-            result = pb.ScoreResult(
-                index=index,
-                targets=outcome.payload,
-                teacher_version=outcome.teacher_version,
-                weights_digest=bytes.fromhex(outcome.weights_digest)[: convert.WIRE_DIGEST_BYTES],
-            )
         start = time.perf_counter()
-        await context.write(result)
+        await context.write(result_message(index, outcome))
         metrics.TEACHER_STAGE_SECONDS.labels("send").observe(time.perf_counter() - start)
 
     async def stream_targets(self, _requests: object, context: Context) -> None:
@@ -372,6 +365,17 @@ def _client(message: pb.Open | pb.ScoreRequest) -> str:
     """Who asks: the name of its token, or else what it calls itself."""
     client_id: str = caller.get() or message.client_id
     return client_id
+
+
+def result_message(index: int, outcome: Scored | RequestError) -> pb.ScoreResult:
+    if isinstance(outcome, RequestError):
+        return pb.ScoreResult(index=index, error=convert.error_to_message(outcome))
+    return pb.ScoreResult(
+        index=index,
+        targets=outcome.payload,
+        teacher_version=outcome.teacher_version,
+        weights_digest=bytes.fromhex(outcome.weights_digest)[: convert.WIRE_DIGEST_BYTES],
+    )
 
 
 async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:

@@ -299,9 +299,9 @@ async def test_a_batch_that_never_ends_does_not_hold_the_server_beyond_its_drain
             while not address_file.exists():
                 await asyncio.sleep(0.05)
         async with WireClient(address_file.read_text().strip()) as client:
-            call = client.call(sequence(1))
-            await call.wait_for_connection()
+            running = client.call(sequence(1))
             await asyncio.sleep(0.5)
+            assert not running.done()
             process.terminate()
             assert await asyncio.to_thread(process.wait, 30) == EXIT_STUCK
     finally:
