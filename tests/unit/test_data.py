@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-import logitstream
 from logitstream.data.batches import split_batch
 from logitstream.data.corpus import check_datasets_cache, collate, load_sequences
 from logitstream.data.packing import frame_of, pack
@@ -250,35 +245,3 @@ def test_input_that_cannot_be_trained_on_is_named(tmp_path: Path, name: str, con
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_sequences([str(tmp_path / name)], tokenizer(), sequence_tokens=8)
-
-
-PACK = """
-import sys
-from logitstream.data.corpus import load_sequences
-from transformers import AutoTokenizer
-print(load_sequences([sys.argv[1]], AutoTokenizer.from_pretrained(sys.argv[2]), sequence_tokens=2)[:]["input_ids"])
-"""
-
-
-def test_sequences_that_another_version_made_of_a_text_are_made_anew(tmp_path: Path) -> None:
-    """The datasets library keeps them, and knows a function by its name alone."""
-    (tmp_path / "a.txt").write_text("w2 w3 w4 w5")
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    root = Path(logitstream.__path__[0]).parent
-    shutil.copytree(root / "logitstream", tmp_path / "other" / "logitstream")
-    changed = tmp_path / "other" / "logitstream" / "data" / "packing.py"
-    changed.write_text(changed.read_text().replace('yield {"input_ids": ids}', 'yield {"input_ids": ids[::-1]}'))
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", PACK, str(tmp_path / "a.txt"), str(tmp_path / "tokenizer")],
-            env=os.environ | {"PYTHONPATH": str(where), "HF_HOME": str(tmp_path / "home")},
-            cwd=where,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for where in (root, tmp_path / "other")
-    ]
-    ours, theirs = (json.loads(line) for line in found)
-    assert theirs == [ids[::-1] for ids in ours]
-    assert ours != theirs
