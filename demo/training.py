@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from demo.processes import child, stop, wait_for
-from logitstream.training.progress import PLAIN_LINE_SECONDS, describe
+from logitstream.training.report import PLAIN_LINE_SECONDS, describe
 
 NUM_WORKERS = 2
 START_SECONDS = 600.0

@@ -43,8 +43,7 @@ from logitstream.training.checkpoints import STAGING, choose_checkpoint
 from logitstream.training.distributed import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
 from logitstream.training.first_choices import SPEC as FIRST_CHOICES_SPEC
 from logitstream.training.first_choices import FirstChoices
-from logitstream.training.progress import ProgressDisplay
-from logitstream.training.report import RunReport
+from logitstream.training.report import ProgressDisplay, report
 from logitstream.training.split import split_cache, split_text
 from logitstream.training.stopping import Stopped
 from logitstream.training.target_cache import TargetCache, may_hold_targets, open_target_cache
@@ -76,16 +75,16 @@ def run(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str
             metrics.serve(port, side="student", address=config.metrics_address)
         with mendable():
             tokenizer, trainer = prepare(config, arguments, checkpoint, resources)
-        display = ProgressDisplay(folder, has_teacher=config.targets != "cache")
+        display = ProgressDisplay(folder)
         trainer.add_callback(display)
         resources.callback(display.close)
         if is_main:
             display.say(what_runs(config, arguments, trainer, checkpoint))
-        report = train(trainer, checkpoint)
+        figures = train(trainer, checkpoint)
         save_student(trainer, tokenizer, folder)
         if is_main:
-            write_whole(folder / "report.json", json.dumps(report, indent=2))
-            display.say(what_came_of_it(report, config, folder, words))
+            write_whole(folder / "report.json", json.dumps(figures, indent=2))
+            display.say(what_came_of_it(figures, config, folder, words))
 
 
 def save_student(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -334,8 +333,6 @@ def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, An
 
     At a signal or an error a checkpoint of the steps done is left; raises Stopped or the error.
     """
-    run_report = RunReport()
-    trainer.add_callback(run_report)
     with trainer.stop.listening():
         heldout = evaluate(trainer, "before")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -346,7 +343,7 @@ def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, An
         except Stopped:
             trainer.keep_progress()
             raise
-    return heldout | run_report.figures()
+    return heldout | report(trainer.stats)
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> Path | None:

@@ -335,7 +335,7 @@ def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
         "ranks": ranks_of(parameters),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "gradients": gradients.steps,
-        "measured": trainer.figures.meter.num_measured,
+        "measured": trainer.stats.meter.num_measured,
         "evaluated": evaluated,
         "lines": lines.lines,
     }

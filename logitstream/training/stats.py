@@ -1,8 +1,12 @@
-"""What training steps are made of: tokens, waiting, decoding, computing, diagnostics, overhead; logged and exported."""
+"""The statistics of a run, counted in one place for logs, progress.jsonl, Prometheus, checkpoints and the report."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +21,7 @@ from logitstream.data.loss_mask import supervised_mask
 from logitstream.loss import Diagnostics
 from logitstream.training.checkpoints import resumed_state
 from logitstream.training.distributed import of_all_processes
-from logitstream.training.overhead import Overhead, OverheadMeter, Pair, StepTimes, overhead_of
+from logitstream.training.overhead import Overhead, OverheadMeter, Pair, StepTimes
 from logitstream.types import TargetSpec
 
 if TYPE_CHECKING:
@@ -29,177 +33,245 @@ OF_THE_STREAM = {
     "payload_bytes": "payload_bytes",
     "target_rows": "rows",
 }
-"""Names of the sums that StreamStats counts, and theirs; `rows` alone is a name of Diagnostics."""
-SUMS = ("steps", "tokens", "entries", "training_seconds", *OF_THE_STREAM)
+"""Our names for what StreamStats counts, and its own."""
+OF_THE_CLIENT = {
+    "received_bytes": "logitstream_student_received_bytes_total",
+    "received_rows": "logitstream_student_target_rows_total",
+    "cache_hits": "logitstream_cache_hits_total",
+}
+"""Our names for what the teacher's client and the cache count, and the counters."""
+COUNTED_ELSEWHERE = (*OF_THE_STREAM, *OF_THE_CLIENT)
+SUMS = ("steps", "tokens", "entries", "computing_seconds", *COUNTED_ELSEWHERE)
 OF_THE_LOSS = (*Diagnostics._fields, "own_loss")
 
 
-class StepFigures(TrainerCallback):
-    """Follows the trainer through each optimizer step.
+@dataclass(slots=True)
+class _Step:
+    """The optimizer step in progress; tokens is a tensor while the device counts them."""
 
-    A step's time runs from the request for its first batch to the end of its optimizer step, less what measuring the
-    overhead took; evaluation, checkpoints and logging are no part of it.
+    began: float = 0.0
+    computed: float = 0.0
+    micro_batches: int = 0
+    tokens: Tensor | int = 0
+    measuring: float = 0.0
+    pair: Pair | None = None
+
+
+class RunStats(TrainerCallback):
+    """Follows the trainer through each optimizer step and sums up what it sees, over all epochs and resumed runs.
+
+    A step's time runs from the request for its first batch to the end of its optimizer step, without the time spent
+    measuring the overhead; evaluation, checkpoints and logging are not part of it.
+
+    sums: of this process; a resumed run goes on from the checkpoint's, which the main process takes over.
+    epochs: each finished epoch's sums over all processes, its overhead among them; seconds and ratios are means.
     """
 
     def __init__(self, *, overhead_every: int) -> None:
         self.meter = OverheadMeter(every=overhead_every)
         self.stream: TargetStream | None = None
-        self._seen = dict.fromkeys(OF_THE_STREAM, 0.0)
         self.sums = dict.fromkeys(SUMS, 0.0)
-        self.of_the_loss = torch.zeros(len(OF_THE_LOSS), dtype=torch.float64)
+        self.epochs: list[dict[str, float]] = []
+        self.first_step = 0
+        self._epoch_start = dict(self.sums)
+        self._observed = dict.fromkeys(COUNTED_ELSEWHERE, 0.0)
+        self._of_the_loss = torch.zeros(len(OF_THE_LOSS), dtype=torch.float64)
         self._logged = torch.zeros(len(SUMS) + len(OF_THE_LOSS), dtype=torch.float64)
-        self._epoch = -1
-        self._micro_batches = 0
-        self._tokens: Tensor | int = 0
-        self._began = self._micro_began = self._computed = 0.0
-        self._pair: Pair | None = None
-        self._measuring = 0.0
+        self._began = 0.0
+        self._step = _Step()
         self._spec: TargetSpec | None = None
 
     def follow(self, stream: TargetStream) -> None:
-        """The stream that the steps to come wait for."""
-        self.stream, self._seen = stream, dict.fromkeys(OF_THE_STREAM, 0.0)
-
-    def run_state(self) -> dict[str, float]:
-        """The run's sums so far, over all processes; every process calls it."""
-        return sum_over_processes(self.sums)
+        """Count the waiting and decoding of this new stream from now on."""
+        self.stream = stream
+        self._observed |= dict.fromkeys(OF_THE_STREAM, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the sums of the checkpoint, in place of this trainer's; the main process takes over all."""
-        if before := resumed_state(state, self):
-            self.sums = {name: before.get(name, 0.0) if state.is_world_process_zero else 0.0 for name in SUMS}
-            self._logged[: len(SUMS)] = torch.tensor([before.get(name, 0.0) for name in SUMS], dtype=torch.float64)
+        self.first_step, self._began = state.global_step, time.perf_counter()
+        self._observe()  # what came before training is not part of it
+        if not (before := resumed_state(state, self)):
+            self.epochs, self._epoch_start = [], dict(self.sums)
+            return
+        is_main = state.is_world_process_zero
+        self.sums, self._epoch_start = (
+            {name: sums.get(name, 0.0) if is_main else 0.0 for name in SUMS}
+            for sums in (before["sums"], before["epoch_start"])
+        )
+        self.epochs = list(before["epochs"])
+        self._logged[: len(SUMS)] = torch.tensor([before["sums"].get(name, 0.0) for name in SUMS], dtype=torch.float64)
+        if float(state.epoch or 0).is_integer() and len(self.epochs) < int(state.epoch or 0):
+            self._end_epoch(before["overhead"])  # saved after the epoch's last step, before its end was noted
 
-    def begin_step(self) -> None:
-        """Before the step's batches are asked for."""
-        self._began = time.perf_counter()
-        self._micro_batches, self._tokens = 0, 0
-        self._pair, self._measuring = None, 0.0
-
-    def begin_micro_batch(self, inputs: Batch) -> bool:
-        """Whether the micro-batch is to be timed beside its cross-entropy twin."""
-        self._micro_began = time.perf_counter()
-        self._micro_batches += 1
-        return self._micro_batches == 1 and inputs.get("targets") is not None and self.meter.is_due()
-
-    def add_pair(self, pair: Pair) -> None:
-        """The micro-batch both ways; the time since its beginning that was not its own went into measuring."""
-        self._pair = pair
-        self._measuring = time.perf_counter() - self._micro_began - pair.distillation.wall
-
-    def end_micro_batch(self, inputs: Batch) -> None:
-        self._tokens = self._tokens + supervised_mask(inputs).sum()
-        if inputs.get("targets") is not None:
-            self.sums["entries"] += inputs["targets"].num_entries
-            self._spec = inputs["targets"].spec
-        self._computed = time.perf_counter()
-
-    def add_loss(self, diagnostics: Diagnostics, own_loss: Tensor) -> None:
-        """What a micro-batch's forward pass saw; own_loss: its share of what the model adds to the step's loss."""
-        now = torch.stack([*diagnostics, own_loss.detach().double()])
-        self.of_the_loss = self.of_the_loss.to(now.device) + now
+    def run_state(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from; every process calls it."""
+        sums, epoch_start = (_sum(sums) for sums in (self.sums, self._epoch_start))
+        return {
+            "sums": sums,
+            "epoch_start": epoch_start,
+            "epochs": self.epochs,
+            "overhead": _logs(self.meter.overhead()),
+        }
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._epoch += 1
-        metrics.STUDENT_OVERHEAD.clear()  # an epoch's overhead is what it measured itself: none until then
+        self.meter.steps.clear()
+        metrics.STUDENT_OVERHEAD.clear()  # an epoch has no overhead until it has measured one itself
         metrics.STUDENT_OVERHEAD_COST.set(0)
 
+    def begin_step(self) -> None:
+        """Note the time before the step's batches are asked for."""
+        self._step = _Step(began=time.perf_counter())
+
+    def is_due(self, inputs: Batch) -> bool:
+        """Say if the micro-batch that has just begun is to be measured."""
+        return self._step.micro_batches == 1 and inputs.get("targets") is not None and self.meter.is_due()
+
+    @contextmanager
+    def micro_batch(self, inputs: Batch) -> Iterator[None]:
+        """Count a micro-batch around its forward and backward pass."""
+        self._step.micro_batches += 1
+        yield
+        self._step.tokens = self._step.tokens + supervised_mask(inputs).sum()
+        if inputs.get("targets") is not None:
+            self.sums["entries"] += inputs["targets"].num_entries
+            self._spec = inputs["targets"].spec
+        self._step.computed = time.perf_counter()
+
+    def add_pair(self, pair: Pair, *, seconds: float) -> None:
+        """Add a measured micro-batch; seconds: what measuring took beside the pass that is trained on."""
+        self._step.pair, self._step.measuring = pair, seconds
+
+    def add_loss(self, diagnostics: Diagnostics, own_loss: Tensor) -> None:
+        """Add a micro-batch's diagnostics; own_loss: its share of what the model adds to the step's loss."""
+        now = torch.stack([*diagnostics, own_loss.detach().double()])
+        self._of_the_loss = self._of_the_loss.to(now.device) + now
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        whole = now - self._began
-        waiting, decoding = self._stream_seconds()
+        now, step = time.perf_counter(), self._step
+        since, whole = self._observe(), now - step.began
+        waiting, tokens = since["waiting_seconds"], int(step.tokens)
         self.meter.add(
             StepTimes(
-                epoch=self._epoch,
-                micro_batches=self._micro_batches,
+                micro_batches=step.micro_batches,
                 waiting=waiting,
-                decoding=decoding,
-                optimizer=now - self._computed,
+                decoding=since["decoding_seconds"],
+                optimizer=now - step.computed,
                 whole=whole,
-                measuring=self._measuring,
-                pair=self._pair,
+                measuring=step.measuring,
+                pair=step.pair,
             )
         )
-        self._count(int(self._tokens), whole - self._measuring, waiting)
-        if self._pair is not None:
-            _export(overhead_of(self.meter.of_epoch(self._epoch)))
+        computing = max(whole - step.measuring - waiting, 0.0)
+        self._add(since | {"steps": 1, "tokens": tokens, "computing_seconds": computing})
+        metrics.STUDENT_TOKENS.inc(tokens)
+        metrics.STUDENT_STEPS.inc()
+        metrics.STUDENT_COMPUTING_SECONDS.inc(computing)
+        if step.pair is not None:
+            _export(self.meter.overhead())
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        steps = self.meter.of_epoch(self._epoch)
-        waiting = torch.tensor([step.waiting for step in steps], device=args.device)
+        waiting = torch.tensor([step.waiting for step in self.meter.steps], device=args.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(waiting, dist.ReduceOp.MAX)
-        _export(overhead_of(steps, waiting=waiting.tolist()))
+        overhead = self.meter.overhead(waiting=waiting.tolist())
+        _export(overhead)
+        self._add(self._observe())
+        self._end_epoch(_logs(overhead))
 
-    def logs(self, accelerator: Accelerator) -> dict[str, float]:
-        """Rates and diagnostics since the last call, over all processes; every process calls it.
+    def _end_epoch(self, overhead: dict[str, float]) -> None:
+        """Note the epoch's sums over all processes; every process calls it."""
+        since = {name: value - self._epoch_start[name] for name, value in self.sums.items()}
+        everyone = of_all_processes((since, overhead))
+        sums = {name: sum(mine[name] for mine, _ in everyone) for name in SUMS}
+        means = {name: sum(mine[name] for mine, _ in everyone) for name in SUMS if name.endswith("_seconds")}
+        means |= {name: sum(ratios[name] for _, ratios in everyone) for name in everyone[0][1]}
+        self.epochs.append(sums | {name: value / len(everyone) for name, value in means.items()})
+        self._epoch_start = dict(self.sums)
+
+    def logs(self, accelerator: Accelerator, state: TrainerState) -> dict[str, float]:
+        """Return rates and diagnostics since the last call, over all processes; every process calls it.
 
         tokens are the run's so far; waiting_seconds and decoding_seconds too, as means over the processes. What is not
-        known is left out: kl and what goes with it where no row had targets, router_loss where the student has none.
+        known is left out: kl and its companions if no row had targets, router_loss if the student has none.
         """
-        own = torch.tensor([*self.sums.values(), *self.of_the_loss.tolist()], dtype=torch.float64)
+        own = torch.tensor([*self.sums.values(), *self._of_the_loss.tolist()], dtype=torch.float64)
         total = accelerator.reduce(own.to(accelerator.device), "sum").cpu()
         since, self._logged = total - self._logged, total
-        names = (*SUMS, *OF_THE_LOSS)
-        run, last = dict(zip(names, total.tolist(), strict=True)), dict(zip(names, since.tolist(), strict=True))
-        num_processes = accelerator.num_processes
+        names, num_processes = (*SUMS, *OF_THE_LOSS), accelerator.num_processes
+        run, last = (dict(zip(names, sums.tolist(), strict=True)) for sums in (total, since))
+        seconds_a_step = (time.perf_counter() - self._began) / max(state.global_step - self.first_step, 1)
         logs = {
             "tokens": run["tokens"],
-            "tokens_per_second": _ratio(last["tokens"], last["training_seconds"] / num_processes),
+            "tokens_per_second": _ratio(
+                last["tokens"], (last["waiting_seconds"] + last["computing_seconds"]) / num_processes
+            ),
             "waiting_seconds": run["waiting_seconds"] / num_processes,
             "decoding_seconds": run["decoding_seconds"] / num_processes,
             "queue_batches": float(self.stream.queue_depth) if self.stream is not None else 0.0,
             "entries_per_token": _ratio(last["entries"], last["tokens"]),
             "payload_bytes_per_token": _ratio(last["payload_bytes"], last["target_rows"]),
+            "seconds_left": seconds_a_step * (state.max_steps - state.global_step),
         }
         if run["own_loss"]:
             logs["router_loss"] = _ratio(last["own_loss"], last["steps"])
-        logs |= diagnostic_means(last, self._spec)
-        return logs | _overhead_logs(overhead_of(self.meter.of_epoch(self._epoch)))
+        return logs | diagnostic_means(last, self._spec) | _logs(self.meter.overhead())
 
-    def _stream_seconds(self) -> tuple[float, float]:
-        """Seconds of waiting and of decoding since the last step's end; adds all that the stream counts to the sums."""
-        if self.stream is None:
-            return 0.0, 0.0
-        now = {name: float(getattr(self.stream.stats, theirs)) for name, theirs in OF_THE_STREAM.items()}
-        since = {name: value - self._seen[name] for name, value in now.items()}
-        self._seen = now
-        for name, value in since.items():
+    def _observe(self) -> dict[str, float]:
+        """Return what the stream, the client and the cache have counted since the last call."""
+        now = {ours: metrics.value(name) or 0.0 for ours, name in OF_THE_CLIENT.items()}
+        if self.stream is not None:
+            now |= {ours: float(getattr(self.stream.stats, theirs)) for ours, theirs in OF_THE_STREAM.items()}
+        before, self._observed = self._observed, self._observed | now
+        return {name: value - before[name] for name, value in self._observed.items()}
+
+    def _add(self, seen: dict[str, float]) -> None:
+        for name, value in seen.items():
             self.sums[name] += value
-        return since["waiting_seconds"], since["decoding_seconds"]
 
-    def _count(self, tokens: int, seconds: float, waiting: float) -> None:
-        self.sums["steps"] += 1
-        self.sums["tokens"] += tokens
-        self.sums["training_seconds"] += seconds
-        metrics.STUDENT_TOKENS.inc(tokens)
-        metrics.STUDENT_STEPS.inc()
-        metrics.STUDENT_COMPUTING_SECONDS.inc(max(seconds - waiting, 0.0))
+
+class HeldOutStats:
+    """Sums of Diagnostics over one evaluation's batches in this process."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(Diagnostics._fields), dtype=torch.float64)
+        self.spec: TargetSpec | None = None
+
+    def add(self, seen: Diagnostics, spec: TargetSpec | None) -> None:
+        """Add a batch; spec: of its targets, None if it has none."""
+        self.sums = self.sums + torch.stack(seen).cpu()
+        self.spec = self.spec or spec
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return means over all processes; each calls it. loss: cross-entropy per label, NaN if there was none."""
+        total = accelerator.reduce(self.sums.to(accelerator.device), "sum").tolist()
+        sums = dict(zip(Diagnostics._fields, total, strict=True))
+        loss = sums["cross_entropy"] / sums["labelled_rows"] if sums["labelled_rows"] else math.nan
+        spec = next((one for one in of_all_processes(self.spec) if one is not None), None)  # some may have had none
+        return {"loss": loss} | diagnostic_means(sums, spec)
 
 
 def diagnostic_means(sums: dict[str, float], spec: TargetSpec | None) -> dict[str, float]:
-    """Means over the rows with targets of what `Diagnostics` sums up; empty where there were none.
+    """Return the means of a sum of `Diagnostics` over the rows with targets; empty without any.
 
     spec: how the targets were drawn. `teacher_top1_agreement` is the share of rows in which the student's first choice
-    is the teacher's; of sampled targets only `draw_top1_agreement` is known: with an id that was drawn most often.
+    is the teacher's; sampled targets tell only `draw_top1_agreement`, with an id that was drawn most often.
     """
     if not sums["kept_rows"]:
         return {}
     is_exact = spec is not None and spec.keeps_first_choice
     agreement = {f"{'teacher' if is_exact else 'draw'}_top1_agreement": sums["agreements"] / sums["kept_rows"]}
-    if is_exact and spec is not None and spec.top_k == 1:  # one id says nothing of the rest
+    if is_exact and spec is not None and spec.top_k == 1:  # one id says nothing about the others
         return agreement
     means = {"kl": sums["kl"] / sums["kept_rows"], "student_kept_mass": sums["kept_mass"] / sums["kept_rows"]}
     return means | agreement
 
 
-def sum_over_processes(mine: dict[str, float]) -> dict[str, float]:
+def _sum(mine: dict[str, float]) -> dict[str, float]:
     everyone = of_all_processes(mine)
     return {name: sum(one[name] for one in everyone) for name in mine}
 
@@ -208,19 +280,13 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
 
 
+def _logs(overhead: Overhead | None) -> dict[str, float]:
+    return overhead.logs() if overhead else {}
+
+
 def _export(overhead: Overhead | None) -> None:
     if overhead is None:
         return
     for part in metrics.OVERHEAD_PARTS:
         metrics.STUDENT_OVERHEAD.labels(part).set(getattr(overhead, part))
     metrics.STUDENT_OVERHEAD_COST.set(overhead.measurement)
-
-
-def _overhead_logs(overhead: Overhead | None) -> dict[str, float]:
-    if overhead is None:
-        return {}
-    return {
-        "overhead_vs_cross_entropy": overhead.total,
-        "overhead_vs_cross_entropy_without_waiting": overhead.without_waiting,
-        "overhead_measurement": overhead.measurement,
-    }

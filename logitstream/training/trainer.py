@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from logitstream import metrics
 from logitstream.data.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
-from logitstream.data.loss_mask import next_token_labels, supervised_mask
+from logitstream.data.loss_mask import IGNORED_LABEL, next_token_labels, supervised_mask
 from logitstream.data.student_limits import (
     Before,
     StudentLimits,
@@ -26,12 +26,11 @@ from logitstream.data.token_rows import per_token
 from logitstream.training.data_parallel import DataParallelTrainer
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss, reshard
-from logitstream.training.heldout import Heldout, labels_of
-from logitstream.training.measuring import MeasuringTrainer
 from logitstream.training.order import leave_out_repeats, without_repeats
+from logitstream.training.overhead import MeasuringTrainer
 from logitstream.training.ranks import expect_equal_numbers, joined_by
 from logitstream.training.saving import ResumableTrainer
-from logitstream.training.stats import StepFigures
+from logitstream.training.stats import HeldOutStats, RunStats
 
 if TYPE_CHECKING:
     from logitstream.training.target_stream import TargetStream
@@ -73,8 +72,8 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         model_init: Any = self.model_init
         if model_init is None:
             self.is_fused = install_fused_loss(self.model)
-        self.figures = StepFigures(overhead_every=overhead_every)
-        self.add_callback(self.figures)
+        self.stats = RunStats(overhead_every=overhead_every)
+        self.add_callback(self.stats)
         self._hidden: dict[tuple[Before, int], bool] = {}
         """What the student hides, in one row and in several: attention kernels differ in that."""
         self._is_sharded: bool | None = None
@@ -84,7 +83,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self._dataloader: DataLoader[Any] | None = None
         self._num_micro_batches = torch.ones(())
         """With a supervised row, counted as the rows are."""
-        self._heldout = Heldout()
+        self._heldout = HeldOutStats()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's; the target stream is closed whatever happens."""
@@ -101,7 +100,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
 
     def has_trained(self) -> bool:
         """Whether a token of the run was trained on, by any process; every process calls it."""
-        return self.figures.run_state()["tokens"] > 0
+        return bool(self.stats.run_state()["sums"]["tokens"])
 
     def _end_stream(self) -> None:
         self._source, self._batches = None, iter(())
@@ -121,14 +120,14 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         dataloader = self._dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
             self.target_stream = self.wrap_dataloader(dataloader)
-            self.figures.follow(self.target_stream)
+            self.stats.follow(self.target_stream)
         return dataloader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         """The next batches with their targets, and how many supervised rows they hold in all processes."""
-        self.figures.begin_step()
+        self.stats.begin_step()
         if epoch_iterator is not self._source:
             self._begin_epoch(epoch_iterator)
         samples: tuple[list[Batch], Tensor | int | None] = super().get_batch_samples(self._batches, num_batches, device)
@@ -175,7 +174,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             counts = supervised_mask(inputs).any()  # a micro-batch of nothing but what fills up an epoch does not
             own_loss = own_loss * counts * self._over_processes / self._num_micro_batches.clamp(min=1)
         if model.training and not self.is_measuring:
-            self.figures.add_loss(student.diagnostics, own_loss)
+            self.stats.add_loss(student.diagnostics, own_loss)
         loss = student.loss + own_loss
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -248,7 +247,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         The Trainer's is a mean of batches' means. Where batches bring targets, eval_kl and what goes with it are the
         means over the rows that have them. Afterwards FSDP2 scatters its weights again.
         """
-        self._heldout = Heldout()
+        self._heldout = HeldOutStats()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         assert output.metrics is not None
         for name, value in self._heldout.means(self.accelerator).items():
@@ -260,7 +259,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Cross-entropy of held-out text; logits and `labels_of` only where something asks for them."""
+        """Cross-entropy of held-out text; logits and labels only if something asks for them."""
         inputs = self._prepare_inputs(inputs)
         counted = self._without_repeats(inputs)
         if self.first_choices is not None and counted.get("targets") is None:
@@ -273,7 +272,9 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
                 return loss, None, None
             logits = model(**self._model_inputs(inputs)).logits
         num_tokens = inputs["input_ids"].shape[1]
-        return loss, logits.detach()[:, -num_tokens:], labels_of(inputs)
+        labels = next_token_labels(inputs).masked_fill(~supervised_mask(inputs), IGNORED_LABEL)
+        labels = nn.functional.pad(labels, (1, -1), value=IGNORED_LABEL)  # each token at its own place
+        return loss, logits.detach()[:, -num_tokens:], labels
 
     def _without_repeats(self, inputs: Batch) -> Batch:
         """Of the last batches of all processes, those sequences out of the loss that only fill them up.
@@ -286,10 +287,10 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         return leave_out_repeats(inputs, state.remainder, process_index=self.args.process_index)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with `figures` over all processes beside each training loss."""
+        """As the Trainer's, with `stats` over all processes beside each training loss."""
         if "loss" in logs:
             metrics.STUDENT_LOSS.set(logs["loss"])
-            logs |= self.figures.logs(self.accelerator)
+            logs |= self.stats.logs(self.accelerator, self.state)
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -88,9 +88,9 @@ import torch
 from accelerate import Accelerator
 from logitstream.loss import Diagnostics
 from logitstream.training.first_choices import SPEC
-from logitstream.training.heldout import Heldout
+from logitstream.training.stats import HeldOutStats
 
-accelerator, heldout = Accelerator(cpu=True), Heldout()
+accelerator, heldout = Accelerator(cpu=True), HeldOutStats()
 seen = {name: torch.tensor(4.0, dtype=torch.float64) for name in Diagnostics._fields}
 nothing = {name: torch.zeros((), dtype=torch.float64) for name in ("kept_rows", "agreements", "kl", "kept_mass")}
 if accelerator.process_index == 0:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from logitstream.errors import InvalidSequence, LogitstreamError, TeacherUnavailable
 from logitstream.training.checkpoints import checkpoints_in, choose_checkpoint, fault_of
-from logitstream.training.report import RunReport
+from logitstream.training.report import report
 from logitstream.training.saving import CheckpointFailed
 from logitstream.training.stopping import Stopped
 from logitstream.training.trainer import DistillationTrainer
@@ -85,19 +85,8 @@ def parameters(trainer: DistillationTrainer) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in trainer.model.parameters()]
 
 
-def report_of(trainer: DistillationTrainer) -> dict[str, Any]:
-    (report,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, RunReport)]
-    return report.figures()
-
-
-def reporting_trainer(folder: Path, teacher: Asked, **options: Any) -> DistillationTrainer:
-    trainer = trainer_of(folder, teacher, **options)
-    trainer.add_callback(RunReport())
-    return trainer
-
-
 def undisturbed(folder: Path) -> DistillationTrainer:
-    whole = reporting_trainer(folder, Asked(), num_train_epochs=2)
+    whole = trainer_of(folder, Asked(), num_train_epochs=2)
     whole.train()
     return whole
 
@@ -111,14 +100,14 @@ class InOrder(DistillationTrainer):
 
 def resumed(folder: Path, teacher: Asked, kind: type[DistillationTrainer] = DistillationTrainer) -> DistillationTrainer:
     """The same run again, from its newest checkpoint to its end."""
-    trainer = reporting_trainer(folder, teacher, num_train_epochs=2, kind=kind)
+    trainer = trainer_of(folder, teacher, num_train_epochs=2, kind=kind)
     trainer.train(resume_from_checkpoint=str(choose_checkpoint(folder / "out", "latest")))
     return trainer
 
 
 def assert_same_end(trainer: DistillationTrainer, whole: DistillationTrainer) -> None:
     """Bit for bit, with dropout: the random numbers go on too. What is counted is the whole run's."""
-    ours, theirs = (report_of(one) for one in (trainer, whole))
+    ours, theirs = (report(one.stats) for one in (trainer, whole))
     assert [epoch["tokens"] for epoch in ours["epochs"]] == [epoch["tokens"] for epoch in theirs["epochs"]]
     assert ours["tokens_trained"] == theirs["tokens_trained"]
     logged = [[row["tokens"] for row in one.state.log_history if "tokens" in row] for one in (trainer, whole)]
@@ -137,7 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> DistillationTrainer:
 def test_a_signal_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, teacher: Asked, whole: DistillationTrainer, step: int
 ) -> None:
-    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2)
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
     trainer.add_callback(AtStep(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(Stopped, match="SIGTERM"), trainer.stop.listening():
         trainer.train()
@@ -148,10 +137,10 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_happened(
 @pytest.mark.parametrize(("silent_from", "step"), [(15, 3), (NUM_SEQUENCES, STEPS_AN_EPOCH)])
 def test_a_signal_ends_the_wait_for_a_teacher_that_does_not_answer(tmp_path: Path, silent_from: int, step: int) -> None:
     """Also at the border of two epochs, where the dataloader has taken a random number that it will take again."""
-    whole = reporting_trainer(tmp_path / "whole", Asked(), num_train_epochs=2, kind=InOrder)
+    whole = trainer_of(tmp_path / "whole", Asked(), num_train_epochs=2, kind=InOrder)
     whole.train()
     teacher = SilentTeacher(silent_from)
-    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2, kind=InOrder)
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2, kind=InOrder)
 
     def interrupt() -> None:
         teacher.asked.wait(60)
@@ -174,7 +163,7 @@ def test_a_signal_ends_the_wait_for_a_teacher_that_does_not_answer(tmp_path: Pat
 
 
 def test_a_teacher_that_is_gone_leaves_a_checkpoint(tmp_path: Path, teacher: Asked, whole: DistillationTrainer) -> None:
-    trainer = reporting_trainer(tmp_path, FailingTeacher(), num_train_epochs=2)
+    trainer = trainer_of(tmp_path, FailingTeacher(), num_train_epochs=2)
     with pytest.raises(TeacherUnavailable):
         trainer.train()
     assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
@@ -184,24 +173,20 @@ def test_a_teacher_that_is_gone_leaves_a_checkpoint(tmp_path: Path, teacher: Ask
 def test_a_run_killed_after_its_last_checkpoint_trains_no_further(tmp_path: Path, teacher: Asked) -> None:
     """It ends within its first epoch, and its learning rate is not 0 there."""
     whole = trainer_of(tmp_path, teacher, max_steps=4, save_steps=4, lr_scheduler_type="constant")
-    report = RunReport()
-    whole.add_callback(report)
     whole.train()
     teacher.requests.clear()
     resumed = trainer_of(tmp_path, teacher, max_steps=4, save_steps=4, lr_scheduler_type="constant")
-    again = RunReport()
-    resumed.add_callback(again)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert resumed.state.global_step == 4
     assert teacher.requests == []
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
-    assert again.figures()["tokens_trained"] == report.figures()["tokens_trained"]
-    assert len(again.figures()["epochs"]) == 1
+    assert report(resumed.stats)["tokens_trained"] == report(whole.stats)["tokens_trained"]
+    assert len(resumed.stats.epochs) == 1
 
 
 def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked) -> None:
-    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=2)
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
     trainer.stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
         trainer.train()
@@ -219,14 +204,14 @@ def test_nothing_is_saved_where_every_sequence_was_refused(tmp_path: Path, teach
     """Who goes on from such a checkpoint would pass over sequences that were never trained on."""
     for options in ({}, {"save_steps": 1}):
         with pytest.raises(LogitstreamError, match="sequences are refused or damaged; the last: longer than the 4 tok"):
-            reporting_trainer(tmp_path, RefusingTeacher(), num_train_epochs=2, **options).train()
+            trainer_of(tmp_path, RefusingTeacher(), num_train_epochs=2, **options).train()
         assert not checkpoints_in(tmp_path / "out")
-    reporting_trainer(tmp_path, teacher, max_steps=1, save_steps=1).train()
+    trainer_of(tmp_path, teacher, max_steps=1, save_steps=1).train()
     assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-1"]
 
 
 def test_a_trainer_that_goes_on_from_a_checkpoint_twice_counts_its_tokens_once(tmp_path: Path, teacher: Asked) -> None:
-    trainer = reporting_trainer(tmp_path, teacher, max_steps=2, save_steps=1)
+    trainer = trainer_of(tmp_path, teacher, max_steps=2, save_steps=1)
     trainer.train()
     expected = [row["tokens"] for row in trainer.state.log_history if "tokens" in row]
     for _ in range(2):
@@ -235,7 +220,7 @@ def test_a_trainer_that_goes_on_from_a_checkpoint_twice_counts_its_tokens_once(t
 
 
 def test_a_signal_during_the_evaluation_afterwards_keeps_what_was_trained(tmp_path: Path, teacher: Asked) -> None:
-    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=1)
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=1)
     trainer.train()
     trainer.stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
@@ -245,7 +230,7 @@ def test_a_signal_during_the_evaluation_afterwards_keeps_what_was_trained(tmp_pa
 
 
 def test_a_full_disk_leaves_no_half_checkpoint_and_the_last_whole_one(tmp_path: Path, teacher: Asked) -> None:
-    trainer = reporting_trainer(tmp_path, teacher, num_train_epochs=1, save_steps=2)
+    trainer = trainer_of(tmp_path, teacher, num_train_epochs=1, save_steps=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     trainer.add_callback(AtStep(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))))
@@ -260,7 +245,7 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_the_last_whole_one(tmp_path: 
 
 
 def test_checkpoints_that_are_not_whole_do_not_count(tmp_path: Path, teacher: Asked) -> None:
-    trainer = reporting_trainer(tmp_path, teacher, max_steps=5, save_steps=1)
+    trainer = trainer_of(tmp_path, teacher, max_steps=5, save_steps=1)
     trainer.args.save_total_limit = 2
     out = tmp_path / "out"
 
@@ -275,9 +260,9 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path: Path, teacher: As
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, teacher: Asked) -> None:
-    reporting_trainer(tmp_path, teacher, max_steps=2, save_steps=1).train()
+    trainer_of(tmp_path, teacher, max_steps=2, save_steps=1).train()
     (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
-    trainer = reporting_trainer(tmp_path, teacher, max_steps=2, save_steps=1)
+    trainer = trainer_of(tmp_path, teacher, max_steps=2, save_steps=1)
     trainer.train(resume_from_checkpoint=str(choose_checkpoint(tmp_path / "out", "latest")))
     assert choose_checkpoint(tmp_path / "out", "latest") == tmp_path / "out" / "checkpoint-2"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]

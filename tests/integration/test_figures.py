@@ -150,8 +150,8 @@ def test_bytes_encoded_and_on_the_wire(run: Run) -> None:
     assert min(row["payload_bytes_per_token"] for row in run.logs) > 0
     online, cached = run.report["epochs"]
     assert run.payload_bytes < online["received_bytes"] < run.payload_bytes + MESSAGE_BYTES * len(run.trained)
-    assert (cached["received_bytes"], cached["rows"], cached["bytes_per_token"]) == (0, 0, None)
-    assert online["rows"] == rows
+    assert (cached["received_bytes"], cached["received_rows"], cached["bytes_per_token"]) == (0, 0, None)
+    assert online["received_rows"] == rows
     assert run.report["bytes_per_token"] == pytest.approx(online["received_bytes"] / rows)
     first_choices = HELD_OUT * TOKENS
     assert run.student["logitstream_student_target_rows_total"] == rows + first_choices

@@ -174,7 +174,7 @@ def _compare_compiled(folder: Path, backend: str, accumulation: int, make: Calla
         trainer = trainer_of(folder, make(), arguments=arguments, **options)
         before = trainer.evaluate()
         trainer.train()
-        assert trainer.figures.meter.num_measured == 2
+        assert trainer.stats.meter.num_measured == 2
         assert is_compiled_module(trainer.model_wrapped) == bool(compiled)
         heldout = [before, *(row for row in trainer.state.log_history if "eval_loss" in row), trainer.evaluate()]
         figures = logged(trainer, *FIGURES) + [[row["eval_loss"], row["eval_kl"]] for row in heldout]
@@ -294,7 +294,7 @@ def test_measuring_leaves_buffers_and_random_numbers_as_they_were(tmp_path: Path
         model.model.norm = WithStatistics(model.model.norm)
         trainer = trainer_of(tmp_path, model, arguments={"max_steps": 6, **mixed}, overhead_every=every)
         trainer.train()
-        assert trainer.figures.meter.num_measured == (4 if every else 0)
+        assert trainer.stats.meter.num_measured == (4 if every else 0)
         drawn = (random.random(), float(np.random.rand()), torch.rand(()).item())
         found.append((logged(trainer, *FIGURES, "router_loss", "tokens"), state_of(model), drawn))
     (logs, state, drawn), (measured_logs, measured_state, measured_drawn) = found
@@ -338,7 +338,7 @@ def test_an_optimizer_inside_the_backward_pass_is_not_measured(
         step_in_backward(model)
         trainer = trainer_of(tmp_path, model, arguments={"gradient_accumulation_steps": 1}, overhead_every=every)
         trainer.train()
-        assert trainer.figures.meter.num_measured == 0
+        assert trainer.stats.meter.num_measured == 0
         found.append(state_of(model))
     for name, tensor in found[0].items():
         assert torch.equal(found[1][name], tensor), name

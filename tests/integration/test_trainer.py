@@ -19,7 +19,7 @@ from logitstream.client.teacher_client import LocalTeacherClient
 from logitstream.data.corpus import collate
 from logitstream.data.loss_mask import next_token_labels, supervised_mask
 from logitstream.loss import sparse_kl
-from logitstream.training.report import OVERHEAD, RunReport
+from logitstream.training.report import report
 from logitstream.training.target_stream import TargetStream
 from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
@@ -113,7 +113,7 @@ def test_measuring_the_overhead_leaves_no_trace_in_the_training(tmp_path: Path, 
     plain.train()
     measured = trainer_of(tmp_path / "b", teacher, num_train_epochs=1, overhead_every=1)
     measured.train()
-    assert measured.figures.meter.num_measured == 4
+    assert measured.stats.meter.num_measured == 4
     assert losses_of(measured) == losses_of(plain)
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(measured.model.state_dict()[name], tensor), name
@@ -217,7 +217,7 @@ def test_the_first_cross_entropy_pass_is_not_part_of_the_overhead(tmp_path: Path
     trainer = trainer_of(tmp_path, teacher, kind=SlowAtFirst, max_steps=3, overhead_every=100)
     trainer.train()
     assert trainer.warm
-    assert trainer.figures.meter.num_measured == 1
+    assert trainer.stats.meter.num_measured == 1
     last = [row for row in trainer.state.log_history if "loss" in row][-1]
     assert last["overhead_vs_cross_entropy_without_waiting"] > -0.7
 
@@ -246,25 +246,21 @@ def test_logged_bytes_per_token_are_those_of_the_batches_trained_on(tmp_path: Pa
 def test_an_epochs_overhead_in_the_report_is_what_it_measured_itself(tmp_path: Path, teacher: Asked) -> None:
     """Six steps an epoch, of which the third, the eleventh and the nineteenth are measured; none in the third epoch."""
     trainer = trainer_of(tmp_path, teacher, num_train_epochs=4, overhead_every=8)
-    report = RunReport()
-    trainer.add_callback(report)
     trainer.train()
-    figures = report.figures()
+    figures = report(trainer.stats)
     assert [("overhead_vs_cross_entropy" in epoch) for epoch in figures["epochs"]] == [True, True, False, True]
     assert not any(epoch["received_bytes"] for epoch in figures["epochs"])  # a teacher in the process: no message
     assert figures["offline_overhead_vs_cross_entropy"] == figures["epochs"][3]["overhead_vs_cross_entropy"]
-    assert metrics.value(OVERHEAD, part="total") == figures["offline_overhead_vs_cross_entropy"]
+    assert metrics.value(metrics.STUDENT_OVERHEAD._name, part="total") == figures["offline_overhead_vs_cross_entropy"]
     assert "resumed_at_step" not in figures
 
 
 def test_the_report_of_a_resumed_run_says_where_it_began(tmp_path: Path, teacher: Asked) -> None:
     trainer_of(tmp_path, teacher, max_steps=4, save_steps=4).train()
     resumed = trainer_of(tmp_path, teacher, max_steps=6, overhead_every=100)
-    report = RunReport()
-    resumed.add_callback(report)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
-    assert report.figures()["resumed_at_step"] == 4
-    assert metrics.value(OVERHEAD, part="total") is None  # an earlier run's does not stay
+    assert report(resumed.stats)["resumed_at_step"] == 4
+    assert metrics.value(metrics.STUDENT_OVERHEAD._name, part="total") is None  # an earlier run's does not stay
 
 
 class OtherLinear(torch.nn.Linear):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from logitstream.training.overhead import OverheadMeter, Pair, PassTime, StepTimes, overhead_of
+from logitstream.training.overhead import Overhead, OverheadMeter, Pair, StepTimes
 
-STEP = StepTimes(epoch=0, micro_batches=2, waiting=0.1, decoding=0.05, optimizer=0.2, whole=3.0)
+STEP = StepTimes(micro_batches=2, waiting=0.1, decoding=0.05, optimizer=0.2, whole=3.0)
 
 
 def pair(distillation: float, cross_entropy: float, *, wall_over_busy: float = 1.0) -> Pair:
-    ours, theirs = (PassTime(wall=busy * wall_over_busy, busy=busy) for busy in (distillation, cross_entropy))
-    return Pair(distillation=ours, cross_entropy=theirs)
+    return Pair(ratio=distillation / cross_entropy, cross_entropy_seconds=cross_entropy * wall_over_busy)
+
+
+def overhead_of(steps: Sequence[StepTimes], *, waiting: Sequence[float] | None = None) -> Overhead | None:
+    meter = OverheadMeter(every=1)
+    for step in steps:
+        meter.add(step)
+    return meter.overhead(waiting=waiting)
 
 
 def test_parts_are_ratios_to_a_cross_entropy_step() -> None:
@@ -25,7 +32,7 @@ def test_parts_are_ratios_to_a_cross_entropy_step() -> None:
     assert overhead.decoding == pytest.approx(0.05 / 2)
     assert overhead.computing == pytest.approx(2 * 0.05 / 2)
     assert overhead.total == pytest.approx(0.1 + 0.025 + 0.05)
-    assert overhead.without_waiting == pytest.approx(0.025 + 0.05)
+    assert overhead.logs()["overhead_vs_cross_entropy_without_waiting"] == pytest.approx(0.025 + 0.05)
     assert overhead.measurement == pytest.approx(0.9 / 9.9)
 
 
