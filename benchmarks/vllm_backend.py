@@ -156,15 +156,13 @@ def peak_bytes(processes: list[psutil.Process]) -> int:
 
 
 def measure(folder: Path, sequences: list[TokenSequence], dtype: str, rounds: int) -> dict[str, Any]:
-    from teacher_server.vllm_backend import VllmBackend
+    from teacher_server.vllm_backend import VllmBackend, engine_args
 
     num_tokens = sum(map(len, sequences))
     backend = VllmBackend(
-        str(folder),
+        engine_args(str(folder), dtype=dtype, max_sequence_tokens=512),
         weights_digest="0" * 64,
         tokenizer_digest="0" * 64,
-        dtype=dtype,
-        max_sequence_tokens=512,
     )
     peaks: dict[str, int] = {}
     payload = 0.0

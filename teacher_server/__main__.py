@@ -135,23 +135,26 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
     def load_vllm() -> TeacherBackend:
         from logitstream.tokenizer import tokenizer_digest
         from teacher_server.backend import check_vocab_size
-        from teacher_server.vllm_backend import VllmBackend
+        from teacher_server.vllm_backend import VllmBackend, engine_args
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
         with_code = bool(config.backend_options.get("trust_remote_code"))
         folder = weights_folder(config.model, config.revision, with_code=with_code)
         tokenizer = tokenizer_of(config)
         check_vocab_size(config.vocab_size, tokenizer)
-        return VllmBackend(
+        args = engine_args(
             str(folder),
-            weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.backend_options),
-            tokenizer_digest=tokenizer_digest(tokenizer),
             dtype=config.dtype,
             revision=config.revision,
-            max_sequence_tokens=config.max_sequence_tokens or None,
+            max_sequence_tokens=config.max_sequence_tokens,
             vocab_size=config.vocab_size,
             logits_chunk_bytes=config.logits_chunk_bytes,
-            engine_options=config.backend_options,
+            options=config.backend_options,
+        )
+        return VllmBackend(
+            args,
+            weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.backend_options),
+            tokenizer_digest=tokenizer_digest(tokenizer),
             engine_restarts=config.engine_restarts,
         )
 

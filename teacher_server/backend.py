@@ -21,7 +21,16 @@ class ScoreRequest:
     draw_set: int = 0
 
 
-Result = SparseTargets | RequestError
+@dataclass(frozen=True, slots=True)
+class EncodedTargets:
+    """Targets that the backend has encoded itself."""
+
+    payload: bytes
+    num_rows: int
+    num_entries: int
+
+
+ScoreResult = SparseTargets | EncodedTargets | RequestError
 """A request's targets, with a row for every token and those outside the loss mask empty, or its error."""
 
 
@@ -39,14 +48,15 @@ class TeacherBackend(Protocol):
     """A model that scores batches; called from one thread at a time, except for `describe` and `healthy`.
 
     A backend with an attribute `batches_at_once` (an int) has `score` called from that many threads, so that the next
-    batch is at hand when one is done.
+    batch is at hand when one is done. One that returns EncodedTargets has a method `configure_encoding(id_model,
+    max_bytes)`, called once before requests are served.
     """
 
     def describe(self) -> TeacherInfo:
         """Return what is served now; the caller fills in the server's limits."""
         ...
 
-    def score(self, batch: Sequence[ScoreRequest]) -> Sequence[Result]:
+    def score(self, batch: Sequence[ScoreRequest]) -> Sequence[ScoreResult]:
         """Return one result per request, in order.
 
         Raises torch.OutOfMemoryError or MemoryError if the batch is too large for the device (it is retried in halves),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from logitstream import codec, metrics
 from logitstream.errors import InvalidSpec, RequestError, ScoringFailed
 from logitstream.id_model import IdModel
 from logitstream.types import SparseTargets, TargetSpec
+from teacher_server.backend import EncodedTargets, ScoreResult
 
 Encode = Callable[[SparseTargets, TargetSpec], bytes]
 
@@ -33,7 +34,7 @@ def encoder(id_model: bytes, max_bytes: int) -> Encode:
 
 
 def encode_all(
-    encode: Encode, results: list[SparseTargets | RequestError], specs: list[TargetSpec]
+    encode: Encode, results: Sequence[ScoreResult], specs: Sequence[TargetSpec]
 ) -> list[bytes | RequestError]:
     """Runs in an encoder thread; targets that cannot be encoded fail alone."""
     start = time.perf_counter()
@@ -41,6 +42,9 @@ def encode_all(
     for result, spec in zip(results, specs, strict=True):
         if isinstance(result, RequestError):
             answers.append(result)
+            continue
+        if isinstance(result, EncodedTargets):
+            answers.append(result.payload)
             continue
         try:
             answers.append(encode(result, spec))
@@ -54,7 +58,7 @@ def encode_all(
     return answers
 
 
-def _count(results: list[SparseTargets | RequestError]) -> None:
+def _count(results: Sequence[ScoreResult]) -> None:
     targets = [result for result in results if not isinstance(result, RequestError)]
     metrics.TEACHER_TOKENS.inc(sum(target.num_rows for target in targets))
     metrics.TEACHER_ENTRIES.inc(sum(target.num_entries for target in targets))

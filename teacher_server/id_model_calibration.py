@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from logitstream import codec
 from logitstream.files import of_setting, write_whole
 from logitstream.id_model import IdModel
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
-from teacher_server.backend import ScoreRequest, TeacherBackend
+from teacher_server.backend import EncodedTargets, ScoreRequest, TeacherBackend
 
 SEQUENCE_TOKENS = 256
 MAX_SEQUENCES = 40
@@ -61,6 +62,8 @@ def calibrate(backend: TeacherBackend, token_ids: list[int]) -> IdModel:
     for start in range(0, len(sequences), BATCH_SEQUENCES):
         batch = [ScoreRequest(sequence=sequence, spec=SPEC) for sequence in sequences[start : start + BATCH_SEQUENCES]]
         for targets in backend.score(batch):
+            if isinstance(targets, EncodedTargets):
+                targets = codec.decode(targets.payload, spec=SPEC)
             if isinstance(targets, SparseTargets):
                 np.add.at(expected_counts, targets.token_ids, targets.weights())
     return IdModel.from_expected_counts(expected_counts)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from logitstream.errors import ScoringFailed, ServerDraining
-from teacher_server.backend import Result, ScoreRequest, TeacherBackend
+from teacher_server.backend import ScoreRequest, ScoreResult, TeacherBackend
 
 CLEAN_BATCHES = 16
 """Batches without a failure after which a reduced batch size grows again, by a quarter."""
@@ -49,7 +49,7 @@ class BatchScorer:
         self._known_good: ScoreRequest | None = None
         self._is_stopped = False
 
-    def score(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[Result]:
+    def score(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Return one result per request, in order; a failing batch of n costs one bad sequence about log2(n) tries.
 
         Raises BackendBroken if the whole batch fails and so does a request that the backend has answered before.
@@ -89,12 +89,12 @@ class BatchScorer:
 
     def _retry(
         self, backend: TeacherBackend, batch: Sequence[ScoreRequest], error: Exception, stats: FailureStats
-    ) -> list[Result]:
+    ) -> list[ScoreResult]:
         """Score a batch that failed once, with this error: in halves, or once more if it is a single sequence."""
         if self._is_stopped:
             return [ServerDraining(BROKE_DOWN) for _ in batch]
         middle = len(batch) // 2
-        results: list[Result] = []
+        results: list[ScoreResult] = []
         for part in (batch[:middle], batch[middle:]) if middle else (batch,):
             found = _try(backend, part, stats)
             if isinstance(found, list):
@@ -130,7 +130,7 @@ class BatchScorer:
             log.warning("batches hold at most %d tokens from now on", tokens)
 
 
-def _try(backend: TeacherBackend, batch: Sequence[ScoreRequest], stats: FailureStats) -> list[Result] | Exception:
+def _try(backend: TeacherBackend, batch: Sequence[ScoreRequest], stats: FailureStats) -> list[ScoreResult] | Exception:
     try:
         results = list(backend.score(batch))
         if len(results) != len(batch):

@@ -10,15 +10,15 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining
-from logitstream.types import SparseTargets, TargetSpec, TeacherInfo
-from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
+from logitstream.types import TargetSpec, TeacherInfo
+from teacher_server.backend import ScoreRequest, ScoreResult, TeacherBackend, cost_in_tokens
 from teacher_server.checkpoints import check_successor
 from teacher_server.disk import Disk
 from teacher_server.encoding import Encode, encode_all
@@ -239,7 +239,7 @@ class Scheduler:
             metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._scorer.max_batch_tokens)
         return batch
 
-    async def _finish(self, batch: list[Work], results: list[SparseTargets | RequestError], info: TeacherInfo) -> None:
+    async def _finish(self, batch: list[Work], results: Sequence[ScoreResult], info: TeacherInfo) -> None:
         """Encode a scored batch and answer everybody who waits for it."""
         loop = asyncio.get_running_loop()
         try:

@@ -115,7 +115,11 @@ class TeacherServer:
     def _load(self) -> tuple[TeacherBackend, bytes, Vocabulary | None]:
         codec.warm_up()
         backend = self._make_backend()
-        return backend, self._make_id_model(backend), self._load_vocabulary()
+        id_model = self._make_id_model(backend)
+        configure_encoding = getattr(backend, "configure_encoding", None)
+        if configure_encoding is not None:  # the backend encodes its targets itself
+            configure_encoding(id_model, self._config.max_message_bytes)
+        return backend, id_model, self._load_vocabulary()
 
     async def _listen(self) -> None:
         config = self._config

@@ -21,7 +21,7 @@ from logitstream.sampling import warm_up
 from logitstream.split_model import SplitModel
 from logitstream.tokenizer import load_tokenizer, tokenizer_digest
 from logitstream.types import TeacherInfo
-from teacher_server.backend import Result, ScoreRequest, check_vocab_size, served_vocab_size
+from teacher_server.backend import ScoreRequest, ScoreResult, check_vocab_size, served_vocab_size
 from teacher_server.draw_loop import Drawing, draw_pieces
 from teacher_server.rope_lengths import LengthDependence
 from teacher_server.weights import WeightsChanged, is_being_written, weights_digest, weights_folder, weights_stamps
@@ -119,7 +119,7 @@ class TransformersBackend:
         self._lm = None
         torch.cuda.empty_cache()  # does nothing if CUDA was never used
 
-    def score(self, batch: Sequence[ScoreRequest]) -> list[Result]:
+    def score(self, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Run each distinct sequence through the model once, whoever asked for it and with whatever spec."""
         drawings = [Drawing(request) for request in batch]
         sharing: dict[bytes, list[Drawing]] = {}

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,13 +26,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from logitstream.errors import InvalidSequence, NonFiniteLogits, RequestError
+from logitstream import codec
+from logitstream.errors import CodecError, InvalidSequence, InvalidSpec, NonFiniteLogits, RequestError
 from logitstream.sampling import sample
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from teacher_server.backend import ScoreRequest
-from teacher_server.prompt_draws import PromptDraws, pack_request, unpack_outcome
+from teacher_server.backend import EncodedTargets, ScoreRequest, ScoreResult
 from teacher_server.transformers_backend import TransformersBackend
-from teacher_server.vllm_hooks import KEY, REQUEST, hook
+from teacher_server.vllm_draws import KEY, REQUEST, PromptDraws, hook, pack_request, unpack_outcome
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -40,7 +40,7 @@ with warnings.catch_warnings():
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    from teacher_server.vllm_backend import EXIT_ENGINE_DEAD, OUR_OPTIONS, VllmBackend, check_seam, engine_args
+    from teacher_server.vllm_backend import EXIT_ENGINE_DEAD, OUR_OPTIONS, VllmBackend, engine_args
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -76,9 +76,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, **settings: Any) -> VllmBackend:
-    options = {"kv_cache_memory_bytes": 256 << 20} | settings.pop("engine_options", {})
-    return VllmBackend(str(folder), weights_digest=DIGEST, tokenizer_digest=DIGEST, engine_options=options, **settings)
+def start(
+    folder: Path, *, engine_options: dict[str, Any] | None = None, exit: Any = os._exit, **settings: Any
+) -> VllmBackend:
+    restarts = settings.pop("engine_restarts", 3)
+    args = engine_args(str(folder), options={"kv_cache_memory_bytes": 256 << 20} | (engine_options or {}), **settings)
+    return VllmBackend(args, weights_digest=DIGEST, tokenizer_digest=DIGEST, engine_restarts=restarts, exit=exit)
 
 
 def reference(folder: Path, *, vocab_size: int = 0) -> TransformersBackend:
@@ -103,11 +106,15 @@ def random_ids(lengths: list[int], *, vocab_size: int = 500, seed: int = 0) -> l
     return [rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths]
 
 
-def targets_of(results: list[SparseTargets | RequestError]) -> list[SparseTargets]:
-    for result in results:
-        assert isinstance(result, SparseTargets), result
-        result.validate()
-    return [result for result in results if isinstance(result, SparseTargets)]
+def targets_of(results: Sequence[ScoreResult]) -> list[SparseTargets]:
+    return [decoded(result) for result in results]
+
+
+def decoded(result: ScoreResult) -> SparseTargets:
+    assert not isinstance(result, RequestError), result
+    targets = codec.decode(result.payload) if isinstance(result, EncodedTargets) else result
+    targets.validate()
+    return targets
 
 
 def agreement(found: list[SparseTargets], expected: list[SparseTargets]) -> float:
@@ -121,7 +128,7 @@ def agreement(found: list[SparseTargets], expected: list[SparseTargets]) -> floa
     return same / total
 
 
-def assert_one_row_each(results: list[SparseTargets | RequestError], requests: list[ScoreRequest]) -> None:
+def assert_one_row_each(results: Sequence[ScoreResult], requests: list[ScoreRequest]) -> None:
     for target, request in zip(targets_of(results), requests, strict=True):
         drawn = np.bincount(target.row_index(), weights=target.counts, minlength=target.num_rows)
         np.testing.assert_array_equal(drawn, np.full(len(request.sequence), request.spec.num_samples))
@@ -206,6 +213,27 @@ def test_samplers_can_be_mixed_in_one_batch(tiny: Tiny) -> None:
         rows = zip(found.row_index(), found.token_ids, strict=True)
         other = zip(expected.row_index(), expected.token_ids, strict=True)
         assert len(set(rows) & set(other)) > 0.99 * expected.num_entries
+
+
+def test_targets_are_encoded_with_the_id_model_and_within_the_size_of_a_message(tiny: Tiny) -> None:
+    _, backend, _ = tiny
+    (ids,) = random_ids([100], seed=8)
+    requests = requests_of([ids])
+    (before,) = backend.score(requests)
+    assert isinstance(before, EncodedTargets)
+    id_model = codec.IdModel.from_expected_counts(np.bincount(codec.decode(before.payload).token_ids, minlength=500))
+    try:
+        backend.configure_encoding(id_model.to_bytes(), 1 << 20)
+        (after,) = backend.score(requests)
+        assert isinstance(after, EncodedTargets)
+        assert agreement([codec.decode(after.payload, id_model=id_model)], [codec.decode(before.payload)]) > 0.995
+        with pytest.raises(CodecError):
+            codec.decode(after.payload)
+        backend.configure_encoding(b"", len(before.payload) // 2)
+        (refused,) = backend.score(requests)
+        assert isinstance(refused, InvalidSpec)
+    finally:
+        backend.configure_encoding(b"", 1 << 20)
 
 
 def test_what_vllm_refuses_fails_alone(tiny: Tiny) -> None:
@@ -311,9 +339,9 @@ def test_a_batch_whose_targets_are_asked_for_when_the_engine_dies_fails_and_the_
 
 SERVER = """if __name__ == "__main__":
     import sys, time
-    from teacher_server.vllm_backend import VllmBackend
-    options = {"kv_cache_memory_bytes": 256 << 20}
-    VllmBackend(sys.argv[1], weights_digest="", tokenizer_digest="", dtype="float32", engine_options=options)
+    from teacher_server.vllm_backend import VllmBackend, engine_args
+    args = engine_args(sys.argv[1], dtype="float32", options={"kv_cache_memory_bytes": 256 << 20})
+    VllmBackend(args, weights_digest="", tokenizer_digest="")
     print("up", flush=True)
     time.sleep(600)
 """
@@ -468,11 +496,6 @@ def dense(targets: SparseTargets) -> npt.NDArray[np.float64]:
 # What is refused at the start -----------------------------------------------------------------------------------------
 
 
-def test_this_vllm_has_what_the_hooks_need() -> None:
-    """Breaks first when vLLM moves."""
-    check_seam()
-
-
 def test_the_second_runners_own_class_takes_the_hook() -> None:
     """Model runner V2 needs Triton and so never runs here; its prompt-logprob worker does."""
     from vllm import SamplingParams
@@ -497,14 +520,13 @@ def test_the_second_runners_own_class_takes_the_hook() -> None:
         rows = hidden[first_row : first_row + num_rows]
         assert worker.compute_prompt_logprobs(None, rows, batch, None, None, np.full(4, 9)) == {}
     worker.remove_request("a")
-    found = targets_of([unpack_outcome(outcome) for outcome in draws.take(["0"])])
+    found = targets_of([unpack_outcome(outcome, request) for outcome in draws.take(["0"])])
     assert agreement(found, [sample(hidden @ head, SPEC, request.sequence)]) == 1
 
 
 def test_options_reach_vllm_by_their_own_names_and_mistakes_are_named(tiny_dir: Path) -> None:
     def args(**options: Any) -> Any:
-        common = {"dtype": "float32", "revision": None, "logits_chunk_bytes": 1 << 20}
-        return engine_args(str(tiny_dir), max_sequence_tokens=50, options=options, **common)
+        return engine_args(str(tiny_dir), dtype="float32", max_sequence_tokens=50, options=options)
 
     found = args(max_num_seqs=3, skip_tokenizer_init=True)
     assert (found.max_num_seqs, found.max_model_len, found.enable_prefix_caching) == (3, 51, False)
