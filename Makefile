@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: help demo test test-fast check proto clean
+.PHONY: help demo test test-fast coverage check proto clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##[ ]*/\1\t/' | expand -t 16
@@ -24,7 +24,10 @@ test: $(STAMP)  ## the whole suite on the CPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP)  ## the unit tests alone
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit $(ARGS)
+
+coverage: $(STAMP)  ## the lines that no test runs, a report without a gate: build/coverage/ (ARGS=tests/unit: of those alone)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html:build/coverage $(ARGS)
 
 check: $(STAMP)  ## lint, types, import rules, generated code
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
