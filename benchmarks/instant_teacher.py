@@ -24,8 +24,8 @@ from logitstream.rpc.channel import server_options
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server import logs, server
 from teacher_server.backend import ScoreRequest
-from teacher_server.config import TeacherConfig
 from teacher_server.encoding import Encode
+from tests.flat_settings import teacher_config
 
 VOCAB_SIZE = 49_152
 MAX_MESSAGE_BYTES = 16 << 20
@@ -134,7 +134,7 @@ def main() -> None:
         return
     logs.configure(level="WARNING", as_json=False)
     backend = InstantBackend(typical_targets(512), seconds_per_token=args.seconds_per_token)
-    config = TeacherConfig(
+    config = teacher_config(
         model="instant",
         address="127.0.0.1:0",
         address_file=str(args.address_file),

@@ -64,8 +64,15 @@ def measure_teacher(args: argparse.Namespace) -> dict[str, Any]:
         rates.setdefault(name, []).append(asyncio.run(run))
         cpu.setdefault(name, []).append((sum(server.cpu_times()[:2]) - used) / num_tokens)
 
-    command = ["-m", "teacher_server", "--model", str(folder), "--dtype", "float32", "--device", "cpu"]
-    command += ["--address", "127.0.0.1:0", "--address_file", "ADDRESS_FILE", "--max_batch_tokens", str(budget)]
+    command = ["-m", "teacher_server", "--model.path", str(folder), "--model.dtype", "float32", "--model.device", "cpu"]
+    command += [
+        "--server.address",
+        "127.0.0.1:0",
+        "--server.address_file",
+        "ADDRESS_FILE",
+        "--limits.max_batch_tokens",
+        str(budget),
+    ]
     with process(*command) as (address, server):
         bare("warm up", shapes[:2])
         asyncio.run(tokens_per_second(address, random_sequences([64] * 4), num_clients=1, window=MANY_TOKENS))

@@ -44,8 +44,24 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Resident bytes from 1 to 64 clients at the same load: of a real teacher, and of the server alone."""
     from demo.assets import teacher_folder
 
-    command = ["-m", "teacher_server", "--model", str(teacher_folder()), "--dtype", "float32", "--device", "cpu"]
-    command += ["--address", "127.0.0.1:0", "--address_file", "ADDRESS_FILE", "--max_batch_tokens", "1024"]
+    command = [
+        "-m",
+        "teacher_server",
+        "--model.path",
+        str(teacher_folder()),
+        "--model.dtype",
+        "float32",
+        "--model.device",
+        "cpu",
+    ]
+    command += [
+        "--server.address",
+        "127.0.0.1:0",
+        "--server.address_file",
+        "ADDRESS_FILE",
+        "--limits.max_batch_tokens",
+        "1024",
+    ]
     found: dict[str, Any] = {}
     for name, started in (("teacher", process(*command)), ("instant", instant())):
         with started as (address, server):

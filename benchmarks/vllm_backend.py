@@ -32,6 +32,8 @@ import numpy.typing as npt
 import psutil
 from tqdm import tqdm
 
+from tests.flat_settings import teacher_config
+
 if TYPE_CHECKING:
     from logitstream.types import TokenSequence
     from teacher_server.vllm_backend import VllmBackend
@@ -109,11 +111,12 @@ def prefill(backend: VllmBackend, sequences: list[TokenSequence], **params: Any)
 @contextlib.contextmanager
 def serving(backend: VllmBackend, folder: Path) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """The address of a server around this engine, and the loop that it runs on."""
-    from teacher_server.config import TeacherConfig
     from teacher_server.server import TeacherServer
 
     async def start() -> TeacherServer:
-        server = TeacherServer(TeacherConfig(model=str(folder), address="127.0.0.1:0", backend="vllm"), lambda: backend)
+        server = TeacherServer(
+            teacher_config(model=str(folder), address="127.0.0.1:0", backend="vllm"), lambda: backend
+        )
         running.append(asyncio.ensure_future(server.run()))
         while server.scheduler is None:
             if running[0].done():

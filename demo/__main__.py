@@ -107,43 +107,44 @@ def write_configs(options: argparse.Namespace, teacher: Path, text: Path) -> dic
     student_config = output / "student-config"
     student_config.mkdir()
     (student_config / "config.json").write_text(json.dumps(STUDENT | {"vocab_size": vocab_size}, indent=2))
+    address = f"127.0.0.1:{free_port()}"
     settings: dict[str, dict[str, Any]] = {
         "teacher": {
-            "model": str(teacher),
+            "model": {"path": str(teacher), "dtype": "bfloat16" if has_fast_bfloat16() else "float32"},
             "backend": options.backend,
-            "dtype": "bfloat16" if has_fast_bfloat16() else "float32",
-            "address": f"127.0.0.1:{free_port()}",
-            "metrics_port": free_port(),
-            "max_batch_tokens": 2048,
-            "calibration_text": str(text),
+            "server": {"address": address},
+            "limits": {"max_batch_tokens": 2048},
+            "id_model": {"text": str(text)},
+            "metrics": {"port": free_port()},
         },
         "student": {
-            "model_config": str(student_config / "config.json"),
-            "tokenizer": str(teacher),
-            "text": [str(text)],
-            "sequence_tokens": SEQUENCE_TOKENS,
-            "max_sequences": options.sequences,
-            "heldout_sequences": options.heldout_sequences,
-            "targets": "cache_then_online",
-            "draws": "reuse",
-            "target_seed": options.seed,
-            "cache": str(output / "cache"),
-            "overhead_every": 5,
-            "output_dir": str(output / "student"),
-            "per_device_train_batch_size": SEQUENCES_PER_STEP // NUM_WORKERS,
-            "num_train_epochs": 2,
-            "learning_rate": 3.0e-3,
-            "warmup_steps": 5,
-            "lr_scheduler_type": "cosine",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": options.seed,
+            "model": {"config": str(student_config / "config.json"), "tokenizer": str(teacher)},
+            "data": {
+                "text": [str(text)],
+                "sequence_tokens": SEQUENCE_TOKENS,
+                "max_sequences": options.sequences,
+                "heldout_sequences": options.heldout_sequences,
+            },
+            "teacher": {"addresses": [address]},
+            "targets": {"source": "cache_then_online", "draws": "reuse", "seed": options.seed},
+            "cache": {"path": str(output / "cache")},
+            "loss": {"overhead_every": 5},
+            "training": {
+                "output_dir": str(output / "student"),
+                "per_device_train_batch_size": SEQUENCES_PER_STEP // NUM_WORKERS,
+                "num_train_epochs": 2,
+                "learning_rate": 3.0e-3,
+                "warmup_steps": 5,
+                "lr_scheduler_type": "cosine",
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "seed": options.seed,
+            },
         },
     }
-    settings["student"]["teacher"] = [settings["teacher"]["address"]]
     paths = {name: output / f"{name}.yaml" for name in settings}
     for name, path in paths.items():
         path.write_text(yaml.safe_dump(settings[name], sort_keys=False))

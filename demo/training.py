@@ -87,7 +87,7 @@ def _teacher_figures(config: Path) -> dict[str, Any]:
     """The teacher's throughput while it scored, from its own metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    port = yaml.safe_load(config.read_text())["metrics_port"]
+    port = yaml.safe_load(config.read_text())["metrics"]["port"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
     samples = {(s.name, s.labels.get("stage")): s.value for family in families for s in family.samples}

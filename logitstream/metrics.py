@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from socketserver import ThreadingTCPServer
 from typing import Any
 
@@ -14,6 +15,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from prometheus_client.registry import Collector
 
 from logitstream.errors import REQUEST_ERRORS
+from logitstream.settings import setting
 
 MAX_SCRAPES = 16
 SCRAPE_SECONDS = 10.0
@@ -121,6 +123,18 @@ STUDENT_RETRIES.labels("lost")
 def value(name: str, **labels: str) -> float | None:
     """One metric's value in this process; None where it was never set."""
     return REGISTRY.get_sample_value(name, labels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSettings:
+    """Prometheus metrics on /metrics."""
+
+    port: int = setting("Port, of a student plus its local rank; 0 takes a free one; -1: none.", -1)
+    address: str = setting("Interface to serve on; 0.0.0.0: all of them.", "127.0.0.1")
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.port <= 65535:
+            raise ValueError(f"port must lie in [-1, 65535], got {self.port}")
 
 
 class _OneSide(Collector):

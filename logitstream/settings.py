@@ -1,205 +1,259 @@
-"""Settings: dataclasses filled from one YAML file and overridden field by field on the command line."""
+"""Settings: nested frozen dataclasses from defaults, one YAML file and `--section.name value` on the command line.
+
+Own code, because the libraries fall short: jsonargparse 4.53 takes neither slotted dataclasses nor `--data.text a b`,
+tyro 1.0 reads no files, and neither names the nearest setting and the line for a typo in a file.
+"""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
-import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from difflib import SequenceMatcher
+from enum import Enum
 from pathlib import Path
-from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
 
-SECONDS_FOR_THE_FIRST_PROCESS = 5.0
-"""So long the other processes of torchrun keep their error back, which is the first one's: it ends them meanwhile."""
+T = TypeVar("T")
+Tree = dict[str, Any]
+NULL = ("", "~", "null")
+SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "one word",
+    list: "a list",
+}
+
+
+class SettingsError(ValueError):
+    """A setting that does not exist, has a value of another type, or is refused."""
+
+
+class Text(str):
+    """A name or value as it is spelled; `where` is the file and line it comes from, empty for the command line."""
+
+    where = ""
+
+
+class Words(list[Any]):
+    """What follows an option on the command line: a list, or the value itself if it is one word."""
 
 
 def setting(
-    help_text: str, default: Any = None, *, factory: Callable[[], Any] | None = None, choices: Sequence[str] = ()
+    help_text: str, default: Any = MISSING, *, factory: Any = MISSING, later: Callable[[], type] | None = None
 ) -> Any:
-    """A dataclass field with what `--help` says of it."""
-    metadata: dict[str, Any] = {"help": help_text} | ({"choices": list(choices)} if choices else {})
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+    """Return a dataclass field with its sentence of help.
 
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A setting as it stands in the file: as text, texts or, for a mapping, JSON; and the line where."""
-
-    value: str | list[str]
-    line: int
-    is_bool: bool = False
-    is_mapping: bool = False
-
-
-class _Parser(HfArgumentParser):
-    """Says what is wrong in one line instead of after pages of usage, and where; dict settings are JSON objects."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.written: dict[str, str] = {}
-        """Where the settings of a file stand that the command line does not override."""
-        for action in self._actions:
-            if get_origin(action.type) is dict:
-                action.type = _json_object
-
-    def error(self, message: str) -> NoReturn:
-        for name in re.findall(r"\w+", message):
-            if name in self.written and self.written[name] not in message:
-                message = f"{self.written[name]}: {message}"
-                break
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n(see {self.prog} --help)\n")
-
-
-def settings_parser(classes: Sequence[type], *, command: str, description: str) -> argparse.ArgumentParser:
-    """Every field of the dataclasses as an option, and --config."""
-    parser = _Parser(tuple(classes), prog=command, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; the command line overrides them")
-    return parser
-
-
-def parse_settings(
-    classes: Sequence[type], *, command: str, description: str, argv: Sequence[str] | None = None
-) -> tuple[Any, ...]:
-    """One instance of each dataclass: defaults, then `--config FILE.yaml`, then `--field value`.
-
-    An unknown key, in the file or on the command line, ends the process with an error that names the nearest known one;
-    so does a value of the wrong type or one that a dataclass refuses, with the file and the line where it stands.
+    later: imports the dataclass of a section that is slow to import; `parse` leaves the section as texts by name.
     """
-    parser = settings_parser(classes, command=command, description=description)
-    assert isinstance(parser, _Parser)
-    types = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
-    known = {f.name: types[f.name] for cls in classes for f in fields(cls) if f.init}
-    try:
-        path, arguments = _take_config(list(sys.argv[1:] if argv is None else argv))
-        values = _read_yaml(path) if path else {}
-        overridden = _names_of_options(arguments)
-        parser.written = {name: f"{path}, line {one.line}" for name, one in values.items() if name not in overridden}
-        _refuse_unknown(values, known, parser.written)
-        lists = _unspeakable_lists(values, known)
-        parser.set_defaults(**lists)
-        words = [word for name, one in values.items() if name not in lists for word in _words(name, one, known[name])]
-        namespace, unknown = parser.parse_known_args(words + arguments)
-        _refuse_unknown(_names_of_options(unknown) or unknown, known, {})
-        chosen = vars(namespace)
-        return tuple(cls(**{f.name: chosen[f.name] for f in fields(cls) if f.init}) for cls in classes)
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        parser.error(str(error))
+    metadata = {"help": help_text} | ({"later": later} if later else {})
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def _names_of_options(words: Iterable[str]) -> list[str]:
-    return [word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")]
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text) if text.startswith("{") else None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
-    return value
-
-
-def _takes(hint: Any, wanted: type) -> bool:
-    """Whether a field of this type may hold a `wanted`."""
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return any(wanted in (part, get_origin(part)) for part in parts)
-
-
-def _unspeakable_lists(values: dict[str, Written], types: dict[str, Any]) -> dict[str, list[str]]:
-    """A file's lists that no words on a command line say: empty ones, and those of settings that take a word there.
-
-    ValueError where a setting takes no list.
-    """
-    lists = {name: one.value for name, one in values.items() if isinstance(one.value, list)}
-    for name, value in lists.items():
-        if not _takes(types[name], list):
-            raise ValueError(f"{name} takes no list, got {value}")
-    return {name: value for name, value in lists.items() if not value or list[str] in get_args(types[name])}
-
-
-def _words(name: str, written: Written, hint: Any) -> list[str]:
-    """A setting of a file as command-line words, so that both are converted and checked alike."""
-    if written.is_mapping and not _takes(hint, dict):
-        raise ValueError(f"{name} takes no mapping, got {written.value}")
-    if isinstance(written.value, list):
-        return [f"--{name}", *written.value]
-    if written.is_bool and _takes(hint, bool):  # YAML knows more words for true and false than the command line
-        return [f"--{name}={yaml.safe_load(written.value)}"]
-    return [f"--{name}={written.value}"]
-
-
-def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --config and the other arguments."""
-    taker = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    taker.add_argument("--config")
-    try:
-        known, rest = taker.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    return known.config, rest
-
-
-def _read_yaml(path: str) -> dict[str, Written]:
-    """The settings as they are spelled: `no`, 1e-3 and 012 mean what the setting's type makes of them."""
-    with Path(path).open(encoding="utf-8") as file:
-        loader = yaml.SafeLoader(file)
-        try:
-            node = loader.get_single_node()
-            if node is None or node.tag == "tag:yaml.org,2002:null":
-                return {}
-            if not isinstance(node, yaml.MappingNode):
-                kind = type(loader.construct_document(node)).__name__
-                raise ValueError(f"{path} must hold `name: value` pairs, got a {kind}")
-            loader.flatten_mapping(node)
-            return _written_settings(node, loader, path)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
-        except RecursionError as error:
-            raise ValueError(f"{path} must hold `name: value` pairs, got lists in lists too deep to read") from error
-        finally:
-            loader.dispose()
-
-
-def _written_settings(node: yaml.MappingNode, loader: yaml.SafeLoader, path: str) -> dict[str, Written]:
-    found: dict[str, Written] = {}
-    for key, value in node.value:
-        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-        if name in found:
-            raise ValueError(f"{path}: {name} stands in line {found[name].line} and again in line {line}")
-        if (written := _written(value, loader, line)) is not None:
-            found[name] = written
-    return found
-
-
-def _written(node: yaml.Node, loader: yaml.SafeLoader, line: int) -> Written | None:
-    """None for null, which is as good as a setting that is not there."""
-    if isinstance(node, yaml.MappingNode):
-        return Written(json.dumps(loader.construct_document(node)), line, is_mapping=True)
-    if isinstance(node, yaml.SequenceNode):
-        return Written([str(part.value) for part in node.value], line)
-    if node.tag == "tag:yaml.org,2002:null":
-        return None
-    text = str(node.value)
-    if node.tag == "tag:yaml.org,2002:float" and "." in text and not any(digit.isdigit() for digit in text):
-        text = str(loader.construct_document(node))  # .inf, .nan
-    return Written(text, line, is_bool=node.tag == "tag:yaml.org,2002:bool")
-
-
-def _refuse_unknown(names: Iterable[str], known: Iterable[str], written: dict[str, str]) -> None:
-    """ValueError that names the nearest setting, first one that begins with the word, for one that does not exist."""
-    known = sorted(known)
+def require_at_least(settings: object, least: int, *names: str) -> None:
+    """Raise ValueError for a number below `least`."""
     for name in names:
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(settings, name)}")
+
+
+def parse(cls: type[T], words: Sequence[str], *, command: str, description: str) -> T:
+    """Return the settings; --help prints them and exits, --help-all with those of `later`. Raises SettingsError."""
+    if {"-h", "--help", "--help-all"} & set(words):
+        print(f"usage: {command} [--config FILE.yaml] [--section.name VALUE ...]\n\n{textwrap.fill(description, 110)}")
+        print("\n".join(_help(cls, everything="--help-all" in words)))
+        sys.exit(0)
+    given = _read_words(words)
+    file = given.pop("config", None)
+    return build(cls, given if file is None else _merged(_read_yaml(Path("".join(file))), given))
+
+
+def build(cls: type[T], tree: Mapping[str, Any], path: str = "", root: type | None = None) -> T:
+    """Return an instance of a dataclass from texts or values by name, sections as mappings. Raises SettingsError."""
+    known = {one.name: (one, hint) for one, hint, _ in _sections(cls)}
+    values: Tree = {}
+    for name, value in tree.items():
         if name not in known:
-            longer = [one for one in known if len(name) > 3 and one.startswith(name)]
-            near = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            where = f"in {written[name]}" if name in written else "on the command line"
-            raise ValueError(f"unknown setting {name!r} {where}; did you mean {near[0]!r}?")
+            names = list(_names(root)) if root else [path + one for one in _names(cls)]
+            place = getattr(name, "where", "")
+            where = f"in {place}" if place else "on the command line"
+            near = _nearest(path + name, names)
+            raise SettingsError(f"unknown setting '{path}{name}' {where}; did you mean '{near}'?")
+        one, hint = known[name]
+        values[name] = value if "later" in one.metadata else _convert(hint, value, path + name, root or cls)
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        named = [value for name, value in tree.items() if name in re.findall(r"\w+", str(error))]
+        raise SettingsError(f"{_place(*named[:1])}{path and path[:-1] + ': '}{error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
+    """Return the value that a type makes of a text, a list or a mapping. Raises SettingsError: expected, came."""
+    if isinstance(value, Words) and len(value) == 1:
+        (value,) = value
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    text = "" if value is None else str(value).lower()
+    if kind in (Union, UnionType):
+        if text in NULL and NoneType in parts:
+            return None
+        for part in sorted(parts, key=lambda one: one in (str, NoneType)):  # any text is a str, so that comes last
+            if isinstance(value, list) or list not in (part, get_origin(part)):
+                try:
+                    return _convert(part, value, path, root)
+                except SettingsError:
+                    continue
+    elif is_dataclass(kind) and (text in NULL or isinstance(value, dict)):
+        return build(hint, {} if text in NULL else value, f"{path}.", root)
+    elif kind is Any:
+        return _plain(value)
+    elif kind is Literal and str(value) in parts:
+        return str(value)
+    elif kind is list and not isinstance(value, dict):
+        items = value if isinstance(value, list) else [value]
+        return [_convert(parts[0] if parts else Any, one, path, root) for one in items]
+    elif kind is dict and (isinstance(value, dict) or text.startswith("{")):
+        pairs = value if isinstance(value, dict) else json.loads(value)
+        return {str(key): _convert(parts[1] if parts else Any, one, path, root) for key, one in pairs.items()}
+    elif kind is bool and (value == [] or text in SWITCH):  # [] is an option without a value
+        return value == [] or SWITCH[text]
+    elif (kind in (int, float, str) and not isinstance(value, list | dict)) or _is_enum(kind):
+        try:
+            return kind(re.sub(r"^(-?)\.(inf|nan)$", r"\1\2", str(value)))  # as YAML spells them
+        except ValueError:
+            pass
+    raise SettingsError(f"{_place(value)}{path}: expected {_expected(hint)}, got {_plain(value)!r}")
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
+
+
+def _expected(hint: Any) -> str:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(_expected(part) for part in parts if part is not NoneType)
+    if kind is Literal or _is_enum(kind):
+        return f"one of {', '.join(parts or [str(one.value) for one in kind])}"
+    return KINDS.get(kind, "a mapping" if kind is dict else "a section of settings")
+
+
+def _place(*values: Any) -> str:
+    return "".join(f"{one.where}: " for one in values if getattr(one, "where", ""))
+
+
+def _plain(value: Any) -> Any:
+    """Return what YAML makes of texts whose type is not known."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return yaml.safe_load(value) if isinstance(value, Text) else value
+
+
+def _read_words(words: Sequence[str]) -> Tree:
+    """Return `--section.name value ...` as nested mappings."""
+    tree: Tree = {}
+    given: Words | None = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            *sections, last = name.replace("-", "_").split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+                if not isinstance(node, dict):
+                    raise SettingsError(f"--{name}: a value was given to {section} before")
+            node[last] = given = Words([Text(value)] if equals else [])
+        elif given is None:
+            raise SettingsError(f"expected --section.name VALUE, got {word!r}")
+        else:
+            given.append(Text(word))
+    return tree
+
+
+class _Loader(yaml.BaseLoader):
+    """Keeps values as they are spelled (the setting's type decides what `no` and 1e-3 are), with their lines."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Text:
+        text = Text(node.value)
+        text.where = f"{self.name}, line {node.start_mark.line + 1}"
+        return text
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if lines.setdefault(name, line) != line:
+                raise SettingsError(f"{self.name}: {name} stands in line {lines[name]} and again in line {line}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader)  # builds texts, lists and mappings alone
+    except RecursionError as error:
+        raise SettingsError(f"{path} holds lists in lists too deep to read") from error
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(str(error)) from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no YAML: {error}") from error
+    if not isinstance(tree, dict) and str(tree).lower() not in NULL:
+        raise SettingsError(f"{path} must hold `name: value` pairs, got {tree!r}")
+    return tree if isinstance(tree, dict) else {}
+
+
+def _merged(below: Tree, above: Tree) -> Tree:
+    both = [name for name, value in above.items() if isinstance(value, dict) and isinstance(below.get(name), dict)]
+    return below | above | {name: _merged(below[name], above[name]) for name in both}
+
+
+def _sections(cls: Any, *, everything: bool = False) -> Iterator[tuple[Field[Any], Any, Any]]:
+    """Yield each field with its type and, if it is a section, the dataclass of the section."""
+    hints = get_type_hints(cls)
+    for one in fields(cls):
+        later, hint = one.metadata.get("later"), hints[one.name]
+        if one.init:
+            yield one, hint, hint if is_dataclass(hint) else later() if later and everything else None
+
+
+def _names(cls: Any) -> Iterator[str]:
+    for one, _, section in _sections(cls, everything=True):
+        yield from (f"{one.name}.{name}" for name in _names(section)) if section else (one.name,)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Return the setting whose name, or a part of whose name, is most like a misspelled one or begins with it."""
+    last = name.rpartition(".")[2]
+
+    def likeness(one: str) -> float:
+        begins = len(last) > 3 and one.rpartition(".")[2].startswith(last)
+        parts = max(SequenceMatcher(None, last, part).ratio() for part in one.split("."))
+        return max(SequenceMatcher(None, name, one).ratio(), 0.95 * parts, 0.9 * begins)
+
+    return max(known, key=likeness)
+
+
+def _help(cls: Any, path: str = "", *, everything: bool) -> Iterator[str]:
+    for one, hint, section in _sections(cls, everything=everything):
+        text = " ".join(str(one.metadata.get("help", "")).split())
+        if section:
+            yield f"\n{path}{one.name}: {text}"
+            yield from _help(section, f"{path}{one.name}.", everything=everything)
+            continue
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        choices = f" {{{','.join(get_args(hint))}}}" if get_origin(hint) is Literal else ""
+        shown = "" if default in (MISSING, None, "", [], {}) else f" (default: {default})"
+        yield f"  --{path}{one.name}{choices}{shown}"
+        yield from textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.errors import InvalidSequence, InvalidSpec
+from logitstream.settings import setting
 
 SAMPLERS = ("systematic", "multinomial", "threshold", "top_k", "top_k_ghost", "full")
 SAMPLER_FIELDS: dict[str, frozenset[str]] = {
@@ -42,26 +43,24 @@ FULL_UNITS = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSpec:
-    """How sparse targets are drawn from a teacher's next-token distribution.
+    """How sparse targets are drawn from a teacher's next-token distribution."""
 
-    sampler: one of SAMPLERS; num_samples: N of systematic and multinomial; threshold: θ, the probability above which
-    `threshold` keeps entries as they are; top_k: k of top_k and top_k_ghost; proposal_temperature: τ of multinomial's
-    proposal q ∝ t^τ; temperature: the teacher's logits are divided by it first; seed: of the whole run (a draw is
-    determined by seed, draw set, the sequence's content and the position); codec_version: of the encoded bytes.
-    """
-
-    sampler: str = "systematic"
-    num_samples: int = 50
-    threshold: float = 0.02
-    top_k: int = 12
-    proposal_temperature: float = 1.0
-    temperature: float = 1.0
-    seed: int = 0
-    codec_version: int = 2
+    sampler: str = setting(f"One of {', '.join(SAMPLERS)}.", "systematic")
+    num_samples: int = setting("N of systematic and multinomial.", 50)
+    threshold: float = setting("θ of threshold: entries of at least this probability are kept as they are.", 0.02)
+    top_k: int = setting("k of top_k and top_k_ghost.", 12)
+    proposal_temperature: float = setting("τ of multinomial's proposal q ∝ t^τ.", 1.0)
+    temperature: float = setting("Softmax temperature of teacher and student in the distillation loss.", 1.0)
+    seed: int = setting(
+        "Seed of the draws: with the draw set, the sequence's content and the position it determines a draw, so every "
+        "student with the same seed gets the same draws.",
+        0,
+    )
+    codec_version: int = setting("Version of the encoded targets.", 2)
 
     def __post_init__(self) -> None:
         """Numbers become those of their field's type: 2 and 2.0, or numpy's, must not make two fingerprints."""
-        for one in fields(self):
+        for one in fields(TargetSpec):
             value = getattr(self, one.name)
             if one.name != "sampler":
                 object.__setattr__(self, one.name, _number(one.name, value, whole=one.type == "int"))

@@ -12,36 +12,24 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from logitstream.errors import LogitstreamError
 from logitstream.processes import end_with_parent
-from logitstream.settings import parse_settings, settings_parser
-from student_worker.config import StudentConfig
+from logitstream.settings import SettingsError
+from student_worker.config import StudentConfig, parse_student
 from student_worker.ending import fail, resuming, starting_over
-from student_worker.training_help import training_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-DESCRIPTION = (
-    "Train a student on sparse targets from teacher servers. Settings of the training loop are "
-    "transformers.TrainingArguments. Several processes: torchrun --nproc_per_node=N -m student_worker …"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # a torchrun that is killed leaves nobody who trains on
-    if {"-h", "--help"} & set(words):
-        classes = (StudentConfig, training_arguments())
-        settings_parser(classes, command="student-worker", description=DESCRIPTION).print_help()
-        return
+    try:
+        config, arguments = parse_student(words)
+    except SettingsError as error:
+        fail(f"{error} (see student-worker --help)", status=2)
     import torch
-    from transformers import TrainingArguments
 
-    if not torch.accelerator.is_available():  # else accelerate takes each of torchrun's processes for the only one
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    config, arguments = parse_settings(
-        (StudentConfig, TrainingArguments), command="student-worker", description=DESCRIPTION, argv=words
-    )
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -59,9 +47,9 @@ def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[s
     """Run, and end with one line where something failed that a user can mend, or where the run was told to end."""
     from logitstream.training.checkpoints import ResumeUndecided, checkpoints_in
     from logitstream.training.stopping import Stopped
-    from student_worker.run import output_folder, run
+    from student_worker.run import run
 
-    folder = output_folder(arguments)
+    folder = Path(str(arguments.output_dir))
     try:
         run(config, arguments, words)
     except ResumeUndecided as error:

@@ -22,8 +22,8 @@ def what_runs(config: StudentConfig, arguments: TrainingArguments, trainer: Trai
     """Model, data, where targets come from, output: one line."""
     model: Any = trainer.model
     num_sequences, num_heldout = (len(part) for part in (trainer.train_dataset, trainer.eval_dataset))  # type: ignore[arg-type]
-    student = f"{config.model}" if config.model else f"an untrained {type(model).__name__} of {config.model_config}"
-    data = ", ".join(config.text) or f"the cache {config.cache}"
+    student = config.model.path or f"an untrained {type(model).__name__} of {config.model.config}"
+    data = ", ".join(config.data.text) or f"the cache {config.cache.path}"
     start = f", going on from {checkpoint.name}" if checkpoint else ""
     return (
         f"training {student} ({_count(model.num_parameters())} parameters) on {num_sequences:,} sequences of {data}, "
@@ -36,8 +36,8 @@ def warn_of_refusals(info: TeacherInfo | None, sequence_tokens: int) -> None:
     """Log it where the teacher, as far as it is known by now, takes no sequences of the run's length."""
     if info is not None and info.max_sequence_tokens < sequence_tokens:
         logger.warning(
-            "the teacher refuses sequences of more than %d tokens, sequence_tokens is %d: longer ones are left out of "
-            "the loss; lower it, or raise max_sequence_tokens at the teacher where its model allows for it",
+            "the teacher refuses sequences of more than %d tokens, data.sequence_tokens is %d: longer ones are left "
+            "out of the loss; lower it, or raise limits.max_sequence_tokens at the teacher if its model allows it",
             info.max_sequence_tokens,
             sequence_tokens,
         )
@@ -50,19 +50,19 @@ def what_came_of_it(report: dict[str, Any], config: StudentConfig, folder: Path,
     loss = f"held-out loss {before:.3f} → {after:.3f} nats a token" if known else "no held-out loss"
     lines = [f"{loss}; the student is in {folder}, the run's figures in {folder / 'report.json'}"]
     if checkpoints_in(folder):
-        lines.append(f"train longer: {resuming(words)} --num_train_epochs N")
-    if config.cache and config.targets != "cache":
-        lines.append(f"again, without a teacher: {command(words)} --targets cache --output_dir ANOTHER")
+        lines.append(f"train longer: {resuming(words)} --training.num_train_epochs N")
+    if config.cache.path and config.source != "cache":
+        lines.append(f"again, without a teacher: {command(words)} --targets.source cache --training.output_dir ANOTHER")
     return "\n".join(lines)
 
 
 def _source(config: StudentConfig) -> str:
-    teacher = f"the teacher {', '.join(config.teacher)}"
-    if config.targets == "online":
-        return f"targets from {teacher}" + (f", kept in {config.cache}" if config.cache else "")
-    if config.targets == "cache":
-        return f"targets from the cache {config.cache} alone"
-    return f"targets from the cache {config.cache}, else from {teacher}"
+    teacher = f"the teacher {', '.join(config.teacher.addresses)}"
+    if config.source == "online":
+        return f"targets from {teacher}" + (f", kept in {config.cache.path}" if config.cache.path else "")
+    if config.source == "cache":
+        return f"targets from the cache {config.cache.path} alone"
+    return f"targets from the cache {config.cache.path}, else from {teacher}"
 
 
 def _count(number: int) -> str:

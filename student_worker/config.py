@@ -1,25 +1,50 @@
-"""The student worker's settings; the training loop's own are transformers.TrainingArguments, in the same YAML file."""
+"""The settings of `student-worker`: one section each for the model, the text, the teacher, its targets, the cache, …"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from logitstream.client.resolver import teacher_host
+from logitstream.metrics import MetricsSettings
 from logitstream.rpc.addresses import check_exposure
-from logitstream.rpc.channel import TlsFiles
-from logitstream.settings import setting
+from logitstream.rpc.channel import TlsSettings
+from logitstream.settings import build, parse, require_at_least, setting
 from logitstream.types import TargetSpec
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-@dataclass(kw_only=True)
-class StudentConfig:
-    """Where the student, its text and its targets come from."""
+DESCRIPTION = (
+    "Train a student on sparse targets from teacher servers. The section `training` is transformers.TrainingArguments, "
+    "listed by --help-all. Several processes: torchrun --nproc_per_node=N -m student_worker ..."
+)
 
-    model: str = setting("Checkpoint to start from: a folder or a hub name.", "")
-    model_config: str = setting("config.json of a student that starts untrained, instead of `model`.", "")
-    tokenizer: str = setting("Tokenizer shared with the teacher: a folder or a hub name (default: the model's).", "")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """The student: trained further from a checkpoint, or from scratch by its config."""
+
+    path: str = setting("Checkpoint to start from: a folder or a hub name.", "")
+    config: str = setting("config.json of a student that starts untrained, instead of `path`.", "")
+    tokenizer: str = setting("Tokenizer shared with the teacher: a folder or a hub name; empty: the model's.", "")
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.config):
+            raise ValueError("expected one of model.path (a checkpoint) and model.config (an untrained student)")
+
+    @property
+    def name(self) -> str:
+        return self.path or self.config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """The text to train on, as packed sequences."""
+
     text: list[str] = setting(
         "Training text: .txt, .md, .rst (one document each), .jsonl, .parquet files or datasets folders; rows with "
         "input_ids are used as they are, with their labels, masks and position_ids, without padding.",
@@ -37,46 +62,55 @@ class StudentConfig:
     )
     max_sequences: int = setting("Use at most this many sequences of the text; 0: all.", 0)
     heldout_sequences: int = setting(
-        "Sequences set apart by their content for evaluation, never trained on; `cache` notes and keeps them.", 32
+        "Sequences set apart by their content for evaluation, never trained on; the cache records and keeps them.", 32
     )
 
-    teacher: list[str] = setting(
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "sequence_tokens")
+        require_at_least(self, 0, "max_sequences", "heldout_sequences")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSettings:
+    """The teacher's replicas and how long to wait for them."""
+
+    addresses: list[str] = setting(
         "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
     )
-    targets: Literal["auto", "online", "cache", "cache_then_online"] = setting(
-        "Where targets come from; `auto`: with a `cache` from there first, then from the teacher.", "auto"
-    )
-    draws: Literal["fresh", "reuse"] = setting(
-        "Fresh draws each epoch, or the first epoch's again (also where the cache alone lacks an epoch's draws).",
-        "fresh",
-    )
-    prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
-    cache: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
-    cache_max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
-    cache_provenance: dict[str, str] = setting(
-        "More facts to keep with a new cache, as JSON: licence, corpus, …", factory=dict
-    )
+    token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used if it is empty.", "")
+    client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
+    connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
     deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
     stalled_seconds: float = setting(
-        "A replica that answers nothing for so long while others are up is given up; one that was slow before gets "
+        "A replica that answers nothing for this long while others are up is given up; one that was slow before gets "
         "longer, up to half of deadline_seconds.",
         60.0,
     )
-    connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
     max_teacher_lag: int = setting(
         "0: all targets come from the same weights; n: the teacher may learn meanwhile, and targets from weights more "
         "than n versions older than the newest seen are asked for again; -1: any version.",
         0,
     )
 
-    sampler: str = setting("systematic, multinomial, threshold, top_k, top_k_ghost or full.", "systematic")
-    num_samples: int = setting("N of systematic and multinomial.", 50)
-    threshold: float = setting("θ of threshold: entries of at least this probability are kept as they are.", 0.02)
-    top_k: int = setting("k of top_k and top_k_ghost.", 12)
-    proposal_temperature: float = setting("τ of multinomial's proposal q ∝ t^τ.", 1.0)
-    temperature: float = setting("Softmax temperature of teacher and student in the distillation loss.", 1.0)
-    target_seed: int = setting("Seed of the draws; with the same one every student gets the same draws.", 0)
-    codec_version: int = setting("Version of the encoded targets.", 2)
+    def __post_init__(self) -> None:
+        for name in ("deadline_seconds", "stalled_seconds", "connect_timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+Source = Literal["online", "cache", "cache_then_online"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSettings(TargetSpec):
+    """How the targets are drawn (docs/targets-format.md) and where they come from."""
+
+    source: Literal["auto", "online", "cache", "cache_then_online"] = setting(
+        "Where targets come from; `auto`: the cache first if there is one, then the teacher.", "auto"
+    )
+    draws: Literal["fresh", "reuse"] = setting(
+        "Fresh draws each epoch, or the first epoch's again (also if the cache alone lacks an epoch's draws).", "fresh"
+    )
     bytes_per_token: float = setting(
         "Choose N, θ or k so that targets take about this many bytes a supervised token; 0: no. A cache that exists "
         "keeps its own.",
@@ -86,90 +120,97 @@ class StudentConfig:
         "Choose N or θ so that the targets' MSE per position is about this; 0: no. A cache that exists keeps its own.",
         0.0,
     )
-
-    ce_weight: float = setting("Share of the loss that is cross-entropy against the text, 0 to 1.", 0.0)
-    overhead_every: int = setting("Time a cross-entropy step beside every n-th step; 0: never.", 10)
-
-    client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
-    tls_ca: str = setting(
-        "PEM file of the authority that signed the teacher's certificate; `system`: this machine's authorities; empty: "
-        "plaintext, which only a teacher on this machine gets.",
-        "",
-    )
-    tls_cert: str = setting("This client's certificate (PEM), where the teacher asks for one.", "")
-    tls_key: str = setting("Key (PEM) of `tls_cert`.", "")
-    insecure: bool = setting("Allow plaintext to a teacher on another machine.", False)
-    token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used where it is empty.", "")
-    metrics_port: int = setting("Serve Prometheus metrics on this port plus the local rank; 0: do not.", 0)
-    metrics_address: str = setting("Interface of the Prometheus metrics; 0.0.0.0: all of them.", "127.0.0.1")
+    prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
 
     def __post_init__(self) -> None:
-        if bool(self.model) == bool(self.model_config):
-            raise ValueError("expected one of `model` (a checkpoint) and `model_config` (an untrained student)")
-        if self.targets == "auto":
-            self.targets = "cache_then_online" if self.cache else "online"
-        if not self.text and not (self.targets == "cache" and self.cache):
-            raise ValueError("expected `text`, or `targets: cache` with a `cache` to train from alone")
-        if self.targets != "online" and not self.cache:
-            raise ValueError(f"`targets: {self.targets}` needs `cache`")
-        if not 0.0 <= self.ce_weight <= 1.0:
-            raise ValueError(f"ce_weight must lie in [0, 1], got {self.ce_weight}")
-        for name in ("sequence_tokens", "prefetch_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_sequences", "heldout_sequences", "cache_max_bytes", "overhead_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("deadline_seconds", "stalled_seconds", "connect_timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        TargetSpec.__post_init__(self)
+        require_at_least(self, 1, "prefetch_batches")
         for name in ("bytes_per_token", "noise"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
         if self.bytes_per_token and self.noise:
             raise ValueError("expected one budget, bytes_per_token or noise, got both")
-        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_cert and not self.tls_ca):
-            raise ValueError(
-                "TLS needs tls_cert and tls_key or neither, and tls_ca (a PEM file, or `system`) with them"
-            )
-        if self.targets != "cache":
-            for address in self.teacher:
+
+    def spec(self) -> TargetSpec:
+        """Return the sampler's part, before a budget changes N, θ or k."""
+        return TargetSpec(**{one.name: getattr(self, one.name) for one in fields(TargetSpec)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """Targets kept on disk (docs/cache.md)."""
+
+    path: str = setting("Folder (or fsspec URL) that keeps every target received; empty: none.", "")
+    max_bytes: int = setting("Stop writing to the cache beyond this many bytes; 0: no bound.", 0)
+    provenance: dict[str, str] = setting("More facts to keep with a new cache: licence, corpus, ...", factory=dict)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "max_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """The loss, and the measurement of what distillation costs."""
+
+    ce_weight: float = setting("Share of the loss that is cross-entropy against the text, 0 to 1.", 0.0)
+    overhead_every: int = setting("Time a cross-entropy step beside every n-th step; 0: never.", 10)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ce_weight <= 1.0:
+            raise ValueError(f"ce_weight must lie in [0, 1], got {self.ce_weight}")
+        require_at_least(self, 0, "overhead_every")
+
+
+def training_arguments() -> type[TrainingArguments]:
+    """Import what takes seconds to import."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentConfig:
+    """Where the student, its text and its targets come from."""
+
+    model: ModelSettings = setting("The student.", factory=ModelSettings)
+    data: DataSettings = setting("The text.", factory=DataSettings)
+    teacher: TeacherSettings = setting("The teacher's replicas.", factory=TeacherSettings)
+    tls: TlsSettings = setting("Encryption of the connections to the teacher.", factory=TlsSettings)
+    targets: TargetSettings = setting("How targets are drawn and where they come from.", factory=TargetSettings)
+    cache: CacheSettings = setting("Targets kept on disk.", factory=CacheSettings)
+    loss: LossSettings = setting("The loss.", factory=LossSettings)
+    metrics: MetricsSettings = setting("Prometheus metrics.", factory=MetricsSettings)
+    training: dict[str, Any] = setting(
+        "The training loop: transformers.TrainingArguments, listed by --help-all.",
+        factory=dict,
+        later=training_arguments,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data.text and not (self.source == "cache" and self.cache.path):
+            raise ValueError("expected data.text, or targets.source `cache` with cache.path to train from alone")
+        if self.source != "online" and not self.cache.path:
+            raise ValueError(f"targets.source `{self.source}` needs cache.path")
+        if self.tls.cert and not self.tls.ca:
+            raise ValueError("TLS needs tls.ca (a PEM file, or `system`) with tls.cert and tls.key")
+        if self.source != "cache":
+            for address in self.teacher.addresses:
                 teacher_host(address)
-            check_exposure(self.teacher, encrypted=bool(self.tls_ca), insecure=self.insecure)
-        self.target_spec()
+            check_exposure(self.teacher.addresses, encrypted=bool(self.tls.ca), insecure=self.tls.insecure)
 
-    def target_mode(self) -> Literal["online", "cache", "cache_then_online"]:
+    @property
+    def source(self) -> Source:
         """Where targets come from."""
-        assert self.targets != "auto"
-        return self.targets
+        if self.targets.source == "auto":
+            return "cache_then_online" if self.cache.path else "online"
+        return self.targets.source
 
-    def target_spec(self) -> TargetSpec:
-        """How the targets are drawn, before a budget changes N or θ."""
-        return TargetSpec(
-            sampler=self.sampler,
-            num_samples=self.num_samples,
-            threshold=self.threshold,
-            top_k=self.top_k,
-            proposal_temperature=self.proposal_temperature,
-            temperature=self.temperature,
-            seed=self.target_seed,
-            codec_version=self.codec_version,
-        )
 
-    def tls_files(self) -> TlsFiles | None:
-        """For the channel to the teacher; None: plaintext."""
-        if not self.tls_ca:
-            return None
-        authority = None if self.tls_ca == "system" else self.tls_ca
-        return TlsFiles(certificate=self.tls_cert or None, key=self.tls_key or None, authority=authority)
+def parse_student(words: Sequence[str]) -> tuple[StudentConfig, TrainingArguments]:
+    """Return the settings and the Trainer's. Raises SettingsError."""
+    config = parse(StudentConfig, words, command="student-worker", description=DESCRIPTION)
+    import torch
 
-    def draw_by(self, spec: TargetSpec) -> None:
-        """Take the sampler's settings from a spec."""
-        self.sampler = spec.sampler
-        self.num_samples = spec.num_samples
-        self.threshold = spec.threshold
-        self.top_k = spec.top_k
-        self.proposal_temperature = spec.proposal_temperature
-        self.temperature = spec.temperature
-        self.target_seed = spec.seed
-        self.codec_version = spec.codec_version
+    if not torch.accelerator.is_available():  # else accelerate takes each of torchrun's processes for the only one
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    return config, build(training_arguments(), config.training, "training.")

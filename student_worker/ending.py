@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from logitstream.settings import SECONDS_FOR_THE_FIRST_PROCESS
-
-_RESUME = "--resume_from_checkpoint"
+SECONDS_FOR_THE_FIRST_PROCESS = 5.0
+"""How long the other processes of torchrun keep their error back: the first one's ends them meanwhile."""
+_RESUME = "--training.resume_from_checkpoint"
 
 
 def fail(message: str, *, status: int = 1, quiet: bool = False) -> NoReturn:

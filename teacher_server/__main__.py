@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from logitstream.errors import one_line
 from teacher_server.stopping import stop_while_starting
 
 if TYPE_CHECKING:  # imported where they are used: they take seconds, in which signals are heeded already
@@ -21,12 +23,17 @@ DESCRIPTION = "Score sequences with a large language model and stream sparse tar
 def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:  # as a command
         stop_while_starting()
-    from logitstream.settings import parse_settings
+    from logitstream.settings import SettingsError, parse
     from teacher_server import logs
     from teacher_server.config import TeacherConfig
 
-    (config,) = parse_settings([TeacherConfig], command="teacher-server", description=DESCRIPTION, argv=argv)
-    logs.configure(level=config.log_level, as_json=config.log_json)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse(TeacherConfig, words, command="teacher-server", description=DESCRIPTION)
+    except SettingsError as error:
+        print(f"teacher-server: {one_line(error)} (see teacher-server --help)", file=sys.stderr)
+        sys.exit(2)
+    logs.configure(level=config.log.level, as_json=config.log.json)
     if config.check:
         check(config)
         return
@@ -39,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from teacher_server.server import serve
 
     def load_checkpoint(folder: Path) -> TeacherBackend:
-        return backend_factory(replace(config, model=str(folder), tokenizer=config.tokenizer or config.model))()
+        model = replace(config.model, path=str(folder), tokenizer=config.model.tokenizer or config.model.path)
+        return backend_factory(replace(config, model=model))()
 
     serve(
         config,
@@ -52,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: TeacherConfig) -> None:
     """Load everything that serving needs, say what would be served, serve nothing; SystemExit says what is wrong."""
-    from logitstream.errors import LogitstreamError, one_line
+    from logitstream.errors import LogitstreamError
     from logitstream.rpc.certificates import certificate_expiry
     from teacher_server.preflight import check_access, check_places
     from teacher_server.server import stream_limits
@@ -63,8 +71,8 @@ def check(config: TeacherConfig) -> None:
         check_places(config)
         backend = backend_factory(config)()
         id_model, rules = id_model_of(config, backend), vocabulary_of(config).rules_digest
-        if config.tls_cert:
-            print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls_cert), UTC)}")
+        if config.tls.cert:
+            print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls.cert), UTC)}")
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
     info = backend.describe()
@@ -81,13 +89,13 @@ def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
     """
     from teacher_server.id_model_calibration import id_model_from
 
-    path = Path(config.id_model) if config.id_model else None
-    text = Path(config.calibration_text) if config.calibration_text else None
+    path = Path(config.id_model.file) if config.id_model.file else None
+    text = Path(config.id_model.text) if config.id_model.text else None
     content = id_model_from(path, text, tokenizer_of(config) if text is not None else None, backend)
-    if len(content) > config.max_message_bytes:
+    if len(content) > config.limits.max_message_bytes:
         raise ValueError(
-            f"max_message_bytes must be at least {len(content)}, the size of the id model, "
-            f"got {config.max_message_bytes}"
+            f"limits.max_message_bytes must be at least {len(content)}, the size of the id model, "
+            f"got {config.limits.max_message_bytes}"
         )
     return content
 
@@ -104,7 +112,9 @@ def tokenizer_of(config: TeacherConfig) -> Any:
     from logitstream.tokenizer import load_tokenizer
     from teacher_server.weights import weights_folder
 
-    return load_tokenizer(config.tokenizer, config.tokenizer or str(weights_folder(config.model, config.revision)))
+    return load_tokenizer(
+        config.model.tokenizer, config.model.tokenizer or str(weights_folder(config.model.path, config.model.revision))
+    )
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
@@ -116,21 +126,23 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
 
         from teacher_server.transformers_backend import TransformersBackend
 
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
+        if config.model.num_threads:
+            torch.set_num_threads(config.model.num_threads)
         try:
             return TransformersBackend.load(
-                config.model,
-                revision=config.revision,
-                tokenizer=config.tokenizer,
-                dtype=config.dtype,
-                device=config.device,
-                vocab_size=config.vocab_size,
-                max_padded_tokens=config.max_batch_tokens,
-                logits_chunk_bytes=config.logits_chunk_bytes,
+                config.model.path,
+                revision=config.model.revision,
+                tokenizer=config.model.tokenizer,
+                dtype=config.model.dtype,
+                device=config.model.device,
+                vocab_size=config.model.vocab_size,
+                max_padded_tokens=config.limits.max_batch_tokens,
+                logits_chunk_bytes=config.model.logits_chunk_bytes,
             )
         except (RuntimeError, AssertionError, SafetensorError) as error:  # a device that is none, a file cut off, …
-            raise ValueError(f"model {config.model} cannot be loaded on device {config.device!r}: {error}") from error
+            raise ValueError(
+                f"model {config.model.path} cannot be loaded on device {config.model.device!r}: {error}"
+            ) from error
 
     def load_vllm() -> TeacherBackend:
         from logitstream.tokenizer import tokenizer_digest
@@ -138,24 +150,24 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
         from teacher_server.vllm_backend import VllmBackend, engine_args
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
-        with_code = bool(config.backend_options.get("trust_remote_code"))
-        folder = weights_folder(config.model, config.revision, with_code=with_code)
+        with_code = bool(config.vllm.options.get("trust_remote_code"))
+        folder = weights_folder(config.model.path, config.model.revision, with_code=with_code)
         tokenizer = tokenizer_of(config)
-        check_vocab_size(config.vocab_size, tokenizer)
+        check_vocab_size(config.model.vocab_size, tokenizer)
         args = engine_args(
             str(folder),
-            dtype=config.dtype,
-            revision=config.revision,
-            max_sequence_tokens=config.max_sequence_tokens,
-            vocab_size=config.vocab_size,
-            logits_chunk_bytes=config.logits_chunk_bytes,
-            options=config.backend_options,
+            dtype=config.model.dtype,
+            revision=config.model.revision,
+            max_sequence_tokens=config.limits.max_sequence_tokens,
+            vocab_size=config.model.vocab_size,
+            logits_chunk_bytes=config.model.logits_chunk_bytes,
+            options=config.vllm.options,
         )
         return VllmBackend(
             args,
-            weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.backend_options),
+            weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.vllm.options),
             tokenizer_digest=tokenizer_digest(tokenizer),
-            engine_restarts=config.engine_restarts,
+            engine_restarts=config.vllm.restarts,
         )
 
     return load_vllm if config.backend == "vllm" else load_transformers

@@ -43,7 +43,7 @@ class Usage:
             self._is_full = True
             metrics.CACHE_WRITE_ERRORS.inc()
             log.warning(
-                "the caches in %s reach cache_max_bytes = %d: nothing more is written until some are pruned or deleted",
+                "the caches in %s reach cache.max_bytes = %d: nothing more is written until some are pruned or deleted",
                 self._directory,
                 self._max_bytes,
             )

@@ -121,5 +121,5 @@ def aborting(code: grpc.StatusCode, details: str, *, notice: Callable[[str], Non
 
 
 def interceptors(config: TeacherConfig) -> list[aio.ServerInterceptor[Any, Any]]:
-    tokens = bearer_tokens(config.token_file, config.token_env)
+    tokens = bearer_tokens(config.server.token_file, config.server.token_env)
     return [BriefReflection()] if tokens is None else [TokenGate(tokens), BriefReflection()]

@@ -17,40 +17,40 @@ log = logging.getLogger(__name__)
 
 def check_access(config: TeacherConfig) -> None:
     """Raises ValueError or OSError where nobody could be let in: gRPC itself takes any key and fails each handshake."""
-    bearer_tokens(config.token_file, config.token_env)
-    if not config.tls_cert:
+    bearer_tokens(config.server.token_file, config.server.token_env)
+    if not config.tls.cert:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     for setting, path in (
-        ("tls_cert", config.tls_cert),
-        ("tls_key", config.tls_key),
-        ("tls_client_ca", config.tls_client_ca),
+        ("tls.cert", config.tls.cert),
+        ("tls.key", config.tls.key),
+        ("tls.ca", config.tls.ca),
     ):
         if path and not Path(path).is_file():
             raise ValueError(f"{setting} {path} is no file")
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
+        context.load_cert_chain(config.tls.cert, config.tls.key)
     except ssl.SSLError as error:
         raise ValueError(
-            f"tls_cert {config.tls_cert} and tls_key {config.tls_key} do not go together: {error}"
+            f"tls.cert {config.tls.cert} and tls.key {config.tls.key} do not go together: {error}"
         ) from error
     try:
-        if config.tls_client_ca:
-            context.load_verify_locations(config.tls_client_ca)
+        if config.tls.ca:
+            context.load_verify_locations(config.tls.ca)
     except ssl.SSLError as error:
-        raise ValueError(f"tls_client_ca {config.tls_client_ca} holds no certificate: {error}") from error
+        raise ValueError(f"tls.ca {config.tls.ca} holds no certificate: {error}") from error
 
 
 def check_places(config: TeacherConfig) -> None:
     """Raises ValueError where a port cannot be bound or the watched folder is missing; a port in use is only noted."""
-    addresses = {"address": config.address, "health_address": config.health_address}
-    if config.metrics_port >= 0:
-        addresses["metrics_address"] = f"{config.metrics_address}:{config.metrics_port}"
+    addresses = {"server.address": config.server.address, "server.health_address": config.server.health_address}
+    if config.metrics.port >= 0:
+        addresses["metrics.address"] = f"{config.metrics.address}:{config.metrics.port}"
     for setting, address in addresses.items():
         if address and not is_unix(address):
             _bind(setting, address)
-    if config.watch_checkpoints and not Path(config.watch_checkpoints).is_dir():
-        raise ValueError(f"watch_checkpoints {config.watch_checkpoints} is no folder")
+    if config.watch.folder and not Path(config.watch.folder).is_dir():
+        raise ValueError(f"watch.folder {config.watch.folder} is no folder")
 
 
 def _bind(setting: str, address: str) -> None:

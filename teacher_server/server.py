@@ -19,7 +19,6 @@ from logitstream.errors import LogitstreamError, one_line
 from logitstream.files import write_whole
 from logitstream.rpc.addresses import is_loopback
 from logitstream.rpc.certificates import CertificateExpiry, server_credentials
-from logitstream.rpc.channel import TlsFiles
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo
 from teacher_server import listening
@@ -70,14 +69,16 @@ class TeacherServer:
         self._server = aio.server(
             interceptors=interceptors(config),
             options=listening.teacher_options(
-                config.address,
-                config.max_message_bytes,
-                max_streams=config.max_streams,
-                max_connections=config.max_connections,
+                config.server.address,
+                config.limits.max_message_bytes,
+                max_streams=config.limits.max_streams,
+                max_connections=config.limits.max_connections,
             ),
         )
         self._probed = (
-            aio.server(options=listening.health_options(config.health_address)) if config.health_address else None
+            aio.server(options=listening.health_options(config.server.health_address))
+            if config.server.health_address
+            else None
         )
         self.scheduler: Scheduler | None = None
         self.address = ""
@@ -126,16 +127,17 @@ class TeacherServer:
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((self._health.handler(), self._gate))
         credentials = None
-        if config.tls_cert:
-            files = TlsFiles(certificate=config.tls_cert, key=config.tls_key, authority=config.tls_client_ca or None)
+        if config.tls.cert:
+            files = config.tls.files()
+            assert files is not None
             credentials = server_credentials(files)
-            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(CertificateExpiry(config.tls_cert))
-        elif not is_loopback(config.address):
-            log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
-        self.address = listening.bind(self._server, config.address, credentials)
+            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(CertificateExpiry(config.tls.cert))
+        elif not is_loopback(config.server.address):
+            log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.server.address)
+        self.address = listening.bind(self._server, config.server.address, credentials)
         if self._probed is not None:
             self._probed.add_generic_rpc_handlers((self._health.handler(),))
-            listening.bind(self._probed, config.health_address)
+            listening.bind(self._probed, config.server.health_address)
             await self._probed.start()
         await self._server.start()
 
@@ -145,11 +147,11 @@ class TeacherServer:
         config = self._config
         scheduler = self.scheduler = Scheduler(
             backend,
-            self._make_encoder(id_model, config.max_message_bytes),
-            max_batch_tokens=config.max_batch_tokens,
-            client_weights=config.weights_by_client(),
-            stored=StoredTargets(config.cache, id_model=id_model, max_bytes=config.cache_max_bytes)
-            if config.cache
+            self._make_encoder(id_model, config.limits.max_message_bytes),
+            max_batch_tokens=config.limits.max_batch_tokens,
+            client_weights=config.limits.client_weights,
+            stored=StoredTargets(config.cache.path, id_model=id_model, max_bytes=config.cache.max_bytes)
+            if config.cache.path
             else None,
         )
         limits = stream_limits(config, backend.describe())
@@ -185,8 +187,8 @@ class TeacherServer:
         log.info("draining: %d sequences in flight", scheduler.num_unfinished)
         scheduler.start_draining()
         self._health.set(serving=False)
-        deadline = time.monotonic() + self._config.drain_seconds
-        servicer.announce_drain(self._config.drain_seconds)
+        deadline = time.monotonic() + self._config.server.drain_seconds
+        servicer.announce_drain(self._config.server.drain_seconds)
         while servicer.num_unsent and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         log.info("drained: %d calls left unanswered", servicer.num_unsent)
@@ -212,14 +214,14 @@ class TeacherServer:
     def _watch(self, scheduler: Scheduler, has_looked: asyncio.Event) -> list[asyncio.Future[None]]:
         """The task that follows new checkpoints, where that is wanted."""
         config = self._config
-        if not config.watch_checkpoints:
+        if not config.watch.folder:
             has_looked.set()
             return []
         if self._load_checkpoint is None:
-            raise ValueError(f"watch_checkpoints is set, but the {config.backend} backend cannot replace its weights")
+            raise ValueError(f"watch.folder is set, but the {config.backend} backend cannot replace its weights")
         watching = watch_checkpoints(
-            Path(config.watch_checkpoints),
-            every_seconds=config.watch_seconds,
+            Path(config.watch.folder),
+            every_seconds=config.watch.seconds,
             load=self._load_checkpoint,
             replace=scheduler.replace_backend,
             has_looked=has_looked,
@@ -227,8 +229,8 @@ class TeacherServer:
         return [asyncio.ensure_future(watching)]
 
     def _announce(self) -> None:
-        if self._config.address_file:
-            write_whole(Path(self._config.address_file), self.address + "\n")
+        if self._config.server.address_file:
+            write_whole(Path(self._config.server.address_file), self.address + "\n")
         print(f"serving on {self.address}", flush=True)
 
 
@@ -254,9 +256,9 @@ def serve(
         workers = ThreadPoolExecutor(thread_name_prefix=WORKERS)
         asyncio.get_running_loop().set_default_executor(workers)
         file_limit = listening.raise_file_limit()
-        if config.metrics_port >= 0:
-            port = metrics.serve(config.metrics_port, side="teacher", address=config.metrics_address)
-            log.info("metrics on %s:%d", config.metrics_address, port)
+        if config.metrics.port >= 0:
+            port = metrics.serve(config.metrics.port, side="teacher", address=config.metrics.address)
+            log.info("metrics on %s:%d", config.metrics.address, port)
         log.info("up to %d files and connections may be open", file_limit)
         server = TeacherServer(
             config,
@@ -309,10 +311,10 @@ def stream_limits(config: TeacherConfig, info: TeacherInfo) -> StreamLimits:
     """The settings' limits, within what the backend can do."""
     longest = info.max_sequence_tokens
     return StreamLimits(
-        max_sequence_tokens=min(config.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS, longest),
-        max_in_flight_tokens=config.max_in_flight_tokens,
-        max_queue_tokens=config.max_queue_tokens,
-        max_message_bytes=config.max_message_bytes,
-        max_streams=config.max_streams,
-        max_client_streams=config.max_client_streams or -(-config.max_streams // 2),
+        max_sequence_tokens=min(config.limits.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS, longest),
+        max_in_flight_tokens=config.limits.max_in_flight_tokens,
+        max_queue_tokens=config.limits.max_queue_tokens,
+        max_message_bytes=config.limits.max_message_bytes,
+        max_streams=config.limits.max_streams,
+        max_client_streams=config.limits.max_client_streams or -(-config.limits.max_streams // 2),
     )

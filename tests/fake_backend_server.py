@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from teacher_server import logs
-from teacher_server.config import TeacherConfig
 from teacher_server.server import serve
 from tests.fakes import FAKE_DIGEST, FakeBackend
+from tests.flat_settings import teacher_config
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--log-level", default="WARNING")
     args = parser.parse_args()
     logs.configure(level=args.log_level, as_json=False)
-    config = TeacherConfig(
+    config = teacher_config(
         model="fake",
         address=args.address,
         address_file=args.address_file,

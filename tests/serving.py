@@ -21,8 +21,8 @@ from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TokenSequence
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint
-from teacher_server.config import TeacherConfig
 from teacher_server.server import TeacherServer
+from tests.flat_settings import teacher_config
 
 SPEC = TargetSpec(num_samples=8, codec_version=1)
 COMMAND = [sys.executable, "-m", "teacher_server"]
@@ -38,7 +38,7 @@ async def serving(
     **settings: Any,
 ) -> AsyncIterator[TeacherServer]:
     """A server that is healthy on entry and drained on exit; what its `run` raises is raised here."""
-    config = TeacherConfig(**{"model": "test", "address": "127.0.0.1:0", "drain_seconds": 5.0} | settings)
+    config = teacher_config(**{"model": "test", "address": "127.0.0.1:0", "drain_seconds": 5.0} | settings)
     server = TeacherServer(config, lambda: backend, load_checkpoint=load_checkpoint, load_vocabulary=lambda: vocabulary)
     running = asyncio.ensure_future(server.run())
     while not server.serving and not running.done():
@@ -104,7 +104,7 @@ class WireClient:
 @contextmanager
 def teacher_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running server and its address."""
-    command = [*COMMAND, "--address", "127.0.0.1:0", *arguments]
+    command = [*COMMAND, "--server.address", "127.0.0.1:0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
         assert process.stdout is not None

@@ -182,7 +182,7 @@ class CacheWriter:
             self._seal()
             self._shard = OpenShard.create(self.directory, self._writer_id, self._manifest)
         if max_bytes and self._total_bytes(message.size) > max_bytes:
-            self._disable(f"cache_max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
+            self._disable(f"cache.max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
             return
         self._shard.append(message, fsync=self._fsync)
         self._unchecked_bytes += message.size

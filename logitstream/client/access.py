@@ -19,7 +19,7 @@ def check_access(tls: TlsFiles | None, *, token: str = "", token_file: str = "")
     Raises ValueError, which names the setting, where one of them is none or its file cannot be read.
     """
     if tls is not None:
-        with of_setting("tls_ca, tls_cert or tls_key"):
+        with of_setting("tls.ca, tls.cert or tls.key"):
             client_credentials(tls)
     if token_file and not token:
         read = TokenFile(Path(token_file)).read

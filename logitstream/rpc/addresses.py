@@ -41,6 +41,6 @@ def check_exposure(addresses: Sequence[str], *, encrypted: bool, insecure: bool)
         return
     if exposed := [address for address in addresses if not is_loopback(address)]:
         raise ValueError(
-            f"plaintext to {exposed[0]} would show the token and the texts to the network: give tls_ca (its "
-            "authority's PEM file, or `system`), or `insecure` where a proxy or a private network protects it"
+            f"plaintext to {exposed[0]} would show the token and the texts to the network: give tls.ca (its "
+            "authority's PEM file, or `system`), or `tls.insecure` where a proxy or a private network protects it"
         )

@@ -12,6 +12,7 @@ from grpc import aio
 
 from logitstream.rpc.addresses import is_loopback, split_address
 from logitstream.rpc.proxy import proxy_for
+from logitstream.settings import setting
 
 Options = list[tuple[str, int | str]]
 
@@ -85,6 +86,32 @@ class TlsFiles:
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("TLS needs the certificate and the key, or neither")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSettings:
+    """Encryption of the connections between students and teachers, for the settings of both commands."""
+
+    ca: str = setting(
+        "PEM file of the authority that must have signed the other end's certificate. On a student also `system` (this "
+        "machine's authorities); empty: plaintext, which only a teacher on this machine gets. On a teacher empty: "
+        "students need no certificate.",
+        "",
+    )
+    cert: str = setting("PEM file of this end's certificate chain.", "")
+    key: str = setting("PEM file of this end's private key.", "")
+    insecure: bool = setting("Allow plaintext between machines, as behind a proxy or in a private network.", False)
+
+    def __post_init__(self) -> None:
+        if bool(self.cert) != bool(self.key):
+            raise ValueError("TLS needs tls.cert and tls.key, or neither")
+
+    def files(self) -> TlsFiles | None:
+        """Return the files for a channel or a server; None: plaintext."""
+        if not self.ca and not self.cert:
+            return None
+        authority = None if self.ca in ("", "system") else self.ca
+        return TlsFiles(certificate=self.cert or None, key=self.key or None, authority=authority)
 
 
 def client_credentials(files: TlsFiles) -> grpc.ChannelCredentials:

@@ -46,10 +46,10 @@ RETRYABLE = frozenset(
 
 CANNOT_CONNECT = "failed to connect to all addresses; last error: "
 HINTS = {
-    "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls_ca",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from the authority in tls_ca, or is not valid now",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls.ca",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from the authority in tls.ca, or is not valid now",
     "Hostname Verification": "its certificate names another host than the address in `teacher`",
-    "Socket closed": "it closed the connection, as a server does that expects TLS (tls_ca) or a certificate (tls_cert)",
+    "Socket closed": "it closed the connection, as a server does that expects TLS (tls.ca) or a certificate (tls.cert)",
 }
 """What a failed connection means, by a part of gRPC's words for it."""
 

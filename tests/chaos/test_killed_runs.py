@@ -26,8 +26,10 @@ import psutil
 import pytest
 import yaml
 
+from student_worker.config import StudentConfig
 from tests.authority import Authority
 from tests.chaos.killed_runs import KillPoint, run_student, run_student_of_two, run_teacher
+from tests.flat_settings import nested
 from tests.forking import SPAWN
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
 
@@ -73,7 +75,7 @@ class Place:
         } | changes
         output.parent.mkdir(parents=True, exist_ok=True)
         path = output.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(values))
+        path.write_text(yaml.safe_dump(nested(StudentConfig, values)))
         return ["--config", str(path)]
 
 
@@ -83,7 +85,12 @@ class Teacher:
     def __init__(self, folder: Path, *options: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.address = f"localhost:{listener.getsockname()[1]}"
-        self.words = ["--model", str(folder / "teacher"), "--address", self.address.replace("localhost", "127.0.0.1")]
+        self.words = [
+            "--model.path",
+            str(folder / "teacher"),
+            "--server.address",
+            self.address.replace("localhost", "127.0.0.1"),
+        ]
         self.words += options
         self.log = folder / f"teacher-{self.address.split(':')[1]}.log"
         self.process = self.start()
@@ -115,7 +122,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (folder / "token").write_text("secret\n")
     tls = Authority(folder).issue("server")
     made = Place(folder)
-    secure = ["--tls_cert", str(tls.certificate), "--tls_key", str(tls.key), "--token_file", str(folder / "token")]
+    secure = [
+        "--tls.cert",
+        str(tls.certificate),
+        "--tls.key",
+        str(tls.key),
+        "--server.token_file",
+        str(folder / "token"),
+    ]
     made.teachers = {"plain": Teacher(folder), "tls": Teacher(folder, *secure)}
     yield made
     for teacher in made.teachers.values():

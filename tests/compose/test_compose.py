@@ -71,9 +71,11 @@ def cluster(docker_environment: dict[str, str], tmp_path_factory: pytest.TempPat
 def _smaller(folder: Path) -> Path:
     """A compose file that gives the students fewer sequences and lets Prometheus look more often."""
     settings = yaml.safe_load((ROOT / "docker/student.yaml").read_text())
-    settings |= {"max_sequences": NUM_SEQUENCES, "num_train_epochs": EPOCHS, "overhead_every": 4}
-    assert settings["sequence_tokens"] == SEQUENCE_TOKENS
-    assert settings["per_device_train_batch_size"] * len(STUDENTS) == SEQUENCES_PER_STEP
+    settings["data"]["max_sequences"] = NUM_SEQUENCES
+    settings["training"]["num_train_epochs"] = EPOCHS
+    settings["loss"]["overhead_every"] = 4
+    assert settings["data"]["sequence_tokens"] == SEQUENCE_TOKENS
+    assert settings["training"]["per_device_train_batch_size"] * len(STUDENTS) == SEQUENCES_PER_STEP
     (folder / "student.yaml").write_text(yaml.safe_dump(settings))
     prometheus = yaml.safe_load((ROOT / "deploy/monitoring/prometheus.yaml").read_text())
     prometheus["global"] = {"scrape_interval": "1s", "evaluation_interval": "2s"}

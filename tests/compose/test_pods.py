@@ -55,7 +55,8 @@ def _make_smaller(manifests: list[Manifest]) -> None:
     """Fewer sequences; every other setting stays."""
     (settings,) = [m for m in of_kind(manifests, "ConfigMap") if "student.yaml" in m["data"]]
     values = yaml.safe_load(settings["data"]["student.yaml"])
-    values |= {"max_sequences": NUM_SEQUENCES, "num_train_epochs": EPOCHS}
+    values["data"]["max_sequences"] = NUM_SEQUENCES
+    values["training"]["num_train_epochs"] = EPOCHS
     settings["data"]["student.yaml"] = yaml.safe_dump(values)
 
 

@@ -101,10 +101,10 @@ def port_problems(manifests: list[Manifest]) -> Iterator[str]:
             if port is not None and port not in _ports(container):
                 yield f"{name}: {kind} asks port {port}, which is not open"
     for name, settings, container in _settings(manifests):
-        for key in ("address", "health_address", "metrics_port"):
-            served = int(str(settings[key]).rpartition(":")[2]) if key in settings else None
-            if served is not None and served not in _ports(container):
-                yield f"{name}: {key} is {settings[key]}, which the container does not open"
+        for section, key in (("server", "address"), ("server", "health_address"), ("metrics", "port")):
+            value = settings.get(section, {}).get(key)
+            if value is not None and int(str(value).rpartition(":")[2]) not in _ports(container):
+                yield f"{name}: {section}.{key} is {value}, which the container does not open"
 
 
 def _opened(pods: Mapping[str, Manifest], selector: Mapping[str, str], port: str | int) -> bool:
@@ -165,13 +165,15 @@ def reference_problems(manifests: list[Manifest]) -> Iterator[str]:
 
 def _path_problems(name: str, settings: Manifest, container: Manifest) -> Iterator[str]:
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    for key, value in settings.items():
+    for key, value in (
+        (f"{section}.{key}", value) for section, part in settings.items() for key, value in part.items()
+    ):
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and path.startswith("/"):
                 mount = next((m for place, m in mounts.items() if path.startswith(f"{place}/")), None)
                 if mount is None:
                     yield f"{name}: {key} is {path}, where nothing is mounted"
-                elif key in ("cache", "output_dir") and mount.get("readOnly"):
+                elif key in ("cache.path", "training.output_dir") and mount.get("readOnly"):
                     yield f"{name}: {key} is {path}, which is read-only"
 
 
@@ -190,7 +192,7 @@ def quantity_problems(manifests: list[Manifest]) -> Iterator[str]:
 
     for name, settings, container in _settings(manifests):
         env = {entry["name"]: entry.get("value") for entry in container.get("env", [])}
-        threads = int(settings.get("num_threads") or env.get("OMP_NUM_THREADS") or 0)
+        threads = int(settings.get("model", {}).get("num_threads") or env.get("OMP_NUM_THREADS") or 0)
         cpus = container["resources"]["limits"]["cpu"]
         if not 0 < threads <= quantity(cpus):
             yield f"{name}: {threads or 'unbounded'} threads, its limit is {cpus} CPUs"
@@ -211,12 +213,12 @@ def timing_problems(manifests: list[Manifest]) -> Iterator[str]:
                 yield f"{name}: {kind} times out after the next one is due"
         if _patience(container["livenessProbe"]) <= _patience(container["readinessProbe"]):
             yield f"{name}: is killed before it is taken out of service"
-        if "drain_seconds" not in settings:
+        if "drain_seconds" not in settings.get("server", {}):
             continue
         if _patience(container["startupProbe"]) < LEAST_STARTUP_SECONDS:
             yield f"{name}: has {_patience(container['startupProbe'])} s to load, expected {LEAST_STARTUP_SECONDS}"
         pre_stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        needed = pre_stop + shutdown_seconds(settings["drain_seconds"])
+        needed = pre_stop + shutdown_seconds(settings["server"]["drain_seconds"])
         grace = pod_templates(manifests)[name]["spec"]["terminationGracePeriodSeconds"]
         if grace < needed:
             yield f"{name}: is killed {grace} s after it is told to stop, and may take {needed} s"

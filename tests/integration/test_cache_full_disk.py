@@ -92,7 +92,7 @@ def test_the_budget_is_kept_and_prune_is_named(tmp_path: Path, caplog: pytest.Lo
     writer = CacheWriter(tmp_path, FINGERPRINT, max_bytes=150_000, shard_bytes=40_000, batch_bytes=5_000)
     acknowledged = write_all(writer, 300)
     (warning,) = [r.message for r in caplog.records if "nothing more is written" in r.message]
-    assert "cache_max_bytes = 150000 is reached" in warning
+    assert "cache.max_bytes = 150000 is reached" in warning
     assert "prune" in warning
     assert 125_000 < sum(path.stat().st_size for path in tmp_path.iterdir()) <= 150_000
     check_acknowledged(tmp_path, acknowledged, 300)

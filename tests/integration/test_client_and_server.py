@@ -97,7 +97,7 @@ async def close(client: GrpcTeacherClient) -> None:
 async def test_a_server_known_by_name_is_reached_over_tls_with_certificates_on_both_ends(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     server_files, client_files = ours.issue("server"), ours.issue("client")
-    files = {"tls_cert": server_files.certificate, "tls_key": server_files.key, "tls_client_ca": ours.path}
+    files = {"tls_cert": server_files.certificate, "tls_key": server_files.key, "tls_ca": ours.path}
     async with serving(FakeBackend(), **files) as server:
         address = f"localhost:{server.address.rsplit(':', 1)[1]}"
         client = client_of(address, tls=client_files)
@@ -154,18 +154,18 @@ async def test_a_connection_that_fails_says_what_it_means_for_the_settings(tmp_p
     ours, short = Authority(tmp_path), {"connect_timeout_seconds": 1.0}
     (tmp_path / "foreign").mkdir()
     files, foreign = ours.issue("server"), Authority(tmp_path / "foreign")
-    tls, mutual = {"tls_cert": files.certificate, "tls_key": files.key}, {"tls_client_ca": ours.path}
+    tls, mutual = {"tls_cert": files.certificate, "tls_key": files.key}, {"tls_ca": ours.path}
     async with (
         serving(FakeBackend()) as plain,
         serving(FakeBackend(), **tls) as encrypted,
         serving(FakeBackend(), **tls, **mutual) as wary,
     ):
         for server, host, files_of_mine, meaning in (
-            (encrypted, "127.0.0.1", None, r"as a server does that expects TLS \(tls_ca\)"),
-            (plain, "localhost", TlsFiles(authority=ours.path), "it speaks no TLS: leave out tls_ca"),
-            (encrypted, "localhost", TlsFiles(authority=foreign.path), "not come from the authority in tls_ca"),
+            (encrypted, "127.0.0.1", None, r"as a server does that expects TLS \(tls.ca\)"),
+            (plain, "localhost", TlsFiles(authority=ours.path), "it speaks no TLS: leave out tls.ca"),
+            (encrypted, "localhost", TlsFiles(authority=foreign.path), "not come from the authority in tls.ca"),
             (encrypted, "127.0.0.1", TlsFiles(authority=ours.path), "its certificate names another host"),
-            (wary, "localhost", TlsFiles(authority=ours.path), r"or a certificate \(tls_cert\)"),
+            (wary, "localhost", TlsFiles(authority=ours.path), r"or a certificate \(tls.cert\)"),
         ):
             client = client_of(f"{host}:{server.address.rpartition(':')[2]}", tls=files_of_mine, **short)
             assert re.search(f"cannot connect: .*{meaning}", str(await refusal(client)))
@@ -273,7 +273,7 @@ async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Pa
 def test_a_missing_token_or_certificate_file_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"token_file: .*no-token"):
         client_of("localhost:1", token_file=str(tmp_path / "no-token"))
-    with pytest.raises(ValueError, match=r"tls_ca, tls_cert or tls_key: .*no-ca"):
+    with pytest.raises(ValueError, match=r"tls.ca, tls.cert or tls.key: .*no-ca"):
         client_of("localhost:1", tls=TlsFiles(authority=str(tmp_path / "no-ca")))
 
 

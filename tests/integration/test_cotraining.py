@@ -81,7 +81,7 @@ def test_a_student_follows_a_teacher_that_keeps_learning(tmp_path: Path) -> None
     student = tiny_model("llama", seed=9, sharpness=1.0)
     before = heldout_loss(student)
     learner_command = [sys.executable, "-m", "tests.learning_teacher", str(first), str(folder), str(NUM_CHECKPOINTS)]
-    arguments = ["--model", str(first), "--watch_checkpoints", str(folder), "--watch_seconds", "0.1"]
+    arguments = ["--model.path", str(first), "--watch.folder", str(folder), "--watch.seconds", "0.1"]
     with teacher_process(*arguments) as (_, address):
         learner = subprocess.Popen(learner_command, env=ENVIRONMENT)
         try:

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from logitstream import codec
 from logitstream.types import SparseTargets
+from student_worker.config import StudentConfig
+from tests.flat_settings import nested
 from tests.serving import ENVIRONMENT, teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher, tiny_model
 
@@ -80,9 +82,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as free:
         metrics_port = free.getsockname()[1]
-    with teacher_process("--model", str(home / "teacher"), f"--metrics_port={metrics_port}") as (_, address):
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        command = [sys.executable, "-m", "tests.exporting_worker", str(home / "exported"), f"--teacher={address}"]
+    with teacher_process("--model.path", str(home / "teacher"), f"--metrics.port={metrics_port}") as (_, address):
+        sections = nested(StudentConfig, settings)
+        arguments = [f"--{name}.{leaf}={v}" for name, section in sections.items() for leaf, v in section.items()]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.exporting_worker",
+            str(home / "exported"),
+            f"--teacher.addresses={address}",
+        ]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         teacher_figures = exported(read(f"http://127.0.0.1:{metrics_port}/metrics"))

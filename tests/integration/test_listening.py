@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from logitstream import metrics
-from student_worker.config import StudentConfig
-from teacher_server.config import TeacherConfig
 from teacher_server.server import TeacherServer
 from tests.fakes import FakeBackend
+from tests.flat_settings import student_config, teacher_config
 from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, serving
 from tests.tiny_models import save_tiny_teacher
 
@@ -50,7 +49,7 @@ async def test_a_second_server_at_an_address_that_is_served_says_so_and_ends(
     (name, wanted), *_ = ((name, value.format(**places)) for name, value in second.items())
     async with serving(FakeBackend(), **{name: value.format(**places) for name, value in first.items()}) as server:
         settings = {"model": "m", "address": "127.0.0.1:0"} | {name: wanted}
-        other = TeacherServer(TeacherConfig(**settings), FakeBackend)  # type: ignore[arg-type]
+        other = TeacherServer(teacher_config(**settings), FakeBackend)  # type: ignore[arg-type]
         with pytest.raises(OSError, match=f"^cannot serve on {wanted}: .*(in use|listens there)"):
             await other.run()
         async with WireClient(server.address) as client:  # the first one is not harmed
@@ -74,8 +73,8 @@ async def test_a_unix_socket_is_announced_by_its_path_and_taken_over_from_a_serv
 
 
 def test_metrics_are_for_this_machine_alone_unless_told_otherwise() -> None:
-    assert StudentConfig(model="m", text=["t"]).metrics_address == "127.0.0.1"
-    assert TeacherConfig(model="m").metrics_address == "127.0.0.1"
+    assert student_config(model="m", text=["t"]).metrics.address == "127.0.0.1"
+    assert teacher_config(model="m").metrics.address == "127.0.0.1"
     for addresses, arguments in ((["127.0.0.1"], {}), (["127.0.0.1", "127.0.0.2"], {"address": "0.0.0.0"})):
         port = metrics.serve(0, side="student", **arguments)
         for address in ("127.0.0.1", "127.0.0.2"):
@@ -91,14 +90,14 @@ def test_metrics_are_for_this_machine_alone_unless_told_otherwise() -> None:
 
 SLOW_LOAD = """
 import sys, time
-from teacher_server.config import TeacherConfig
+from tests.flat_settings import teacher_config
 from teacher_server.server import serve
 
 def load():
     print("loading", flush=True)
     time.sleep(600)
 
-serve(TeacherConfig(model="fake", address="127.0.0.1:0"), load)
+serve(teacher_config(model="fake", address="127.0.0.1:0"), load)
 """
 
 
@@ -119,7 +118,7 @@ def test_a_server_that_loads_ends_at_each_signal(number: signal.Signals) -> None
 def test_a_server_that_is_still_being_imported_ends_at_each_signal_without_a_traceback(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    command = [*COMMAND, "--model", str(save_tiny_teacher(tmp_path)), "--address", "127.0.0.1:0"]
+    command = [*COMMAND, "--model.path", str(save_tiny_teacher(tmp_path)), "--server.address", "127.0.0.1:0"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
         has_begun = Path(f"/proc/{process.pid}/status")

@@ -13,27 +13,43 @@ from tests.authority import Authority
 @pytest.mark.parametrize(
     ("words", "status", "told"),
     [
-        (["--token_file", "{tmp}/odd"], 1, "token_file: {tmp}/odd: expected a token of printable ASCII characters"),
-        (["--token_file", "{tmp}/empty"], 1, "token_file: no token in {tmp}/empty"),
-        (["--token_file", "{tmp}/none"], 1, "token_file: [Errno 2] No such file or directory: '{tmp}/none'"),
         (
-            ["--tls_ca", "{tmp}/none"],
+            ["--teacher.token_file", "{tmp}/odd"],
             1,
-            "tls_ca, tls_cert or tls_key: [Errno 2] No such file or directory: '{tmp}/none'",
+            "token_file: {tmp}/odd: expected a token of printable ASCII characters",
+        ),
+        (["--teacher.token_file", "{tmp}/empty"], 1, "token_file: no token in {tmp}/empty"),
+        (["--teacher.token_file", "{tmp}/none"], 1, "token_file: [Errno 2] No such file or directory: '{tmp}/none'"),
+        (
+            ["--tls.ca", "{tmp}/none"],
+            1,
+            "tls.ca, tls.cert or tls.key: [Errno 2] No such file or directory: '{tmp}/none'",
         ),
         (
-            ["--tls_ca", "{tmp}/empty"],
+            ["--tls.ca", "{tmp}/empty"],
             1,
-            "tls_ca, tls_cert or tls_key: the authority {tmp}/empty holds no certificate in PEM",
+            "tls.ca, tls.cert or tls.key: the authority {tmp}/empty holds no certificate in PEM",
         ),
         (
-            ["--tls_ca", "{tmp}/ca.pem", "--tls_cert", "{tmp}/mine.pem", "--tls_key", "{tmp}/other.key"],
+            ["--tls.ca", "{tmp}/ca.pem", "--tls.cert", "{tmp}/mine.pem", "--tls.key", "{tmp}/other.key"],
             1,
             "the certificate {tmp}/mine.pem and the key {tmp}/other.key do not go together",
         ),
-        (["--tls_cert", "c", "--tls_key", "k"], 2, "TLS needs tls_cert and tls_key or neither, and tls_ca"),
-        (["--teacher", "teacher.example:1"], 2, "plaintext to teacher.example:1 would show the token and the texts"),
-        (["--teacher", "teacher.example"], 2, "expected a teacher address as host:port, got 'teacher.example'"),
+        (
+            ["--tls.cert", "c", "--tls.key", "k"],
+            2,
+            "TLS needs tls.ca (a PEM file, or `system`)",
+        ),
+        (
+            ["--teacher.addresses", "teacher.example:1"],
+            2,
+            "plaintext to teacher.example:1 would show the token and the texts",
+        ),
+        (
+            ["--teacher.addresses", "teacher.example"],
+            2,
+            "expected a teacher address as host:port, got 'teacher.example'",
+        ),
     ],
 )
 def test_who_is_not_let_in_is_told_why_before_anything_is_loaded(
@@ -44,9 +60,16 @@ def test_who_is_not_let_in_is_told_why_before_anything_is_loaded(
     (tmp_path / "odd").write_bytes(b"\xff\xfe token")
     (tmp_path / "empty").write_bytes(b"")
     here = [word.replace("{tmp}", str(tmp_path)) for word in words]
-    begun = ["--model", str(tmp_path / "no-model"), "--text", "no-text", "--output_dir", str(tmp_path / "run")]
+    begun = [
+        "--model.path",
+        str(tmp_path / "no-model"),
+        "--data.text",
+        "no-text",
+        "--training.output_dir",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(SystemExit) as ended:
-        main([*begun, "--use_cpu", "true", "--report_to", "none", *here])
+        main([*begun, "--training.use_cpu", "true", "--training.report_to", "none", *here])
     assert ended.value.code == status
     errors = capfd.readouterr().err
     assert "Traceback" not in errors

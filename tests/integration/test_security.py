@@ -27,11 +27,11 @@ from logitstream.rpc.channel import TlsFiles
 from logitstream.rpc.tokens import TokenFile
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.access import BearerTokens
-from teacher_server.config import TeacherConfig
 from teacher_server.interceptors import REFUSALS_LOG_SECONDS, Refusals
 from teacher_server.server import TeacherServer, serve
 from tests.authority import Authority
 from tests.fakes import FakeBackend
+from tests.flat_settings import teacher_config
 from tests.serving import SPEC, WireClient, sequence, serving
 
 SECRET = "correct-horse-battery-staple"
@@ -52,7 +52,7 @@ def foreign(tmp_path: Path) -> Authority:
 @asynccontextmanager
 async def serving_tls(files: TlsFiles, *, mutual: bool = False, **settings: Any) -> AsyncIterator[TeacherServer]:
     client_ca = files.authority if mutual else ""
-    tls = {"tls_cert": files.certificate, "tls_key": files.key, "tls_client_ca": client_ca}
+    tls = {"tls_cert": files.certificate, "tls_key": files.key, "tls_ca": client_ca}
     async with serving(FakeBackend(), address="localhost:0", **tls, **settings) as server:
         yield server
 
@@ -214,7 +214,7 @@ def test_a_token_file_that_no_client_could_match_is_an_error_at_first_and_change
         BearerTokens(path=token_file)
     assert "good" not in str(caught.value)
     with pytest.raises(SystemExit, match=f"^teacher-server: token_file: {text}"):
-        serve(TeacherConfig(model="m", address="127.0.0.1:0", token_file=str(token_file)), FakeBackend)
+        serve(teacher_config(model="m", address="127.0.0.1:0", token_file=str(token_file)), FakeBackend)
     token_file.write_text("first team a\n")
     tokens, client = BearerTokens(path=token_file), TokenFile(tmp_path / "token")
     (tmp_path / "token").write_text("first\n")
@@ -346,11 +346,11 @@ def test_a_token_source_without_a_token_is_an_error(tmp_path: Path) -> None:
 )
 def test_addresses_of_this_machine_alone_may_be_plaintext(address: str) -> None:
     assert is_loopback(address)
-    TeacherConfig(model="m", address=address)
+    teacher_config(model="m", address=address)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "teacher.example:1", ":1"])
 def test_plaintext_elsewhere_needs_the_flag(address: str) -> None:
-    with pytest.raises(ValueError, match="--insecure"):
-        TeacherConfig(model="m", address=address)
-    TeacherConfig(model="m", address=address, insecure=True)
+    with pytest.raises(ValueError, match=r"--tls\.insecure"):
+        teacher_config(model="m", address=address)
+    teacher_config(model="m", address=address, insecure=True)

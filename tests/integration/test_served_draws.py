@@ -139,8 +139,25 @@ async def test_another_batch_and_another_process_give_the_same_draw(
     share is reported (pytest --junit-xml, or -s)."""
     sequences = [TokenSequence(token_ids=token_ids[i * 64 : i * 64 + 40 + 3 * i]) for i in range(8)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "teacher_server", "--model", str(teacher_dir), "--address", "127.0.0.1:0"]
-    command += ["--dtype", dtype, "--num_threads", "1", "--max_batch_tokens", "150", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "teacher_server",
+        "--model.path",
+        str(teacher_dir),
+        "--server.address",
+        "127.0.0.1:0",
+    ]
+    command += [
+        "--model.dtype",
+        dtype,
+        "--model.num_threads",
+        "1",
+        "--limits.max_batch_tokens",
+        "150",
+        "--model.device",
+        "cpu",
+    ]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         loaded = TransformersBackend.load(str(teacher_dir), dtype=dtype, device="cpu")

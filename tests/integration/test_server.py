@@ -20,12 +20,12 @@ from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.backend import ScoreRequest
-from teacher_server.config import TeacherConfig
 from teacher_server.interceptors import HEALTH_SERVICE, SERVICE
 from teacher_server.scheduler import SLICE
 from teacher_server.server import TeacherServer
 from tests.deaf_client import deaf_call
 from tests.fakes import FAKE_DIGEST, FakeBackend, fake_targets
+from tests.flat_settings import teacher_config
 from tests.serving import SPEC, WireClient, sequence, serving
 
 
@@ -299,7 +299,7 @@ async def test_a_watcher_that_does_not_read_holds_up_neither_the_start_nor_the_d
         assert loaded.wait(20)
         return FakeBackend()
 
-    server = TeacherServer(TeacherConfig(model="test", address="127.0.0.1:0", drain_seconds=1.0), load)
+    server = TeacherServer(teacher_config(model="test", address="127.0.0.1:0", drain_seconds=1.0), load)
     running = asyncio.ensure_future(server.run())
     async with asyncio.timeout(10):
         while not server.address:

@@ -218,7 +218,7 @@ def test_all_caches_together_keep_to_the_bound_and_use_it(
     assert 0.8 * max_bytes < tree_bytes(tmp_path) <= max_bytes
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert said == [
-        f"the caches in {tmp_path} reach cache_max_bytes = {max_bytes}: "
+        f"the caches in {tmp_path} reach cache.max_bytes = {max_bytes}: "
         "nothing more is written until some are pruned or deleted"
     ]
     for cache in sorted(tmp_path.iterdir())[: num_seeds // 2]:

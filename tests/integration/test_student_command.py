@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from logitstream.training.checkpoints import checkpoints_in, fault_of
+from student_worker.config import StudentConfig
 from tests.chaos.killed_runs import run_student, run_student_of_two
+from tests.flat_settings import nested
 from tests.forking import SPAWN
 from tests.serving import ENVIRONMENT, teacher_process
 from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
@@ -36,7 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = json.loads((folder / "teacher" / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "student").mkdir()
     (folder / "student" / "config.json").write_text(json.dumps(config))
-    with teacher_process("--model", str(folder / "teacher")) as (_, address):
+    with teacher_process("--model.path", str(folder / "teacher")) as (_, address):
         (folder / "address").write_text(address)
         yield folder
 
@@ -59,7 +61,7 @@ def config_of(home: Path, output: Path, **changes: Any) -> Path:
         "use_cpu": True,
     } | changes
     path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(nested(StudentConfig, values)))
     return path
 
 
@@ -87,10 +89,10 @@ def test_the_same_command_again_is_refused_with_both_commands_and_loses_nothing(
     assert status == 1
     (line,) = said.splitlines()
     assert f"{tmp_path / 'run'} holds checkpoint-4 of an earlier run" in line
-    assert f"--config {config} --resume_from_checkpoint latest" in line
+    assert f"--config {config} --training.resume_from_checkpoint latest" in line
     assert f"rm -r {tmp_path / 'run'}/checkpoint-*" in line
     assert {path: path.read_bytes() for path in kept.iterdir()} == before
-    status, said = run(config, "--resume_from_checkpoint", "true", "--max_steps", "6")
+    status, said = run(config, "--training.resume_from_checkpoint", "true", "--training.max_steps", "6")
     assert status == 0, said
     assert "going on from checkpoint-4" in said
     steps = [json.loads(row) for row in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
@@ -105,9 +107,9 @@ def test_a_teacher_of_shorter_sequences_than_the_runs_is_named_at_the_start(home
     config = config_of(
         home, tmp_path / "run", model_config=str(tmp_path / "config.json"), sequence_tokens=80, heldout_sequences=1
     )
-    _, said = run(config, "--max_steps", "1")
+    _, said = run(config, "--training.max_steps", "1")
     lines = said.splitlines()
-    (warned,) = [number for number, line in enumerate(lines) if "WARNING" in line and "sequence_tokens is 80" in line]
+    (warned,) = [number for number, line in enumerate(lines) if "WARNING" in line and "tokens is 80" in line]
     assert "the teacher refuses sequences of more than 64 tokens" in lines[warned]
     (announced,) = [number for number, line in enumerate(lines) if "training an untrained" in line]
     assert warned < announced
@@ -115,7 +117,7 @@ def test_a_teacher_of_shorter_sequences_than_the_runs_is_named_at_the_start(home
 
 def test_state_files_that_an_old_kill_emptied_do_not_stop_a_start(home: Path, tmp_path: Path) -> None:
     config = config_of(home, tmp_path / "run", resume_from_checkpoint="latest")
-    assert run(config, "--max_steps", "2")[0] == 0
+    assert run(config, "--training.max_steps", "2")[0] == 0
     for name in ("teacher.json", "config.yaml", "report.json", "progress.jsonl"):
         (tmp_path / "run" / name).write_bytes(b"")
     status, said = run(config)
@@ -123,7 +125,7 @@ def test_state_files_that_an_old_kill_emptied_do_not_stop_a_start(home: Path, tm
     assert "checkpoint-2/teacher.json is read instead" in said
     for path in tmp_path.rglob("teacher.json"):
         path.write_bytes(b"")
-    status, said = run(config, "--max_steps", "6")
+    status, said = run(config, "--training.max_steps", "6")
     assert status == 1
     assert "teacher.json does not tell which teacher this run began with" in said.splitlines()[-1]
 
@@ -131,8 +133,8 @@ def test_state_files_that_an_old_kill_emptied_do_not_stop_a_start(home: Path, tm
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tokenizer": "/nowhere/tokenizer"}, "tokenizer: there is no folder /nowhere/tokenizer"),
-        ({"model_config": "/nowhere/config.json"}, "model_config: there is no folder /nowhere/config.json"),
+        ({"tokenizer": "/nowhere/tokenizer"}, "model.tokenizer: there is no folder /nowhere/tokenizer"),
+        ({"model_config": "/nowhere/config.json"}, "model.config: there is no folder /nowhere/config.json"),
         ({"tokenizer": str(Path(__file__).parent)}, f"tokenizer {Path(__file__).parent}: "),
         ({"text": ["/nowhere/text.txt"]}, "cannot read /nowhere/text.txt"),
         ({"heldout_sequences": 1000}, "heldout_sequences = 1000 leaves nothing"),
@@ -183,7 +185,7 @@ def test_a_run_from_the_cache_alone_speaks_of_no_teacher(home: Path, tmp_path: P
     cache = str(tmp_path / "cache")
     status, said = run(config_of(home, tmp_path / "filling", cache=cache, save_strategy="no", heldout_sequences=0))
     assert status == 0, said
-    assert "--targets cache --output_dir ANOTHER" in said.splitlines()[-1]
+    assert "--targets.source cache --training.output_dir ANOTHER" in said.splitlines()[-1]
     status, said = run(config_of(home, tmp_path / "alone", cache=cache, text=[], targets="cache"))
     assert status == 0, said
     assert "teacher" not in said.replace(str(home / "teacher"), "").replace(str(tmp_path), "")
@@ -201,7 +203,7 @@ def wait_for_steps(output: Path, process: subprocess.Popen[str], number: int = 3
 
 def test_two_processes_whose_teacher_is_gone_leave_one_checkpoint_and_one_line(home: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    with teacher_process("--model", str(home / "teacher")) as (teacher, address):
+    with teacher_process("--model.path", str(home / "teacher")) as (teacher, address):
         changes: dict[str, Any] = {"teacher": [address], "deadline_seconds": 2.0, "max_steps": MANY_STEPS}
         config = config_of(home, output, **changes, resume_from_checkpoint="latest", save_steps=MANY_STEPS)
         log = config.with_suffix(".log")
@@ -220,7 +222,14 @@ def test_two_processes_whose_teacher_is_gone_leave_one_checkpoint_and_one_line(h
     assert len(set(ours)) == 1, said
     assert f"the steps so far are in {checkpoint}, to go on: " in ours[0]
     steps = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    words = ["--config", str(config), "--max_steps", str(steps + 2), "--teacher", (home / "address").read_text()]
+    words = [
+        "--config",
+        str(config),
+        "--training.max_steps",
+        str(steps + 2),
+        "--teacher.addresses",
+        (home / "address").read_text(),
+    ]
     torchrun = SPAWN.Process(target=run_student_of_two, args=(words, log, None))
     torchrun.start()
     torchrun.join(60)

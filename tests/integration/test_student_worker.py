@@ -21,8 +21,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from student_worker.config import StudentConfig
 from tests.chaos.killed_runs import run_student, run_student_of_two
 from tests.distributed_training import relative_distance
+from tests.flat_settings import nested
 from tests.forking import SPAWN
 from tests.hanging_disk import hanging_file
 from tests.serving import teacher_process
@@ -42,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = json.loads((folder / "teacher" / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "student").mkdir()
     (folder / "student" / "config.json").write_text(json.dumps(config))
-    with teacher_process("--model", str(folder / "teacher")) as (_, address):
+    with teacher_process("--model.path", str(folder / "teacher")) as (_, address):
         (folder / "address").write_text(address)
         yield folder
 
@@ -66,7 +68,7 @@ def settings(home: Path, output: Path, **changes: Any) -> Path:
         "draws": "reuse",
     } | changes
     path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(nested(StudentConfig, values)))
     return path
 
 
@@ -93,13 +95,13 @@ def test_two_processes_with_default_settings_train_the_student_of_one(home: Path
     outputs, running = [tmp_path / "alone", tmp_path / "together"], []
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for output, how, more in (
-        (outputs[0], [], ["--per_device_train_batch_size", "16"]),
+        (outputs[0], [], ["--training.per_device_train_batch_size", "16"]),
         (outputs[1], launcher, []),
     ):
         command = [sys.executable, *how, "-m", "tests.student_with_digests", *more]
-        command += ["--teacher", (home / "address").read_text(), "--text", str(tmp_path / "corpus.txt")]
-        command += ["--model_config", str(home / "student" / "config.json"), "--tokenizer", str(home / "teacher")]
-        command += ["--sequence_tokens", "32", "--output_dir", str(output)]
+        command += ["--teacher.addresses", (home / "address").read_text(), "--data.text", str(tmp_path / "corpus.txt")]
+        command += ["--model.config", str(home / "student" / "config.json"), "--model.tokenizer", str(home / "teacher")]
+        command += ["--data.sequence_tokens", "32", "--training.output_dir", str(output)]
         running.append(subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT))
     printed = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], printed
@@ -143,7 +145,8 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
     )
     assert {"overhead_vs_cross_entropy", "overhead_vs_cross_entropy_without_waiting"} <= report.keys()
     resolved = yaml.safe_load((tmp_path / "online" / "config.yaml").read_text())
-    assert (resolved["bytes_per_token"], resolved["num_samples"] != 50) == (0.0, True)
+    targets = resolved["targets"]
+    assert (targets["bytes_per_token"], targets["num_samples"] != 50) == (0.0, True)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "online")
     assert torch.isfinite(student(torch.tensor([[3, 4, 5]])).logits).all()
 
@@ -161,7 +164,10 @@ def test_one_online_run_feeds_others_from_its_cache(home: Path, tmp_path: Path) 
     status, said = run(two, workers=2)
     assert status == 0, said
     assert [epoch["cache_hits"] for epoch in report_of(tmp_path / "two")["epochs"]] == [SEQUENCES, SEQUENCES]
-    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["num_samples"] == resolved["num_samples"]
+    assert (
+        yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["targets"]["num_samples"]
+        == targets["num_samples"]
+    )
 
     alone = settings(
         home,

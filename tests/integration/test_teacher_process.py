@@ -29,6 +29,7 @@ from teacher_server.server import EXIT_STUCK, serve
 from teacher_server.weights import WeightsChanged, weights_digest
 from tests.authority import Authority
 from tests.fakes import FakeBackend
+from tests.flat_settings import nested, teacher_config
 from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, teacher_process
 from tests.tiny_models import save_tiny_teacher
 
@@ -40,8 +41,10 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def test_serves_reports_and_drains_at_sigterm(tiny_teacher: Path, tmp_path: Path) -> None:
     address_file = tmp_path / "address"
-    (tmp_path / "settings.yaml").write_text(f"model: {tiny_teacher}\nmetrics_port: 0\nlog_json: true\n")
-    arguments = ["--config", str(tmp_path / "settings.yaml"), "--address_file", str(address_file)]
+    (tmp_path / "settings.yaml").write_text(
+        f"model: {{path: {tiny_teacher}}}\nmetrics: {{port: 0}}\nlog: {{json: on}}\n"
+    )
+    arguments = ["--config", str(tmp_path / "settings.yaml"), "--server.address_file", str(address_file)]
     with teacher_process(*arguments) as (process, address):
         assert address_file.read_text().strip() == address
         assert process.stderr is not None
@@ -91,7 +94,7 @@ def test_new_checkpoints_are_served_as_they_appear_and_broken_ones_are_not(tiny_
             assert first.teacher_version == 0
             assert result.targets != first.targets
 
-    arguments = ["--model", str(tiny_teacher), "--watch_checkpoints", str(watched), "--watch_seconds", "0.1"]
+    arguments = ["--model.path", str(tiny_teacher), "--watch.folder", str(watched), "--watch.seconds", "0.1"]
     with teacher_process(*arguments) as (_, address):
         asyncio.run(scenario(address))
     with teacher_process(*arguments) as (_, address):  # begins with what it served when it ended
@@ -105,8 +108,8 @@ async def served(address: str) -> str:
 
 async def test_an_id_model_is_made_once_and_then_shared(tiny_teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(" ".join(f"w{number * 7 % 96}" for number in range(500)))
-    arguments = ["--model", str(tiny_teacher), "--id_model", str(tmp_path / "ids")]
-    with teacher_process(*arguments, "--calibration_text", str(tmp_path / "text")) as (_, address):
+    arguments = ["--model.path", str(tiny_teacher), "--id_model.file", str(tmp_path / "ids")]
+    with teacher_process(*arguments, "--id_model.text", str(tmp_path / "text")) as (_, address):
         async with WireClient(address) as client:
             encoded = (await client.describe()).id_model
             assert encoded == (tmp_path / "ids").read_bytes()
@@ -122,24 +125,24 @@ def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
     path = tmp_path / "ids"
     path.write_bytes(IdModel.from_expected_counts(np.ones(128)).to_bytes())
     with pytest.raises(SystemExit, match=r"teacher-server: id_model .*ids is of 128 ids, the teacher has 96"):
-        check(TeacherConfig(model=str(tiny_teacher), device="cpu", id_model=str(path)))
+        check(teacher_config(model=str(tiny_teacher), device="cpu", id_model=str(path)))
 
 
 def test_files_that_an_id_model_cannot_be_made_of_are_named_with_their_settings(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(b"\xff\xfe")
     backend = FakeBackend(vocab_size=70_000)
     with pytest.raises(ValueError, match=r"^id_model .*odd: not an id model"):
-        id_model_of(TeacherConfig(model="m", id_model=str(tmp_path / "odd")), backend)
+        id_model_of(teacher_config(model="m", id_model=str(tmp_path / "odd")), backend)
     for name in ("odd", "nowhere"):
         with pytest.raises(ValueError, match=f"^calibration_text .*{name}: "):
             id_model_from(None, tmp_path / name, Characters(), backend)
     (tmp_path / "ids").write_bytes(IdModel.from_expected_counts(np.ones(70_000)).to_bytes())
     settings = {"model": "m", "id_model": str(tmp_path / "ids")}
-    assert len(id_model_of(TeacherConfig(**settings), backend)) == 70_001
+    assert len(id_model_of(teacher_config(**settings), backend)) == 70_001
     with pytest.raises(ValueError, match="max_message_bytes must be at least 70001, the size of the id model, got 65"):
-        id_model_of(TeacherConfig(**settings, max_message_bytes=64 << 10), backend)  # Describe could not be answered
+        id_model_of(teacher_config(**settings, max_message_bytes=64 << 10), backend)  # Describe could not be answered
     with pytest.raises(ValueError, match=r"^tokenizer: there is no folder /nowhere/at all"):
-        tokenizer_of(TeacherConfig(model="m", tokenizer="/nowhere/at all"))
+        tokenizer_of(teacher_config(model="m", tokenizer="/nowhere/at all"))
 
 
 class Characters:
@@ -153,20 +156,21 @@ async def test_check_tells_what_describe_tells_and_both_what_was_set(
     (tmp_path / "ids").write_bytes(IdModel.from_expected_counts(np.ones(96)).to_bytes())
     settings = {"max_message_bytes": 1 << 17, "max_in_flight_tokens": 777, "max_sequence_tokens": 33}
     settings |= {"id_model": str(tmp_path / "ids")}
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    with teacher_process("--model", str(tiny_teacher), *words) as (_, address):
+    sections = nested(TeacherConfig, settings)
+    words = [f"--{name}.{leaf}={value}" for name, part in sections.items() for leaf, value in part.items()]
+    with teacher_process("--model.path", str(tiny_teacher), *words) as (_, address):
         async with WireClient(address) as client:
             told = convert.info_from_message(await client.describe())
     assert told.id_model == (tmp_path / "ids").read_bytes()
     assert {name: getattr(told, name) for name in settings} == settings | {"id_model": told.id_model}
-    await asyncio.to_thread(check, TeacherConfig(model=str(tiny_teacher), device="cpu", **settings))
+    await asyncio.to_thread(check, teacher_config(model=str(tiny_teacher), device="cpu", **settings))
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     expected = asdict(told) | {"id_model": f"{len(told.id_model)} bytes"}
     assert lines == {name: str(value) for name, value in expected.items()}
 
 
 def test_check_validates_without_serving(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check(TeacherConfig(model=str(tiny_teacher), device="cpu"))
+    check(teacher_config(model=str(tiny_teacher), device="cpu"))
     output = capsys.readouterr().out
     assert "vocab_size: 96" in output
     assert "serving on" not in output
@@ -174,19 +178,19 @@ def test_check_validates_without_serving(tiny_teacher: Path, capsys: pytest.Capt
 
 def test_check_fails_on_a_model_that_is_not_there() -> None:
     with pytest.raises(SystemExit, match=r"teacher-server: model: there is no folder /nowhere/at all"):
-        check(TeacherConfig(model="/nowhere/at all"))
+        check(teacher_config(model="/nowhere/at all"))
 
 
 def test_a_device_that_is_none_and_weights_that_are_cut_off_end_in_a_line(tiny_teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SystemExit, match=r"^teacher-server: model .* cannot be loaded on device 'cuda:77': .*"
     ) as device:
-        check(TeacherConfig(model=str(tiny_teacher), device="cuda:77"))
+        check(teacher_config(model=str(tiny_teacher), device="cuda:77"))
     cut_off = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
     content = (cut_off / "model.safetensors").read_bytes()
     (cut_off / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(SystemExit, match=r"^teacher-server: model .*") as weights:
-        check(TeacherConfig(model=str(cut_off), device="cpu"))
+        check(teacher_config(model=str(cut_off), device="cpu"))
     assert all("\n" not in str(stopped.value) for stopped in (device, weights))
 
 
@@ -195,7 +199,7 @@ def test_weights_that_are_being_written_are_told_from_those_that_cannot_be_serve
 ) -> None:
     """As the watcher of new checkpoints does, who comes back to the former alone."""
     folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
-    config = TeacherConfig(model=str(folder), device="cpu")
+    config = teacher_config(model=str(folder), device="cpu")
     with (folder / "model.safetensors").open("r+b"):
         with pytest.raises(WeightsChanged, match="is written to while it is loaded"):
             backend_factory(config)()
@@ -211,13 +215,13 @@ def test_weights_that_are_being_written_are_told_from_those_that_cannot_be_serve
         ({"token_env": "LOGITSTREAM_UNSET"}, "token_env: no token in environment variable LOGITSTREAM_UNSET"),
         (
             {"tls_cert": "{tmp}/empty", "tls_key": "{tmp}/empty"},
-            "tls_cert .*empty and tls_key .*empty do not go together",
+            "tls.cert .*empty and tls.key .*empty do not go together",
         ),
-        ({"tls_cert": "{cert}", "tls_key": "{key}", "tls_client_ca": "{tmp}/empty"}, "tls_client_ca .*empty"),
-        ({"tls_cert": "{cert}", "tls_key": "{tmp}/nowhere"}, "tls_key .*nowhere is no file"),
+        ({"tls_cert": "{cert}", "tls_key": "{key}", "tls_ca": "{tmp}/empty"}, "tls.ca .*empty"),
+        ({"tls_cert": "{cert}", "tls_key": "{tmp}/nowhere"}, "tls.key .*nowhere is no file"),
         ({"address": "192.0.2.1:0", "insecure": True}, "address 192.0.2.1:0 cannot be served"),
-        ({"metrics_port": 0, "metrics_address": "192.0.2.1"}, "metrics_address 192.0.2.1:0 cannot be served"),
-        ({"watch_checkpoints": "{tmp}/nowhere"}, "watch_checkpoints .*nowhere is no folder"),
+        ({"metrics_port": 0, "metrics_address": "192.0.2.1"}, "metrics.address 192.0.2.1:0 cannot be served"),
+        ({"watch_folder": "{tmp}/nowhere"}, "watch.folder .*nowhere is no folder"),
     ],
 )
 def test_check_says_what_would_keep_the_server_from_working(
@@ -228,19 +232,19 @@ def test_check_says_what_would_keep_the_server_from_working(
     places = {"tmp": tmp_path, "cert": files.certificate, "key": files.key}
     given = {name: value.format(**places) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(SystemExit, match=f"teacher-server: .*{text}"):
-        check(TeacherConfig(model="/nowhere/at all", **given))  # type: ignore[arg-type]
+        check(teacher_config(model="/nowhere/at all", **given))  # type: ignore[arg-type]
 
 
 def test_check_passes_where_a_server_runs_already(tmp_path: Path) -> None:
     files = Authority(tmp_path).issue("server")
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        check_places(TeacherConfig(model="m", address=f"127.0.0.1:{busy.getsockname()[1]}", metrics_port=0))
+        check_places(teacher_config(model="m", address=f"127.0.0.1:{busy.getsockname()[1]}", metrics_port=0))
     check_access(
-        TeacherConfig(
+        teacher_config(
             model="m",
             tls_cert=files.certificate or "",
             tls_key=files.key or "",
-            tls_client_ca=files.authority or "",
+            tls_ca=files.authority or "",
         )
     )
 
@@ -254,24 +258,27 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
             ({"address": "127.0.0.1:0", "metrics_port": taken}, "Address already in use"),
         ):
             with pytest.raises(SystemExit, match=f"^teacher-server: .*{text}"):
-                serve(TeacherConfig(model="m", **arguments), FakeBackend)  # type: ignore[arg-type]
+                serve(teacher_config(model="m", **arguments), FakeBackend)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--model", "m", "--dtype", "float31"], "invalid choice: 'float31'"),
-        (["--model", "m", "--modle", "x"], "did you mean 'model'"),
-        ([], "model is needed"),
-        (["--model", "m", "--address", "0.0.0.0:0"], "--insecure"),
-        (["--model", "m", "--tls_cert", "x"], "tls_key"),
-        (["--model", "m", "--max_batch_tokens", "0"], "max_batch_tokens must be at least 1, got 0"),
-        (["--model", "m", "--backend", "magic"], "magic"),
-        (["--model", "m", "--address", "notanaddress"], "address: expected HOST:PORT"),
-        (["--model", "m", "--address", "127.0.0.1:99999"], "a port up to 65535, got '127.0.0.1:99999'"),
-        (["--model", "m", "--health_address", "::1"], "health_address: expected HOST:PORT"),
-        (["--model", "m", "--metrics_port", "99999"], "99999"),
-        (["--model", "m", "--backend", "vllm", "--watch_checkpoints", "x"], "cannot replace its weights"),
+        (
+            ["--model.path", "m", "--model.dtype", "float31"],
+            "expected one of auto, float32",
+        ),
+        (["--model.path", "m", "--modle", "x"], "did you mean 'model.path'"),
+        ([], "model.path is needed"),
+        (["--model.path", "m", "--server.address", "0.0.0.0:0"], "--tls.insecure"),
+        (["--model.path", "m", "--tls.cert", "x"], "tls.key"),
+        (["--model.path", "m", "--limits.max_batch_tokens", "0"], "max_batch_tokens must be at least 1, got 0"),
+        (["--model.path", "m", "--backend", "magic"], "magic"),
+        (["--model.path", "m", "--server.address", "notanaddress"], "address: expected HOST:PORT"),
+        (["--model.path", "m", "--server.address", "127.0.0.1:99999"], "a port up to 65535, got '127.0.0.1:99999'"),
+        (["--model.path", "m", "--server.health_address", "::1"], "health_address: expected HOST:PORT"),
+        (["--model.path", "m", "--metrics.port", "99999"], "99999"),
+        (["--model.path", "m", "--backend", "vllm", "--watch.folder", "x"], "cannot replace its weights"),
     ],
 )
 def test_settings_that_cannot_work_end_with_a_clear_message(
@@ -284,7 +291,9 @@ def test_settings_that_cannot_work_end_with_a_clear_message(
 
 
 def test_a_server_told_to_stop_while_it_loads_stops(tiny_teacher: Path) -> None:
-    process = subprocess.Popen([*COMMAND, "--model", str(tiny_teacher), "--address", "127.0.0.1:0"], env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*COMMAND, "--model.path", str(tiny_teacher), "--server.address", "127.0.0.1:0"], env=ENVIRONMENT
+    )
     time.sleep(1.0)
     process.terminate()
     assert process.wait(timeout=20) in (0, -signal.SIGTERM)
@@ -313,9 +322,9 @@ SLOW_LOADS = """
 import sys, time
 from dataclasses import asdict
 from pathlib import Path
-from teacher_server.config import TeacherConfig
 from teacher_server.server import serve
 from tests.authority import Authority
+from tests.flat_settings import teacher_config
 from tests.fakes import FakeBackend
 
 def load(folder):
@@ -323,7 +332,7 @@ def load(folder):
     time.sleep(600)
 
 serve(
-    TeacherConfig(model="fake", address="127.0.0.1:0", drain_seconds=0.5, watch_checkpoints=sys.argv[1]),
+    teacher_config(model="fake", address="127.0.0.1:0", drain_seconds=0.5, watch_folder=sys.argv[1]),
     FakeBackend,
     load_checkpoint=load,
 )

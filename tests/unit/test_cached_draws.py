@@ -19,8 +19,11 @@ from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 from student_worker.config import StudentConfig
 from student_worker.run import load_data
-from student_worker.run_plan import adopt_cache_spec, choose_draw_set, count_epochs
+from student_worker.run_plan import choose_draw_set, count_epochs, make_plan, spec_of_cache
+from tests.flat_settings import student_config
 
+NO_TOKENIZER: Any = None  # nothing is tokenized
+ASKS_NOBODY: Any = None
 SPEC = TargetSpec(sampler="threshold", threshold=0.125, seed=7)
 FINGERPRINT = Fingerprint(
     weights_digest="ab" * 32,
@@ -45,7 +48,7 @@ def cache_with(folder: Path, records: dict[int, int]) -> str:
 
 
 def student(cache: str, **changes: Any) -> StudentConfig:
-    return StudentConfig(**{"model": "m", "targets": "cache", "cache": cache} | changes)
+    return student_config(**{"model": "m", "targets": "cache", "cache": cache} | changes)
 
 
 def arguments(**changes: Any) -> TrainingArguments:
@@ -75,7 +78,6 @@ def test_draws_are_fresh_only_where_each_epoch_has_a_whole_draw_set(
     config = student(cache_with(tmp_path, records), text=text)
     with caplog.at_level(logging.INFO):
         assert choose_draw_set(config, arguments(num_train_epochs=epochs), 3) == draw_set
-    assert config.draws == ("fresh" if draw_set is None else "reuse")
     assert ("draws: reuse" in caplog.text) == (draw_set is not None)
 
 
@@ -102,10 +104,12 @@ def test_epochs_are_counted_as_the_trainer_begins_them(changes: dict[str, Any], 
 
 
 def test_a_run_from_the_cache_alone_takes_its_spec_in_place_of_a_budget(tmp_path: Path) -> None:
-    config = student(cache_with(tmp_path, {0: 1}), noise=0.01)
-    adopt_cache_spec(config)
-    assert config.target_spec().canonical() == SPEC.canonical()
-    assert (config.bytes_per_token, config.noise) == (0.0, 0.0)
+    config = student(cache_with(tmp_path, {0: 1}), noise=0.01, draws="reuse", heldout_sequences=0)
+    train, _ = load_data(config, arguments(output_dir=str(tmp_path / "run")), NO_TOKENIZER)
+    plan = make_plan(config, arguments(), train, checkpoint=None, connect=ASKS_NOBODY)
+    assert plan.spec.canonical() == SPEC.canonical()
+    targets = plan.config.targets
+    assert (targets.spec(), targets.bytes_per_token, targets.noise, targets.draws) == (plan.spec, 0.0, 0.0, "reuse")
 
 
 @pytest.mark.parametrize(
@@ -131,10 +135,8 @@ def test_a_foreign_caches_manifest_sets_nothing_but_the_sampler(
     manifest = parse((tmp_path / MANIFEST).read_bytes(), tmp_path)
     manifest |= {"fingerprint": asdict(forged), "fingerprint_digest": forged.digest}
     (tmp_path / MANIFEST).write_bytes(render(manifest))
-    config, untouched = student(cache), student(cache)
     with pytest.raises(CacheError, match=named):
-        adopt_cache_spec(config)
-    assert vars(config) == vars(untouched)
+        spec_of_cache(cache)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +165,12 @@ def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_pa
     def sequences_and_draws(*, resumes: bool) -> tuple[list[int], list[int], int | None]:
         config = student(cache, heldout_sequences=2)
         settings = arguments(num_train_epochs=2, output_dir=str(tmp_path / "run"))
-        train, heldout = load_data(config, settings, tokenizer, resumes=resumes)
+        train, heldout = load_data(config, settings, NO_TOKENIZER, resumes=resumes)
         assert isinstance(train, CacheDataset)
         draw_set = choose_draw_set(config, settings, len(train), cache=train.cache)
         ids = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout)]
         return *ids, draw_set
 
-    tokenizer: Any = None  # nothing is tokenized
     cache = cache_with(tmp_path / "cache", {0: 8})
     first = sequences_and_draws(resumes=False)
     assert (sorted(first[0] + first[1]), first[2]) == (list(range(8)), 0)

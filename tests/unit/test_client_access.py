@@ -11,6 +11,7 @@ from logitstream.rpc.channel import TlsFiles, client_credentials, proxy_of
 from logitstream.rpc.proxy import EXCEPTION_VARIABLES, PROXY_VARIABLES
 from student_worker.config import StudentConfig
 from tests.authority import Authority
+from tests.flat_settings import student_config
 
 PROXY = "http://user:secret@proxy.example:3128"
 
@@ -80,19 +81,19 @@ def test_the_proxy_is_the_one_that_grpc_would_take_and_none_to_this_machine(envi
 
 
 def student(**changes: Any) -> StudentConfig:
-    return StudentConfig(**{"model": "m", "text": ["a.txt"]} | changes)
+    return student_config(**{"model": "m", "text": ["a.txt"]} | changes)
 
 
 @pytest.mark.parametrize("name", ["max_sequences", "heldout_sequences", "cache_max_bytes", "overhead_every"])
 def test_a_number_of_things_below_none_is_refused(name: str) -> None:
     """As an index it would count from the end: 3 held out of none would be all but 3."""
-    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -3"):
+    with pytest.raises(ValueError, match=f"{name.removeprefix('cache_')} must be at least 0, got -3"):
         student(**{name: -3})
 
 
 @pytest.mark.parametrize("address", ["teacher.example:1", "192.0.2.7:1", "[2001:db8::1]:1", "0.0.0.0:1"])
 def test_plaintext_to_another_machine_needs_the_flag(address: str) -> None:
-    with pytest.raises(ValueError, match=r"plaintext to .* give tls_ca .* or `insecure`"):
+    with pytest.raises(ValueError, match=r"plaintext to .* give tls.ca .* or `tls.insecure`"):
         student(teacher=["127.0.0.1:1", address])
     student(teacher=[address], insecure=True)
     student(teacher=[address], tls_ca="system")
@@ -101,20 +102,22 @@ def test_plaintext_to_another_machine_needs_the_flag(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/tmp/socket", "unix-abstract:name"])
 def test_plaintext_on_this_machine_needs_none(address: str) -> None:
-    assert student(teacher=[address]).tls_files() is None
+    assert student(teacher=[address]).tls.files() is None
 
 
 @pytest.mark.parametrize(
     "files", [{"tls_cert": "c", "tls_key": "k"}, {"tls_cert": "c", "tls_ca": "a"}, {"tls_key": "k"}]
 )
 def test_a_certificate_is_never_ignored(files: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"TLS needs tls_cert and tls_key or neither, and tls_ca .* `system`"):
+    with pytest.raises(
+        ValueError, match=r"TLS needs tls\.(cert and tls\.key, or neither|ca \(a PEM file, or `system`\))"
+    ):
         student(**files)
 
 
 def test_the_authority_is_a_file_or_the_systems() -> None:
-    assert student(tls_ca="/ca.pem").tls_files() == TlsFiles(authority="/ca.pem")
-    mine = student(tls_ca="system", tls_cert="c", tls_key="k").tls_files()
+    assert student(tls_ca="/ca.pem").tls.files() == TlsFiles(authority="/ca.pem")
+    mine = student(tls_ca="system", tls_cert="c", tls_key="k").tls.files()
     assert mine == TlsFiles(authority=None, certificate="c", key="k")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +23,8 @@ from logitstream.data.corpus import CacheDataset
 from logitstream.errors import CacheError
 from logitstream.training.split import documents_of, split_cache, split_text
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
-from student_worker.config import StudentConfig
 from student_worker.run import load_data
+from tests.flat_settings import student_config
 
 FINGERPRINT = Fingerprint(
     weights_digest="ab" * 32,
@@ -133,7 +132,7 @@ def test_the_command_follows_the_caches_split_whatever_its_seed(tmp_path: Path) 
 
     def load(seed: int, **changes: Any) -> tuple[Dataset | CacheDataset, Dataset]:
         settings: dict[str, Any] = {"model": "m", "cache": str(tmp_path / "cache"), "sequence_tokens": 8}
-        config = StudentConfig(**settings | {"heldout_sequences": 6} | changes)
+        config = student_config(**settings | {"heldout_sequences": 6} | changes)
         arguments = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", seed=seed)
         return load_data(config, arguments, tokenizer)
 
@@ -251,6 +250,5 @@ def test_a_cache_that_cannot_note_anything_holds_up_no_online_run(
 def test_a_cache_is_read_before_the_teacher_is_asked_unless_told_otherwise(
     settings: dict[str, Any], targets: str
 ) -> None:
-    config = StudentConfig(model="m", text=["a.txt"], **settings)
-    assert config.target_mode() == config.targets == targets
-    assert json.dumps(config.targets)
+    config = student_config(model="m", text=["a.txt"], **settings)
+    assert config.source == targets
