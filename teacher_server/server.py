@@ -119,7 +119,7 @@ class TeacherServer:
         id_model = self._make_id_model(backend)
         configure_encoding = getattr(backend, "configure_encoding", None)
         if configure_encoding is not None:  # the backend encodes its targets itself
-            configure_encoding(id_model, self._config.max_message_bytes)
+            configure_encoding(id_model, self._config.limits.max_message_bytes)
         return backend, id_model, self._load_vocabulary()
 
     async def _listen(self) -> None:
