@@ -1,4 +1,4 @@
-"""Weights that are replaced while serving: the newest complete checkpoint under a folder, as soon as it is there."""
+"""Weights that are replaced while serving: the newest complete checkpoint of a folder, soon after it is written."""
 
 from __future__ import annotations
 
@@ -11,56 +11,78 @@ from pathlib import Path
 
 from logitstream.types import TeacherInfo
 from teacher_server.backend import TeacherBackend
-from teacher_server.weights import WeightsChanged, is_being_written, is_complete, refuse_adapter
+from teacher_server.weights import (
+    Stamp,
+    WeightsChanged,
+    is_being_written,
+    is_complete,
+    loading_unchanged,
+    refuse_adapter,
+    weights_stamp,
+)
 
 LoadCheckpoint = Callable[[Path], TeacherBackend]
-Stamp = tuple[int, int]
-"""When the last of a checkpoint's weight files was written, in ns since the epoch, and the bytes of all of them."""
-NOTHING: Stamp = (0, 0)
 SETTLED_LOOKS = 5
-"""Looks through which a checkpoint must lie unchanged: a writer may rest between two files, or in the midst of one."""
+"""Looks for which a checkpoint must lie unchanged: a writer may pause between two files, or in the middle of one."""
 
 log = logging.getLogger(__name__)
 
 
-def weights_stamp(folder: Path) -> Stamp:
-    """Grows when weights are written into the folder, also over others, and not when files are deleted from it."""
-    files = [path.stat() for path in folder.glob("*.safetensors")]
-    return max((file.st_mtime_ns for file in files), default=0), sum(file.st_size for file in files)
+class Checkpoints:
+    """The subfolders of a folder that hold weights; hidden ones and those named tmp… are ignored.
 
-
-def stamped_checkpoints(folder: Path) -> list[tuple[Stamp, Path]]:
-    """`folder`'s subfolders that hold weights, complete or not, the one written last first.
-
-    Hidden ones and those named like temporaries are passed over, as are those that vanish meanwhile.
+    served: the stamp of the weights that are served. Only weights written later are newer, so deleting a checkpoint
+    never brings an older one back.
     """
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not path.name.startswith((".", "tmp")):
-            with contextlib.suppress(OSError):
-                found.append((weights_stamp(path), path))
-    return sorted((one for one in found if one[0] > NOTHING), reverse=True)
 
+    def __init__(self, folder: Path, *, settled_seconds: float) -> None:
+        self._folder = folder
+        self._settled_seconds = settled_seconds
+        self._first_seen: dict[Path, tuple[Stamp, float]] = {}
+        self._refused: set[tuple[Stamp, Path]] = set()
+        self.served: Stamp = (0, 0)
+        self.is_waiting = False
 
-class _Settling:
-    """Which checkpoints are still being written, as far as can be told."""
+    def newest(self) -> tuple[Stamp, Path] | None:
+        """Return the newest checkpoint to serve, None if none is newer; is_waiting: one is still being written."""
+        self.is_waiting = False
+        for stamp, path in self._by_age():
+            if stamp <= self.served:
+                break
+            if (stamp, path) in self._refused:
+                continue
+            try:
+                refuse_adapter(path)
+                if not is_complete(path):
+                    continue
+            except ValueError:
+                self.refuse(stamp, path)
+                continue
+            if self.is_settled(path, stamp):
+                return stamp, path
+            self.is_waiting = True
+        return None
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._since: dict[Path, tuple[Stamp, float]] = {}
-
-    def restart(self, path: Path) -> None:
-        self._since.pop(path, None)
+    def refuse(self, stamp: Stamp, path: Path) -> None:
+        """Pass over a checkpoint from now on; called while its error is handled."""
+        log.exception("checkpoint %s cannot be served, the weights stay as they are", path)
+        self._refused.add((stamp, path))
 
     def is_settled(self, path: Path, stamp: Stamp) -> bool:
-        """Whether its weights were written `seconds` ago, by its time or as seen here, and no one has them open."""
-        known, since = self._since.get(path, (NOTHING, 0.0))
-        if known != stamp:
-            since = time.monotonic() - max(0.0, time.time() - stamp[0] / 1e9)
-            self._since[path] = stamp, since
-            if time.monotonic() - since < self._seconds:
-                log.info("checkpoint %s has just been written to: it is loaded when it has lain still", path)
-        return time.monotonic() - since >= self._seconds and not is_being_written(path)
+        """Return True if the weights are old enough, by their time or as seen here, and no one has them open."""
+        if self._first_seen.get(path, (None, 0.0))[0] != stamp:
+            self._first_seen[path] = stamp, time.time()
+        written = min(self._first_seen[path][1], stamp[0] / 1e9)  # another machine's clock may be ahead
+        return time.time() - written >= self._settled_seconds and not is_being_written(path)
+
+    def _by_age(self) -> list[tuple[Stamp, Path]]:
+        """Return the checkpoints, complete or not, those written last first."""
+        found = []
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if not path.name.startswith((".", "tmp")):
+                with contextlib.suppress(OSError):  # it vanishes meanwhile
+                    found.append((weights_stamp(path), path))
+        return sorted(found, reverse=True)
 
 
 async def watch_checkpoints(
@@ -73,69 +95,40 @@ async def watch_checkpoints(
 ) -> None:
     """Load each newer checkpoint in a thread while the old one serves, and hand it to `replace`; until cancelled.
 
-    Newer is what was written after what is served, so the weights never go back when a checkpoint is deleted. One is
-    left alone until its weights were last written SETTLED_LOOKS looks ago and no process has them open for writing:
-    weights that are written over in place are of the right length all the while. One that cannot be loaded is reported
-    once and passed over, as is a folder that cannot be read: the old weights go on. Both lie in memory for a moment.
-    has_looked: set once what is there at first has been loaded, so that a server that starts again begins with it.
+    A checkpoint that cannot be loaded is reported once and passed over, and a folder that cannot be read is reported
+    once: the old weights stay. Both models are in memory for a moment. has_looked is set once the checkpoints that are
+    there at first have been loaded, so that a restarted server begins with them.
     """
-    served = NOTHING
-    settling = _Settling(SETTLED_LOOKS * every_seconds)
-    passed_over: set[tuple[Stamp, Path]] = set()
+    checkpoints = Checkpoints(folder, settled_seconds=SETTLED_LOOKS * every_seconds)
     trouble = ""
     while True:
-        newest_first: list[tuple[Stamp, Path]] = []
+        newest = None
         try:
-            newest_first, trouble = await asyncio.to_thread(stamped_checkpoints, folder), ""
-        except Exception as error:
+            newest, trouble = await asyncio.to_thread(checkpoints.newest), ""
+        except OSError as error:
             if str(error) != trouble:
                 trouble = str(error)
                 log.error("checkpoints cannot be looked for until this is mended: %s", trouble)
-        is_waiting = False
-        for looked_at in newest_first:
-            stamp, path = looked_at
-            if stamp <= served:
-                break
+        if newest is not None:
             try:
-                if looked_at in passed_over:
-                    continue
-                if not await asyncio.to_thread(_is_whole, path):
-                    continue
-                if not await asyncio.to_thread(settling.is_settled, path, stamp):
-                    is_waiting = True
-                    continue
-                replace(await asyncio.to_thread(_load_unchanged, path, stamp, load))
-                served = stamp
-                break
+                replace(await asyncio.to_thread(_load, newest[1], load))
+                checkpoints.served = newest[0]
             except WeightsChanged as error:
-                log.warning("%s; it is loaded again when it is whole", error)
-                settling.restart(path)
-                is_waiting = True
+                log.warning("%s", error)
             except Exception:
-                log.exception("checkpoint %s cannot be served, the weights stay as they are", path)
-                passed_over.add(looked_at)
-        if not is_waiting:
+                checkpoints.refuse(*newest)
+        elif not checkpoints.is_waiting:
             has_looked.set()
         await asyncio.sleep(every_seconds)
 
 
-def _is_whole(path: Path) -> bool:
-    """Raises ValueError for what will never be a model."""
-    refuse_adapter(path)
-    return is_complete(path)
-
-
-def _load_unchanged(path: Path, stamp: Stamp, load: LoadCheckpoint) -> TeacherBackend:
-    """Raises WeightsChanged where weights were written into it meanwhile: it may be half the one and half the other."""
-    backend = load(path)
-    if weights_stamp(path) > stamp or is_being_written(path):
-        backend.close()
-        raise WeightsChanged(f"{path} was written to while it was loaded")
-    return backend
+def _load(path: Path, load: LoadCheckpoint) -> TeacherBackend:
+    with loading_unchanged(path):
+        return load(path)
 
 
 def check_successor(old: TeacherInfo, new: TeacherInfo) -> None:
-    """Raises ValueError where open streams could not go on with the new weights."""
+    """Raise ValueError if students that know the old weights could not go on with the new ones."""
     for name in ("vocab_size", "tokenizer_digest", "dtype"):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(f"{name} of the new weights is {getattr(new, name)}, expected {getattr(old, name)}")

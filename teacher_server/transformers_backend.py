@@ -24,7 +24,7 @@ from logitstream.types import TeacherInfo
 from teacher_server.backend import ScoreRequest, ScoreResult, check_vocab_size, served_vocab_size
 from teacher_server.draw_loop import Drawing, draw_pieces
 from teacher_server.rope_lengths import LengthDependence
-from teacher_server.weights import WeightsChanged, is_being_written, weights_digest, weights_folder, weights_stamps
+from teacher_server.weights import loading_unchanged, weights_digest, weights_folder
 
 PASS_OVERHEAD_TOKENS = {"cpu": 32, "cuda": 1024}
 """Cost of a forward pass beside that of its tokens, in tokens: rough guesses, not measured."""
@@ -81,19 +81,18 @@ class TransformersBackend:
         Raises ValueError for an adapter or part of a model, WeightsChanged if the weights are being written to.
         """
         folder = weights_folder(model, revision)
-        stamps, digest = weights_stamps(folder), weights_digest(folder)
-        words = load_tokenizer(tokenizer, str(folder))
-        check_vocab_size(vocab_size, words)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         started = time.monotonic()
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        lm = lm.to(device)
-        if device == "cpu":  # copy the weights out of the mapped files, which may be overwritten while they are served
-            for tensor in (*lm.parameters(), *lm.buffers()):
-                tensor.data = tensor.data.clone()
-        if is_being_written(folder) or weights_stamps(folder) != stamps:
-            raise WeightsChanged(f"{folder} is written to while it is loaded: start again when its weights are whole")
+        with loading_unchanged(folder):
+            digest = weights_digest(folder)
+            words = load_tokenizer(tokenizer, str(folder))
+            check_vocab_size(vocab_size, words)
+            lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            lm = lm.to(device)
+            if device == "cpu":  # move the weights out of the mapped files, which may be overwritten while they serve
+                for tensor in (*lm.parameters(), *lm.buffers()):
+                    tensor.data = tensor.data.clone()
         warm_up(lm.dtype)
         text_config = lm.config.get_text_config()
         info = TeacherInfo(

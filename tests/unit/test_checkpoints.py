@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from teacher_server.backend import TeacherBackend
-from teacher_server.checkpoints import _Settling, watch_checkpoints
+from teacher_server.checkpoints import Checkpoints, watch_checkpoints
 from teacher_server.weights import WeightsChanged
 from tests.fakes import FakeBackend
 
@@ -208,12 +208,12 @@ async def test_weights_half_written_over_in_place_are_not_served_and_whole_ones_
 
 def test_a_checkpoint_settles_by_the_clock_of_its_files_or_by_what_is_seen_of_them(tmp_path: Path) -> None:
     now = time.time_ns()
-    settling = _Settling(60.0)
-    assert not settling.is_settled(tmp_path, (now, 8))
-    assert not settling.is_settled(tmp_path, (now + 10**15, 8))  # another machine's clock
-    assert settling.is_settled(tmp_path, (now - 61 * 10**9, 8))
-    assert not settling.is_settled(tmp_path, (now, 9))
-    assert _Settling(0.0).is_settled(tmp_path, (now + 10**15, 8))
+    checkpoints = Checkpoints(tmp_path, settled_seconds=60.0)
+    assert not checkpoints.is_settled(tmp_path, (now, 8))
+    assert not checkpoints.is_settled(tmp_path, (now + 10**15, 8))  # another machine's clock
+    assert checkpoints.is_settled(tmp_path, (now - 61 * 10**9, 8))
+    assert not checkpoints.is_settled(tmp_path, (now, 9))
+    assert Checkpoints(tmp_path, settled_seconds=0.0).is_settled(tmp_path, (now + 10**15, 8))
 
 
 async def test_weights_that_changed_while_they_were_loaded_are_loaded_again_when_they_are_whole(tmp_path: Path) -> None:
