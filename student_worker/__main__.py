@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str]) -> None:
     """Run, and end with one line where something failed that a user can mend, or where the run was told to end."""
     from logitstream.training.checkpoints import ResumeUndecided, checkpoints_in
-    from logitstream.training.stopping import Stopped
+    from logitstream.training.resumable import Stopped
     from student_worker.run import run
 
     folder = Path(str(arguments.output_dir))

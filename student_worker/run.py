@@ -44,7 +44,7 @@ from logitstream.training.first_choices import SPEC as FIRST_CHOICES_SPEC
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.report import ProgressDisplay, report
 from logitstream.training.split import split_cache, split_text
-from logitstream.training.stopping import Stopped
+from logitstream.training.resumable import Stopped
 from logitstream.training.target_cache import TargetCache, may_hold_targets, open_target_cache
 from logitstream.training.target_stream import TargetStream
 from logitstream.training.trainer import DistillationTrainer
@@ -108,9 +108,9 @@ def prepare(
         refuse_missing_folder(f"model.{name}", getattr(config.model, name))
     tokenizer, model = load_tokenizer(config.model.tokenizer, config.model.path), load_model(config, arguments)
     train_set, heldout_set = load_data(
-        config, arguments, tokenizer, limits=StudentLimits.of(model), resumes=checkpoint is not None
+        config, arguments, tokenizer, limits=StudentLimits.of(model), checkpoint=checkpoint
     )
-    connected = partial(connect, config, arguments, model, Vocabulary.of(tokenizer), resumes=checkpoint is not None)
+    connected = partial(connect, config, arguments, model, Vocabulary.of(tokenizer), checkpoint=checkpoint)
     plan = make_plan(config, arguments, train_set, checkpoint=checkpoint, connect=connected)
     if arguments.process_index == 0:
         write_resolved(plan.config, arguments)
@@ -160,7 +160,7 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     *,
     limits: StudentLimits | None = None,
-    resumes: bool = False,
+    checkpoint: Path | None = None,
 ) -> tuple[Dataset | CacheDataset, Dataset]:
     """Return training and held-out sequences, of the text or else of the cache. Raises ValueError beyond the limits."""
     data = config.data
@@ -170,7 +170,7 @@ def load_data(
         "cache": config.cache.path,
     }
     if not data.text:
-        corpus = open_agreed_cache(config.cache.path, Path(str(arguments.output_dir)), resumes=resumes)
+        corpus = open_agreed_cache(config.cache.path, Path(str(arguments.output_dir)), checkpoint)
         return split_cache(CacheDataset(corpus), **sizes)
     with arguments.main_process_first(desc="packing the text"):
         sequences = load_sequences(
@@ -192,9 +192,9 @@ def connect(
     vocabulary: Vocabulary,
     spec: TargetSpec,
     *,
-    resumes: bool,
+    checkpoint: Path | None,
 ) -> GrpcTeacherClient:
-    """Return a client of the teacher's replicas; a run that resumes expects the teacher that it began with."""
+    """Return a client of the teacher's replicas; a run that resumes a checkpoint expects the teacher it began with."""
     teacher = config.teacher
     return GrpcTeacherClient(
         teacher.addresses,
@@ -209,7 +209,7 @@ def connect(
         stalled_seconds=teacher.stalled_seconds,
         connect_timeout_seconds=teacher.connect_timeout_seconds,
         max_teacher_lag=teacher.max_teacher_lag,
-        fingerprint=expected_teacher(Path(str(arguments.output_dir)), spec, resumes=resumes),
+        fingerprint=expected_teacher(checkpoint, spec),
     )
 
 
@@ -277,7 +277,7 @@ def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, An
     with trainer.stop.listening():
         heldout = evaluate(trainer, "before")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step and not trainer.has_trained():
+        if trainer.state.global_step and not report(trainer.stats).get("tokens_trained"):
             raise LogitstreamError("no token was trained on: each sequence was refused, damaged, or masked as a whole")
         try:
             heldout |= evaluate(trainer, "after")

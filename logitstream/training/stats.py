@@ -91,7 +91,7 @@ class RunStats(TrainerCallback):
     ) -> None:
         self.first_step, self._began = state.global_step, time.perf_counter()
         self._observe()  # what came before training is not part of it
-        if not (before := resumed_state(state, self)):
+        if not (before := resumed_state(state)):
             self.epochs, self._epoch_start = [], dict(self.sums)
             return
         is_main = state.is_world_process_zero

@@ -29,7 +29,7 @@ from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_
 from logitstream.training.order import leave_out_repeats, without_repeats
 from logitstream.training.overhead import MeasuringTrainer
 from logitstream.training.ranks import expect_equal_numbers, joined_by
-from logitstream.training.saving import ResumableTrainer
+from logitstream.training.resumable import ResumableTrainer
 from logitstream.training.stats import HeldOutStats, RunStats
 
 if TYPE_CHECKING:
@@ -92,15 +92,6 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             return super().train(*args, **kwargs)
         finally:
             self._end_stream()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As ResumableTrainer's; none where every sequence so far was refused: who goes on from it would pass them."""
-        if self.has_trained():
-            super()._save_checkpoint(model, trial)
-
-    def has_trained(self) -> bool:
-        """Whether a token of the run was trained on, by any process; every process calls it."""
-        return bool(self.stats.run_state()["sums"]["tokens"])
 
     def _end_stream(self) -> None:
         self._source, self._batches = None, iter(())

@@ -114,8 +114,8 @@ def test_a_resumed_run_refuses_another_teacher_but_may_draw_otherwise(tmp_path: 
         agree_on_teacher(client, SPEC, tmp_path)
         client.close()
         spec = TargetSpec(num_samples=9, codec_version=1)
-        assert expected_teacher(tmp_path, spec, resumes=False) is None
-        expected = expected_teacher(tmp_path, spec, resumes=True)
+        assert expected_teacher(None, spec) is None
+        expected = expected_teacher(tmp_path, spec)
         client = GrpcTeacherClient([a], spec, vocab_size=VOCAB_SIZE, tokenizer=TOKENIZER_DIGEST, fingerprint=expected)
         assert client.info.weights_digest == weights_digest("a", 0)
         client.close()
@@ -152,7 +152,7 @@ dist.barrier()
 thread = threading.Thread(target=write)
 thread.start()
 for turn in range(10):
-    cache = open_agreed_cache(str(folder / "cache"), folder / "run", resumes=False)
+    cache = open_agreed_cache(str(folder / "cache"), folder / "run")
     dataset = CacheDataset(cache)
     seen = hash(b"".join(cache.key(i) for i in range(len(cache)))), len(dataset)
     print(f"turn {turn} {seen}\\n", end="", flush=True)
@@ -180,8 +180,10 @@ def test_a_resumed_run_goes_on_with_its_sequences_after_the_cache_grew_and_is_re
             for number in range(start, stop):
                 writer.put(*record(0, number)[:5])
 
+    run = tmp_path / "run"
+
     def sequences(*, resumes: bool) -> list[list[int]]:
-        with open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", resumes=resumes) as cache:
+        with open_agreed_cache(str(tmp_path / "cache"), run, run if resumes else None) as cache:
             dataset = CacheDataset(cache)
             return [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
 
@@ -203,10 +205,10 @@ def test_a_state_file_that_is_none_of_ours_is_named_with_what_to_do(tmp_path: Pa
     with CacheWriter(tmp_path / "cache", FINGERPRINT) as writer:
         writer.put(*record(0, 0)[:5])
     (tmp_path / "teacher.json").write_bytes(content)
-    assert expected_teacher(tmp_path, SPEC, resumes=False) is None
+    assert expected_teacher(None, SPEC) is None
     with pytest.raises(FingerprintMismatch, match=r"teacher\.json does not tell .*: delete it"):
-        expected_teacher(tmp_path, SPEC, resumes=True)
-    open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", resumes=True).close()
+        expected_teacher(tmp_path, SPEC)
+    open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", tmp_path / "run").close()
     (tmp_path / "run/cache_view.json").write_bytes(content)
     with pytest.raises(CacheError, match=r"cache_view\.json does not tell .*: delete it"):
-        open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", resumes=True)
+        open_agreed_cache(str(tmp_path / "cache"), tmp_path / "run", tmp_path / "run")

@@ -19,8 +19,7 @@ from transformers import TrainerCallback
 from logitstream.errors import InvalidSequence, LogitstreamError, TeacherUnavailable
 from logitstream.training.checkpoints import checkpoints_in, choose_checkpoint, fault_of
 from logitstream.training.report import report
-from logitstream.training.saving import CheckpointFailed
-from logitstream.training.stopping import Stopped
+from logitstream.training.resumable import CheckpointFailed, Stopped
 from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TokenSequence
 from tests.integration.test_trainer import NUM_SEQUENCES, Asked, losses_of, trainer_of
@@ -207,6 +206,9 @@ def test_nothing_is_saved_where_every_sequence_was_refused(tmp_path: Path, teach
             trainer_of(tmp_path, RefusingTeacher(), num_train_epochs=2, **options).train()
         assert not checkpoints_in(tmp_path / "out")
     trainer_of(tmp_path, teacher, max_steps=1, save_steps=1).train()
+    resumed = trainer_of(tmp_path, RefusingTeacher(), num_train_epochs=2, save_steps=1)
+    with pytest.raises(LogitstreamError, match="sequences are refused or damaged"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert [path.name for path in checkpoints_in(tmp_path / "out")] == ["checkpoint-1"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from logitstream.training.checkpoints import STAGING, ResumeUndecided, choose_checkpoint, fault_of
+from logitstream.training.checkpoints import SEAL, STAGING, ResumeUndecided, choose_checkpoint, fault_of, seal
 from logitstream.training.trainer import DistillationTrainer
 from student_worker.run_folder import FolderInUse, lock, locked
 from tests.distributed_training import make_model
@@ -88,30 +87,10 @@ def test_bytes_that_a_crash_left_as_zeros_are_noticed(out: Path) -> None:
     assert "optimizer.pt is damaged" in fault_of(out / "checkpoint-2")
 
 
-def test_a_process_without_its_random_numbers_is_missed(out: Path) -> None:
-    state_file = out / "checkpoint-2" / "trainer_state.json"
-    state = json.loads(state_file.read_text())
-    state["stateful_callbacks"]["logitstream"]["num_processes"] = 2
-    state_file.write_text(json.dumps(state))
-    (out / "checkpoint-2" / "rng_state.pth").rename(out / "checkpoint-2" / "rng_state_0.pth")
-    assert fault_of(out / "checkpoint-2") == "rng_state_1.pth is missing"
-    shutil.copy(out / "checkpoint-2" / "rng_state_0.pth", out / "checkpoint-2" / "rng_state_1.pth")
-    assert not fault_of(out / "checkpoint-2")
-
-
-def test_shards_that_an_index_names_have_to_be_there(out: Path) -> None:
-    checkpoint = out / "checkpoint-2"
-    shard = "model-00001-of-00002.safetensors"
-    (checkpoint / "model.safetensors").rename(checkpoint / shard)
-    index = {"weight_map": {"a": shard, "b": "model-00002-of-00002.safetensors"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors, which is missing" in fault_of(checkpoint)
-
-
-def test_shards_without_their_index_are_no_weights(out: Path) -> None:
-    whole = out / "checkpoint-2" / "model.safetensors"
-    whole.rename(whole.with_name("model-00001-of-00002.safetensors"))
-    assert fault_of(out / "checkpoint-2") == "it holds no weights"
+def test_a_folder_without_a_seal_is_no_checkpoint(out: Path) -> None:
+    (out / "checkpoint-2" / SEAL).unlink()
+    assert fault_of(out / "checkpoint-2").startswith(f"{SEAL} cannot be read: FileNotFoundError")
+    assert choose_checkpoint(out, "latest") == out / "checkpoint-1"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "training_args.bin"])
@@ -128,17 +107,19 @@ def test_no_damage_stops_the_search_for_a_whole_checkpoint(out: Path, name: str)
     assert fault_of(out / "checkpoint-2").startswith(name)
 
 
-@pytest.mark.parametrize("ours", [[1], {"num_processes": None}, {"num_processes": "two"}])
-def test_a_state_of_other_types_is_a_fault(out: Path, ours: Any) -> None:
-    path = out / "checkpoint-2" / "trainer_state.json"
-    path.write_text(json.dumps({"global_step": 2, "stateful_callbacks": {"logitstream": ours}}))
-    assert "cannot be read" in fault_of(out / "checkpoint-2")
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, '{"a": null}', '{"a": [1]}', '{"a": 1}', ""])
+def test_a_seal_of_other_types_is_a_fault(out: Path, content: str) -> None:
+    (out / "checkpoint-2" / SEAL).write_text(content)
+    assert "cannot be read" in fault_of(out / "checkpoint-2", with_optimizer=False)
+    assert fault_of(out / "checkpoint-2")
 
 
-def test_checkpoints_of_the_model_alone_need_no_optimizer_where_that_was_asked_for(out: Path) -> None:
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+def test_checkpoints_of_the_model_alone_need_no_optimizer_if_that_was_asked_for(out: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", SEAL):
         (out / "checkpoint-2" / name).unlink()
+    seal(out / "checkpoint-2")
     assert choose_checkpoint(out, "latest", with_optimizer=False) == out / "checkpoint-2"
+    assert choose_checkpoint(out, "latest") == out / "checkpoint-1"
 
 
 def test_where_none_is_whole_the_run_starts_anew_and_says_so(out: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -172,7 +153,7 @@ def test_a_word_that_is_nearly_right_is_named(out: Path, word: str, near: str) -
 def test_a_named_checkpoint_is_taken_if_it_is_whole(out: Path) -> None:
     assert choose_checkpoint(out, str(out / "checkpoint-1")) == out / "checkpoint-1"
     (out / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-1 is not whole: optimizer\.pt is cut off or damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 is not whole: optimizer\.pt has 0 bytes, expected "):
         choose_checkpoint(out, str(out / "checkpoint-1"))
 
 
