@@ -43,8 +43,8 @@ from logitstream.training.distributed import agree_on_teacher, expected_teacher,
 from logitstream.training.first_choices import SPEC as FIRST_CHOICES_SPEC
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.report import ProgressDisplay, report
-from logitstream.training.split import split_cache, split_text
 from logitstream.training.resumable import Stopped
+from logitstream.training.split import split_cache, split_text
 from logitstream.training.target_cache import TargetCache, may_hold_targets, open_target_cache
 from logitstream.training.target_stream import TargetStream
 from logitstream.training.trainer import DistillationTrainer

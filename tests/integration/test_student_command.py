@@ -122,7 +122,6 @@ def test_state_files_that_an_old_kill_emptied_do_not_stop_a_start(home: Path, tm
         (tmp_path / "run" / name).write_bytes(b"")
     status, said = run(config)
     assert status == 0, said
-    assert "checkpoint-2/teacher.json is read instead" in said
     for path in tmp_path.rglob("teacher.json"):
         path.write_bytes(b"")
     status, said = run(config, "--training.max_steps", "6")
