@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.machine import machine
 from demo.assets import teacher_folder, text_file
 from logitstream import codec
-from logitstream.budget import choose_for_bytes, choose_for_noise
+from logitstream.budget import choose
 from logitstream.id_model import IdModel
 from logitstream.sampling import sample
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
@@ -208,8 +208,8 @@ def curves(data: Scored) -> dict[str, Any]:
         ]
 
     probs = [torch.softmax(logits.double(), dim=-1) for logits in data.logits]
-    by_noise = choose_for_noise(draw, data.sequences, TargetSpec(), rs_kd["mse"], id_model=data.id_model)
-    by_bytes = choose_for_bytes(draw, data.sequences, TargetSpec(), 16.0, id_model=data.id_model)
+    by_noise = choose(draw, data.sequences, TargetSpec(), noise=rs_kd["mse"], id_model=data.id_model)
+    by_bytes = choose(draw, data.sequences, TargetSpec(), bytes_per_token=16.0, id_model=data.id_model)
     return {
         "name": data.name,
         "vocab_size": data.logits[0].shape[1],

@@ -1,20 +1,20 @@
-"""How many samples a budget in bytes or noise buys, measured on a user's own text before a run.
+"""The search for the sampler's size (N, θ or k) that a budget in bytes or noise buys, measured on a run's own text.
 
-The answer is one number for the whole run (N, θ or k), so that the bytes go to the positions with the most entropy.
+The answer is one number for the whole run, so that the bytes go to the positions with the most entropy.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from logitstream.codec import IdModel, decode
-from logitstream.sampling import STEPS_PER_SAMPLE
-from logitstream.types import MAX_VOCAB_SIZE, PROBABILITY_UNITS, SparseTargets, TargetSpec, TokenSequence
+from logitstream.codec import decode
+from logitstream.id_model import IdModel
+from logitstream.types import SPEC_RANGES, SparseTargets, TargetSpec, TokenSequence
 
 Draw = Callable[[Sequence[TokenSequence], TargetSpec, int], Sequence[bytes]]
 """(sequences, spec, draw set) -> their encoded targets, in order: a teacher, however it is reached."""
@@ -22,13 +22,13 @@ Draw = Callable[[Sequence[TokenSequence], TargetSpec, int], Sequence[bytes]]
 CLOSE_ENOUGH = 0.01
 """Also the least that twice the samples must bring: where the text takes no more bytes, more samples buy nothing."""
 MAX_MEASUREMENTS = 12
-TYPICAL_EXPONENT = 0.75
+BYTES_EXPONENT, PRECISION_EXPONENT = 0.75, 1.5
 """bytes ~ N^0.75 and 1/noise ~ N^1.5 on English text: only where to look next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of a spec on calibration text. noise: E Σ_i (t̂_i - t_i)² per position, or None where it was not asked for."""
+    """A spec on calibration text. noise: E Σ_i (t̂_i - t_i)² per position, or None if it was not measured."""
 
     bytes_per_token: float
     entries_per_token: float
@@ -53,31 +53,28 @@ def measure(
     id_model: IdModel | None = None,
     vocab_size: int | None = None,
 ) -> Measured:
-    """Bytes and entries per wanted row; noise from two independent draw sets, as E |t̂ - t̂'|² / 2.
+    """Return bytes and entries per wanted row; noise from two independent draw sets, as E |t̂ - t̂'|² / 2.
 
     id_model, vocab_size: the teacher's, to decode with.
     """
-    decode_one = functools.partial(decode, spec=spec, vocab_size=vocab_size, id_model=id_model)
 
     def decoded(payloads: Sequence[bytes]) -> list[SparseTargets]:
-        return [decode_one(payload, num_rows=len(s)) for payload, s in zip(payloads, sequences, strict=True)]
+        return [
+            decode(payload, spec=spec, vocab_size=vocab_size, id_model=id_model, num_rows=len(sequence))
+            for payload, sequence in zip(payloads, sequences, strict=True)
+        ]
 
     payloads = draw(sequences, spec, 0)
     targets = decoded(payloads)
-    num_tokens = max(1, _num_wanted(sequences))
+    num_tokens = max(1, sum(sequence.num_wanted for sequence in sequences))
     noise = None
     if with_noise:
-        others = decoded(draw(sequences, spec, 1))
-        noise = sum(map(_squared_distance, targets, others)) / 2 / num_tokens
+        noise = sum(map(_squared_distance, targets, decoded(draw(sequences, spec, 1)))) / 2 / num_tokens
     return Measured(
         bytes_per_token=sum(map(len, payloads)) / num_tokens,
         entries_per_token=sum(part.num_entries for part in targets) / num_tokens,
         noise=noise,
     )
-
-
-def _num_wanted(sequences: Sequence[TokenSequence]) -> int:
-    return sum(len(s) if s.loss_mask is None else int(s.loss_mask.sum()) for s in sequences)
 
 
 def _squared_distance(a: SparseTargets, b: SparseTargets) -> float:
@@ -87,140 +84,100 @@ def _squared_distance(a: SparseTargets, b: SparseTargets) -> float:
     return float(np.square(np.bincount(where, weights=signed)).sum())
 
 
-def choose_for_bytes(
+def choose(
     draw: Draw,
     sequences: Sequence[TokenSequence],
     spec: TargetSpec,
-    bytes_per_token: float,
     *,
+    bytes_per_token: float = 0.0,
+    noise: float = 0.0,
     id_model: IdModel | None = None,
     vocab_size: int | None = None,
 ) -> Choice:
-    """The most samples (the largest k) whose encoded targets take at most so many bytes a token on these sequences."""
-    measured_as = functools.partial(measure, draw, sequences, id_model=id_model, vocab_size=vocab_size)
+    """Return the spec of the size that meets one of the two budgets on these sequences; ValueError if none does.
 
-    def size_of(index: int) -> float:
-        return measured_as(_with_index(spec, index), with_noise=False).bytes_per_token
-
-    index = _nearest(size_of, bytes_per_token, _index_of(spec), _index_range(spec), TYPICAL_EXPONENT, from_below=True)
-    if index is None:
-        raise ValueError(f"{bytes_per_token:g} bytes a token are too few for any {spec.sampler} targets of this text")
-    chosen = _with_index(spec, index)
-    with_noise = spec.sampler in ("systematic", "multinomial", "threshold")
-    measured = measured_as(chosen, with_noise=with_noise)
-    return _choice(chosen, measured, f"at most {bytes_per_token:g} bytes a token", sequences)
-
-
-def choose_for_noise(
-    draw: Draw,
-    sequences: Sequence[TokenSequence],
-    spec: TargetSpec,
-    noise: float,
-    *,
-    id_model: IdModel | None = None,
-    vocab_size: int | None = None,
-) -> Choice:
-    """The fewest samples whose targets are within this MSE per position of the teacher's distribution."""
-    if spec.sampler not in ("systematic", "multinomial", "threshold"):
+    bytes_per_token: the largest size whose encoded targets take at most this; noise: the smallest whose MSE per
+    position is at most this.
+    """
+    sampler = spec.kind
+    if not sampler.size_field:
+        raise ValueError(f"{spec.sampler} targets have no size to choose: use another sampler")
+    if noise and not sampler.is_unbiased:
         raise ValueError(f"a noise budget needs an unbiased sampler, not {spec.sampler}")
-    measured_as = functools.partial(measure, draw, sequences, id_model=id_model, vocab_size=vocab_size)
 
-    def precision_of(index: int) -> float:
-        measured = measured_as(_with_index(spec, index), with_noise=True)
-        return 1.0 / max(measured.noise or 0.0, 1e-12)
+    def measured(tried: TargetSpec, with_noise: bool) -> Measured:
+        return measure(draw, sequences, tried, with_noise=with_noise, id_model=id_model, vocab_size=vocab_size)
 
-    index = _nearest(
-        precision_of, 1.0 / noise, _index_of(spec), _index_range(spec), 2 * TYPICAL_EXPONENT, from_below=False
-    )
-    if index is None:
-        raise ValueError(f"no {spec.sampler} targets come within a noise of {noise:g}")
-    chosen = _with_index(spec, index)
-    measured = measured_as(chosen, with_noise=True)
-    return _choice(chosen, measured, f"noise of at most {noise:g}", sequences)
+    def size_in_bytes(size: int) -> float:
+        return measured(_sized(spec, size), False).bytes_per_token
+
+    def precision(size: int) -> float:
+        return 1.0 / max(measured(_sized(spec, size), True).noise or 0.0, 1e-12)
+
+    if bytes_per_token:
+        budget = f"at most {bytes_per_token:g} bytes a token"
+        size = _search(size_in_bytes, bytes_per_token, spec, BYTES_EXPONENT, from_below=True)
+        refusal = f"{bytes_per_token:g} bytes a token are too few for any {spec.sampler} targets of this text"
+    else:
+        budget = f"noise of at most {noise:g}"
+        size = _search(precision, 1.0 / noise, spec, PRECISION_EXPONENT, from_below=False)
+        refusal = f"no {spec.sampler} targets come within a noise of {noise:g}"
+    if size is None:
+        raise ValueError(refusal)
+    chosen = _sized(spec, size)
+    result = measured(chosen, sampler.is_unbiased)
+    return Choice(spec=chosen, measured=result, sentence=f"{budget}: {_sentence(chosen, result, sequences)}")
 
 
-def _choice(spec: TargetSpec, measured: Measured, budget: str, sequences: Sequence[TokenSequence]) -> Choice:
-    name = {"threshold": "threshold", "top_k": "top_k", "top_k_ghost": "top_k"}.get(spec.sampler, "num_samples")
+def _sentence(spec: TargetSpec, measured: Measured, sequences: Sequence[TokenSequence]) -> str:
+    field = spec.kind.size_field
     noise = "" if measured.noise is None else f", noise {measured.noise:.3g} a position"
-    sentence = (
-        f"{budget}: chose {spec.sampler} with {name} = {getattr(spec, name):.6g}, measured "
+    return (
+        f"chose {spec.sampler} with {field} = {getattr(spec, field):.6g}, measured "
         f"{measured.bytes_per_token:.2f} bytes and {measured.entries_per_token:.2f} entries a token{noise} "
         f"on {len(sequences)} sequences of {sum(map(len, sequences))} tokens"
     )
-    return Choice(spec=spec, measured=measured, sentence=sentence)
 
 
-def _with_index(spec: TargetSpec, index: int) -> TargetSpec:
-    """The spec whose whole-numbered size is `index`: N, k, or the steps that θ divides 1 into."""
-    if spec.sampler == "threshold":
-        return replace(spec, threshold=STEPS_PER_SAMPLE / index)
-    if spec.sampler in ("top_k", "top_k_ghost"):
-        return replace(spec, top_k=index)
-    return replace(spec, num_samples=index)
+def _sized(spec: TargetSpec, size: int) -> TargetSpec:
+    steps = spec.kind.size_steps
+    fields: dict[str, Any] = {spec.kind.size_field: steps / size if steps else size}
+    return replace(spec, **fields)
 
 
-def _index_of(spec: TargetSpec) -> int:
-    if spec.sampler == "threshold":
-        return max(STEPS_PER_SAMPLE, round(STEPS_PER_SAMPLE / spec.threshold))
-    return spec.top_k if spec.sampler in ("top_k", "top_k_ghost") else spec.num_samples
+def _size_of(spec: TargetSpec, value: float) -> int:
+    steps = spec.kind.size_steps
+    return max(steps, round(steps / value)) if steps else int(value)
 
 
-def _index_range(spec: TargetSpec) -> tuple[int, int]:
-    if spec.sampler == "full":
-        raise ValueError("full targets have no size to choose")
-    if spec.sampler == "threshold":
-        return STEPS_PER_SAMPLE, STEPS_PER_SAMPLE * PROBABILITY_UNITS
-    return 1, (MAX_VOCAB_SIZE if spec.sampler.startswith("top_k") else PROBABILITY_UNITS)
-
-
-def _nearest(
-    value_of: Callable[[int], float],
-    target: float,
-    start: int,
-    bounds: tuple[int, int],
-    exponent: float,
-    *,
-    from_below: bool,
+def _search(
+    value_of: Callable[[int], float], target: float, spec: TargetSpec, exponent: float, *, from_below: bool
 ) -> int | None:
-    """The nearest index found whose (rising) value is at most the target or, not from below, at least it.
+    """Return the size whose (rising) value is closest to target without exceeding it (from_below) or falling short.
 
-    Steps along a power law through the two ends known; ends at neighbours, or within CLOSE_ENOUGH on the right side.
+    Starts at the spec's size and follows a power law through the two ends known. Stops at neighbours, or within
+    CLOSE_ENOUGH on the right side.
     """
-    below: tuple[int, float] | None = None
-    above: tuple[int, float] | None = None
-    index = min(max(start, bounds[0]), bounds[1])
+    field = spec.kind.size_field
+    lowest, highest = sorted(_size_of(spec, bound) for bound in SPEC_RANGES[field])
+    size = _size_of(spec, getattr(spec, field))
+    below, above = (lowest - 1, 0.0), (highest + 1, math.inf)
     for _ in range(MAX_MEASUREMENTS):
-        value = value_of(index)
-        if below and index >= 2 * below[0] and value <= min(target, below[1] * (1 + CLOSE_ENOUGH)):
+        value = value_of(size)
+        is_known = below[1] > 0
+        if is_known and size >= 2 * below[0] and value <= min(target, below[1] * (1 + CLOSE_ENOUGH)):
             break
-        if value <= target:
-            below = (index, value)
-        if value >= target:
-            above = (index, value)
+        below = (size, value) if value <= target else below
+        above = (size, value) if value >= target else above
         is_close = abs(value / target - 1) <= CLOSE_ENOUGH and (value <= target if from_below else value >= target)
-        if is_close or (below and above and above[0] - below[0] <= 1):
+        if is_close or above[0] - below[0] <= 1:
             break
-        index = _next_index(below, above, target, bounds, exponent)
-        if index in (below and below[0], above and above[0]):
-            break
-    found = below if from_below else above
-    return found and found[0]
-
-
-def _next_index(
-    below: tuple[int, float] | None,
-    above: tuple[int, float] | None,
-    target: float,
-    bounds: tuple[int, int],
-    exponent: float,
-) -> int:
-    if below and above:
-        span = math.log(above[0] / below[0])
-        share = math.log(target / below[1]) / max(math.log(above[1] / below[1]), 1e-9)
-        guess = below[0] * math.exp(span * min(max(share, 0.05), 0.95))
-        return min(max(round(guess), below[0] + 1), above[0] - 1)
-    index, value = below or above or (1, target)
-    step = math.exp(math.log(target / max(value, 1e-9)) / exponent)
-    guess = index * min(max(step * (1.1 if below else 0.9), 1 / 16), 16.0)
-    low, high = (index + 1, bounds[1]) if below else (bounds[0], index - 1)
-    return min(max(round(guess), min(low, bounds[1])), max(high, bounds[0]))
+        if below[1] > 0 and above[1] < math.inf:
+            share = math.log(target / below[1]) / max(math.log(above[1] / below[1]), 1e-9)
+            guess = below[0] * (above[0] / below[0]) ** min(max(share, 0.05), 0.95)
+        else:
+            step = (target / max(value, 1e-9)) ** (1 / exponent) * (1.1 if value <= target else 0.9)
+            guess = size * min(max(step, 1 / 16), 16.0)
+        size = min(max(round(guess), below[0] + 1), above[0] - 1)
+    size, value = below if from_below else above
+    return size if 0 < value < math.inf else None

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from logitstream.errors import CodecError
 from logitstream.id_model import IdModel, IdTables, uniform_tables
 from logitstream.range_coder import MAX_ENTRY_BYTES, decode_block, encode_block, row_kind
-from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets, TargetSpec
+from logitstream.samplers import FULL_UNITS
+from logitstream.types import CODEC_VERSIONS, MAX_VOCAB_SIZE, SparseTargets, TargetSpec
 
 __all__ = ["IdModel", "decode", "decode_rows", "encode", "varint", "warm_up"]
 

@@ -77,7 +77,7 @@ def sparse_kl(
 def drawn_with(targets: SparseTargets | None) -> tuple[float, bool]:
     """Return the temperature that targets were drawn at, and whether they have a ghost bucket."""
     spec = None if targets is None else targets.spec
-    return (1.0, False) if spec is None else (spec.temperature, spec.sampler == "top_k_ghost")
+    return (1.0, False) if spec is None else (spec.temperature, spec.kind.has_ghost)
 
 
 def supervised_rows(

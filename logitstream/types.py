@@ -18,27 +18,29 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.errors import InvalidSequence, InvalidSpec
+from logitstream.samplers import FULL_UNITS, PROBABILITY_UNITS, SAMPLERS, Sampler
 from logitstream.settings import setting
 
-SAMPLERS = ("systematic", "multinomial", "threshold", "top_k", "top_k_ghost", "full")
-SAMPLER_FIELDS: dict[str, frozenset[str]] = {
-    "systematic": frozenset({"num_samples"}),
-    "multinomial": frozenset({"num_samples", "proposal_temperature"}),
-    "threshold": frozenset({"threshold"}),
-    "top_k": frozenset({"top_k"}),
-    "top_k_ghost": frozenset({"top_k"}),
-    "full": frozenset(),
-}
-"""The fields of a TargetSpec that each sampler uses, beside COMMON_FIELDS."""
-COMMON_FIELDS = frozenset({"sampler", "temperature", "seed", "codec_version"})
 CODEC_VERSIONS = (1, 2)
 MAX_VOCAB_SIZE = 1 << 24
 MAX_MESSAGE_BYTES = 64 << 20
-"""The most that a teacher's max_message_bytes may be: a client sets what its channel takes before it can ask."""
-PROBABILITY_UNITS = 1 << 16
-"""Grid of top_k's probabilities, and the most samples of a row."""
-FULL_UNITS = 1 << 30
-"""Grid of `full`: entries below 2^-30 round to nothing."""
+"""The most that a teacher's max_message_bytes may be: a client sets its channel's limit before it can ask."""
+SHORT_DIGEST_BYTES = 8
+COMMON_FIELDS = frozenset({"sampler", "temperature", "seed", "codec_version"})
+SPEC_RANGES: dict[str, tuple[float, float]] = {
+    "num_samples": (1, PROBABILITY_UNITS),
+    "threshold": (1 / PROBABILITY_UNITS, 1.0),
+    "top_k": (1, MAX_VOCAB_SIZE),
+    "proposal_temperature": (0.1, 4.0),
+    "temperature": (0.01, 100.0),
+    "seed": (0, (1 << 64) - 1),
+}
+
+
+def used_fields(sampler: str) -> frozenset[str]:
+    """Return the fields of a TargetSpec that affect this sampler's targets; an unknown sampler uses the common ones."""
+    row = SAMPLERS.get(sampler)
+    return COMMON_FIELDS.union(() if row is None else {row.size_field, *row.other_fields} - {""})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,34 +61,37 @@ class TargetSpec:
     codec_version: int = setting("Version of the encoded targets.", 2)
 
     def __post_init__(self) -> None:
-        """Numbers become those of their field's type: 2 and 2.0, or numpy's, must not make two fingerprints."""
+        """Check every field, and make numbers those of the field's type: 2 and 2.0 must not make two fingerprints."""
         for one in fields(TargetSpec):
-            value = getattr(self, one.name)
             if one.name != "sampler":
-                object.__setattr__(self, one.name, _number(one.name, value, whole=one.type == "int"))
+                value = _number(one.name, getattr(self, one.name), whole=one.type == "int")
+                object.__setattr__(self, one.name, value)
         if self.sampler not in SAMPLERS:
             raise InvalidSpec(f"unknown sampler {str(self.sampler)[:64]!r}: expected one of {', '.join(SAMPLERS)}")
-        _check_range("num_samples", self.num_samples, 1, PROBABILITY_UNITS)
-        _check_range("threshold", self.threshold, 1 / PROBABILITY_UNITS, 1.0)
-        _check_range("top_k", self.top_k, 1, MAX_VOCAB_SIZE)
-        _check_range("proposal_temperature", self.proposal_temperature, 0.1, 4.0)
-        _check_range("temperature", self.temperature, 0.01, 100.0)
-        _check_range("seed", self.seed, 0, (1 << 64) - 1)
-        if self.proposal_temperature != 1.0 and self.sampler != "multinomial":
-            raise InvalidSpec(f"proposal_temperature is multinomial's, not {self.sampler}'s")
+        for name, (low, high) in SPEC_RANGES.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise InvalidSpec(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
+        if self.proposal_temperature != 1.0 and "proposal_temperature" not in self.kind.other_fields:
+            raise InvalidSpec(f"proposal_temperature is not a parameter of {self.sampler}: leave it at 1")
         if self.codec_version not in CODEC_VERSIONS:
             raise InvalidSpec(f"unknown codec_version {self.codec_version}: expected one of {CODEC_VERSIONS}")
 
+    @property
+    def kind(self) -> Sampler:
+        """The sampler's row of the table."""
+        return SAMPLERS[self.sampler]
+
     def canonical(self) -> dict[str, str | int | float]:
-        """The fields that affect this sampler's targets, for fingerprints: unused parameters are left out."""
-        used = COMMON_FIELDS | SAMPLER_FIELDS[self.sampler]
+        """Return the fields that affect this sampler's targets, for fingerprints."""
+        used = used_fields(self.sampler)
         return {name: value for name, value in asdict(self).items() if name in used}
 
     @classmethod
     def from_canonical(cls, values: object) -> TargetSpec:
-        """Undo `canonical` for values that came from a disk or a network; the fields that they leave out are defaults.
+        """Undo `canonical` for values from a disk or a network; fields that they leave out are defaults.
 
-        Raises InvalidSpec where a name is unknown, missing or of another sampler, or a value of another type.
+        Raises InvalidSpec where a name is unknown, missing or of another sampler, or a value has another type.
         """
         if not isinstance(values, dict):
             raise InvalidSpec(f"expected a target specification, got a {type(values).__name__}")
@@ -105,22 +110,12 @@ class TargetSpec:
 
     @property
     def keeps_first_choice(self) -> bool:
-        """Whether a row's greatest weight is always that of the teacher's most likely id."""
-        return self.sampler in ("top_k", "top_k_ghost", "full")
+        """True if a row's greatest weight is always that of the teacher's most likely id."""
+        return not self.kind.is_unbiased
 
     def max_entries(self, vocab_size: int) -> int:
-        """The most entries that a row of this sampler's targets can have."""
-        return min(
-            vocab_size,
-            {
-                "systematic": self.num_samples,
-                "multinomial": self.num_samples,
-                "threshold": 2 * math.ceil(1 / self.threshold) + 1,
-                "top_k": self.top_k,
-                "top_k_ghost": self.top_k,
-                "full": vocab_size,
-            }[self.sampler],
-        )
+        """Return the most entries that a row of this sampler's targets can have."""
+        return min(vocab_size, self.kind.entries(self, vocab_size))
 
 
 def _number(name: str, value: Any, *, whole: bool) -> int | float:
@@ -134,9 +129,21 @@ def _number(name: str, value: Any, *, whole: bool) -> int | float:
     return number
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidSpec(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
+def pack_mask(mask: npt.NDArray[np.bool_] | None) -> bytes:
+    """Return a loss mask as bits, the lowest first; empty for one that leaves nothing out."""
+    return b"" if mask is None or mask.all() else np.packbits(mask, bitorder="little").tobytes()
+
+
+def unpack_mask(data: bytes, num_tokens: int) -> npt.NDArray[np.bool_] | None:
+    """Undo `pack_mask`; InvalidSequence for another number of bytes, or bits set beyond the tokens."""
+    if not data:
+        return None
+    if len(data) != (num_tokens + 7) // 8:
+        raise InvalidSequence(f"loss_mask of {len(data)} bytes for {num_tokens} tokens: expected a bit a token")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    if bits[num_tokens:].any():
+        raise InvalidSequence(f"loss_mask has bits set beyond the sequence's {num_tokens} tokens")
+    return bits[:num_tokens].astype(bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +156,12 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def num_wanted(self) -> int:
+        return len(self) if self.loss_mask is None else int(self.loss_mask.sum())
+
     def validate(self, *, vocab_size: int, max_sequence_tokens: int) -> None:
-        """Raises InvalidSequence, saying what was expected and what came."""
+        """Raise InvalidSequence, saying what was expected and what came."""
         num_tokens = len(self.token_ids)
         if num_tokens == 0:
             raise InvalidSequence("empty sequence: expected at least one token")
@@ -164,11 +175,11 @@ class TokenSequence:
             raise InvalidSequence(f"loss_mask of {len(self.loss_mask)} entries for a sequence of {num_tokens} tokens")
 
     def digest(self) -> bytes:
-        """16 bytes that depend on the token ids and the mask alone."""
+        """Return 16 bytes that depend on the token ids and the mask alone."""
         h = hashlib.blake2b(digest_size=16, person=b"ls-sequence")
         h.update(np.ascontiguousarray(self.token_ids, dtype="<i4").tobytes())
-        if self.loss_mask is not None and not self.loss_mask.all():
-            h.update(b"mask" + np.packbits(self.loss_mask, bitorder="little").tobytes())
+        if mask := pack_mask(self.loss_mask):
+            h.update(b"mask" + mask)
         return h.digest()
 
 
@@ -177,13 +188,12 @@ ENTRIES_PER_TOKEN = 1024
 
 
 def entries_bound(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
-    """The most entries that a sequence's targets can have."""
-    num_rows = len(sequence) if sequence.loss_mask is None else int(sequence.loss_mask.sum())
-    return num_rows * spec.max_entries(vocab_size)
+    """Return the most entries that a sequence's targets can have."""
+    return sequence.num_wanted * spec.max_entries(vocab_size)
 
 
 def credit_tokens(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
-    """What a sequence counts against a stream's credit: its tokens, or its entries where those weigh more."""
+    """Return what a sequence costs a teacher in tokens: its own, or its entries where those weigh more."""
     return max(len(sequence), entries_bound(sequence, spec, vocab_size) // ENTRIES_PER_TOKEN)
 
 
@@ -217,11 +227,11 @@ class SparseTargets:
         return len(self.token_ids)
 
     def row_index(self) -> npt.NDArray[np.int64]:
-        """int64 [K]: the row of each entry."""
+        """Return the row of each entry, int64 [K]."""
         return np.repeat(np.arange(self.num_rows, dtype=np.int64), np.diff(self.row_offsets))
 
     def weights(self) -> npt.NDArray[np.float32]:
-        """float32 [K]: t̂ of each entry."""
+        """Return t̂ of each entry, float32 [K]."""
         weights = self.counts.astype(np.float64) / self.units
         tail = self.counts == 0
         if tail.any():
@@ -233,7 +243,7 @@ class SparseTargets:
         return weights.astype(np.float32)
 
     def slice_rows(self, start: int, stop: int) -> SparseTargets:
-        """Rows start to stop."""
+        """Return rows start to stop."""
         offsets = self.row_offsets[start : stop + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         return replace(
@@ -245,11 +255,11 @@ class SparseTargets:
 
     @staticmethod
     def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
-        """All rows of several targets drawn alike; ValueError where vocabulary, units or spec differ."""
-        if len({(part.vocab_size, part.units, part.tail_units) for part in parts}) != 1:
+        """Return all rows of several targets drawn alike; ValueError if vocabulary, units or spec differ."""
+        if len(shapes := {(part.vocab_size, part.units, part.tail_units) for part in parts}) != 1:
             raise ValueError(
                 "expected targets of one vocabulary and one sampler, got (vocab_size, units, tail_units) = "
-                f"{sorted({(part.vocab_size, part.units, part.tail_units) for part in parts})}"
+                f"{sorted(shapes)}"
             )
         if len(specs := {part.spec for part in parts}) != 1:
             drawn = " and ".join(sorted("unknown" if one is None else str(one.canonical()) for one in specs))
@@ -264,7 +274,7 @@ class SparseTargets:
         )
 
     def validate(self) -> None:
-        """Raises ValueError where the arrays do not form a CSR in range."""
+        """Raise ValueError if the arrays do not form a CSR in range."""
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must lie in [1, {MAX_VOCAB_SIZE}], got {self.vocab_size}")
         if not 1 <= self.units <= FULL_UNITS or not 0 <= self.tail_units <= self.units:
@@ -284,7 +294,7 @@ class SparseTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherInfo:
-    """What a teacher serves: the answer of `Describe`; digests are hex, limits in tokens and bytes."""
+    """A teacher's description of itself, as `Describe` gives it; digests are hex, limits in tokens and bytes."""
 
     model: str
     revision: str = ""
@@ -295,13 +305,18 @@ class TeacherInfo:
     max_sequence_tokens: int
     max_in_flight_tokens: int = 65_536
     max_message_bytes: int = 16 << 20
-    samplers: tuple[str, ...] = SAMPLERS
+    samplers: tuple[str, ...] = tuple(SAMPLERS)
     codec_versions: tuple[int, ...] = CODEC_VERSIONS
     id_model: bytes = field(default=b"", repr=False)
     teacher_version: int = 0
     server_version: str = ""
     backend: str = ""
     tokenizer_rules: str = ""
+
+    @property
+    def short_weights_digest(self) -> bytes:
+        """The first bytes of the weights' digest, which travel with every result."""
+        return bytes.fromhex(self.weights_digest)[:SHORT_DIGEST_BYTES]
 
 
 _FINGERPRINT_TEXTS = {
@@ -336,7 +351,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, values: object) -> Fingerprint:
-        """Undo `asdict` for what was read from a file; ValueError names what is missing, unknown or of another kind."""
+        """Undo `asdict` for values read from a file; ValueError names what is missing, unknown or of another kind."""
         if not isinstance(values, dict):
             raise ValueError(f"expected a fingerprint, got a {type(values).__name__}")
         names = {one.name for one in fields(cls)}
@@ -354,17 +369,17 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON, hex."""
+        """The SHA-256 of the canonical JSON, hex."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Fingerprint) -> str:
-        """One phrase for each field that differs, this one's value first; empty where they agree."""
+        """Return a phrase for each field that differs, this one's value first; empty if none does."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return "; ".join(f"{name}: {mine!r} against {theirs!r}" for name, mine, theirs in pairs if mine != theirs)
 
 
 def request_key(fingerprint_digest: str, sequence: TokenSequence, draw_set: int) -> bytes:
-    """16 bytes that name one sequence's targets for caches and de-duplication; no step or place in a batch is in it."""
+    """Return the 16 bytes that name one sequence's targets in caches and retries, wherever in a run it is asked for."""
     h = hashlib.blake2b(digest_size=16, person=b"ls-key")
     h.update(bytes.fromhex(fingerprint_digest) + sequence.digest() + draw_set.to_bytes(8, "little"))
     return h.digest()
@@ -374,7 +389,7 @@ def request_key(fingerprint_digest: str, sequence: TokenSequence, draw_set: int)
 class ReceivedTargets:
     """Encoded targets of one sequence as they came over the wire or from disk, and the weights that made them.
 
-    fingerprint: digest of the fingerprint with those weights; weights_digest: the first 8 bytes of theirs.
+    fingerprint: digest of the fingerprint with those weights; weights_digest: their TeacherInfo.short_weights_digest.
     """
 
     payload: bytes

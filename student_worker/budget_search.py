@@ -1,4 +1,4 @@
-"""A budget in bytes or noise to the sampler's one number, measured on the run's own text through the real teacher."""
+"""The spec that meets a run's budget, measured on the run's own text through the real teacher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from logitstream.budget import Choice, choose_for_bytes, choose_for_noise
+from logitstream.budget import Choice, choose
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import from_disk
 from logitstream.client.teacher_client import TeacherClient
@@ -31,7 +31,7 @@ Connect = Callable[[TargetSpec], TeacherClient]
 
 
 def calibration_sequences(train_set: Dataset | CacheDataset) -> list[TokenSequence]:
-    """Sequences from all over the training set, with their masks, as training will send them."""
+    """Return sequences from all over the training set, with their masks, as training will send them."""
     spread = np.linspace(0, len(train_set) - 1, min(CALIBRATION_SEQUENCES, len(train_set))).astype(np.int64)
     return [sequence for i in spread for _, sequence in split_batch(collate([train_set[int(i)]]))]
 
@@ -45,14 +45,14 @@ def choose_spec(
     noise: float,
     cache: str = "",
 ) -> TargetSpec:
-    """The spec that meets the budget, the same on every process; only the main one asks the teacher.
+    """Return the spec that meets the budget, the same on every process; only the main one asks the teacher.
 
-    A cache that holds targets already has had its budget: its N, θ or k is taken, and no teacher is asked. connect
-    None: no teacher is asked in any case. Raises ValueError where there is no sequence, RequestError where the teacher
-    refuses every one.
+    A cache that already holds targets of the sampler has had its budget: its size is taken, and no teacher is asked.
+    connect: None if no teacher may be asked, which leaves the spec as it is. Raises ValueError if there is no sequence,
+    RequestError if the teacher refuses every one.
     """
     chosen: TargetSpec | Exception = spec
-    if is_main_process():  # the cache too: another process may look when this one has made it
+    if is_main_process():  # it looks at the cache, too, which it may make before another process looks
         try:
             known = _spec_of_cache(cache, spec, alone=connect is None) if cache else None
             if known is not None or connect is None:
@@ -61,7 +61,7 @@ def choose_spec(
                 choice = _choose(connect, sequences, spec, bytes_per_token=bytes_per_token, noise=noise)
                 logger.info("%s", choice.sentence)
                 chosen = choice.spec
-        except Exception as error:  # raised on every process, so that none waits for the others
+        except Exception as error:  # to be raised on every process, or the others would wait for this one
             chosen = error
     chosen = of_main_process(chosen)
     if isinstance(chosen, Exception):
@@ -70,9 +70,9 @@ def choose_spec(
 
 
 def _spec_of_cache(directory: str, spec: TargetSpec, *, alone: bool) -> TargetSpec | None:
-    """The spec with N, θ or k of the targets in a cache; None where there is none, or another sampler drew them.
+    """Return the spec with the size of the targets in a cache; None if it holds none of this sampler.
 
-    alone: no teacher can be asked instead; else a disk that hangs holds none.
+    alone: no teacher can be asked instead, so a disk that hangs is an error.
     """
     try:
         held = from_disk(directory, lambda: _fingerprint_of(directory), alone=alone)
@@ -82,10 +82,10 @@ def _spec_of_cache(directory: str, spec: TargetSpec, *, alone: bool) -> TargetSp
         return None
     if held is None or held.spec["sampler"] != spec.sampler:
         return None
-    found = held.spec
-    sizes: dict[str, Any] = {name: found[name] for name in ("num_samples", "threshold", "top_k") if name in found}
-    logger.info("the cache %s holds targets already: %s in place of the budget", directory, sizes)
-    return replace(spec, **sizes)
+    field = spec.kind.size_field
+    size: dict[str, Any] = {field: held.spec[field]} if field else {}
+    logger.info("the cache %s holds targets already: %s in place of the budget", directory, size)
+    return replace(spec, **size)
 
 
 def _fingerprint_of(directory: str) -> Fingerprint | None:
@@ -105,13 +105,12 @@ def _choose(
         content, vocab_size = client.info.id_model, client.info.vocab_size
         sequences = _accepted(client, sequences)
     id_model = IdModel.from_bytes(content) if content else None
-    if bytes_per_token:
-        return choose_for_bytes(draw, sequences, spec, bytes_per_token, id_model=id_model, vocab_size=vocab_size)
-    return choose_for_noise(draw, sequences, spec, noise, id_model=id_model, vocab_size=vocab_size)
+    budget = {"bytes_per_token": bytes_per_token, "noise": noise}
+    return choose(draw, sequences, spec, **budget, id_model=id_model, vocab_size=vocab_size)
 
 
 def _accepted(client: TeacherClient, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """The sequences that the teacher answers; as in training, one that it refuses is left out."""
+    """Leave out the sequences that the teacher refuses, as training does."""
     accepted: list[TokenSequence] = []
     refusals: list[RequestError] = []
     for sequence, future in zip(sequences, client.submit(sequences), strict=True):

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from logitstream.errors import NonFiniteLogits
-from logitstream.sampling import among_rows, draw, rows_at_once
+from logitstream.sampling import draw, draw_key, row_uniforms, rows_at_once, scatter_rows, uniforms_per_row
 from logitstream.types import SparseTargets, TargetSpec
-from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
 from teacher_server.backend import ScoreRequest
 
 Int64s = npt.NDArray[np.int64]
@@ -72,7 +71,7 @@ class Drawing:
         spec, parts = self.request.spec, self._parts
         if not parts:
             parts = [draw(torch.empty(0, vocab_size), spec, np.empty((0, uniforms_per_row(spec))))]
-        return among_rows(SparseTargets.concatenate(parts), self.rows, len(self.request.sequence))
+        return scatter_rows(SparseTargets.concatenate(parts), self.rows, len(self.request.sequence))
 
 
 @dataclass(frozen=True, slots=True)

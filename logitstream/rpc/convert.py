@@ -11,12 +11,13 @@ import numpy as np
 from logitstream.errors import REQUEST_ERRORS, InvalidSequence, ProtocolViolation, RequestError
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import (
-    COMMON_FIELDS,
     MAX_MESSAGE_BYTES,
-    SAMPLER_FIELDS,
     TargetSpec,
     TeacherInfo,
     TokenSequence,
+    pack_mask,
+    unpack_mask,
+    used_fields,
 )
 
 ID_BYTES = 4
@@ -32,7 +33,7 @@ def spec_to_message(spec: TargetSpec) -> pb.TargetSpec:
 def spec_from_message(message: pb.TargetSpec) -> TargetSpec:
     """Raises InvalidSpec. A zero is a field that was not set, as proto3 sends no zeros: what the sampler does not use
     may be unset, and an unset temperature is 1; other fields that it uses are refused by name."""
-    used = COMMON_FIELDS | SAMPLER_FIELDS.get(message.sampler, frozenset())
+    used = used_fields(message.sampler)
     values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(TargetSpec)}
     unset = {name for name, value in values.items() if not value and (name not in used or name.endswith("temperature"))}
     return TargetSpec(**{name: value for name, value in values.items() if name not in unset})
@@ -62,11 +63,10 @@ def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
 def request_to_message(
     request_id: int, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0
 ) -> pb.TargetRequest:
-    mask = sequence.loss_mask
     return pb.TargetRequest(
         request_id=request_id,
         token_bytes=sequence.token_ids.astype("<i4", copy=False).tobytes(),
-        loss_mask=b"" if mask is None or mask.all() else np.packbits(mask, bitorder="little").tobytes(),
+        loss_mask=pack_mask(sequence.loss_mask),
         draw_set=draw_set,
         priority=priority,
     )
@@ -97,15 +97,7 @@ def sequence_from_message(
     largest = int(np.maximum.reduce(token_ids))
     if largest >= vocab_size:
         raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")
-    loss_mask = None
-    if message.loss_mask:
-        num_bytes = len(message.loss_mask)
-        if num_bytes != (num_tokens + 7) // 8:
-            raise InvalidSequence(f"loss_mask of {num_bytes} bytes for {num_tokens} tokens: expected a bit a token")
-        bits = np.unpackbits(np.frombuffer(message.loss_mask, np.uint8), bitorder="little")
-        if bits[num_tokens:].any():
-            raise InvalidSequence(f"loss_mask has bits set beyond the sequence's {num_tokens} tokens")
-        loss_mask = bits[:num_tokens].astype(bool)
+    loss_mask = unpack_mask(message.loss_mask, num_tokens)
     return TokenSequence(token_ids=token_ids.view(np.int32), loss_mask=loss_mask)  # all are below 2^24
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from logitstream.budget import choose_for_bytes, choose_for_noise
+from logitstream.budget import choose
 from logitstream.codec import IdModel, decode, encode
 from logitstream.loss import sparse_kl
 from logitstream.sampling import sample
@@ -145,10 +145,10 @@ def test_what_a_budget_chose_is_unbiased(scored: Scored, budget: str) -> None:
         return [encode(drawn, id_model=scored.id_model) for _ in sequences]
 
     if "bytes" in budget:
-        choice = choose_for_bytes(draw, [scored.sequence], TargetSpec(), 16.0, id_model=scored.id_model)
+        choice = choose(draw, [scored.sequence], TargetSpec(), bytes_per_token=16.0, id_model=scored.id_model)
     else:
         threshold = TargetSpec(sampler="threshold")
-        choice = choose_for_noise(draw, [scored.sequence], threshold, 0.0135, id_model=scored.id_model)
+        choice = choose(draw, [scored.sequence], threshold, noise=0.0135, id_model=scored.id_model)
     bias = measured_bias(scored, choice.spec)
     assert np.abs(bias.z_of_decile).max() < LARGEST_Z, (choice, bias)
     assert bias.largest_id_z < bias.id_z_bound, (choice, bias)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from logitstream.budget import Draw, choose_for_bytes, choose_for_noise, measure
+from logitstream.budget import Draw, choose, measure
 from logitstream.codec import encode
 from logitstream.sampling import sample
 from logitstream.types import TargetSpec, TokenSequence
@@ -46,7 +46,7 @@ UNBIASED = [TargetSpec(), TargetSpec(sampler="multinomial"), TargetSpec(sampler=
 @pytest.mark.parametrize("budget", [10.0, 40.0])
 def test_a_byte_budget_is_filled_and_not_exceeded(spec: TargetSpec, budget: float) -> None:
     draw, calls = teacher()
-    choice = choose_for_bytes(draw, text(0), spec, budget)
+    choice = choose(draw, text(0), spec, bytes_per_token=budget)
     # From k = 3 to 4 is a quarter more bytes; everything else here comes closer.
     assert 0.8 * budget < choice.measured.bytes_per_token <= budget
     assert len(calls) <= 15
@@ -58,7 +58,7 @@ def test_a_byte_budget_is_filled_and_not_exceeded(spec: TargetSpec, budget: floa
 @pytest.mark.parametrize("spec", UNBIASED, ids=lambda s: s.sampler)
 def test_a_noise_budget_is_met_with_the_fewest_samples(spec: TargetSpec) -> None:
     draw, _ = teacher()
-    choice = choose_for_noise(draw, text(0), spec, 0.0135)
+    choice = choose(draw, text(0), spec, noise=0.0135)
     assert choice.measured.noise is not None
     assert 0.9 * 0.0135 < choice.measured.noise <= 0.0135
     other = measure(draw, text(1000), choice.spec, with_noise=True)
@@ -81,7 +81,7 @@ def test_where_more_samples_take_no_more_bytes_no_more_are_asked_for(spec: Targe
         one_hot[:, 3] = 0.0
         return [encode(sample(one_hot, spec, s, draw_set=draw_set)) for s in sequences]
 
-    choice = choose_for_bytes(draw, text(0), spec, 50.0)
+    choice = choose(draw, text(0), spec, bytes_per_token=50.0)
     assert (choice.spec.num_samples, choice.spec.threshold, choice.spec.top_k) == (50, 0.02, 12)
 
 
@@ -97,8 +97,8 @@ def test_bytes_and_noise_are_those_of_the_rows_that_are_wanted() -> None:
 def test_budgets_that_cannot_be_met_are_refused() -> None:
     draw, _ = teacher()
     with pytest.raises(ValueError, match="too few for any systematic targets"):
-        choose_for_bytes(draw, text(0, 1), TargetSpec(num_samples=4), 0.1)
+        choose(draw, text(0, 1), TargetSpec(num_samples=4), bytes_per_token=0.1)
     with pytest.raises(ValueError, match="needs an unbiased sampler, not top_k"):
-        choose_for_noise(draw, text(0, 1), TargetSpec(sampler="top_k"), 0.01)
+        choose(draw, text(0, 1), TargetSpec(sampler="top_k"), noise=0.01)
     with pytest.raises(ValueError, match="no size to choose"):
-        choose_for_bytes(draw, text(0, 1), TargetSpec(sampler="full"), 16)
+        choose(draw, text(0, 1), TargetSpec(sampler="full"), bytes_per_token=16)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from logitstream import codec
 from logitstream.codec import BLOCK_ROWS, IdModel, decode, decode_rows, encode
 from logitstream.errors import CodecError
-from logitstream.types import CODEC_VERSIONS, FULL_UNITS, MAX_VOCAB_SIZE, SparseTargets
+from logitstream.samplers import FULL_UNITS
+from logitstream.types import CODEC_VERSIONS, MAX_VOCAB_SIZE, SparseTargets
 
 
 def targets_of(rows: list[dict[int, int]], vocab_size: int, units: int, tail_units: int = 0) -> SparseTargets:

@@ -18,11 +18,12 @@ from logitstream.errors import REQUEST_ERRORS, InvalidSpec
 from logitstream.rpc import convert
 from logitstream.rpc.status import RETRYABLE, error_of, status_of
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from logitstream.types import SAMPLERS, TargetSpec, TeacherInfo, TokenSequence
+from logitstream.samplers import SAMPLERS
+from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
 
 
 @given(
-    st.sampled_from(SAMPLERS),
+    st.sampled_from(list(SAMPLERS)),
     st.integers(1, 1 << 16),
     st.floats(2**-16, 1.0),
     st.integers(1, 1 << 24),

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.errors import NonFiniteLogits
-from logitstream.sampling import draw, draw_plain, sample, tail_units_of, units_of
-from logitstream.types import FULL_UNITS, SAMPLERS, SparseTargets, TargetSpec, TokenSequence
-from logitstream.uniforms import draw_key, row_uniforms, uniforms_per_row
+from logitstream.samplers import FULL_UNITS, SAMPLERS
+from logitstream.sampling import draw, draw_key, row_uniforms, sample, uniforms_per_row
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 
 SPECS = [
     TargetSpec(num_samples=50),
@@ -63,7 +63,7 @@ def same(a: SparseTargets, b: SparseTargets) -> bool:
 def test_targets_are_a_valid_csr_of_the_specs_units(spec: TargetSpec) -> None:
     targets = sample(made_up_logits(7, 1000), spec, sequence_of(7))
     targets.validate()
-    assert (targets.num_rows, targets.units, targets.tail_units) == (7, units_of(spec), tail_units_of(spec))
+    assert (targets.num_rows, targets.units, targets.tail_units) == (7, spec.kind.units(spec), spec.kind.tail_units)
     assert np.all(np.diff(targets.row_offsets) > 0)
 
 
@@ -212,7 +212,7 @@ def test_full_is_the_softmax() -> None:
     np.testing.assert_allclose(
         dense(sample(logits, TargetSpec(sampler="full"), sequence_of(5))), probs_of(logits), atol=1e-6
     )
-    assert units_of(TargetSpec(sampler="full")) == FULL_UNITS
+    assert sample(logits, TargetSpec(sampler="full"), sequence_of(5)).units == FULL_UNITS
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -276,21 +276,13 @@ def test_uniforms_are_the_documented_ones() -> None:
     )
 
 
-COMPILED = [
+DRAWN_BY_POINTS = [
     TargetSpec(num_samples=1),
     TargetSpec(num_samples=50),
     TargetSpec(sampler="multinomial", num_samples=50),
     *(TargetSpec(sampler="threshold", threshold=theta) for theta in (0.003, 0.02, 0.137, 0.5, 1.0)),
     TargetSpec(sampler="threshold", threshold=0.05, temperature=2.5),
 ]
-
-
-def assert_compiled_as_plain(logits: torch.Tensor, spec: TargetSpec, seed: int) -> None:
-    uniforms = np.random.default_rng(seed).random((len(logits), uniforms_per_row(spec)))
-    compiled, plain = draw(logits, spec, uniforms), draw_plain(logits, spec, uniforms, np.arange(len(logits)))
-    assert same(compiled, plain), spec
-    assert (compiled.units, compiled.tail_units) == (plain.units, plain.tail_units)
-    compiled.validate()
 
 
 @st.composite
@@ -316,26 +308,21 @@ def awkward_logits(draw: st.DrawFn) -> torch.Tensor:
 
 
 @settings(max_examples=250, deadline=None)
-@given(awkward_logits(), st.sampled_from(COMPILED), st.booleans(), st.integers(0, 1000))
-def test_the_compiled_draws_are_the_plain_ones(
+@given(awkward_logits(), st.sampled_from(DRAWN_BY_POINTS), st.booleans(), st.integers(0, 1000))
+def test_awkward_rows_are_drawn_from_alone_as_among_others(
     logits: torch.Tensor, spec: TargetSpec, is_bfloat16: bool, seed: int
 ) -> None:
-    assert_compiled_as_plain(logits.bfloat16() if is_bfloat16 else logits, spec, seed)
-
-
-@pytest.mark.parametrize("spec", COMPILED, ids=str)
-def test_the_compiled_draws_are_the_plain_ones_at_real_sizes(spec: TargetSpec) -> None:
-    logits = made_up_logits(6, 262_144)
-    logits[1] *= 3
-    logits[2] *= 0
-    logits[3, 200_000] += 40
-    for vocab_size in (49_152, 50_257, 262_144):
-        assert_compiled_as_plain(logits[:, :vocab_size].contiguous(), spec, 3)
+    logits = logits.bfloat16() if is_bfloat16 else logits
+    uniforms = np.random.default_rng(seed).random((len(logits), uniforms_per_row(spec)))
+    together = draw(logits, spec, uniforms)
+    together.validate()
+    assert np.all(dense(together)[torch.isneginf(logits).numpy()] == 0)
+    alone = [draw(logits[i : i + 1], spec, uniforms[i : i + 1]) for i in range(len(logits))]
+    assert same(together, SparseTargets.concatenate(alone))
 
 
 @pytest.mark.parametrize("first", [0.0, -40.0, -300.0, -torch.inf])
 def test_shares_do_not_depend_on_where_the_largest_logit_is(first: float) -> None:
-    """The compiled kernel takes logits relative to the largest of a row's first thousand, or else to the largest."""
     logits = torch.full((40, 3000), -torch.inf)
     logits[:, :1500] = first
     logits[:, -3:] = torch.tensor([0.7, 0.2, 0.1]).log()

@@ -13,9 +13,10 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from logitstream.errors import NonFiniteLogits
+from logitstream.samplers import SAMPLERS
 from logitstream.sampling import sample
 from logitstream.split_model import SplitModel
-from logitstream.types import SAMPLERS, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.backend import ScoreRequest
 from teacher_server.transformers_backend import TransformersBackend
 from teacher_server.weights import WeightsChanged, is_complete, weights_digest
