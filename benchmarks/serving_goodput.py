@@ -21,8 +21,8 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import TokenSequence
 from teacher_server.backend import ScoreRequest
 from teacher_server.interceptors import SERVICE
+from teacher_server.scheduler import Scored, key_of
 from teacher_server.servicer import result_message
-from teacher_server.work import Scored, key_of
 
 SCORE_METHOD = f"/{SERVICE}/Score"
 CALL_SEQUENCES = 8

@@ -15,8 +15,8 @@ from logitstream.codec import varint
 from logitstream.errors import RequestError
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
+from teacher_server.scheduler import Scored
 from teacher_server.stream import CreditChanged, DrainStarted, Event, Outcome
-from teacher_server.work import Scored
 
 RESULTS_BYTES = 1 << 20
 """A message of results is sent when it holds this much, so that it never comes near the message limit by number."""

@@ -1,7 +1,7 @@
-"""Token-budget batches across all clients, scored by the backend's thread while others encode what came before.
+"""Batches across all clients: formed in fair order, scored in the backend's threads, encoded beside the next forward.
 
 Everything but scoring and encoding happens on the event loop, so there are no locks. What waits is bounded by what
-clients may have in flight (`accounts.py`).
+clients may hold (`admission.py`).
 """
 
 from __future__ import annotations
@@ -10,39 +10,70 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining
 from logitstream.types import TargetSpec, TeacherInfo
-from teacher_server.backend import ScoreRequest, ScoreResult, TeacherBackend, cost_in_tokens
+from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
 from teacher_server.checkpoints import check_successor
 from teacher_server.disk import Disk
 from teacher_server.encoding import Encode, encode_all
-from teacher_server.fair_queue import FairQueue
+from teacher_server.fair_queue import FairQueue, Ticket
 from teacher_server.retries import BROKE_DOWN, BackendBroken, BatchScorer
 from teacher_server.stored_targets import StoredTargets
-from teacher_server.work import Key, Scored, Work, key_of
 
 MAX_ENCODING_BATCHES = 1
-"""Scored batches that may wait for their encoding; the forward pauses beyond it, so memory stays bounded."""
+"""Scored batches that may wait to be encoded; the forward pauses beyond it, so that memory stays bounded."""
 MAX_REMEMBERED_FAILURES = 1024
 SLICE = 64
-"""Requests or answers that are handled before others have their turn on the event loop."""
-
+"""Sequences handled before others have their turn on the event loop."""
 CLOSE_SECONDS = 5.0
 """How long the running batch may take once nobody waits for it."""
 
-FailureKey = tuple[TargetSpec, int, bytes]
-Result = TypeVar("Result")
+T = TypeVar("T")
+Key = tuple[TargetSpec, int, bytes, bytes]
 log = logging.getLogger(__name__)
 
 
+def key_of(request: ScoreRequest) -> Key:
+    """Return what equal requests share; its bytes are compared only if hashes agree, which is faster than a digest."""
+    ids, mask = request.sequence.token_ids, request.sequence.loss_mask
+    return request.spec, request.draw_set, ids.tobytes(), b"" if mask is None or mask.all() else mask.tobytes()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """Encoded targets of one request and the weights that made them; weights_digest is hex."""
+
+    payload: bytes
+    teacher_version: int
+    weights_digest: str
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request that waits or is being answered, for everybody who made it.
+
+    Each waiter has queued it in its own client's name, so that it comes at the turn of whoever is first.
+    """
+
+    key: Key
+    request: ScoreRequest
+    cost: int
+    arrived: float = field(default_factory=time.monotonic)
+    waiters: dict[asyncio.Future[Scored], Ticket[Job] | None] = field(default_factory=dict)
+    running: bool = False
+
+
 class Scheduler:
-    """Takes requests, forms batches, runs the backend; `run` must be a task as long as requests are to be served."""
+    """Takes requests, forms batches, runs the backend; `run` must be a task while requests are to be served.
+
+    It has more state than other classes, as this is where queue, backend, encoders and the server's cache meet.
+    """
 
     def __init__(
         self,
@@ -55,51 +86,27 @@ class Scheduler:
         stored: StoredTargets | None = None,
         disk: Disk | None = None,
     ) -> None:
-        self._backend = backend
-        self._encode = encode
-        queue = self._queue = FairQueue[Work](client_weights)
-        metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
-        self._works: OrderedDict[Key, Work] = OrderedDict()
-        self._failures: OrderedDict[FailureKey, ScoringFailed] = OrderedDict()
-        self._wake = asyncio.Event()
-        self._batches_at_once: int = getattr(backend, "batches_at_once", 1)
-        self._backend_threads = ThreadPoolExecutor(self._batches_at_once, thread_name_prefix="backend")
-        self._scorer = BatchScorer(max_batch_tokens, batches_at_once=self._batches_at_once)
-        self._scoring: set[asyncio.Task[None]] = set()
-        self._broken: BaseException | None = None
-        self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
-        self._stored = stored
-        self._disk = disk if disk is not None else Disk()
-        self._encoding = asyncio.Semaphore(self._batches_at_once + MAX_ENCODING_BATCHES)
-        self._finishing: set[asyncio.Task[None]] = set()
-        self._next_backend: TeacherBackend | None = None
+        self.info = backend.describe()
         self.is_draining = False
         self.is_stuck = False  # after `close`: a batch or the disk is still busy and cannot be stopped
-        self.info = backend.describe()
-
-    def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
-        """The request's future; cancelling it takes the request back. Raises RequestError where it is refused."""
-        if self.is_draining:
-            raise ServerDraining("the server is draining: ask another replica")
-        if self._failures and (failure := self._failures.get(_failure_key(request))) is not None:
-            raise ScoringFailed(str(failure))
-        key = key_of(request)
-        cost = cost_in_tokens(request, self.info.vocab_size)
-        work = self._works.get(key)
-        if work is None:
-            work = self._works[key] = Work(key, request, time.monotonic())
-            if self._stored is not None and not self._disk.hangs and self._stored.holds(request, self.info):
-                work.running = True
-                self._spawn(self._read(self._stored, work, client_id=client_id, cost=cost, priority=priority))
-        else:
-            metrics.TEACHER_SHARED.inc()
-        future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
-        work.waiters[future] = None
-        if not work.running:  # each asker queues it, so that it comes at the turn of whoever is first
-            work.waiters[future] = self._queue.push(work, client_id=client_id, cost=cost, priority=priority)
-        future.add_done_callback(lambda done: self._leave(work, done))
-        self._wake.set()
-        return future
+        self.disk = disk or Disk()
+        self._backend = backend
+        self._next_backend: TeacherBackend | None = None
+        self._encode = encode
+        self._stored = stored
+        self._queue = FairQueue[Job](client_weights)
+        self._jobs: OrderedDict[Key, Job] = OrderedDict()
+        self._failures: OrderedDict[object, ScoringFailed] = OrderedDict()
+        self._wake = asyncio.Event()
+        self._reading: set[asyncio.Task[None]] = set()
+        self._num_slots: int = getattr(backend, "batches_at_once", 1)
+        self._slots = asyncio.Semaphore(self._num_slots)
+        self._unencoded = asyncio.Semaphore(self._num_slots + MAX_ENCODING_BATCHES)
+        self._scorer = BatchScorer(max_batch_tokens, batches_at_once=self._num_slots)
+        self._backend_threads = ThreadPoolExecutor(self._num_slots, thread_name_prefix="backend")
+        self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
+        queue = self._queue
+        metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
 
     @property
     def is_healthy(self) -> bool:
@@ -107,17 +114,27 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._works)
+        return len(self._jobs)
 
-    async def open_stored(self, spec: TargetSpec) -> None:
-        """Before a stream's first request: find what is stored for its spec, if the disk says it soon."""
-        if self._stored is not None:
-            await self._disk.ask(self._stored.open, spec, self.info)
-
-    async def refresh_stored(self) -> None:
-        """Write out what was put and see what others have; called now and then."""
-        if self._stored is not None:
-            await self._disk.ask(self._stored.refresh)
+    def submit(self, request: ScoreRequest, *, client_id: str, priority: int = 0) -> asyncio.Future[Scored]:
+        """Return the request's future; cancelling it takes the request back. Raises RequestError if it is refused."""
+        if self.is_draining:
+            raise ServerDraining("the server is draining: ask another replica")
+        if self._failures and (failure := self._failures.get(_failure_key(request))) is not None:
+            raise ScoringFailed(str(failure))
+        key = key_of(request)
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._jobs[key] = Job(key, request, cost_in_tokens(request, self.info.vocab_size))
+            if self._stored is not None and not self.disk.hangs and self._stored.holds(request, self.info):
+                job.running = True
+                self._spawn(self._read(self._stored, job, client_id=client_id, priority=priority))
+        else:
+            metrics.TEACHER_SHARED.inc()
+        future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+        job.waiters[future] = None if job.running else self._enqueue(job, client_id, priority)
+        future.add_done_callback(lambda done: self._leave(job, done))
+        return future
 
     def start_draining(self) -> None:
         """Refuse new requests from now on; what was taken is still scored."""
@@ -126,183 +143,182 @@ class Scheduler:
     def replace_backend(self, backend: TeacherBackend) -> None:
         """Serve other weights from the next batch on; the running one finishes on the old.
 
-        Raises ValueError where the students' handshake does not hold for them.
+        Raises ValueError if clients could not tell, as the vocabulary or the dtype differs.
         """
         check_successor(self.info, backend.describe())
         superseded, self._next_backend = self._next_backend, backend
-        if superseded is not None:  # by the time of its first batch there are newer weights
+        if superseded is not None:  # newer weights came before its first batch
             self._in_backend(superseded.close)
         self._wake.set()
 
+    async def open_stored(self, spec: TargetSpec) -> None:
+        """Find what is stored for a spec before its first request, if the disk answers soon."""
+        if self._stored is not None:
+            await self.disk.ask(self._stored.open, spec, self.info)
+
+    async def refresh_stored(self) -> None:
+        """Write out what was put and see what others have; called now and then."""
+        if self._stored is not None:
+            await self.disk.ask(self._stored.refresh)
+
+    def measure_age(self) -> None:
+        """Set the gauge of the oldest waiting request's age; called now and then."""
+        oldest = next((job.arrived for job in self._jobs.values() if not job.running), None)
+        metrics.TEACHER_QUEUE_AGE.set(0.0 if oldest is None else time.monotonic() - oldest)
+
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
-        while self._broken is None:
-            while self._next_backend is not None and not self._scoring:
-                await self._swap_backend(self._next_backend)
-            if not self._may_score():
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            await self._encoding.acquire()
-            batch = self._next_batch() if self._may_score() else []  # as late as can be: what is urgent now goes first
-            if not batch:
-                self._encoding.release()
-                continue
-            task = asyncio.get_running_loop().create_task(self._score(batch))
-            self._scoring.add(task)
-            task.add_done_callback(self._has_scored)
-        raise self._broken
-
-    def _may_score(self) -> bool:
-        has_room = len(self._scoring) < self._batches_at_once
-        return has_room and self._queue.cost > 0 and self._next_backend is None and self._broken is None
-
-    def _has_scored(self, task: asyncio.Task[None]) -> None:
-        self._scoring.discard(task)
-        if not task.cancelled():
-            self._broken = self._broken or task.exception()
-        self._wake.set()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
-
-    async def _read(self, stored: StoredTargets, work: Work, *, client_id: str, cost: int, priority: int) -> None:
-        """Answer from the disk; what is damaged there, or does not come soon, is queued."""
-        info = self.info
-        payload = await self._disk.ask(stored.get, work.request, info)
-        if payload is not None:
-            self._answer(work, payload, info)
-            return
-        work.running = False
-        for future in list(work.waiters):
-            work.waiters[future] = self._queue.push(work, client_id=client_id, cost=cost, priority=priority)
-        if not work.waiters:
-            self._works.pop(work.key, None)
-        self._wake.set()
-
-    async def _score(self, batch: list[Work]) -> None:
-        """Have a batch scored by the backend, in a thread of its own, and see to it that it is answered."""
-        requests = [work.request for work in batch]
         try:
-            results = await self._in_backend(self._scorer.score, self._backend, requests)
-        except BackendBroken:
-            for work in batch:
-                self._refuse(work, ServerDraining(BROKE_DOWN))
-            raise
-        self._spawn(self._finish(batch, results, self.info))
-
-    def _in_backend(self, function: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
-        return asyncio.get_running_loop().run_in_executor(self._backend_threads, function, *arguments)
+            async with asyncio.TaskGroup() as batches:
+                while True:
+                    await self._unencoded.acquire()
+                    await self._slots.acquire()
+                    while self._next_backend is not None or not self._queue.cost:
+                        if self._next_backend is not None:
+                            await self._swap_backends()
+                        else:
+                            self._wake.clear()
+                            await self._wake.wait()
+                    batches.create_task(self._process(self._next_batch()))  # formed late: what is urgent now goes first
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
 
     async def close(self) -> None:
         """Free the backend once the running batch is done, or give up on it; what still waits is cancelled."""
         self.is_draining = True
         self._scorer.stop()
-        for task in self._scoring:
-            task.cancel()
-        if self._finishing:
-            await asyncio.wait(self._finishing, timeout=CLOSE_SECONDS)
-        for work in list(self._works.values()):
-            for future in list(work.waiters):
+        for job in self._jobs.values():
+            for future in job.waiters:
                 future.cancel()
         loop = asyncio.get_running_loop()
         closing = [loop.run_in_executor(self._encoders, self._free_backend)]
         if self._stored is not None:
-            closing.append(self._disk.submit(self._stored.close))
+            closing.append(self.disk.submit(self._stored.close))
         _, pending = await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         self.is_stuck = bool(pending)
-        self._disk.shutdown()
+        self.disk.shutdown()
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
     def _free_backend(self) -> None:
-        """In a thread: once no other is in the backend."""
+        """Close the backend once no other thread is in it."""
         self._backend_threads.shutdown(cancel_futures=True)
         self._backend.close()
 
-    def _next_batch(self) -> list[Work]:
-        """Work in fair order up to the token budget; at least one where anything waits."""
-        batch: list[Work] = []
+    def _in_backend(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._backend_threads, function, *arguments)
+
+    def _next_batch(self) -> list[Job]:
+        """Take jobs in fair order up to the token budget, at least one."""
+        batch: list[Job] = []
         num_tokens = 0
         while (ticket := self._queue.peek()) is not None and (
             not batch or num_tokens + ticket.cost <= self._scorer.batch_tokens
         ):
-            work = self._queue.pop().item
-            work.running = True
-            for other in work.waiters.values():
+            job = self._queue.pop().item
+            job.running = True
+            for other in job.waiters.values():
                 if other is not None:
                     self._queue.cancel(other)
             num_tokens += ticket.cost
-            batch.append(work)
-        if batch:
-            metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._scorer.max_batch_tokens)
+            batch.append(job)
+        metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._scorer.max_batch_tokens)
         return batch
 
-    async def _finish(self, batch: list[Work], results: Sequence[ScoreResult], info: TeacherInfo) -> None:
-        """Encode a scored batch and answer everybody who waits for it."""
-        loop = asyncio.get_running_loop()
+    async def _process(self, batch: list[Job]) -> None:
+        """Score and encode a batch, offer it to the server's cache, and answer everybody who waits for it."""
+        info, requests = self.info, [job.request for job in batch]
         try:
-            specs = [work.request.spec for work in batch]
+            try:
+                results = await self._in_backend(self._scorer.score, self._backend, requests)
+            finally:
+                self._slots.release()
+            specs = [request.spec for request in requests]
+            loop = asyncio.get_running_loop()
             answers = await loop.run_in_executor(self._encoders, encode_all, self._encode, results, specs)
+        except BackendBroken:
+            for job in batch:
+                self._settle(job, ServerDraining(BROKE_DOWN))
+            raise
         finally:
-            self._encoding.release()
-        for number, (work, answer) in enumerate(zip(batch, answers, strict=True), start=1):
-            if isinstance(answer, bytes):
-                self._answer(work, answer, info)
-            else:
-                self._refuse(work, answer)
+            self._unencoded.release()
+        self._keep(requests, answers, info)
+        for number, (job, answer) in enumerate(zip(batch, answers, strict=True), start=1):
+            self._settle(job, _scored(answer, info) if isinstance(answer, bytes) else answer)
             if number % SLICE == 0:
                 await asyncio.sleep(0)
-        if self._stored is not None:
-            scored = [
-                (work.request, answer) for work, answer in zip(batch, answers, strict=True) if isinstance(answer, bytes)
-            ]
-            num_bytes = sum(len(payload) + request.sequence.token_ids.nbytes for request, payload in scored)
-            if not self._disk.offer(num_bytes, self._stored.put, scored, info):
-                metrics.TEACHER_CACHE_UNKEPT.inc(len(scored))
 
-    def _answer(self, work: Work, payload: bytes, info: TeacherInfo) -> None:
-        scored = Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)
-        self._works.pop(work.key, None)
-        for future in list(work.waiters):
-            if not future.done():
-                future.set_result(scored)
+    async def _swap_backends(self) -> None:
+        """Go over to the newest weights once no batch is in the backend; one slot is the caller's."""
+        for _ in range(self._num_slots - 1):
+            await self._slots.acquire()
+        while self._next_backend is not None:
+            old, self._backend, self._next_backend = self._backend, self._next_backend, None
+            version = self.info.teacher_version + 1
+            self.info = replace(self._backend.describe(), teacher_version=version)
+            self._failures.clear()
+            self._scorer.reset_batch_tokens()
+            metrics.TEACHER_VERSION.set(version)
+            log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
+            await self._in_backend(old.close)
+        for _ in range(self._num_slots - 1):
+            self._slots.release()
 
-    def _refuse(self, work: Work, error: RequestError) -> None:
-        if isinstance(error, ScoringFailed) and error.lasting:
-            self._failures[_failure_key(work.request)] = error
+    def _keep(self, requests: list[ScoreRequest], answers: list[bytes | RequestError], info: TeacherInfo) -> None:
+        if self._stored is None:
+            return
+        scored = [(one, answer) for one, answer in zip(requests, answers, strict=True) if isinstance(answer, bytes)]
+        num_bytes = sum(len(payload) + request.sequence.token_ids.nbytes for request, payload in scored)
+        if not self.disk.offer(num_bytes, self._stored.put, scored, info):
+            metrics.TEACHER_CACHE_UNKEPT.inc(len(scored))
+
+    async def _read(self, stored: StoredTargets, job: Job, *, client_id: str, priority: int) -> None:
+        """Answer a job from the disk; queue it if the record is damaged or does not come soon."""
+        info = self.info
+        payload = await self.disk.ask(stored.get, job.request, info)
+        if payload is not None or not job.waiters:
+            self._settle(job, _scored(payload or b"", info))
+            return
+        job.running = False
+        for future in job.waiters:
+            job.waiters[future] = self._enqueue(job, client_id, priority)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+
+    def _enqueue(self, job: Job, client_id: str, priority: int) -> Ticket[Job]:
+        self._wake.set()
+        return self._queue.push(job, client_id=client_id, cost=job.cost, priority=priority)
+
+    def _settle(self, job: Job, outcome: Scored | RequestError) -> None:
+        """Answer everybody who waits for the job."""
+        self._jobs.pop(job.key, None)
+        if isinstance(outcome, ScoringFailed) and outcome.lasting:
+            self._failures[_failure_key(job.request)] = outcome
             if len(self._failures) > MAX_REMEMBERED_FAILURES:
                 self._failures.popitem(last=False)
-        self._works.pop(work.key, None)
-        for future in list(work.waiters):
-            if not future.done():
-                future.set_exception(error)
+        for future in job.waiters:
+            if future.done():
+                continue
+            if isinstance(outcome, RequestError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
-    def _leave(self, work: Work, future: asyncio.Future[Scored]) -> None:
-        """A waiter is answered or has gone; work that nobody waits for any more is dropped unless it runs."""
-        ticket = work.waiters.pop(future, None)
+    def _leave(self, job: Job, future: asyncio.Future[Scored]) -> None:
+        """Forget a waiter; a job that nobody waits for any more is dropped unless it runs."""
+        ticket = job.waiters.pop(future, None)
         if ticket is not None:
             self._queue.cancel(ticket)
-        if not work.running and not work.waiters and self._works.get(work.key) is work:
-            del self._works[work.key]
-
-    async def _swap_backend(self, backend: TeacherBackend) -> None:
-        old, self._backend, self._next_backend = self._backend, backend, None
-        version = self.info.teacher_version + 1
-        self.info = replace(backend.describe(), teacher_version=version)
-        self._failures.clear()
-        self._scorer.reset_batch_tokens()
-        metrics.TEACHER_VERSION.set(version)
-        log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
-        await self._in_backend(old.close)
-
-    def measure_age(self) -> None:
-        """Set the gauge of the oldest waiting request's age; called now and then."""
-        oldest = next((work.arrived for work in self._works.values() if not work.running), None)
-        metrics.TEACHER_QUEUE_AGE.set(0.0 if oldest is None else time.monotonic() - oldest)
+        if not job.running and not job.waiters and self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
 
 
-def _failure_key(request: ScoreRequest) -> FailureKey:
-    """Smaller than `Key`, as it is kept."""
+def _scored(payload: bytes, info: TeacherInfo) -> Scored:
+    return Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)
+
+
+def _failure_key(request: ScoreRequest) -> object:
+    """Return a key smaller than `key_of`, as it is kept."""
     return request.spec, request.draw_set, request.sequence.digest()

@@ -37,9 +37,8 @@ from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
 from teacher_server.calls import one_request
 from teacher_server.first_message import EOF, Context, first_message, parse
 from teacher_server.replies import reply_messages
-from teacher_server.scheduler import SLICE, Scheduler
+from teacher_server.scheduler import SLICE, Scheduler, Scored
 from teacher_server.stream import ClientStream
-from teacher_server.work import Scored
 
 GONE_SECONDS = 10.0
 MAX_CLIENT_ID_CHARS = 128

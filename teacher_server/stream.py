@@ -21,8 +21,7 @@ from logitstream.errors import (
 from logitstream.types import TargetSpec
 from teacher_server.admission import Account, Accounts
 from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
-from teacher_server.scheduler import SLICE, Scheduler
-from teacher_server.work import Scored
+from teacher_server.scheduler import SLICE, Scheduler, Scored
 
 MAX_STREAM_REQUESTS = 8192
 """Bounds what requests of a few tokens cost in bookkeeping, which their tokens do not."""

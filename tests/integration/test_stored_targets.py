@@ -296,7 +296,7 @@ async def test_calls_are_answered_while_the_disk_hangs(tmp_path: Path) -> None:
         expected = [result.targets for result in await early.score(*sequences)]
         await scheduler.refresh_stored()
         disk_is_free = threading.Event()
-        scheduler._disk.submit(disk_is_free.wait, 60)
+        scheduler.disk.submit(disk_is_free.wait, 60)
         try:
             async with asyncio.timeout(10), WireClient(server.address) as late:
                 assert [one.targets for one in await late.score(*sequences)] == expected  # stored, and scored again
@@ -308,7 +308,7 @@ async def test_calls_are_answered_while_the_disk_hangs(tmp_path: Path) -> None:
         finally:
             disk_is_free.set()
         num_scored_before = num_scored(backend)
-        while scheduler._disk.hangs:
+        while scheduler.disk.hangs:
             await asyncio.sleep(0.01)
         await scheduler.refresh_stored()
         async with WireClient(server.address) as client:  # what waited for the disk is on it now
@@ -366,12 +366,12 @@ async def test_a_file_system_that_hangs_takes_no_call_off_line(way: str, tmp_pat
             assert [await answered(server, spec) for spec in specs] == expected
             assert server.scheduler is not None
             async with asyncio.timeout(10):
-                while not server.scheduler._disk.hangs:
+                while not server.scheduler.disk.hangs:
                     await asyncio.sleep(0.05)
             assert await asyncio.gather(*(answered(server, spec) for spec in specs)) == expected
             assert await health(server.address) == health_pb2.HealthCheckResponse.SERVING
             frozen.close()
-            while server.scheduler._disk.hangs:
+            while server.scheduler.disk.hangs:
                 await asyncio.sleep(0.05)
             before = num_scored(backend)
             assert [await answered(server, spec) for spec in specs[1:]] == expected[1:]
@@ -383,7 +383,7 @@ async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_calls(tmp_pa
     async with serving(backend, cache=str(tmp_path), max_in_flight_tokens=1024) as server:
         assert server.scheduler is not None
         disk_is_free = threading.Event()
-        server.scheduler._disk.submit(disk_is_free.wait, 20)
+        server.scheduler.disk.submit(disk_is_free.wait, 20)
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(WireClient(server.address)) for _ in range(6)]
             calls = [asyncio.ensure_future(client.score(sequence(1, 2))) for client in clients]

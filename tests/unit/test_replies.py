@@ -9,8 +9,8 @@ from logitstream.errors import InvalidSequence
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.replies import RESULTS_BYTES, reply_messages
+from teacher_server.scheduler import Scored
 from teacher_server.stream import Event, Outcome
-from teacher_server.work import Scored
 
 
 def outcomes(sizes: list[int]) -> list[Event]:
