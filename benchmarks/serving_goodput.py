@@ -20,7 +20,7 @@ from logitstream.rpc.channel import open_channel
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import TokenSequence
 from teacher_server.backend import ScoreRequest
-from teacher_server.interceptors import SERVICE
+from teacher_server.calls import SERVICE
 from teacher_server.scheduler import Scored, key_of
 from teacher_server.servicer import result_message
 

@@ -1,18 +1,23 @@
-"""Calls of one request, from its bytes to the status that ends it."""
+"""Calls that strangers may make: each sends one request in time, and ends with a status."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
 
 from logitstream.errors import LogitstreamError, ProtocolViolation, TeacherUnavailable
 from logitstream.rpc.status import status_of, trailing_metadata
+from logitstream.rpc.v1 import teacher_pb2 as pb
 
+SERVICE = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REQUEST_SECONDS = 10.0
 """A call that does not send its request holds its connection no longer than this."""
 GONE_SECONDS = 10.0
@@ -40,6 +45,50 @@ def one_request(kind: Any, answer: Callable[[Any, Context], Awaitable[None]]) ->
     return grpc.stream_stream_rpc_method_handler(
         handle, response_serializer=lambda message: message.SerializeToString()
     )
+
+
+def aborting(code: grpc.StatusCode, details: str, *, notice: Callable[[str], None] = lambda _peer: None) -> Any:
+    """Return a handler that ends a call of any kind before it reads a message; `notice` is told who called."""
+
+    async def abort(_requests: object, context: Context) -> None:
+        notice(context.peer())
+        await context.abort(code, details)
+
+    return grpc.stream_stream_rpc_method_handler(abort)
+
+
+class WhenLoaded(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs alone
+    """The teacher's calls once `handler` is set, UNAVAILABLE before."""
+
+    handler: grpc.GenericRpcHandler[Any, Any] | None = None
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        if self.handler is not None:
+            return self.handler.service(details)
+        if details.method.startswith(f"/{SERVICE}/"):
+            return aborting(grpc.StatusCode.UNAVAILABLE, "the teacher is loading")
+        return None
+
+
+class BriefReflection(aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Ends calls of server reflection after a while, which would otherwise hold their connections idle."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(f"/{reflection.SERVICE_NAME}/"):
+            return handler
+
+        async def reflect(requests: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    async for response in handler.stream_stream(requests, context):
+                        yield response
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"reflection ends after {REQUEST_SECONDS:g} s")
+
+        return handler._replace(stream_stream=reflect)
 
 
 async def _read(kind: Any, context: Context) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,17 +19,19 @@ from logitstream import codec, metrics
 from logitstream.errors import LogitstreamError, one_line
 from logitstream.files import write_whole
 from logitstream.rpc.addresses import is_loopback
-from logitstream.rpc.certificates import CertificateExpiry, server_credentials
+from logitstream.rpc.certificates import certificate_expiry, server_credentials
+from logitstream.rpc.tokens import LastGood
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo
 from teacher_server import listening
+from teacher_server.access import TokenInterceptor, bearer_tokens
 from teacher_server.admission import Admission
 from teacher_server.backend import TeacherBackend
+from teacher_server.calls import HEALTH_SERVICE, SERVICE, BriefReflection, WhenLoaded
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import TeacherConfig
 from teacher_server.encoding import Encode, encoder
 from teacher_server.health import Health
-from teacher_server.interceptors import HEALTH_SERVICE, SERVICE, WhenLoaded, interceptors
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import StreamLimits, TeacherServicer
 from teacher_server.stopping import stopping_signals
@@ -65,9 +68,11 @@ class TeacherServer:
         self._make_encoder = make_encoder
         self._stopping = asyncio.Event()
         self._health = Health("", SERVICE)
-        self._gate = WhenLoaded()
+        self._when_loaded = WhenLoaded()
+        self._servicer: TeacherServicer | None = None
+        tokens = bearer_tokens(config.server.token_file, config.server.token_env)
         self._server = aio.server(
-            interceptors=interceptors(config),
+            interceptors=[*([] if tokens is None else [TokenInterceptor(tokens)]), BriefReflection()],
             options=listening.teacher_options(
                 config.server.address,
                 config.limits.max_message_bytes,
@@ -86,8 +91,8 @@ class TeacherServer:
     @property
     def admission(self) -> Admission:
         """What clients hold; for tests."""
-        assert self._gate.servicer is not None
-        return self._gate.servicer.admission
+        assert self._servicer is not None
+        return self._servicer.admission
 
     @property
     def serving(self) -> bool:
@@ -125,18 +130,20 @@ class TeacherServer:
     async def _listen(self) -> None:
         config = self._config
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
-        self._server.add_generic_rpc_handlers((self._health.handler(), self._gate))
+        self._server.add_generic_rpc_handlers((self._health.handler, self._when_loaded))
         credentials = None
         if config.tls.cert:
             files = config.tls.files()
             assert files is not None
             credentials = server_credentials(files)
-            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(CertificateExpiry(config.tls.cert))
+            metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(
+                LastGood(lambda: certificate_expiry(config.tls.cert), "the certificate's expiry", default=math.nan).read
+            )
         elif not is_loopback(config.server.address):
             log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.server.address)
         self.address = listening.bind(self._server, config.server.address, credentials)
         if self._probed is not None:
-            self._probed.add_generic_rpc_handlers((self._health.handler(),))
+            self._probed.add_generic_rpc_handlers((self._health.handler,))
             listening.bind(self._probed, config.server.health_address)
             await self._probed.start()
         await self._server.start()
@@ -167,7 +174,7 @@ class TeacherServer:
         try:
             await asyncio.wait({stopping, running, looking}, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
-                self._gate.servicer = servicer
+                self._servicer, self._when_loaded.handler = servicer, servicer.handler()
                 self._health.set(serving=True)
                 self._announce()
                 tasks.append(asyncio.ensure_future(self._keep_house(scheduler)))

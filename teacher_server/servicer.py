@@ -104,8 +104,8 @@ class TeacherServicer:
         return grpc.method_handlers_generic_handler(
             service.full_name,
             {
-                "Describe": grpc.stream_stream_rpc_method_handler(self.describe),
-                "DescribeTokenizer": grpc.stream_stream_rpc_method_handler(self.describe_tokenizer),
+                "Describe": one_request(pb.DescribeRequest, self.describe),
+                "DescribeTokenizer": one_request(pb.DescribeTokenizerRequest, self.describe_tokenizer),
                 "StreamTargets": grpc.stream_stream_rpc_method_handler(self.stream_targets),
                 "Score": one_request(pb.ScoreRequest, self.score),
             },
@@ -125,25 +125,14 @@ class TeacherServicer:
         for stream in self._streams:
             stream.announce_drain(grace_seconds)
 
-    async def describe(self, _requests: object, context: Context) -> None:
-        """One request, one response, as unary calls are on the wire; read here, so that a silent caller is cut off."""
-        try:
-            await first_message(context, pb.DescribeRequest)
-            await _write(context, convert.info_to_message(self.info).SerializeToString())
-        except LogitstreamError as error:
-            await _abort(context, error)
+    async def describe(self, _request: pb.DescribeRequest, context: Context) -> None:
+        await context.write(convert.info_to_message(self.info))
 
-    async def describe_tokenizer(self, _requests: object, context: Context) -> None:
-        """As `describe`, but for the number of responses."""
-        try:
-            await first_message(context, pb.DescribeTokenizerRequest)
-            if not self._vocabulary:
-                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not tell its vocabulary")
-            for start in range(0, len(self._vocabulary), TOKENIZER_PART_BYTES):
-                part = pb.TokenizerPart(data=self._vocabulary[start : start + TOKENIZER_PART_BYTES])
-                await _write(context, part.SerializeToString())
-        except LogitstreamError as error:
-            await _abort(context, error)
+    async def describe_tokenizer(self, _request: pb.DescribeTokenizerRequest, context: Context) -> None:
+        if not self._vocabulary:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not tell its vocabulary")
+        for start in range(0, len(self._vocabulary), TOKENIZER_PART_BYTES):
+            await context.write(pb.TokenizerPart(data=self._vocabulary[start : start + TOKENIZER_PART_BYTES]))
 
     async def score(self, message: pb.ScoreRequest, context: Context) -> None:
         """Answer each sequence of a call when it is ready. Cancellation, for whatever reason, drops what is left."""

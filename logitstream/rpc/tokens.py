@@ -1,41 +1,53 @@
-"""Bearer tokens as an HTTP header can carry them."""
+"""Bearer tokens as an HTTP header can carry them, and files that are read anew each time."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 DELETE = 0x7F
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def checked_token(token: bytes, where: str) -> str:
-    """The token as text; ValueError, which never shows it, where a header cannot carry it."""
-    if not token.isascii() or any(byte <= ord(" ") or byte == DELETE for byte in token):
-        raise ValueError(f"{where}: expected a token of printable ASCII characters without spaces, got other bytes")
-    return token.decode()
+class LastGood(Generic[T]):
+    """A value that is read anew each time; while that fails, which is logged once, the last good one stays."""
 
+    def __init__(self, read: Callable[[], T], what: str, *, default: T | None = None) -> None:
+        self._read, self._what, self._last, self._trouble = read, what, default, ""
 
-class TokenFile:
-    """The one token of a client's file, read anew each time; while that fails, the last good one stays in force."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._last = ""
-        self._trouble = ""
-
-    def read(self) -> str:
-        """OSError or ValueError where no good token was ever there."""
+    def read(self) -> T:
+        """Return the value. Raises OSError or ValueError if there never was a good one."""
         try:
-            token = self._path.read_bytes().strip()
-            if not token:
-                raise ValueError(f"no token in {self._path}")
-            self._last, self._trouble = checked_token(token, str(self._path)), ""
+            self._last, self._trouble = self._read(), ""
         except (OSError, ValueError) as error:
-            if not self._last:
+            if self._last is None:
                 raise
             if str(error) != self._trouble:
                 self._trouble = str(error)
-                log.warning("the token file cannot be used, the token stays as it was: %s", error)
+                log.warning("%s cannot be read and stays as it was: %s", self._what, error)
         return self._last
+
+
+class TokenFile(LastGood[str]):
+    """The one token of a client's file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(lambda: _only_token(path), "the token")
+
+
+def _only_token(path: Path) -> str:
+    token = path.read_bytes().strip()
+    if not token:
+        raise ValueError(f"no token in {path}")
+    return checked_token(token, str(path))
+
+
+def checked_token(token: bytes, where: str) -> str:
+    """Return the token as text. Raises ValueError, which never shows it, if a header cannot carry it."""
+    if not token.isascii() or any(byte <= ord(" ") or byte == DELETE for byte in token):
+        raise ValueError(f"{where}: expected a token of printable ASCII characters without spaces, got other bytes")
+    return token.decode()

@@ -16,7 +16,7 @@ from logitstream import codec
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import TargetSpec
-from teacher_server.interceptors import SERVICE
+from teacher_server.calls import SERVICE
 from tests.fakes import FakeBackend
 from tests.serving import SPEC, WireClient, sequence, serving
 

@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from logitstream import metrics
 from teacher_server import health
-from teacher_server.interceptors import HEALTH_SERVICE, SERVICE
+from teacher_server.calls import HEALTH_SERVICE, SERVICE
 from tests.deaf_client import PREFACE, SETTINGS, deaf_call, frame
 from tests.fakes import FakeBackend
 from tests.serving import ENVIRONMENT, WireClient, sequence, serving

@@ -26,8 +26,7 @@ from logitstream.rpc.certificates import ServerCertificates, certificate_expiry
 from logitstream.rpc.channel import TlsFiles
 from logitstream.rpc.tokens import TokenFile
 from logitstream.rpc.v1 import teacher_pb2 as pb
-from teacher_server.access import BearerTokens
-from teacher_server.interceptors import REFUSALS_LOG_SECONDS, Refusals
+from teacher_server.access import REFUSALS_LOG_SECONDS, BearerTokens, Refusals
 from teacher_server.server import TeacherServer, serve
 from tests.authority import Authority
 from tests.fakes import FakeBackend
@@ -118,7 +117,7 @@ def test_what_is_renewed_while_it_is_read_is_served_at_the_next_handshake(ours: 
 
     renew = ["as the server reads at its start"]
     certificates = ServerCertificates(files, read_file=read_and_renew)
-    started_with = certificates.read()
+    started_with = certificates.renewed()
     second = certificates.renewed()
     assert second is not None
     assert second != started_with

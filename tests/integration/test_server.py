@@ -20,7 +20,7 @@ from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.backend import ScoreRequest
-from teacher_server.interceptors import HEALTH_SERVICE, SERVICE
+from teacher_server.calls import HEALTH_SERVICE, SERVICE
 from teacher_server.scheduler import SLICE
 from teacher_server.server import TeacherServer
 from tests.deaf_client import deaf_call
