@@ -23,12 +23,11 @@ from logitstream.data.student_limits import (
     takes_positions,
 )
 from logitstream.data.token_rows import per_token
-from logitstream.training.data_parallel import DataParallelTrainer
+from logitstream.training.data_parallel import DataParallelTrainer, expect_equal_numbers, joined_by
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss, reshard
 from logitstream.training.order import leave_out_repeats, without_repeats
 from logitstream.training.overhead import MeasuringTrainer
-from logitstream.training.ranks import expect_equal_numbers, joined_by
 from logitstream.training.resumable import ResumableTrainer
 from logitstream.training.stats import HeldOutStats, RunStats
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from logitstream.errors import RanksDiffer
-from logitstream.training.ranks import difference, digests, expect_all_processes, joined_by
+from logitstream.training.data_parallel import difference, digests, expect_all_processes, joined_by
 
 
 class Student(nn.Module):
