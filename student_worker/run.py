@@ -130,8 +130,7 @@ def prepare(
         resources.enter_context(contextlib.closing(cache))
     if client is not None and arguments.process_index == 0:
         warn_of_refusals(client.known_info, config.data.sequence_tokens)
-    trainer = build_trainer(plan, arguments, model, client, cache, train_set, heldout_set)
-    trainer.first_choices = first_choices
+    trainer = build_trainer(plan, arguments, model, client, cache, train_set, heldout_set, first_choices)
     return tokenizer, trainer, plan
 
 
@@ -241,6 +240,7 @@ def build_trainer(
     cache: TargetCache | None,
     train_set: Dataset | CacheDataset,
     heldout_set: Dataset,
+    first_choices: FirstChoices | None,
 ) -> DistillationTrainer:
     config = plan.config
 
@@ -263,6 +263,7 @@ def build_trainer(
         wrap_dataloader=stream,
         ce_weight=config.loss.ce_weight,
         overhead_every=config.loss.overhead_every,
+        first_choices=first_choices,
     )
     for other_display in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other_display)

@@ -1,4 +1,4 @@
-"""DistillationTrainer: transformers.Trainer with the distillation loss, the target stream and their figures."""
+"""DistillationTrainer: transformers.Trainer with the distillation loss, the target stream and the run's statistics."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTrainer):
-    """Trains on batches with `targets`; one without them gets plain cross-entropy. See `supervision`.
+    """Trains on batches with `targets`, and by plain cross-entropy on a batch without them.
 
-    Evaluation is cross-entropy, and the KL beside it where its batches bring targets.
+    Evaluation is cross-entropy, with the KL beside it if the batches bring targets.
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
         targets, or have none.
     ce_weight, chunk_bytes: as in `fused_linear_sparse_kl`.
     first_choices: the teacher's on held-out text, for eval_teacher_top1_agreement.
-    overhead_every: measure the overhead over cross-entropy at every n-th optimizer step; 0: never. See `overhead`.
+    overhead_every: measure the overhead over cross-entropy at every n-th optimizer step (see `overhead`); 0: never.
     """
 
     loss_is_scaled_for_ga = True
@@ -61,32 +61,30 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     ) -> None:
         self.is_fused = False
         self.target_stream: TargetStream | None = None
+        self._student_inputs: StudentInputs | None = None
         super().__init__(*args, **kwargs)
         refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
         self.wrap_dataloader = wrap_dataloader
         self.ce_weight = ce_weight
         self.chunk_bytes = chunk_bytes
         self.first_choices = first_choices
+        self.stats = RunStats(overhead_every=overhead_every)
+        self.add_callback(self.stats)
         assert isinstance(self.model, nn.Module)
         model_init: Any = self.model_init
         if model_init is None:
             self.is_fused = install_fused_loss(self.model)
-        self.stats = RunStats(overhead_every=overhead_every)
-        self.add_callback(self.stats)
-        self._hidden: dict[tuple[Before, int], bool] = {}
-        """What the student hides, in one row and in several: attention kernels differ in that."""
-        self._is_sharded: bool | None = None
-        """Whether each process holds a part of the student; None: not looked at since `train` was called."""
         self._source: Iterator[Batch] | None = None
+        """The Trainer's iterator over the epoch's batches; _batches are the same with targets."""
         self._batches: Iterator[Batch] = iter(())
         self._dataloader: DataLoader[Any] | None = None
         self._num_micro_batches = torch.ones(())
-        """With a supervised row, counted as the rows are."""
+        """Those of the step that have a supervised row, counted over the same processes as the rows."""
         self._heldout = HeldOutStats()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's; the target stream is closed whatever happens."""
-        self._is_sharded = None
+        """Train and close the target stream, whatever happens."""
+        self._student_inputs = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -98,14 +96,13 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             self.target_stream.close()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new student of `model_init`, with the fused loss: for each call of `train` and each trial of a search."""
+        """Make a new student with the fused loss, for each call of `train` and each trial of a search."""
         model: nn.Module = super().call_model_init(trial)
-        self.is_fused = install_fused_loss(model)
-        self._hidden = {}
+        self.is_fused, self._student_inputs = install_fused_loss(model), None
         return model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The plain dataloader, which the Trainer may skip in when it resumes; `get_batch_samples` adds the targets."""
+        """Return the plain dataloader, in which the Trainer may skip; `get_batch_samples` adds the targets."""
         self._end_stream()
         dataloader = self._dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
@@ -116,25 +113,20 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
-        """The next batches with their targets, and how many supervised rows they hold in all processes."""
+        """Return the next batches with their targets and how many supervised rows all processes' batches hold."""
         self.stats.begin_step()
         if epoch_iterator is not self._source:
-            self._begin_epoch(epoch_iterator)
-        samples: tuple[list[Batch], Tensor | int | None] = super().get_batch_samples(self._batches, num_batches, device)
-        return samples
-
-    def _begin_epoch(self, epoch_iterator: Iterator[Batch]) -> None:
-        batches = without_repeats(epoch_iterator, self._dataloader, process_index=self.args.process_index)
-        stream = self.target_stream
-        if stream is not None:
-            if self._source is None:  # later epochs follow by themselves
-                stream.set_epoch(int(self.state.epoch or 0))
-            first_step = self.state.global_step * self.args.gradient_accumulation_steps
-            batches = stream.over(batches, first_step=first_step)
-        self._source, self._batches = epoch_iterator, batches
+            batches = without_repeats(epoch_iterator, self._dataloader, process_index=self.args.process_index)
+            if self.target_stream is not None:
+                if self._source is None:  # later epochs follow by themselves
+                    self.target_stream.set_epoch(int(self.state.epoch or 0))
+                first_step = self.state.global_step * self.args.gradient_accumulation_steps
+                batches = self.target_stream.over(batches, first_step=first_step)
+            self._source, self._batches = epoch_iterator, batches
+        return super().get_batch_samples(self._batches, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
-        """Supervised rows, of all processes where average_tokens_across_devices asks so; counts micro-batches too."""
+        """Count supervised rows and micro-batches, over all processes if average_tokens_across_devices is set."""
         self.stop.agree()
         if not has_length(self._dataloader):  # else all processes are known to have as many batches
             expect_equal_numbers(len(batch_samples))
@@ -154,75 +146,43 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch, such that DDP's mean over processes is the mean over supervised rows.
+        """Return a micro-batch's loss such that DDP's mean over processes is the mean over supervised rows.
 
         What the model itself adds (a router's loss) has no rows: it is averaged over the step's micro-batches.
         """
-        student = self._student_loss(model, inputs, num_items_in_batch)
-        own_loss = student.own_loss
+        # DDP divides by as many processes as the step's rows and micro-batches were counted over.
+        divisor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        num_items = None if num_items_in_batch is None else num_items_in_batch / divisor
+        loss, diagnostics, own_loss = self._student_loss(model, inputs, self.ce_weight, num_items)
         if num_items_in_batch is not None:
-            counts = supervised_mask(inputs).any()  # a micro-batch of nothing but what fills up an epoch does not
-            own_loss = own_loss * counts * self._over_processes / self._num_micro_batches.clamp(min=1)
+            counts = supervised_mask(inputs).any()  # a micro-batch that only fills up an epoch does not count
+            own_loss = own_loss * counts * divisor / self._num_micro_batches.clamp(min=1)
         if model.training and not self.is_measuring:
-            self.stats.add_loss(student.diagnostics, own_loss)
-        loss = student.loss + own_loss
+            self.stats.add_loss(diagnostics, own_loss)
+        loss = loss + own_loss
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    @property
-    def _over_processes(self) -> int:
-        """How many processes' rows and micro-batches the step's numbers count; DDP divides by as many."""
-        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-
     def _student_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        num_items_in_batch: Tensor | int | None = None,
-        *,
-        ce_weight: float | None = None,
+        self, model: nn.Module, inputs: Batch, ce_weight: float, num_items: Tensor | float | None = None
     ) -> StudentLoss:
-        arguments = self._loss_arguments(inputs, self.ce_weight if ce_weight is None else ce_weight)
-        if num_items_in_batch is not None:
-            arguments["num_items"] = num_items_in_batch / self._over_processes
-        head_loss = HeadLoss(from_logits=not self.is_fused, **arguments)
+        targets = inputs.get("targets")
+        head_loss = HeadLoss(
+            from_logits=not self.is_fused,
+            targets=targets,
+            labels=next_token_labels(inputs),
+            loss_mask=supervised_mask(inputs),
+            ce_weight=1.0 if targets is None else ce_weight,
+            num_items=num_items,
+            chunk_bytes=self.chunk_bytes,
+        )
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
         return student
 
     def _model_inputs(self, inputs: Batch) -> Batch:
-        """What the student's forward gets; ValueError where it cannot take that, or is not what the teacher is told."""
-        assert isinstance(self.model, nn.Module)
-        model_inputs = for_the_model(inputs, takes_positions=takes_positions(self.model))
-        StudentLimits.of(self.model).check(model_inputs)
-        before = stands_before(model_inputs)
-        if self._is_sharded is None:
-            self._is_sharded = joined_by(self.model) not in (None, "DDP")
-        if before is not None or (self._is_sharded and not self._hidden):
-            self._try_hiding(before, num_rows=len(inputs["input_ids"]))
-        return model_inputs
-
-    def _try_hiding(self, before: Before | None, *, num_rows: int) -> None:
-        """ValueError where the student sees what its batch must hide; a sharded one is tried on all processes alike."""
-        assert isinstance(self.model, nn.Module)
-        several = min(num_rows, 2)
-        cases: list[tuple[Before, int]] = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
-        if before is not None and not self._is_sharded:
-            cases = [(before, several)]
-        for case in cases:
-            if case not in self._hidden:
-                self._hidden[case] = hides(self.model, case[0], num_rows=case[1])
-                reshard(self.model)
-        if before is not None and not self._hidden[before, several]:
-            refuse_to_see(self.model, before)
-
-    def _loss_arguments(self, inputs: Batch, ce_weight: float) -> dict[str, Any]:
-        targets = inputs.get("targets")
-        return {
-            "targets": targets,
-            "labels": next_token_labels(inputs),
-            "loss_mask": supervised_mask(inputs),
-            "ce_weight": 1.0 if targets is None else ce_weight,
-            "chunk_bytes": self.chunk_bytes,
-        }
+        if self._student_inputs is None:
+            assert isinstance(self.model, nn.Module)
+            self._student_inputs = StudentInputs(self.model)
+        return self._student_inputs.of(inputs)
 
     def evaluation_loop(
         self,
@@ -232,10 +192,10 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the Trainer's, but the loss is the mean over all supervised tokens; NaN where there is none.
+        """Evaluate; the loss is the mean over all supervised tokens, NaN without any.
 
-        The Trainer's is a mean of batches' means. Where batches bring targets, eval_kl and what goes with it are the
-        means over the rows that have them. Afterwards FSDP2 scatters its weights again.
+        The Trainer's is a mean of batches' means. If batches bring targets, eval_kl and its companions are means over
+        the rows that have them. Afterwards FSDP2 scatters its weights again.
         """
         self._heldout = HeldOutStats()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -249,9 +209,14 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Cross-entropy of held-out text; logits and labels only if something asks for them."""
-        inputs = self._prepare_inputs(inputs)
-        counted = self._without_repeats(inputs)
+        """Return the cross-entropy of held-out text; logits and labels only if something asks for them.
+
+        Sequences that accelerate repeats to fill up the last batch are left out of the loss.
+        """
+        inputs, state = self._prepare_inputs(inputs), self.accelerator.gradient_state
+        counted = inputs
+        if state.end_of_dataloader and state.remainder > 0:
+            counted = leave_out_repeats(inputs, state.remainder, process_index=self.args.process_index)
         if self.first_choices is not None and counted.get("targets") is None:
             counted = self.first_choices.add_to(counted)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -261,23 +226,12 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             if prediction_loss_only:
                 return loss, None, None
             logits = model(**self._model_inputs(inputs)).logits
-        num_tokens = inputs["input_ids"].shape[1]
         labels = next_token_labels(inputs).masked_fill(~supervised_mask(inputs), IGNORED_LABEL)
         labels = nn.functional.pad(labels, (1, -1), value=IGNORED_LABEL)  # each token at its own place
-        return loss, logits.detach()[:, -num_tokens:], labels
-
-    def _without_repeats(self, inputs: Batch) -> Batch:
-        """Of the last batches of all processes, those sequences out of the loss that only fill them up.
-
-        As accelerate's gather_for_metrics does: the processes' sequences in turn, of which the first `remainder` count.
-        """
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        return leave_out_repeats(inputs, state.remainder, process_index=self.args.process_index)
+        return loss, logits.detach()[:, -labels.shape[1] :], labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, with `stats` over all processes beside each training loss."""
+        """Log with the statistics over all processes beside each training loss."""
         if "loss" in logs:
             metrics.STUDENT_LOSS.set(logs["loss"])
             logs |= self.stats.logs(self.accelerator, self.state)
@@ -289,7 +243,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         self._signature_columns = list(dict.fromkeys([*known, *PACKING, *FOR_THE_LOSS]))  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """As the Trainer's; ValueError where that would leave out, without a word, what belongs to the tokens."""
+        """Raise ValueError if the Trainer would silently leave out a column that belongs to the tokens."""
         self._set_signature_columns_if_needed()
         unused = [name for name in dataset.column_names if name not in (self._signature_columns or [])]
         wrong = ["seq_lengths"] if "seq_lengths" in unused else per_token(dataset, unused)
@@ -301,8 +255,34 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         return super()._remove_unused_columns(dataset, description)
 
 
+class StudentInputs:
+    """Makes what a student's forward gets from a batch, and tries out once what the student hides from its tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._is_sharded = joined_by(model) not in (None, "DDP")
+        self._hidden: dict[tuple[Before, int], bool] = {}
+        """By what stands before a document, and for one and for several rows, as attention kernels differ in that."""
+
+    def of(self, batch: Batch) -> Batch:
+        """Return a forward's arguments; raise ValueError if it cannot take them or sees more than the teacher."""
+        inputs = for_the_model(batch, takes_positions=takes_positions(self._model))
+        StudentLimits.of(self._model).check(inputs)
+        before, several = stands_before(inputs), min(len(batch["input_ids"]), 2)
+        cases: list[tuple[Before, int]] = [] if before is None else [(before, several)]
+        if self._is_sharded:  # which is tried on all processes alike
+            cases = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
+        for case in cases:
+            if case not in self._hidden:
+                self._hidden[case] = hides(self._model, case[0], num_rows=case[1])
+                reshard(self._model)
+        if before is not None and not self._hidden[before, several]:
+            refuse_to_see(self._model, before)
+        return inputs
+
+
 def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: Any = None) -> None:
-    """ValueError for a setting of transformers' Trainer that this loss would pass over without a word."""
+    """Raise ValueError for a setting of transformers' Trainer that this loss would silently ignore."""
     liger = args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
     parallel: Any = args.parallelism_config
     splits = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
