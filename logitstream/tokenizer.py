@@ -110,19 +110,17 @@ def vocabulary_differences(student: Vocabulary, teacher: Vocabulary) -> str:
     mine, theirs = dict(student.pairs), dict(teacher.pairs)
     last = max(theirs, default=-1)
     other = [one for one in sorted(mine.keys() & theirs.keys()) if mine[one] != theirs[one]]
-    lacking, own = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
-    early, late = [one for one in own if one <= last], [one for one in own if one > last]
-    told = [f"{one} is {mine[one]!r} here and {theirs[one]!r} there" for one in other]
+    lacking = [f"{one} {theirs[one]!r}" for one in sorted(theirs.keys() - mine.keys())]
+    own = sorted(mine.keys() - theirs.keys())
+    early, late = ([f"{one} {mine[one]!r}" for one in own if (one > last) == is_late] for is_late in (False, True))
+    swapped = [f"{one} is {mine[one]!r} here and {theirs[one]!r} there" for one in other]
     parts = (
-        (other, f"{len(other)} of {len(theirs)} ids stand for other tokens ({_first(told)})"),
-        (lacking, f"the student has no token for {len(lacking)} of the teacher's ids ({_tokens(lacking, theirs)})"),
-        (
-            early,
-            f"{len(early)} of the student's own tokens lie below the teacher's last id {last} ({_tokens(early, mine)})",
-        ),
-        (late, f"{len(late)} that it added after the teacher's last id ({_tokens(late, mine)}) would do no harm"),
+        (swapped, f"of {len(theirs)} ids stand for other tokens"),
+        (lacking, "of the teacher's ids have no token of the student"),
+        (early, f"of the student's own tokens lie below the teacher's last id {last}"),
+        (late, "that it added after the teacher's last id would do no harm"),
     )
-    return "; ".join(text for ids, text in parts if ids)
+    return "; ".join(f"{len(told)} {text} ({_first(told)})" for told, text in parts if told)
 
 
 def rule_differences(student: Vocabulary, teacher: Vocabulary) -> str:
@@ -167,10 +165,6 @@ def _without_defaults(value: Any) -> Any:
         items = ((name, _without_defaults(one)) for name, one in value.items())
         return {name: one for name, one in items if one not in (None, False, "", [], {})}
     return [_without_defaults(one) for one in value] if isinstance(value, list) else value
-
-
-def _tokens(ids: list[int], tokens: dict[int, str]) -> str:
-    return _first([f"{one} {tokens[one]!r}" for one in ids])
 
 
 def _first(told: Sequence[str]) -> str:

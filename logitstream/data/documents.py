@@ -6,9 +6,9 @@ Collators mark them in one of these ways; several ways in one batch have to agre
     position_ids                    [B, T]: count from 0 in each document
     attention_mask                  [B, T] of numbers: one a document, 0 is padding (0 and 1 alone mark padding only)
     seq_idx                         [B, T]: one number a document
-    cu_seq_lens_q, cu_seq_lens_k    [documents + 1]: where documents begin in the flattened batch, and its end
 
-Anything in a batch that the teacher could not be told is refused by name.
+The cu_seq_lens and max_length of flash attention are passed over: it derives them from position_ids, which have to be
+there too. Anything in a batch that the teacher could not be told is refused by name.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TOKEN_MASKS = ("completion_mask", "assistant_masks")
 """[B, T]: entry t is about token t, as a label is; row t - 1 predicts it."""
 FOR_THE_LOSS = ("labels", ROW_MASK, *TOKEN_MASKS, "targets")
 """Names that the model's forward does not get."""
-CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k")
-PACKING = ("position_ids", "seq_idx", *CU_SEQ_LENS)
-KNOWN = ("input_ids", "attention_mask", *PACKING, "max_length_q", "max_length_k", *FOR_THE_LOSS)
+DERIVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKING = ("position_ids", "seq_idx", *DERIVED[:2])
+KNOWN = ("input_ids", "attention_mask", *PACKING, *DERIVED[2:], *FOR_THE_LOSS)
 
 
 def number_documents(batch: Batch) -> Numbers:
@@ -45,19 +45,18 @@ def number_documents(batch: Batch) -> Numbers:
         raise ValueError(f"expected input_ids of shape [batch, tokens], got {list(shape)}")
     _check_names(batch, shape)
     present, found = _from_attention_mask(batch.get("attention_mask"), shape)
-    for name in PACKING:
+    for name in ("position_ids", "seq_idx"):
         if batch.get(name) is None:
             continue
         values = to_numpy(batch[name])
-        if name in CU_SEQ_LENS:
-            found[name] = _from_bounds(name, values, present)
-            continue
         if values.shape not in (shape, (1, shape[1])):  # one row may stand for all
             raise ValueError(
                 f"expected {name} of shape {list(shape)}, got {list(values.shape)}: the teacher cannot be told"
             )
         values = np.broadcast_to(values, shape)
         found[name] = _from_positions(values, present) if name == "position_ids" else _from_runs(name, values, present)
+    if batch.get("position_ids") is None and batch.get(DERIVED[0]) is not None:
+        raise ValueError(f"{DERIVED[0]} in a batch without position_ids: mark documents by position_ids")
     (first, numbers), *others = found.items() or [("input_ids", present.astype(np.int64))]
     for name, other in others:
         if (other != numbers).any():
@@ -82,9 +81,9 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     take a row for one document. Padding on the left or inside does not move positions, if the model takes positions.
     ValueError as from `number_documents`, and for padding inside a document of a packed row.
     """
-    inputs = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
+    inputs = {name: value for name, value in batch.items() if name not in (*FOR_THE_LOSS, *DERIVED)}
     _check_names(batch, tuple(np.shape(batch["input_ids"])))
-    if not any(inputs.get(name) is not None for name in ("attention_mask", *PACKING)):
+    if not any(batch.get(name) is not None for name in ("attention_mask", *PACKING)):
         return inputs
     numbers = number_documents(batch)
     present, positions = numbers > 0, positions_of(numbers)
@@ -157,16 +156,3 @@ def _from_runs(name: str, values: npt.NDArray[Any], present: Mask) -> Numbers:
         if numbers[row].max(initial=0) > len(np.unique(own[kept])):
             raise ValueError(f"row {row} of a batch: {name} gives one number to tokens that do not stand together")
     return numbers
-
-
-def _from_bounds(name: str, bounds: npt.NDArray[Any], present: Mask) -> Numbers:
-    num_rows, num_tokens = present.shape
-    is_rising = bounds.ndim == 1 and len(bounds) > 1 and bounds[0] == 0 and (np.diff(bounds) > 0).all()
-    if not is_rising or bounds[-1] != present.size or not np.isin(np.arange(num_rows) * num_tokens, bounds).all():
-        raise ValueError(
-            f"expected {name} to rise from 0 to the {present.size} tokens of the batch, with a bound wherever one of "
-            f"its {num_rows} rows begins, got {bounds.tolist()[:16]}"
-        )
-    starts = np.zeros(present.size, bool)
-    starts[bounds[:-1]] = True
-    return np.where(present, np.cumsum(starts.reshape(present.shape), axis=1), 0)

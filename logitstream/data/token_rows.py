@@ -96,10 +96,9 @@ def _row(row: dict[str, Any], where: str) -> tuple[dict[str, npt.NDArray[np.int6
     values = {name: np.asarray(column, np.int64) for name, column in row.items()}
     marks = ("input_ids", "attention_mask", "position_ids", "seq_idx")
     batch = {name: values[name][None] for name in marks if name in values}
-    if "seq_lengths" in values and len(values["input_ids"]):
-        ends = np.cumsum(values["seq_lengths"][values["seq_lengths"] > 0])
-        batch["cu_seq_lens_q"] = np.concatenate([np.zeros(1, np.int64), ends])
     try:
+        if "seq_lengths" in values:
+            batch["seq_idx"] = np.repeat(np.arange(len(row["seq_lengths"])), values["seq_lengths"])[None]
         return values, number_documents(batch)[0]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -131,7 +131,7 @@ def test_columns_say_which_rows_count_and_which_tokens_are_one_document(
         ({"offset_mapping": [[0, 1]] * 6}, "the column 'offset_mapping' has an entry for each token"),
         ({"weights": [0.5] * 6}, "the column 'weights' has an entry for each token"),
         ({"position_ids": [3, 4, 5, 6, 7, 8]}, "rows.jsonl: row 0: .*its position is 3"),
-        ({"seq_lengths": [3, 4]}, "rows.jsonl: row 0: expected cu_seq_lens_q to rise from 0 to the 6 tokens"),
+        ({"seq_lengths": [3, 4]}, "rows.jsonl: row 0: expected seq_idx of shape .1, 6., got .1, 7."),
         (
             {"labels": [5, None, 7, 8, 9, 10]},
             "rows.jsonl: row 0: expected whole numbers, got an entry of labels that is",

@@ -71,14 +71,14 @@ def test_each_document_is_sent_alone_however_the_batch_says_it(lengths: Lengths,
         assert inputs.get("attention_mask", torch.ones_like(input_ids)).tolist() == (numbers > 0).astype(int).tolist()
 
 
-def test_lengths_of_the_flattened_batch_say_documents_and_must_agree_with_positions() -> None:
+def test_lengths_of_the_flattened_batch_need_position_ids_and_are_not_passed_on() -> None:
     batch = {"input_ids": torch.arange(9)[None], "cu_seq_lens_q": torch.tensor([0, 4, 5, 9], dtype=torch.int32)}
-    assert number_documents(batch).tolist() == [[1, 1, 1, 1, 2, 3, 3, 3, 3]]
+    for use in (split_batch, for_the_model, number_documents):
+        with pytest.raises(ValueError, match="cu_seq_lens_q in a batch without position_ids: mark documents by"):
+            use(batch)
     batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3]])
     assert [len(sequence) for _, sequence in split_batch(batch)] == [4, 1, 4]
-    batch["position_ids"] = torch.arange(9)[None]
-    with pytest.raises(ValueError, match="position_ids and cu_seq_lens_q say different documents"):
-        split_batch(batch)
+    assert for_the_model(batch | {"max_length_q": 4}).keys() == {"input_ids", "position_ids"}
 
 
 def test_labels_do_not_cross_the_border_between_documents() -> None:
@@ -157,7 +157,6 @@ CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
         ({"attention_mask": torch.tensor([[1, 2, 1, 2]])}, "attention_mask gives one number to tokens that do not"),
         ({"attention_mask": torch.tensor([[0.0, -1e9, 0.0, 0.0]])}, "expected an attention_mask"),
         ({"seq_idx": torch.tensor([[0, 1, 0, 0]])}, "seq_idx gives one number"),
-        ({"cu_seq_lens_q": torch.tensor([0, 2])}, "expected cu_seq_lens_q to rise from 0 to the 4 tokens"),
         (
             {"seq_idx": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.tensor([[0, 1, 2, 0]])},
             "position_ids and seq_idx say different documents",

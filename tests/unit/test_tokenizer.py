@@ -140,11 +140,11 @@ def test_a_tokenizer_is_needed_and_no_check_is_spelled_out() -> None:
             "20 of 20 ids stand for other tokens (0 is 'w19' here and 'w0' there, 1 is 'w18' here and 'w1' there, "
             "2 is 'w17' here and 'w2' there, 3 is 'w16' here and 'w3' there, 4 is 'w15' here and 'w4' there, …)",
         ),
-        (WORDS[:18], "the student has no token for 2 of the teacher's ids (18 'w18', 19 'w19')"),
+        (WORDS[:18], "2 of the teacher's ids have no token of the student (18 'w18', 19 'w19')"),
         (
             [*WORDS[:19], "x", "<tool>"],
             "1 of 20 ids stand for other tokens (19 is 'x' here and 'w19' there); "
-            "1 that it added after the teacher's last id (20 '<tool>') would do no harm",
+            "1 that it added after the teacher's last id would do no harm (20 '<tool>')",
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_token_of_the_students_in_a_gap_of_the_teachers_ids_is_named() -> None
     assert student.num_shared(teacher.digest) == 0
     assert vocabulary_differences(student, teacher) == (
         "1 of the student's own tokens lie below the teacher's last id 5 (3 '<tool>'); "
-        "1 that it added after the teacher's last id (6 '<more>') would do no harm"
+        "1 that it added after the teacher's last id would do no harm (6 '<more>')"
     )
 
 
