@@ -39,7 +39,7 @@ REPLAYED_BYTES = 100 << 20
 SHAPES = ((512, 10), (1024, 10), (2048, 10), (2048, 18), (4096, 36))
 """Tokens of a sequence and payload bytes of a token."""
 KEYS_AT_ONCE = 64
-"""What a training run looks up at once: 8 batches of 8 sequences, the Trainer's and our defaults, are prefetched."""
+"""Keys that a training run looks up at once: 8 batches of 8 sequences, by the Trainer's and our defaults."""
 ROUNDS = 9
 NUM_SMALL = 1_000_000
 
@@ -209,7 +209,7 @@ def open_small(directory: Path) -> dict[str, Any]:
 
 
 def index_bytes(reader: CacheReader) -> int:
-    """Of the arrays that stay in memory."""
+    """Return the bytes of the arrays that stay in memory."""
     index = reader._now.sealed
     return int(index.high.nbytes + index.low.nbytes + index.place.nbytes)
 

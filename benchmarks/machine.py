@@ -1,4 +1,4 @@
-"""What a result file says about where it was measured."""
+"""The description of the machine in a result file."""
 
 from __future__ import annotations
 

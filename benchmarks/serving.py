@@ -1,4 +1,4 @@
-"""What serving costs: tokens/s against the bare forward, goodput against bare gRPC calls, fairness, memory.
+"""The cost of serving: tokens/s against the bare forward, goodput against bare gRPC calls, fairness, memory.
 
     python -m benchmarks.serving [teacher|goodput|fairness|memory …]   all, without a name
     python -m benchmarks.serving soak --minutes 30

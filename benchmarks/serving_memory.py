@@ -15,7 +15,7 @@ import psutil
 from benchmarks.load import Client, instant, process, random_sequences
 
 TOKENS_IN_FLIGHT = 65_536
-"""Of all clients together: the credit of one."""
+"""The tokens of all clients together: the credit of one."""
 
 
 async def steady_rss(address: str, server: psutil.Process, *, num_clients: int, seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""What the student's side of delivery costs: client, stream and decoding, without a model on either end.
+"""The cost of delivery on the student's side: client, stream and decoding, without a model on either end.
 
     python -m benchmarks.target_stream
 

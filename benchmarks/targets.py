@@ -103,7 +103,7 @@ def manual_text(language: str, *, num_pages: int = 60) -> str:
 
 
 def texts(teacher_on: Callable[[str, str], Scored], help_text: Scored) -> dict[str, Any]:
-    """What the help texts' id model saves on other texts, and systematic's noise there, both at N = 50."""
+    """Measure how much the help texts' id model saves on other texts, and systematic's noise there, both at N = 50."""
     found: dict[str, Any] = {}
     others = {"legal English": licence_text(), "German": manual_text("de"), "French": manual_text("fr")}
     all_texts = {"Python help": help_text} | {name: teacher_on(name, text) for name, text in others.items()}
@@ -222,7 +222,7 @@ def curves(data: Scored) -> dict[str, Any]:
 
 
 def gradients(data: Scored) -> dict[str, Any]:
-    """Of a small randomly initialised student, by tokens in the batch and by draw sets averaged, against full KD's."""
+    """Measure a small untrained student's gradients against full KD's, by batch tokens and by draw sets averaged."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

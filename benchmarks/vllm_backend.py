@@ -1,4 +1,4 @@
-"""What targets from a vLLM engine cost: against its own prompt_logprobs=0, and against prefill plus projection.
+"""The cost of targets from a vLLM engine, against its own prompt_logprobs=0, and against prefill plus projection.
 
     PYTHONPATH=. python benchmarks/vllm_backend.py [--dtype float32 bfloat16] [--rounds 11]
 

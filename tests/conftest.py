@@ -1,4 +1,4 @@
-"""What many tests share: the real teacher, made once, tiny models, and an end for every process that they start."""
+"""The things that many tests share: the real teacher, made once, and an end for every process that they start."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def collate_with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Lines(logging.Handler):
-    """What was logged of what runs."""
+    """A log handler that keeps the lines about the run's set-up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +367,7 @@ def train_together(folder: Path, log: Path) -> None:
 
 
 def train_all(folder: Path, log: Path) -> None:
-    """What one process does, alone or as one of two."""
+    """Train as one process, alone or as one of two."""
     end_with_parent()
     log_to(log)
     logging.basicConfig(level=logging.INFO)

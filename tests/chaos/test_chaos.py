@@ -57,7 +57,7 @@ class Actor:
         self._lock = threading.Lock()
 
     def send(self, number: signal.Signals) -> bool:
-        """Whether it was running: one that is to be started again soon gets no signal."""
+        """Kill it and tell whether it was running: one that is to be started again soon gets no signal."""
         with self._lock:
             if self.down or not self.process.is_alive() or self.process.pid is None:
                 return False

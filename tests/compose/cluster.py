@@ -27,9 +27,9 @@ STARTER = ROOT.parent / "shared" / "bin" / "docker-engine"
 
 @contextmanager
 def engine() -> Iterator[dict[str, str]]:
-    """What docker needs in its environment to reach an engine; one is started where none runs, and stopped again.
+    """Yield docker's environment for an engine; one is started if none runs, and stopped again.
 
-    RuntimeError where none can be started.
+    RuntimeError if none can be started.
     """
     if _answers({}):
         yield {}

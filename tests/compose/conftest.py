@@ -12,7 +12,7 @@ from tests.compose.cluster import engine, give_up
 
 @pytest.fixture(scope="session")
 def docker_environment() -> Iterator[dict[str, str]]:
-    """What docker needs in its environment."""
+    """Docker's environment, for all tests of the session."""
     with ExitStack() as stack:
         try:
             environment = stack.enter_context(engine())

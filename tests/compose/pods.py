@@ -1,6 +1,6 @@
 """Pods as containers on a Docker engine: the same image, command, environment, volumes, limits and security context.
 
-What a kubelet does around them is done here too: init containers, volumes of ConfigMaps and Secrets with their modes,
+A kubelet's work around them is done here too: init containers, volumes of ConfigMaps and Secrets with their modes,
 the pod's group on volumes, probes from outside, preStop and SIGTERM within the grace period.
 """
 
@@ -77,7 +77,7 @@ class Node:
         return options
 
     def _place(self, pod: str, volume_name: str, spec: Manifest) -> Path:
-        """Where a volume lies: claims are shared between pods, everything else is the pod's own."""
+        """Return the folder of a volume: claims are shared between pods, everything else is the pod's own."""
         (volume,) = [volume for volume in spec["volumes"] if volume["name"] == volume_name]
         claim = volume.get("persistentVolumeClaim", {}).get("claimName")
         return self.folder / "claims" / claim if claim else self.folder / pod / volume_name

@@ -40,7 +40,7 @@ for channel in (grpc.insecure_channel("teacher:50051"), grpc.secure_channel("tea
 
 @dataclass
 class Run:
-    """What was seen of the cluster's two runs."""
+    """The records of the cluster's two runs."""
 
     cluster: Cluster
     started: float

@@ -1,4 +1,4 @@
-"""What a kustomize overlay must satisfy beyond its schemas: each check returns what is wrong, as sentences."""
+"""Checks of a kustomize overlay beyond its schemas: each check returns what is wrong, as sentences."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def timing_problems(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def shutdown_seconds(drain_seconds: float) -> float:
-    """What a teacher may take from SIGTERM to its end: draining, gRPC's stop twice, the scheduler's close twice."""
+    """Return the most seconds from SIGTERM to the end: draining, gRPC's stop twice, the scheduler's close twice."""
     return drain_seconds + 2 * STOP_SECONDS + 2 * CLOSE_SECONDS
 
 

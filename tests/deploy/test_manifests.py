@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.filterwarnings("ignore::UserWarnin
 OVERLAYS = sorted(path.name for path in (ROOT / "deploy/kubernetes/overlays").iterdir())
 NEWEST_VERSIONS = 3
 CUSTOM_KINDS = {"Certificate", "Issuer", "JobSet", "PodMonitor", "PrometheusRule"}
-"""Of operators: Kubernetes' own schemas do not know them, and no other check here does but those of manifests.py."""
+"""Kinds of operators: Kubernetes' own schemas do not know them; only the checks of manifests.py do."""
 
 
 @cache

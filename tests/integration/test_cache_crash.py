@@ -74,7 +74,7 @@ def _wait_until_gone(pid: int) -> None:
 
 
 def _tear(directory: Path, chance: random.Random) -> None:
-    """What a write cut short by the kill would leave: the beginning of a message at the end of an open shard."""
+    """Leave the remains of a write that the kill cut short: the beginning of a message at the end of an open shard."""
     for path in directory.glob("*.open"):
         content = path.read_bytes()
         begin = content.find(b"\xff\xff\xff\xff", 8)

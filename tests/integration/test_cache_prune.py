@@ -114,7 +114,7 @@ def test_the_bytes_of_a_rewritten_shard_are_known_beforehand(sizes: list[int], b
 
 
 def test_a_merged_cache_keeps_the_order_of_writing_and_loses_only_its_oldest_records(tmp_path: Path) -> None:
-    """Of three caches in one shard: the merged one's records go one by one, in the order in which they were written."""
+    """The records of three caches merged into one shard go one by one, in the order in which they were written."""
     records = numbered([2000] * 90)
     for part in range(3):
         write(tmp_path / str(part), records[30 * part : 30 * part + 30])

@@ -79,7 +79,7 @@ async def exchange(client: GrpcTeacherClient, count: int = 20) -> None:
 
 
 async def refusal(client: GrpcTeacherClient) -> Exception:
-    """What the handshake raises."""
+    """Return the error that the handshake raises."""
 
     def handshake() -> Exception:
         try:

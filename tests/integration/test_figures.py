@@ -36,7 +36,7 @@ MESSAGE_BYTES = 64
 
 @dataclass
 class Run:
-    """What a run left behind, and what it was made of."""
+    """The results of a run, and the data it was made of."""
 
     logs: list[dict[str, float]]
     progress: list[dict[str, float]]

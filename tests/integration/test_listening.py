@@ -1,4 +1,4 @@
-"""Where a server listens and that nobody else does, and that it ends when it is told to, whatever it is doing."""
+"""A server listens where it is told and alone, and ends when it is told, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_server_that_is_still_being_imported_ends_at_each_signal_without_a_tra
 
 
 def caught(status: str, number: signal.Signals) -> bool:
-    """Whether a process, by its /proc/PID/status, has a handler for the signal."""
+    """Tell whether a process, by its /proc/PID/status, has a handler for the signal."""
     (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(mask, 16) >> (number - 1) & 1)
 

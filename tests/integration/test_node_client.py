@@ -37,7 +37,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 3},
     "full": {},
 }
-"""Of each sampler what it uses, and nothing else: that is all a client has to send."""
+"""The fields that each sampler uses, and no others: that is all a client has to send."""
 
 
 @pytest.fixture(scope="module")

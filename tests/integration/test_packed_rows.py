@@ -149,7 +149,7 @@ def trained(folder: Path, teacher: Any, student: Any, collator: Collator) -> Dis
 
 
 def losses(folder: Path, teacher: Any, student: Any, collator: Collator) -> tuple[float, float]:
-    """Of one training step, and of the evaluation, which has no targets."""
+    """Return the loss of one training step, and of the evaluation, which has no targets."""
     trainer = trained(folder, teacher, student, collator)
     return trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]
 

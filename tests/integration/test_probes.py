@@ -1,4 +1,4 @@
-"""What orchestrators ask of a teacher: docker/check_health.py and plaintext health beside TLS."""
+"""The probes of orchestrators: docker/check_health.py and plaintext health beside TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `student-worker` says, in one line, where it is not let in or told something else than it needs."""
+"""`student-worker` is refused, or told something other than it needs, and says so in one line."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ async def served(
 
 
 def z_scores(drawn: list[SparseTargets], probs: npt.NDArray[np.float64], rows: list[int]) -> npt.NDArray[np.float64]:
-    """Of mean t̂ - t: each likely id by itself, the others in buckets, for every row.
+    """Return the z-scores of mean t̂ - t: each likely id by itself, the others in buckets, for every row.
 
     1e-5 is added to the standard errors: where a draw hardly varies, t itself is known to float32 alone.
     """

@@ -1,4 +1,4 @@
-"""What the Trainer's own settings and other students make of the loss: held against plain torch and against eager."""
+"""The loss under the Trainer's own settings and with other students, held against plain torch and against eager."""
 
 from __future__ import annotations
 

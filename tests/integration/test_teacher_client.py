@@ -49,7 +49,7 @@ from tests.fake_teacher import (
 from tests.fault_proxy import fault_proxy
 
 SECONDS = 60.0
-"""What must not hang is given this long."""
+"""The time limit of anything that must not hang."""
 
 
 @contextlib.contextmanager

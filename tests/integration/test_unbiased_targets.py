@@ -192,7 +192,7 @@ def test_systematic_has_a_third_of_the_noise_at_the_papers_n_and_threshold_less(
 
 
 def test_batch_gradient_converges_to_that_of_full_distillation(scored: Scored) -> None:
-    """Of a student's weights, averaged over draw sets: cosine > 0.999, where top-k(12) stays off."""
+    """The gradient of a student's weights, averaged over draw sets, has cosine > 0.999, where top-k(12) stays off."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_ROWS, 48, generator=generator)
     weight = (0.02 * torch.randn(scored.logits.shape[1], 48, generator=generator)).requires_grad_()

@@ -382,7 +382,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
         time.sleep(0.05)
 
 
-# What is drawn, with the real teacher ---------------------------------------------------------------------------------
+# Draws of the real teacher --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +493,7 @@ def dense(targets: SparseTargets) -> npt.NDArray[np.float64]:
     return weights
 
 
-# What is refused at the start -----------------------------------------------------------------------------------------
+# Refusals at the start ------------------------------------------------------------------------------------------------
 
 
 def test_the_second_runners_own_class_takes_the_hook() -> None:

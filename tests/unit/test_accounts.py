@@ -1,4 +1,4 @@
-"""What clients may hold: credit that falls and is still honoured for a while, shares, the number of streams."""
+"""Clients' credit: it falls and is still honoured for a while, shares, the number of streams."""
 
 from __future__ import annotations
 

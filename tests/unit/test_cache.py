@@ -1,4 +1,4 @@
-"""What is put is what is got: round trips, several writers, readers meanwhile, refusals."""
+"""Records come back as they were put: round trips, several writers, readers meanwhile, refusals."""
 
 from __future__ import annotations
 

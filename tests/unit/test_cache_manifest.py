@@ -47,7 +47,7 @@ def signed(content: dict[str, Any]) -> bytes:
 
 
 def opens(directory: Path) -> bool:
-    """Whether the cache opens; any other error than the two expected ones is raised."""
+    """Tell whether the cache opens; any other error than the two expected ones is raised."""
     whole = True
     for use in (
         lambda: CacheReader(directory),

@@ -1,4 +1,4 @@
-"""What is left of a shard that was cut off, shared, forked over, pruned or damaged while somebody reads it."""
+"""Shards that were cut off, shared, forked over, pruned or damaged while somebody reads them."""
 
 from __future__ import annotations
 

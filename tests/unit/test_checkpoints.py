@@ -41,7 +41,7 @@ def value_of(folder: Path) -> float:
 
 
 class Watched:
-    """What was loaded and what was served, as the weights' values."""
+    """A record of what a watcher loaded, as the values of the weights, and what it served."""
 
     def __init__(self, while_loading: Callable[[Path], None]) -> None:
         self.loaded: list[float] = []
@@ -185,7 +185,7 @@ async def test_a_folder_that_cannot_be_read_is_reported_once_and_read_when_it_ca
 
 
 async def test_weights_half_written_over_in_place_are_not_served_and_whole_ones_are(tmp_path: Path) -> None:
-    """Of the right length, with a pause in the midst; what was loaded is both values of the file."""
+    """The file has the right length and a pause in the midst; both of its values are loaded."""
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     weights = save(tmp_path / "latest", 1.0) / "model.safetensors"
     weights.write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1.0, 1.0))

@@ -24,7 +24,7 @@ IDENTITY = Identity(client_id="test", vocab_size=VOCAB_SIZE, tokenizer=OwnTokeni
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Where nothing is to be done, its clock jumps to the next timer."""
+    """An event loop whose clock jumps to the next timer when it is idle."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def documented() -> dict[str, tuple[str, str, str]]:
 
 
 def exported(side: str) -> dict[str, tuple[str, str, str]]:
-    """What a scrape of one side shows, process metrics and creation times apart."""
+    """Return the scrape of one side, without process metrics and creation times."""
     for metric, value in LABELLED.items():
         metric.labels(value)
     port = metrics.serve(0, side=side, address="127.0.0.1")

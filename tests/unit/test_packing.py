@@ -99,7 +99,7 @@ def test_windows_do_not_show_in_the_ids_of_any_text(
 
 
 def test_the_middle_of_a_long_text_is_tokenized_about_once(kinds: dict[str, PreTrainedTokenizerFast]) -> None:
-    """Of ordinary text; what no window can be cut in is read in ever larger ones, not over and over."""
+    """Ordinary text is; text that no window can be cut in is read in ever larger ones, not over and over."""
     seen: list[int] = []
 
     class Counting:

@@ -1,4 +1,4 @@
-"""What the processes of one student are compared by."""
+"""The numbers by which the processes of one student are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What student and teacher tell of their tokenizers, and how a difference is put into words."""
+"""The description of a tokenizer that student and teacher exchange, and differences in words."""
 
 from __future__ import annotations
 

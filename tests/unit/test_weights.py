@@ -1,4 +1,4 @@
-"""What the digest of weights tells apart: everything that changes logits, and nothing else."""
+"""The digest of weights tells apart everything that changes logits, and nothing else."""
 
 from __future__ import annotations
 
