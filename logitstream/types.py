@@ -197,6 +197,16 @@ def credit_tokens(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) ->
     return max(len(sequence), entries_bound(sequence, spec, vocab_size) // ENTRIES_PER_TOKEN)
 
 
+LEAST_CALL_TOKENS = 512
+LEAST_SEQUENCE_TOKENS = 8
+"""What a call and a sequence count at least, for the bookkeeping that they cost."""
+
+
+def call_tokens(costs: Sequence[int]) -> int:
+    """Return what a call counts against its client's limit, from the `credit_tokens` of its sequences."""
+    return max(LEAST_CALL_TOKENS, sum(max(cost, LEAST_SEQUENCE_TOKENS) for cost in costs))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseTargets:
     """Sparse next-token targets of R rows in CSR form; weights are whole numbers of units, so sums are exact.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from logitstream.client.resolver import teacher_host
+from logitstream.client.access import teacher_host
 from logitstream.metrics import MetricsSettings
 from logitstream.rpc.addresses import check_exposure
 from logitstream.rpc.channel import TlsSettings

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from logitstream.errors import TooManyInFlight
+from logitstream.types import LEAST_SEQUENCE_TOKENS, call_tokens
 
 GRACE_SECONDS = 30.0
 """How long a lowered credit may take to be heard: requests sent before are taken up to the former one."""
@@ -131,9 +132,6 @@ class Accounts:
             each.allowance.set(each.num_streams * self.credit)
 
 
-LEAST_CALL_TOKENS = 512
-LEAST_SEQUENCE_TOKENS = 8
-"""What a call and a sequence count at least, for the bookkeeping that they cost."""
 REMEMBERED_SECONDS = 5.0
 """A client that was turned away keeps its share of the server this long."""
 RETRY_SECONDS = (0.05, 5.0)
@@ -193,7 +191,7 @@ class Admission:
     @contextmanager
     def hold(self, client_id: str, costs: Sequence[int]) -> Iterator[Hold]:
         """Hold these sequences' tokens for the time of a call. Raises TooManyInFlight."""
-        num_tokens = max(LEAST_CALL_TOKENS, sum(max(cost, LEAST_SEQUENCE_TOKENS) for cost in costs))
+        num_tokens = call_tokens(costs)
         client = self._clients.setdefault(client_id, Client())
         client.came = began = self._clock()
         self._forget_idle(began)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, TrainerCallback, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.processes import end_with_parent
 from logitstream.training.target_stream import TargetStream
 from logitstream.training.trainer import DistillationTrainer

@@ -23,10 +23,12 @@ import numpy as np
 from grpc import aio
 
 from logitstream import codec
-from logitstream.rpc.convert import info_to_message
+from logitstream.errors import FingerprintMismatch, LogitstreamError, ServerDraining, TooManyInFlight
+from logitstream.rpc.convert import info_to_message, sequence_from_message
+from logitstream.rpc.status import status_of, trailing_metadata
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceServicer, add_TeacherServiceServicer_to_server
-from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
+from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence, call_tokens
 from tests.forking import SPAWN
 
 VOCAB_SIZE = 1000
@@ -71,7 +73,7 @@ def expected_targets(sequence: TokenSequence, draw_set: int, *, version: int = 0
 
 
 class FakeTeacher(TeacherServiceServicer):
-    """Keeps the credit it gives and answers in random order."""
+    """Answers in random order; what it holds at a time is bounded by `--credit`, as in a real server."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -79,9 +81,9 @@ class FakeTeacher(TeacherServiceServicer):
             fake_info(weights=options.weights, version=options.version, credit=options.credit),
             tokenizer_digest=options.tokenizer,
         )
-        self.streams: set[asyncio.Queue[pb.StreamTargetsResponse | None]] = set()
         self.flaky_left = options.flaky
-        self.cancelled: set[int] = set()
+        self.draining = False
+        self.num_tokens = 0
         self.device = asyncio.Lock()
         self.random = np.random.default_rng(options.seed)
 
@@ -89,65 +91,44 @@ class FakeTeacher(TeacherServiceServicer):
         await asyncio.sleep(self.options.describe_seconds)
         return info_to_message(self.info)
 
-    async def StreamTargets(  # noqa: N802
-        self, requests: AsyncIterator[pb.StreamTargetsRequest], context: Any
-    ) -> AsyncIterator[pb.StreamTargetsResponse]:
-        answers: asyncio.Queue[pb.StreamTargetsResponse | None] = asyncio.Queue()
-        self.streams.add(answers)
-        reading = asyncio.ensure_future(self._read(requests, answers))
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResult]:  # noqa: N802
+        num_tokens = call_tokens([len(one.token_bytes) // 4 for one in request.sequences])
         try:
-            yield pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=self.options.credit))
-            while (answer := await answers.get()) is not None:
-                yield answer
-        finally:
-            reading.cancel()
-            self.streams.discard(answers)
-
-    async def _read(self, requests: Any, answers: asyncio.Queue[pb.StreamTargetsResponse | None]) -> None:
-        scoring: set[asyncio.Task[None]] = set()
+            self._check(request, num_tokens)
+        except LogitstreamError as error:
+            await context.abort(status_of(error), str(error), trailing_metadata(error))
+        self.num_tokens += num_tokens
         try:
-            async for message in requests:
-                if message.WhichOneof("kind") == "requests":
-                    batch = list(message.requests.requests)
-                    self.random.shuffle(batch)
-                    scoring.add(task := asyncio.ensure_future(self._score(batch, answers)))
-                    task.add_done_callback(scoring.discard)
-                elif message.WhichOneof("kind") == "cancel":
-                    self.cancelled.update(message.cancel.request_ids)
+            for index in self.random.permutation(len(request.sequences)).tolist():
+                if self.options.seconds:
+                    async with self.device:
+                        await asyncio.sleep(self.options.seconds)
+                yield self._result(index, request.sequences[index], request.draw_set)
         finally:
-            for task in scoring:
-                task.cancel()
+            self.num_tokens -= num_tokens
 
-    async def _score(
-        self, batch: list[pb.TargetRequest], answers: asyncio.Queue[pb.StreamTargetsResponse | None]
-    ) -> None:
-        for request in batch:
-            if request.request_id in self.cancelled:
-                continue
-            if self.options.seconds:
-                async with self.device:
-                    await asyncio.sleep(self.options.seconds)
-            answer = pb.StreamTargetsResponse(results=pb.Results(results=[self._result(request)]))
-            for _ in range(self.options.copies):
-                await answers.put(answer)
+    def _check(self, request: pb.ScoreRequest, num_tokens: int) -> None:
+        if self.draining:
+            raise ServerDraining("told to end")
+        if request.weights_digest not in ("", self.info.weights_digest):
+            raise FingerprintMismatch(f"weights_digest: {request.weights_digest} against {self.info.weights_digest}")
+        if self.num_tokens and self.num_tokens + num_tokens > self.options.credit:
+            error = TooManyInFlight("beyond the credit")
+            error.retry_after_seconds = 0.05
+            raise error
 
-    def _result(self, request: pb.TargetRequest) -> pb.Result:
-        token_ids = np.frombuffer(request.token_bytes, "<i4")
-        if FATAL_ID in token_ids:
+    def _result(self, index: int, one: pb.Sequence, draw_set: int) -> pb.ScoreResult:
+        sequence = sequence_from_message(one, vocab_size=VOCAB_SIZE, max_sequence_tokens=4096)
+        if FATAL_ID in sequence.token_ids:
             os._exit(13)
-        if POISON_ID in token_ids:
-            return _refusal(request, retryable=False)
-        if FLAKY_ID in token_ids and self.flaky_left > 0:
+        if POISON_ID in sequence.token_ids:
+            return _refusal(index, retryable=False)
+        if FLAKY_ID in sequence.token_ids and self.flaky_left > 0:
             self.flaky_left -= 1
-            return _refusal(request, retryable=True)
-        mask = None
-        if request.loss_mask:
-            bits = np.unpackbits(np.frombuffer(request.loss_mask, np.uint8), bitorder="little")
-            mask = bits[: len(token_ids)].astype(bool)
-        sequence = TokenSequence(token_ids=token_ids, loss_mask=mask)
-        targets = expected_targets(sequence, request.draw_set, version=self.info.teacher_version)
-        return pb.Result(
-            request_id=request.request_id,
+            return _refusal(index, retryable=True)
+        targets = expected_targets(sequence, draw_set, version=self.info.teacher_version)
+        return pb.ScoreResult(
+            index=index,
             targets=codec.encode(targets, version=SPEC.codec_version),
             teacher_version=self.info.teacher_version,
             weights_digest=bytes.fromhex(self.info.weights_digest)[:8],
@@ -158,14 +139,10 @@ class FakeTeacher(TeacherServiceServicer):
         digest = weights_digest(self.options.weights, version)
         self.info = replace(self.info, teacher_version=version, weights_digest=digest)
 
-    def drain(self) -> None:
-        for answers in self.streams:
-            answers.put_nowait(pb.StreamTargetsResponse(draining=pb.Draining(grace_seconds=5.0)))
 
-
-def _refusal(request: pb.TargetRequest, *, retryable: bool) -> pb.Result:
+def _refusal(index: int, *, retryable: bool) -> pb.ScoreResult:
     error = pb.RequestError(code="ScoringFailed", message="told to fail", retryable=retryable)
-    return pb.Result(request_id=request.request_id, error=error)
+    return pb.ScoreResult(index=index, error=error)
 
 
 async def _serve(options: argparse.Namespace, telling: Connection | None) -> None:
@@ -188,7 +165,8 @@ async def _serve(options: argparse.Namespace, telling: Connection | None) -> Non
     if telling is not None:
         telling.send(f"127.0.0.1:{port}")
     await stopping.wait()
-    teacher.drain()
+    teacher.draining = True
+    await asyncio.sleep(0.1)  # calls that are on their way are refused, not broken
     await server.stop(options.grace)
 
 
@@ -250,7 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", default=TOKENIZER_DIGEST)
     parser.add_argument("--flaky", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--copies", type=int, default=1, help="of every answer")
     parser.add_argument("--grace", type=float, default=5.0)
     return parser
 

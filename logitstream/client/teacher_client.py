@@ -1,29 +1,24 @@
-"""The seam between the target stream and teachers: the gRPC client of one or many replicas, and a local one."""
+"""The client of remote teachers: one coroutine a batch asks one replica after another until every answer is there."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import itertools
 import logging
 import os
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Future
 from typing import Protocol
 
-from logitstream import codec
-from logitstream.client.access import check_access
-from logitstream.client.dispatcher import DeliverySettings, Dispatcher
-from logitstream.client.own_tokenizer import OwnTokenizer
-from logitstream.client.replica import Request
-from logitstream.client.resolver import resolve, teacher_host
-from logitstream.client.teacher_identity import Identity, KnownTeacher
-from logitstream.errors import TeacherUnavailable
-from logitstream.id_model import IdModel
+from logitstream.client.access import check_access, resolve, teacher_host
+from logitstream.client.delivery import Delivery
+from logitstream.client.replica import Request, RequestBatch
+from logitstream.client.replicas import ReplicaPool
+from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity
+from logitstream.errors import (
+    TeacherUnavailable,
+)
 from logitstream.rpc.addresses import check_exposure
 from logitstream.rpc.channel import (
     KEEPALIVE_SECONDS,
@@ -32,13 +27,12 @@ from logitstream.rpc.channel import (
     open_channel,
     proxy_of,
 )
-from logitstream.rpc.connection import TeacherConnection
+from logitstream.rpc.remote_teacher import RemoteTeacher
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
     MAX_MESSAGE_BYTES,
     Fingerprint,
     ReceivedTargets,
-    SparseTargets,
     TargetSpec,
     TeacherInfo,
     TokenSequence,
@@ -47,6 +41,12 @@ from logitstream.types import (
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
+RETRY_SECONDS = (0.1, 5.0)
+"""First and largest bound of the random wait before a refused sequence is sent again."""
+MAX_REFUSALS = 5
+"""Retryable refusals of one sequence before its error is raised."""
+MAX_LONE_LOSSES = 6
+"""Calls that may break with a sequence alone in flight before the sequence is held to be the cause."""
 
 
 class TeacherClient(Protocol):
@@ -86,77 +86,10 @@ class TeacherClient(Protocol):
         ...
 
 
-class LocalTeacherClient:
-    """A teacher in this process: `score(sequence, draw_set)` runs in one thread of the client's own."""
-
-    max_teacher_lag = 0
-
-    def __init__(
-        self, score: Callable[[TokenSequence, int], SparseTargets], *, info: TeacherInfo, spec: TargetSpec
-    ) -> None:
-        self._score = score
-        self._info = info
-        self.spec = spec
-        self._id_model = IdModel.from_bytes(info.id_model) if info.id_model else None
-        self._digest = Fingerprint.of(info, spec).digest
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-teacher")
-
-    @property
-    def info(self) -> TeacherInfo:
-        return self._info
-
-    def submit(
-        self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
-    ) -> list[Future[ReceivedTargets]]:
-        """Answer in the order of the calls, whatever their priority."""
-        return [self._submit(sequence, draw_set) for sequence in sequences]
-
-    def _submit(self, sequence: TokenSequence, draw_set: int) -> Future[ReceivedTargets]:
-        """Return a future of our own: unlike the executor's it can be cancelled while `score` runs."""
-        future: Future[ReceivedTargets] = Future()
-        scored = self._executor.submit(self._answer, sequence, draw_set)
-
-        def hand_on(done: Future[ReceivedTargets]) -> None:
-            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                if done.cancelled():
-                    future.cancel()
-                elif (error := done.exception()) is not None:
-                    future.set_exception(error)
-                else:
-                    future.set_result(done.result())
-
-        future.add_done_callback(lambda _: scored.cancel())
-        scored.add_done_callback(hand_on)
-        return future
-
-    def is_stale(self, received: ReceivedTargets) -> bool:
-        return False
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-
-    def _answer(self, sequence: TokenSequence, draw_set: int) -> ReceivedTargets:
-        sequence.validate(vocab_size=self._info.vocab_size, max_sequence_tokens=self._info.max_sequence_tokens)
-        targets = self._score(sequence, draw_set)
-        if targets.spec is not None:
-            drawn = replace(targets.spec, codec_version=self.spec.codec_version).canonical()
-            if drawn != self.spec.canonical():
-                raise ValueError(f"expected targets drawn by {self.spec.canonical()}, got {drawn}")
-        return ReceivedTargets(
-            payload=codec.encode(targets, version=self.spec.codec_version, id_model=self._id_model),
-            fingerprint=self._digest,
-            teacher_version=self._info.teacher_version,
-            weights_digest=bytes.fromhex(self._info.weights_digest)[:8],
-        )
-
-
 class GrpcTeacherClient:
-    """One or many teacher replicas behind addresses and DNS names, driven by an event loop in a background thread.
+    """One or many teacher replicas behind addresses and DNS names, asked by an event loop in a background thread.
 
-    Delivery is at least once on the wire and exactly once to the caller: a request is sent again when its connection
-    breaks, and the first answer counts. `max_teacher_lag`: see KnownTeacher, the times: DeliverySettings. `token` wins
-    over `token_file`, which wins over $LOGITSTREAM_TOKEN; files are read anew for every connection, so that tokens and
-    certificates can be rotated.
+    A sequence is asked for again, elsewhere if possible, when its call breaks, and answered once: by its future.
     """
 
     def __init__(
@@ -182,147 +115,144 @@ class GrpcTeacherClient:
         resolve_seconds: float = 15.0,
         resolve: Callable[[str], Awaitable[list[str]]] = resolve,
     ) -> None:
-        """vocab_size: rows of the student's head. tokenizer: the student's; or its `tokenizer_digest`, which cannot
-        tell what differs; UNCHECKED_TOKENIZER where the caller vouches that ids mean the same to the teacher.
-        fingerprint: of the teacher to accept; None: the first replica's. resolve: a name to its addresses.
+        """Connect in the background. Raises ValueError for a bad address, token or certificate, or plaintext to
+        another machine without `insecure`.
 
-        Raises ValueError for an address that is none, plaintext to another machine without `insecure`, or a token or
-        certificate that is none or cannot be read.
+        vocab_size: rows of the student's head. tokenizer: the student's; or its `tokenizer_digest`, which cannot
+            tell what differs; UNCHECKED_TOKENIZER if the caller vouches that ids mean the same to the teacher.
+        token: wins over token_file, which wins over $LOGITSTREAM_TOKEN; files are read anew for every connection.
+        deadline_seconds: from the first sending of a sequence, or of waiting for any answer, to TeacherUnavailable.
+        stalled_seconds: a replica that answers nothing for this long, while others are ready, is given up; twice its
+            longest pause so far if that is more, up to half the deadline.
+        max_teacher_lag: see TeacherIdentity. fingerprint: of the teacher to accept; None: the first replica's.
+        resolve: looks up a name's addresses, every resolve_seconds.
         """
         if not addresses:
             raise ValueError("expected at least one teacher address, host:port")
         self._names = {address: teacher_host(address) for address in addresses}
         check_exposure(addresses, encrypted=tls is not None, insecure=insecure)
-        self._resolved: dict[str, list[str]] = {}
-        self._tls, self._read_token = tls, check_access(tls, token=token, token_file=token_file)
-        self._keepalive = {
-            "keepalive_seconds": keepalive_seconds,
-            "keepalive_timeout_seconds": keepalive_timeout_seconds,
-        }
-        self._handshake_seconds = handshake_seconds
-        self._deadline_seconds = deadline_seconds
-        self._connect_timeout = connect_timeout_seconds
-        self._resolve, self._resolve_seconds = resolve, resolve_seconds
         self.spec = spec
-        self._request_ids = itertools.count(1)
-        self._stopping = asyncio.Event()
-        self._closed = threading.Event()
-        identity = Identity(client_id=client_id, vocab_size=vocab_size, tokenizer=OwnTokenizer(tokenizer), spec=spec)
-        self._teacher = KnownTeacher(identity, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
-        self._dispatcher = Dispatcher(
-            identity=identity,
-            teacher=self._teacher,
-            settings=DeliverySettings(deadline_seconds=deadline_seconds, stalled_seconds=stalled_seconds),
-            connect=self._connect,
+        self._connect_timeout = connect_timeout_seconds
+        student = Student(client_id=client_id, vocab_size=vocab_size, tokenizer=OwnTokenizer(tokenizer), spec=spec)
+        self._identity = TeacherIdentity(student, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
+        self._resolved: dict[str, list[str]] = {}
+        connect = functools.partial(
+            self._connect,
+            read_token=check_access(tls, token=token, token_file=token_file),
+            tls=tls,
+            handshake_seconds=handshake_seconds,
+            keepalive_seconds=keepalive_seconds,
+            keepalive_timeout_seconds=keepalive_timeout_seconds,
         )
+        self._pool = ReplicaPool(
+            self._identity,
+            connect,
+            stalled_seconds=stalled_seconds,
+            longest_patience_seconds=deadline_seconds / 2,  # leaves time for another replica
+        )
+        self._delivery = Delivery(self._pool, self._identity, deadline_seconds=deadline_seconds)
+        self._closed = threading.Event()
         self._loop = _background_loop(os.getpid())
-        self._serving = asyncio.run_coroutine_threadsafe(self._serve(), self._loop)
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(resolve, resolve_seconds), self._loop)
 
     @property
     def info(self) -> TeacherInfo:
-        """Waits until a replica is ready and all that are up are known, for connect_timeout_seconds at most.
+        """Wait until a replica is ready and all that are up are known, for connect_timeout_seconds at most.
 
-        Raises TeacherUnavailable, or FingerprintMismatch where none fits or, with no `fingerprint` given, some differ.
+        Raises TeacherUnavailable, or FingerprintMismatch if none fits or, with no `fingerprint` given, some differ.
         """
-        if self._dispatcher.fleet.started and (info := self._teacher.info) is not None:
+        if self._pool.started and (info := self._identity.info) is not None:
             return info
         if self._closed.is_set():
             raise TeacherUnavailable("the client is closed")
-        waiting = self._dispatcher.wait_ready(self._connect_timeout)
-        return asyncio.run_coroutine_threadsafe(waiting, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._wait_started(), self._loop).result()
 
     @property
     def known_info(self) -> TeacherInfo | None:
-        """As `info` where a replica has described itself by now; never waits."""
-        return self._teacher.info
+        """As `info` if a replica has described itself by now; never waits."""
+        return self._identity.info
 
     @property
     def max_teacher_lag(self) -> int:
-        return self._teacher.max_teacher_lag
+        return self._identity.max_teacher_lag
+
+    @property
+    def serving(self) -> dict[str, TeacherInfo]:
+        """What each replica that can be asked serves, by its address."""
+        replicas = list(self._pool.replicas.values())
+        return {one.address: one.info for one in replicas if one.connection is not None and one.info is not None}
 
     def submit(
         self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
     ) -> list[Future[ReceivedTargets]]:
         """As TeacherClient.submit; the smaller the priority, the sooner."""
-        return [self._submit(sequence, draw_set, priority) for sequence in sequences]
-
-    def _submit(self, sequence: TokenSequence, draw_set: int, priority: int) -> Future[ReceivedTargets]:
         if not 0 <= draw_set < 1 << 64:
             raise ValueError(f"expected a draw set in [0, 2^64), got {draw_set}")
-        request = Request(
-            request_id=next(self._request_ids),
-            sequence=sequence,
-            draw_set=draw_set,
-            priority=priority,
-            deadline=time.monotonic() + self._deadline_seconds,
-        )
         if self._closed.is_set():
             raise TeacherUnavailable("the client is closed")
-        request.future.add_done_callback(functools.partial(self._done, request.request_id))
-        self._loop.call_soon_threadsafe(self._dispatcher.submit, request)
-        return request.future
+        requests = [Request(sequence) for sequence in sequences]
+        self._loop.call_soon_threadsafe(self._delivery.begin, RequestBatch(requests, draw_set, priority))
+        return [request.future for request in requests]
 
     def is_stale(self, received: ReceivedTargets) -> bool:
-        return self._teacher.is_stale(received.weights_digest)
+        return self._identity.is_stale(received.weights_digest)
 
     def close(self) -> None:
         if self._closed.is_set():
             return
         self._closed.set()
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._serving.result()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
 
-    def _done(self, request_id: int, future: Future[ReceivedTargets]) -> None:
-        if future.cancelled() and not self._closed.is_set():
-            self._loop.call_soon_threadsafe(self._dispatcher.cancel, request_id)
+    # In the loop's thread
 
-    async def _serve(self) -> None:
-        resolving = asyncio.ensure_future(self._keep_resolving())
-        try:
-            while not self._stopping.is_set():
-                self._dispatcher.tick()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), TICK_SECONDS)
-        finally:
-            resolving.cancel()
-            await asyncio.gather(resolving, return_exceptions=True)
-            await self._dispatcher.close()
-
-    async def _keep_resolving(self) -> None:
-        """Names are looked up again and again, so that new replicas are found; a failed look-up changes nothing."""
+    async def _watch(self, resolve: Callable[[str], Awaitable[list[str]]], seconds: float) -> None:
+        """Look names up again and again, so that new replicas are found; give up replicas that are stalled."""
         while True:
-            await asyncio.gather(*(self._look_up(address) for address in self._names))
-            self._dispatcher.fleet.set_addresses([ip for ips in self._resolved.values() for ip in ips])
-            await asyncio.sleep(self._resolve_seconds)
+            for name in self._names:
+                try:
+                    self._resolved[name] = await resolve(name)
+                except (OSError, ValueError) as error:  # ValueError: no name at all, as one with an empty label
+                    self._pool.unresolved(name, error)
+            self._pool.set_addresses([address for found in self._resolved.values() for address in found])
+            until = self._loop.time() + seconds
+            while (left := until - self._loop.time()) > 0:
+                await asyncio.sleep(min(TICK_SECONDS, left))
+                self._pool.give_up_stalled()
 
-    async def _look_up(self, address: str) -> None:
-        try:
-            self._resolved[address] = await self._resolve(address)
-        except (OSError, ValueError) as error:  # ValueError: what can be no name, for an empty label
-            self._dispatcher.fleet.unresolved(address, error)
-
-    def _server_name(self, address: str) -> str:
-        """The name that stands for this address, which is what a certificate holds; empty: the address itself."""
-        names = (self._names[name] for name, ips in self._resolved.items() if address in ips and address != name)
-        return next(names, "")
-
-    def _connect(self, address: str) -> TeacherConnection:
-        name, token = self._server_name(address), self._read_token()
-        channel = open_channel(
-            address, max_message_bytes=MAX_MESSAGE_BYTES, tls=self._tls, server_name=name, **self._keepalive
-        )
+    def _connect(
+        self,
+        address: str,
+        *,
+        read_token: Callable[[], str],
+        tls: TlsFiles | None,
+        handshake_seconds: float,
+        **keepalive: float,
+    ) -> RemoteTeacher:
+        names = (self._names[name] for name, found in self._resolved.items() if address in found and address != name)
+        name, token = next(names, ""), read_token()  # the name is what a certificate holds
+        channel = open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES, tls=tls, server_name=name, **keepalive)
         proxy = proxy_of(address, name)
-        return TeacherConnection(
-            channel,
-            address=f"{address} through the proxy {proxy}" if proxy else address,
-            timeout_seconds=self._handshake_seconds,
-            token=token,
-        )
+        shown = f"{address} through the proxy {proxy}" if proxy else address
+        return RemoteTeacher(channel, address=shown, timeout_seconds=handshake_seconds, token=token)
+
+    async def _wait_started(self) -> TeacherInfo:
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                return await self._pool.wait_started()
+        except TimeoutError:
+            raise TeacherUnavailable(
+                f"no teacher came up within {self._connect_timeout:g} s {self._pool.condition()}"
+            ) from None
+
+    async def _end(self) -> None:
+        self._watching.cancel()
+        await self._delivery.close()
+        await self._pool.close()
 
 
 @functools.cache
 def _background_loop(process_id: int) -> asyncio.AbstractEventLoop:
-    """One loop for all clients of a process, never closed: grpc.aio hands late events to the loops that it has seen."""
+    """Return the one loop of a process's clients, never closed: grpc.aio hands late events to loops it has seen."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="teacher-client", daemon=True).start()
     return loop

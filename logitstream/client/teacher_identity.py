@@ -1,17 +1,117 @@
-"""Which teacher a run trains from: what each replica describes is checked against it, so that no two are mixed."""
+"""Which teacher a run trains from, and with which tokenizer: every replica is checked, so that no two are mixed."""
 
 from __future__ import annotations
 
+import asyncio
+import bisect
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 
-from logitstream.client.own_tokenizer import OwnTokenizer
-from logitstream.errors import FingerprintMismatch
-from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
+from logitstream.errors import FingerprintMismatch, InvalidSequence, LogitstreamError
+from logitstream.rpc.remote_teacher import Caller
+from logitstream.tokenizer import (
+    UNCHECKED_TOKENIZER,
+    HasVocabulary,
+    Vocabulary,
+    rule_differences,
+    vocabulary_differences,
+)
+from logitstream.types import Fingerprint, TargetSpec, TeacherInfo, TokenSequence
+
+logger = logging.getLogger(__name__)
+
+AskTeacher = Callable[[], Awaitable[Vocabulary]]
+"""Fetches a teacher's vocabulary; raises a LogitstreamError if it does not tell it."""
+
+
+class TokenizerMismatch(FingerprintMismatch):
+    """Ids stand for other tokens; `OwnTokenizer.explain` says which."""
+
+
+class OwnTokenizer:
+    """The student's tokenizer, its digest alone, or UNCHECKED_TOKENIZER."""
+
+    def __init__(self, tokenizer: HasVocabulary | Vocabulary | str) -> None:
+        if not tokenizer or not (isinstance(tokenizer, (str, Vocabulary)) or hasattr(tokenizer, "get_vocab")):
+            raise ValueError(
+                f"expected the student's tokenizer or its digest, got {str(tokenizer)[:64]!r}; UNCHECKED_TOKENIZER "
+                "where you vouch that ids mean the same to the teacher"
+            )
+        self._vocabulary = None if isinstance(tokenizer, str) else Vocabulary.of(tokenizer)
+        self._digest = tokenizer if isinstance(tokenizer, str) else Vocabulary.of(tokenizer).digest
+        self._num_shared: dict[str, int] = {}
+        self._compared_rules: set[str] = set()
+
+    def digest_for(self, info: TeacherInfo) -> str:
+        """Return the digest to show this teacher: its own if the student only adds tokens, empty if nobody checks.
+
+        Raises TokenizerMismatch if ids stand for other tokens.
+        """
+        if self._digest == UNCHECKED_TOKENIZER:
+            return ""
+        if self._digest != info.tokenizer_digest and not self._shared_with(info):
+            raise TokenizerMismatch(
+                f"tokenizers differ: the student's {self._digest}, the teacher's {info.tokenizer_digest}"
+            )
+        return info.tokenizer_digest
+
+    def check_sequence(self, sequence: TokenSequence, info: TeacherInfo) -> None:
+        """Raise InvalidSequence for a token that the student added to the teacher's, whatever row its id falls on."""
+        num_shared = self._shared_with(info)
+        if self._vocabulary is None or num_shared == len(self._vocabulary.pairs):
+            return
+        first, _ = self._vocabulary.pairs[num_shared]
+        largest = int(sequence.token_ids.max(initial=-1))
+        if largest >= first:
+            place = min(bisect.bisect_left(self._vocabulary.pairs, (largest, "")), len(self._vocabulary.pairs) - 1)
+            token = self._vocabulary.pairs[place][1]
+            raise InvalidSequence(
+                f"token id {largest} ({token!r}) was added to the student's tokenizer: the teacher's ends below {first}"
+            )
+
+    async def explain(self, ask: AskTeacher, info: TeacherInfo) -> str:
+        """Say what differs and what to do."""
+        remedy = f"tokenize with the teacher's tokenizer, that of {info.model}"
+        if self._vocabulary is None:
+            return f"{remedy}; given the student's tokenizer in place of its digest, this message names the tokens"
+        try:
+            theirs = await ask()
+            differences = await asyncio.to_thread(vocabulary_differences, self._vocabulary, theirs)
+        except LogitstreamError as error:
+            return f"{remedy} (which tokens differ cannot be told: {error})"
+        return f"{differences}: {remedy}"
+
+    async def compare_rules(self, ask: AskTeacher, info: TeacherInfo) -> None:
+        """Warn, once for each teacher's tokenizer, if the same text becomes other tokens of the same vocabulary."""
+        if self._vocabulary is None or not self._vocabulary.rules or not info.tokenizer_rules:
+            return
+        if info.tokenizer_rules in (self._vocabulary.rules_digest, *self._compared_rules):
+            return
+        self._compared_rules.add(info.tokenizer_rules)
+        try:
+            differences = rule_differences(self._vocabulary, await ask())
+        except LogitstreamError as error:
+            differences = f"which rules differ cannot be told: {error}"
+        logger.warning(
+            "the teacher's tokenizer has the student's tokens but cuts text in another way (%s): the teacher is asked "
+            "about text cut as it never saw any; tokenize with its own, that of %s",
+            differences,
+            info.model,
+        )
+
+    def _shared_with(self, info: TeacherInfo) -> int:
+        if self._vocabulary is None:
+            return 0
+        digest = info.tokenizer_digest
+        if digest not in self._num_shared:
+            self._num_shared[digest] = self._vocabulary.num_shared(digest)
+        return self._num_shared[digest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What the student says of itself in the handshake."""
+class Student:
+    """What the student says of itself in every call."""
 
     client_id: str
     vocab_size: int
@@ -19,23 +119,23 @@ class Identity:
     spec: TargetSpec
 
 
-class KnownTeacher:
+class TeacherIdentity:
     """The first replica's description, or the expected fingerprint, and every version of the weights seen since.
 
     max_teacher_lag – 0: every target comes from the same weights; n: weights may be replaced while training, and
     targets more than n versions older than the newest served are stale; -1: any version is taken.
 
-    Each server counts its versions from its own start, so they say nothing between servers; what orders weights is
-    this client's own numbering of their digests (`_number_of`).
+    Servers count their versions from their own start, so their numbers cannot be compared. Weights are ordered by this
+    client's own numbering of their digests (`_number_of`).
     """
 
-    def __init__(self, student: Identity, *, max_teacher_lag: int = 0, fingerprint: Fingerprint | None = None) -> None:
+    def __init__(self, student: Student, *, max_teacher_lag: int = 0, fingerprint: Fingerprint | None = None) -> None:
+        self.student = student
         self.info: TeacherInfo | None = None
         self.max_teacher_lag = max_teacher_lag
-        self._student = student
         self._expected = fingerprint
         self._expected_of = ""
-        self._digests: dict[bytes, str] = {}
+        self._fingerprints: dict[bytes, str] = {}
         self._numbers: dict[bytes, int] = {}
         self._serving: dict[str, TeacherInfo] = {}
 
@@ -44,14 +144,14 @@ class KnownTeacher:
         """Whether the first replica will decide which teacher this is."""
         return self._expected is None
 
-    def accept(self, address: str, info: TeacherInfo) -> bytes:
-        """The weights' wire digest; FingerprintMismatch where targets of this teacher must not be used."""
+    def accept(self, address: str, info: TeacherInfo) -> None:
+        """Note what a replica serves; raise FingerprintMismatch if its targets must not be used."""
         self._check_student(info)
         try:
-            wire_digest = _wire_digest(info)
+            digest = wire_digest(info)
         except ValueError:
             raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
-        fingerprint = Fingerprint.of(info, self._student.spec)
+        fingerprint = Fingerprint.of(info, self.student.spec)
         try:
             Fingerprint.from_json(asdict(fingerprint))
         except ValueError as error:
@@ -61,64 +161,68 @@ class KnownTeacher:
         if differences := teacher_differences(self._expected, fingerprint, max_teacher_lag=self.max_teacher_lag):
             whose = f"{self._expected_of}'s" if self._expected_of else "its"
             raise FingerprintMismatch(f"not the teacher that this run trains from ({whose} value first): {differences}")
-        self._digests[wire_digest] = fingerprint.digest
-        self._numbers[wire_digest] = self._number_of(wire_digest, info, self._serving.get(address))
+        self._fingerprints[digest] = fingerprint.digest
+        self._numbers[digest] = self._number_of(digest, info, self._serving.get(address))
         self._serving[address] = info
         self._find_newest()
-        return wire_digest
 
     def left(self, address: str) -> None:
-        """A replica is gone; its weights count no more, and a server that starts again counts from zero."""
+        """Forget what a replica serves: its weights count no more, and a server that restarts counts from zero."""
         self._serving.pop(address, None)
         self._find_newest()
 
-    def fingerprint_digest(self, wire_digest: bytes) -> str | None:
-        """Of the weights that answered; None where no replica has described them."""
-        return self._digests.get(wire_digest)
+    def caller(self, info: TeacherInfo) -> Caller:
+        """Return what every call says of the student, and what it expects of this teacher."""
+        return Caller(
+            client_id=self.student.client_id,
+            vocab_size=self.student.vocab_size,
+            tokenizer_digest=self.student.tokenizer.digest_for(info),
+            weights_digest=info.weights_digest if self.max_teacher_lag == 0 else "",
+        )
 
-    def is_news(self, wire_digest: bytes, described: bytes) -> bool:
-        """Whether a replica that described itself so has to do it again, its answers being of later weights."""
-        if wire_digest not in self._numbers:
+    def fingerprint_digest(self, digest: bytes) -> str | None:
+        """Return that of the weights that answered; None if no replica has described them."""
+        return self._fingerprints.get(digest)
+
+    def is_news(self, digest: bytes, described: bytes) -> bool:
+        """Whether a replica must be described again because its answers come from later weights."""
+        if digest not in self._numbers:
             return True
-        return self._numbers[wire_digest] > self._numbers.get(described, self._numbers[wire_digest])
+        return self._numbers[digest] > self._numbers.get(described, self._numbers[digest])
 
-    def weights_to_ask_for(self, info: TeacherInfo) -> str:
-        """For the handshake; empty: whatever is served."""
-        return info.weights_digest if self.max_teacher_lag == 0 else ""
-
-    def lag(self, wire_digest: bytes) -> int:
-        """How many versions older than the newest served; weights that nobody described are older than any."""
+    def lag(self, digest: bytes) -> int:
+        """Return how many versions older than the newest served; weights that nobody described are older than any."""
         if self.info is None:
             return 0
         oldest = min(self._numbers.values()) - max(self.max_teacher_lag, 0) - 1
-        return max(self._numbers[_wire_digest(self.info)] - self._numbers.get(wire_digest, oldest), 0)
+        return max(self._numbers[wire_digest(self.info)] - self._numbers.get(digest, oldest), 0)
 
-    def is_stale(self, wire_digest: bytes) -> bool:
-        return 0 < self.max_teacher_lag < self.lag(wire_digest)
+    def is_stale(self, digest: bytes) -> bool:
+        return 0 < self.max_teacher_lag < self.lag(digest)
 
-    def _number_of(self, wire_digest: bytes, info: TeacherInfo, before: TeacherInfo | None) -> int:
-        """Where weights stand among those known, counted in versions.
+    def _number_of(self, digest: bytes, info: TeacherInfo, before: TeacherInfo | None) -> int:
+        """Rank weights among those known, counted in versions.
 
-        Unknown ones are the newest: that is what a server looks for. But those of version 0, where others have replaced
-        theirs, are what a server was started with, as old as the others' first. `before`: what the same server served
-        last; its own count tells of versions in between that this client never saw.
+        Unknown weights are the newest, as servers load ever newer ones. A server's initial weights (version 0) rank as
+        old as its peers' initial weights once a peer has replaced its own. `before`: what the same server served last;
+        its own count reveals versions in between that this client never saw.
         """
         step = info.teacher_version - before.teacher_version if before else 0
-        counted = [self._numbers[_wire_digest(before)] + step] if before and step > 0 else []
-        if (known := self._numbers.get(wire_digest)) is not None:
+        counted = [self._numbers[wire_digest(before)] + step] if before and step > 0 else []
+        if (known := self._numbers.get(digest)) is not None:
             return max([known, *counted])
         others = self._serving.values()
         if info.teacher_version == 0 and any(one.teacher_version for one in others):
-            return min(self._numbers[_wire_digest(one)] - one.teacher_version for one in others)
+            return min(self._numbers[wire_digest(one)] - one.teacher_version for one in others)
         return max([max(self._numbers.values(), default=-1) + 1, *counted])
 
     def _find_newest(self) -> None:
-        """Of what is served; where no replica is left it stays what it was."""
+        """Describe the teacher by the newest weights served; it stays what it was when no replica is left."""
         serving = self._serving.values()
-        self.info = max(serving, key=lambda one: self._numbers[_wire_digest(one)], default=self.info)
+        self.info = max(serving, key=lambda one: self._numbers[wire_digest(one)], default=self.info)
 
     def _check_student(self, info: TeacherInfo) -> None:
-        mine = self._student
+        mine = self.student
         if mine.vocab_size < info.vocab_size:
             raise FingerprintMismatch(
                 f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}; where only padding "
@@ -133,11 +237,12 @@ class KnownTeacher:
 
 
 def teacher_differences(expected: Fingerprint, found: Fingerprint, *, max_teacher_lag: int) -> str:
-    """The expected value first; empty where two teachers agree in all that may not change while a student trains."""
+    """Name what differs, the expected value first, beside what may change while a student trains; empty: nothing."""
     if max_teacher_lag != 0:
         found = replace(found, weights_digest=expected.weights_digest)
     return expected.differences(found)
 
 
-def _wire_digest(info: TeacherInfo) -> bytes:
+def wire_digest(info: TeacherInfo) -> bytes:
+    """Return the part of the weights' digest that comes with every answer."""
     return bytes.fromhex(info.weights_digest)[:8]

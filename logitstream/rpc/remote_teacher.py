@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from grpc import aio
@@ -98,7 +98,7 @@ class RemoteTeacher:
         draw_set: int = 0,
         priority: int = 0,
         deadline_seconds: float | None = None,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer]:
         """Yield one answer a sequence, as each is ready; fewer if the call fails on the way, which raises.
 
         A call may have TeacherInfo.max_in_flight_tokens (`types.credit_tokens` of each sequence), or a single sequence.

@@ -63,13 +63,16 @@ def status_of(error: LogitstreamError) -> grpc.StatusCode:
 
 
 RETRY_AFTER = "retry-after-ms"
-"""Trailing metadata of RESOURCE_EXHAUSTED: when the same call may be let in."""
+"""Trailing metadata of a call that a live server turned away: when to come again, there or at another replica."""
+DRAINING_SECONDS = 1.0
 
 
 def trailing_metadata(error: LogitstreamError) -> tuple[tuple[str, str], ...]:
     """Return what ends a call for `error` beside its status and details."""
     if isinstance(error, TooManyInFlight):
         return ((RETRY_AFTER, str(round(1000 * error.retry_after_seconds))),)
+    if isinstance(error, ServerDraining):  # tells it from a connection that broke
+        return ((RETRY_AFTER, str(round(1000 * DRAINING_SECONDS))),)
     return ()
 
 
@@ -80,6 +83,8 @@ def error_of(code: grpc.StatusCode, details: str, trailing: Iterable[Any] | None
         error = TooManyInFlight(details)
         error.retry_after_seconds = int(retry_after) / 1000
         return error
+    if code is grpc.StatusCode.UNAVAILABLE and retry_after:
+        return ServerDraining(details)
     if code is grpc.StatusCode.UNAUTHENTICATED or code is grpc.StatusCode.PERMISSION_DENIED:
         return AccessDenied(details)
     if code is grpc.StatusCode.FAILED_PRECONDITION:

@@ -222,9 +222,7 @@ def free_port() -> int:
 
 
 def answering_twice(port: int) -> Namespace:
-    return Namespace(
-        port=port, weights="a", version=0, credit=4096, seconds=0.0005, flaky=0, seed=port, copies=2, grace=1.0
-    )
+    return Namespace(port=port, weights="a", version=0, credit=4096, seconds=0.0005, flaky=0, seed=port, grace=1.0)
 
 
 @pytest.mark.chaos

@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from logitstream.__main__ import main
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.remote import staging_folder
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.corpus import collate
 from logitstream.training.target_cache import open_target_cache
 from logitstream.training.target_stream import TargetStream

@@ -22,7 +22,7 @@ from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.open_shard import OpenShard
 from logitstream.cache.rewrite import prune
 from logitstream.cache.shard import encode_batch
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.corpus import CacheDataset, collate
 from logitstream.errors import FingerprintMismatch
 from logitstream.sampling import sample

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM, TrainingArguments
 
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.batches import split_batch
 from logitstream.data.corpus import collate
 from logitstream.data.documents import Batch

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from logitstream import codec, metrics
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.corpus import collate
 from logitstream.data.loss_mask import next_token_labels, supervised_mask
 from logitstream.loss import sparse_kl

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from logitstream.cache import CacheWriter
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.errors import InvalidSequence
 from logitstream.sampling import sample
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence

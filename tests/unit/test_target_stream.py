@@ -19,7 +19,7 @@ from prometheus_client import REGISTRY
 from torch.utils.data import DataLoader
 
 from logitstream import codec
-from logitstream.client.teacher_client import LocalTeacherClient
+from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.documents import Batch
 from logitstream.errors import (
     CacheMiss,

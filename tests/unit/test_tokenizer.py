@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from logitstream.client.own_tokenizer import OwnTokenizer, TokenizerMismatch
+from logitstream.client.teacher_identity import OwnTokenizer, TokenizerMismatch
 from logitstream.errors import InvalidSequence, ProtocolViolation
 from logitstream.tokenizer import (
     MAX_DESCRIPTION_BYTES,

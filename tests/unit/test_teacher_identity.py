@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from logitstream.client.own_tokenizer import OwnTokenizer
-from logitstream.client.teacher_identity import Identity, KnownTeacher, teacher_differences
+from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity, teacher_differences
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, fake_info
 
-STUDENT = Identity(client_id="test", vocab_size=1000, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)
+STUDENT = Student(client_id="test", vocab_size=1000, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)
 
 
 def digest_of(info: TeacherInfo) -> bytes:
@@ -34,7 +33,7 @@ def digest_of(info: TeacherInfo) -> bytes:
     ],
 )
 def test_a_replica_that_differs_is_refused_with_the_difference(change: dict[str, object], message: str) -> None:
-    teacher = KnownTeacher(STUDENT)
+    teacher = TeacherIdentity(STUDENT)
     teacher.accept("first", fake_info())
     with pytest.raises(FingerprintMismatch, match=message):
         teacher.accept("second", replace(fake_info(), **change))  # type: ignore[arg-type]
@@ -42,26 +41,30 @@ def test_a_replica_that_differs_is_refused_with_the_difference(change: dict[str,
 
 
 def test_an_expected_fingerprint_decides_before_the_first_replica() -> None:
-    teacher = KnownTeacher(STUDENT, fingerprint=Fingerprint.of(fake_info(weights="other"), SPEC))
+    teacher = TeacherIdentity(STUDENT, fingerprint=Fingerprint.of(fake_info(weights="other"), SPEC))
     with pytest.raises(FingerprintMismatch, match="weights_digest"):
         teacher.accept("first", fake_info())
-    teacher = KnownTeacher(STUDENT, fingerprint=Fingerprint.of(fake_info(), TargetSpec(num_samples=9, codec_version=1)))
+    teacher = TeacherIdentity(
+        STUDENT, fingerprint=Fingerprint.of(fake_info(), TargetSpec(num_samples=9, codec_version=1))
+    )
     with pytest.raises(FingerprintMismatch, match=r"'num_samples': 9.*'num_samples': 8"):
         teacher.accept("first", fake_info())
 
 
 def test_while_the_teacher_learns_only_its_weights_may_change() -> None:
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=3)
-    digests = [teacher.accept("first", fake_info(version=version)) for version in range(3)]
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=3)
+    for version in range(3):
+        teacher.accept("first", fake_info(version=version))
+    digests = [digest_of(fake_info(version=version)) for version in range(3)]
     found = [teacher.fingerprint_digest(digest) for digest in digests]
     assert found == [Fingerprint.of(fake_info(version=version), SPEC).digest for version in range(3)]
     with pytest.raises(FingerprintMismatch, match="dtype"):
         teacher.accept("first", replace(fake_info(version=3), dtype="bfloat16"))
-    assert teacher.weights_to_ask_for(fake_info()) == ""
+    assert teacher.caller(fake_info()).weights_digest == ""
 
 
 def test_lag_counts_from_the_newest_version_that_is_served() -> None:
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=2)
     infos = [fake_info(version=version) for version in (1, 2, 6)]
     for info in infos:
         teacher.accept("learns", info)
@@ -75,7 +78,7 @@ def test_lag_counts_from_the_newest_version_that_is_served() -> None:
 
 
 def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() -> None:
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=1)
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=1)
     newest = fake_info(version=7)
     teacher.accept("long up", newest)
     teacher.accept("just started", replace(newest, teacher_version=1))
@@ -83,7 +86,7 @@ def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() ->
 
 
 def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=1)
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=1)
     teacher.accept("only one", fake_info(version=7))
     teacher.left("only one")
     restarted = fake_info(weights="newer", version=0)
@@ -94,7 +97,7 @@ def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
 
 def test_a_server_that_starts_again_beside_others_is_as_old_as_its_weights_whatever_it_counts() -> None:
     """`long up` has replaced its weights ten times; `restarted` loads the eleventh before it does."""
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=2)
     tenth, eleventh = fake_info(version=10), fake_info(version=11)
     teacher.accept("long up", tenth)
     teacher.accept("restarted", fake_info(weights="what it was started with"))
@@ -107,7 +110,7 @@ def test_a_server_that_starts_again_beside_others_is_as_old_as_its_weights_whate
 
 
 def test_a_replica_describes_itself_again_for_later_weights_only() -> None:
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=2)
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=2)
     old, new = fake_info(version=1), fake_info(version=2)
     teacher.accept("first", old)
     teacher.accept("second", old)
@@ -119,20 +122,20 @@ def test_a_replica_describes_itself_again_for_later_weights_only() -> None:
 
 
 def test_any_version_is_taken_where_asked_to() -> None:
-    teacher = KnownTeacher(STUDENT, max_teacher_lag=-1)
+    teacher = TeacherIdentity(STUDENT, max_teacher_lag=-1)
     teacher.accept("old", fake_info(version=0))
     teacher.accept("old", fake_info(version=90))
     assert not teacher.is_stale(digest_of(fake_info(version=0)))
 
 
 def test_the_difference_names_the_replica_that_decided() -> None:
-    teacher = KnownTeacher(STUDENT)
+    teacher = TeacherIdentity(STUDENT)
     assert teacher.is_open
     teacher.accept("10.0.0.1:1", fake_info())
     assert not teacher.is_open
     with pytest.raises(FingerprintMismatch, match=r"\(10.0.0.1:1's value first\): weights_digest"):
         teacher.accept("10.0.0.2:1", fake_info(weights="b"))
-    named = KnownTeacher(STUDENT, fingerprint=Fingerprint.of(fake_info(), SPEC))
+    named = TeacherIdentity(STUDENT, fingerprint=Fingerprint.of(fake_info(), SPEC))
     assert not named.is_open
     with pytest.raises(FingerprintMismatch, match=r"\(its value first\): weights_digest"):
         named.accept("10.0.0.2:1", fake_info(weights="b"))

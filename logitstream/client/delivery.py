@@ -1,0 +1,229 @@
+"""Delivery: batches of requests are sent to replicas until each is answered, or has failed for good."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from concurrent.futures import Future
+from dataclasses import replace
+
+from logitstream import metrics
+from logitstream.client.replica import Call, Request, RequestBatch, loop_time, request_bytes
+from logitstream.client.replicas import ReplicaPool
+from logitstream.client.teacher_identity import TeacherIdentity, wire_digest
+from logitstream.errors import (
+    InvalidSequence,
+    LogitstreamError,
+    RequestError,
+    ScoringFailed,
+    ServerDraining,
+    StaleTeacher,
+    TeacherUnavailable,
+    TooManyInFlight,
+)
+from logitstream.rpc.remote_teacher import Answer
+from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.1, 5.0)
+"""First and largest bound of the random wait before a refused sequence is sent again."""
+MAX_REFUSALS = 5
+"""Retryable refusals of one sequence before its error is raised."""
+MAX_LONE_LOSSES = 6
+"""Calls that may break with a sequence alone in flight before the sequence is held to be the cause."""
+
+
+class Delivery:
+    """One task a batch, in one event loop. Its requests are sent again, elsewhere if possible, when a call breaks."""
+
+    def __init__(self, pool: ReplicaPool, identity: TeacherIdentity, *, deadline_seconds: float) -> None:
+        self._pool = pool
+        self._identity = identity
+        self._deadline_seconds = deadline_seconds
+        self._tasks: dict[asyncio.Task[None], RequestBatch] = {}
+        self._closed = False
+
+    def begin(self, batch: RequestBatch) -> None:
+        """Deliver in a task of its own, which ends when all futures are done or cancelled."""
+        if self._closed:  # meanwhile
+            batch.cancel()
+            return
+        batch.expires = batch.expires or loop_time() + self._deadline_seconds
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(self._deliver(batch))
+        self._tasks[task] = batch
+        task.add_done_callback(self._ended)
+
+        def cancelled(future: Future[ReceivedTargets]) -> None:
+            if future.cancelled() and all(one.future.done() for one in batch.requests):
+                loop.call_soon_threadsafe(task.cancel)
+
+        for request in batch.requests:
+            request.future.add_done_callback(cancelled)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        batch = self._tasks.pop(task)
+        if task.cancelled():
+            batch.cancel()
+        elif (error := task.exception()) is not None:
+            if not isinstance(error, LogitstreamError):
+                logger.error("a bug: a batch could not be delivered", exc_info=error)
+            for request in batch.requests:
+                request.fail(error)
+
+    async def _deliver(self, batch: RequestBatch) -> None:
+        """Ask for a batch, one call after another, until each future is done; what a call cannot take is split off."""
+        try:
+            async with asyncio.timeout_at(batch.expires):
+                info = await self._pool.wait_started()
+        except TimeoutError:
+            raise self._timed_out(batch) from None
+        batch.requests = [request for request in batch.requests if self._fits(request, info)]
+        while batch.requests:
+            call = await self._pool.acquire(batch, expiry=lambda: self._expiry(batch))
+            if call is None:
+                raise self._timed_out(batch)
+            if rest := batch.requests[len(call.requests) :]:
+                self.begin(replace(batch, requests=rest))
+            batch.requests = call.requests
+            if not batch.sent:
+                batch.sent, batch.expires = True, loop_time() + self._deadline_seconds
+            error = await self._score(batch, call)
+            batch.requests = [request for request in call.requests if not request.future.done()]
+            batch.avoid = None if isinstance(error, TooManyInFlight) else call.replica
+            if error is not None:
+                metrics.STUDENT_RETRIES.labels(reason=type(error).__name__).inc(len(batch.requests))
+            if batch.requests and (error is None or batch.suspect):
+                low, high = RETRY_SECONDS
+                await asyncio.sleep(random.uniform(0.0, min(high, low * 2 ** min(batch.delays, 10))))
+                batch.delays += 1
+
+    async def _score(self, batch: RequestBatch, call: Call) -> LogitstreamError | None:
+        """Make one call and set the futures that it answers; return what ended it early."""
+        info = call.replica.info
+        assert info is not None
+        try:
+            async with asyncio.timeout_at(batch.expires) as call.scope:
+                answers = call.connection.score(
+                    [request.sequence for request in call.requests],
+                    self._identity.student.spec,
+                    self._identity.caller(info),
+                    draw_set=batch.draw_set,
+                    priority=batch.priority,
+                    deadline_seconds=batch.expires - loop_time() + 1.0,
+                )
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        await self._take(call, answer)
+            self._pool.raise_limit(call)
+        except TimeoutError:
+            if not call.given_up:
+                raise self._timed_out(batch, call) from None
+            reason = TeacherUnavailable(f"{call.replica.address}: it answers nothing, and others are there")
+            self._pool.lose(call, reason)
+            return reason
+        except TooManyInFlight as error:
+            self._pool.pause(call, error.retry_after_seconds)
+            return error
+        except LogitstreamError as error:
+            if isinstance(error, TeacherUnavailable):
+                self._count_loss(batch, call, error)
+            self._pool.lose(call, error)
+            return error
+        finally:
+            self._pool.release(call)
+        return None
+
+    async def _take(self, call: Call, answer: Answer) -> None:
+        """Use an answer. Weights that changed while serving are described again before their first targets are used."""
+        request, info, error = call.requests[answer.index], call.replica.info, answer.error
+        assert info is not None
+        described = wire_digest(info)
+        digest = answer.weights_digest or described
+        if error is None and self._identity.is_news(digest, described):
+            await self._pool.describe_again(call)
+        self._pool.answered(call, request)
+        fingerprint = self._identity.fingerprint_digest(digest)
+        if error is not None:
+            self._refuse(request, error, may_retry=error.retryable)
+        elif fingerprint is None:  # replaced twice between two answers: nobody can tell what made these targets
+            metrics.STUDENT_RETRIES.labels(reason="unknown_weights").inc()
+        elif self._identity.is_stale(digest):
+            lag, most = self._identity.lag(digest), self._identity.max_teacher_lag
+            stale = StaleTeacher(f"targets {lag} versions old, at most {most} are allowed")
+            self._refuse(request, stale, may_retry=True)
+        else:
+            metrics.STUDENT_TEACHER_LAG.set(self._identity.lag(digest))
+            metrics.STUDENT_RECEIVED_BYTES.inc(answer.wire_bytes)
+            metrics.STUDENT_ROWS.inc(len(request.sequence))
+            received = ReceivedTargets(
+                payload=answer.payload,
+                fingerprint=fingerprint,
+                teacher_version=answer.teacher_version,
+                weights_digest=digest,
+            )
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_result(received)
+
+    def _refuse(self, request: Request, error: LogitstreamError, *, may_retry: bool) -> None:
+        request.refusals += not isinstance(error, ServerDraining)
+        if may_retry and request.refusals < MAX_REFUSALS:
+            metrics.STUDENT_RETRIES.labels(reason=type(error).__name__).inc()
+        else:
+            request.fail(error)
+
+    def _count_loss(self, batch: RequestBatch, call: Call, error: LogitstreamError) -> None:
+        """Count a broken call against its sequences. Raises ScoringFailed for one that breaks replicas.
+
+        A sequence is to blame only if it was alone at a replica that was otherwise healthy: it answered something over
+        this connection, or other sequences were answered since this one first broke a call.
+        """
+        replica = call.replica
+        alone = len(call.requests) == len(replica.calls) == 1
+        healthy = replica.silent == 0 or batch.lone_losses > 0 or 0.0 < batch.lost_at < self._pool.progress_at
+        batch.losses += 1
+        batch.lone_losses += alone and healthy
+        batch.lost_at = batch.lost_at or loop_time()
+        if batch.lone_losses >= MAX_LONE_LOSSES:
+            self._pool.lose(call, error)
+            raise ScoringFailed(
+                f"{batch.losses} connections broke while this sequence was being scored; the last: {error}"
+            )
+
+    def _fits(self, request: Request, info: TeacherInfo) -> bool:
+        """Whether a teacher can take a sequence at all; if not, it fails here, before it is sent."""
+        sequence = request.sequence
+        try:
+            sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
+            self._identity.student.tokenizer.check_sequence(sequence, info)
+            num_bytes = request_bytes(sequence)
+            if num_bytes > info.max_message_bytes:
+                raise InvalidSequence(f"a request of {num_bytes} bytes: the limit is {info.max_message_bytes}")
+        except RequestError as error:
+            request.fail(error)
+            return False
+        request.cost = credit_tokens(sequence, self._identity.student.spec, info.vocab_size)
+        return True
+
+    def _expiry(self, batch: RequestBatch) -> float:
+        """Return when to give up; while teachers answer others, a batch that waits for room is not late."""
+        if batch.sent:
+            return batch.expires
+        return max(batch.expires, self._pool.progress_at + self._deadline_seconds)
+
+    def _timed_out(self, batch: RequestBatch, call: Call | None = None) -> TeacherUnavailable:
+        where = f"sent to {call.replica.address}" if call else "not sent"
+        return TeacherUnavailable(
+            f"no targets within {self._deadline_seconds:g} s ({where}, {batch.losses} connections lost) "
+            f"{self._pool.condition()}"
+        )
+
+    async def close(self) -> None:
+        """Cancel what is in flight."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
