@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from logitstream.client.teacher_client import GrpcTeacherClient, LocalTeacherClient, TeacherClient
+    from logitstream.client.local_client import LocalTeacherClient
+    from logitstream.client.teacher_client import GrpcTeacherClient, TeacherClient
     from logitstream.fused_loss import fused_linear_sparse_kl
     from logitstream.loss import sparse_kl
     from logitstream.sampling import sample
@@ -35,7 +36,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "logitstream.client.teacher_client": ("GrpcTeacherClient", "LocalTeacherClient", "TeacherClient"),
+    "logitstream.client.local_client": ("LocalTeacherClient",),
+    "logitstream.client.teacher_client": ("GrpcTeacherClient", "TeacherClient"),
     "logitstream.fused_loss": ("fused_linear_sparse_kl",),
     "logitstream.loss": ("sparse_kl",),
     "logitstream.sampling": ("sample",),
