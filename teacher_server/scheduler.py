@@ -256,7 +256,6 @@ class Scheduler:
             version = self.info.teacher_version + 1
             self.info = replace(self._backend.describe(), teacher_version=version)
             self._failures.clear()
-            self._scorer.reset_batch_tokens()
             metrics.TEACHER_VERSION.set(version)
             log.info("serving version %d, weights %s", version, self.info.weights_digest[:16])
             await self._in_backend(old.close)
