@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The subfolders of a folder that hold weights; hidden ones and those named tmp… are ignored.
+    """The subfolders of a folder that hold weights, except hidden ones and those named tmp….
 
     served: the stamp of the weights that are served. Only weights written later are newer, so deleting a checkpoint
-    never brings an older one back.
+    never brings an older one back. is_waiting: a newer one is still being written.
     """
 
     def __init__(self, folder: Path, *, settled_seconds: float) -> None:
@@ -44,9 +44,14 @@ class Checkpoints:
         self.is_waiting = False
 
     def newest(self) -> tuple[Stamp, Path] | None:
-        """Return the newest checkpoint to serve, None if none is newer; is_waiting: one is still being written."""
+        """Return the newest checkpoint that can be served, None if none is newer than the one that is."""
         self.is_waiting = False
-        for stamp, path in self._by_age():
+        found = []
+        for path in self._folder.iterdir():
+            if not path.name.startswith((".", "tmp")):
+                with contextlib.suppress(OSError):  # it vanishes meanwhile
+                    found.append((weights_stamp(path), path))
+        for stamp, path in sorted(found, reverse=True):
             if stamp <= self.served:
                 break
             if (stamp, path) in self._refused:
@@ -64,7 +69,7 @@ class Checkpoints:
         return None
 
     def refuse(self, stamp: Stamp, path: Path) -> None:
-        """Pass over a checkpoint from now on; called while its error is handled."""
+        """Report the error being handled and pass over this checkpoint from now on."""
         log.exception("checkpoint %s cannot be served, the weights stay as they are", path)
         self._refused.add((stamp, path))
 
@@ -74,15 +79,6 @@ class Checkpoints:
             self._first_seen[path] = stamp, time.time()
         written = min(self._first_seen[path][1], stamp[0] / 1e9)  # another machine's clock may be ahead
         return time.time() - written >= self._settled_seconds and not is_being_written(path)
-
-    def _by_age(self) -> list[tuple[Stamp, Path]]:
-        """Return the checkpoints, complete or not, those written last first."""
-        found = []
-        for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if not path.name.startswith((".", "tmp")):
-                with contextlib.suppress(OSError):  # it vanishes meanwhile
-                    found.append((weights_stamp(path), path))
-        return sorted(found, reverse=True)
 
 
 async def watch_checkpoints(
@@ -95,9 +91,8 @@ async def watch_checkpoints(
 ) -> None:
     """Load each newer checkpoint in a thread while the old one serves, and hand it to `replace`; until cancelled.
 
-    A checkpoint that cannot be loaded is reported once and passed over, and a folder that cannot be read is reported
-    once: the old weights stay. Both models are in memory for a moment. has_looked is set once the checkpoints that are
-    there at first have been loaded, so that a restarted server begins with them.
+    One that cannot be loaded is reported once and passed over. Both models are in memory for a moment. has_looked is
+    set once the first checkpoints are loaded, so that a restarted server begins with them.
     """
     checkpoints = Checkpoints(folder, settled_seconds=SETTLED_LOOKS * every_seconds)
     trouble = ""

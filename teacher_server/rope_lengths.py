@@ -9,36 +9,34 @@ import torch
 from torch import Tensor, nn
 
 FIXED_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional", "mrope"})
-"""rope_types that give a position the same angle whatever else a pass holds; any other is taken to depend on it."""
+"""rope_types whose angles depend only on the position; any other is assumed to depend on the pass."""
 
 
 class LengthDependence:
-    """What of a model depends on the longest sequence of a pass; false where nothing does.
+    """The parts of a model that depend on the longest sequence of a pass; false if there are none.
 
-    `longrope` has two sets of angles, one up to `original_max_position_embeddings`; `dynamic` (NTK) has its own for
-    every length beyond `max_position_embeddings`, and keeps those of the longest that it has seen.
+    `longrope` has two sets of angles, one up to `original_max_position_embeddings`; `dynamic` (NTK) has other angles
+    for every length beyond `max_position_embeddings`, and keeps those of the longest sequence it has seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        rotaries = [(module, kinds) for module in model.modules() if (kinds := list(_kinds(module)))]
-        self._rules = {rule for _, kinds in rotaries for rule in kinds}
+        rotaries = [(module, kinds) for module in model.modules() if (kinds := list(_length_dependent(module)))]
+        self._rules = sorted({rule for _, kinds in rotaries for rule in kinds})
         self._fresh = [(module, _state(module)) for module, _ in rotaries]
 
     def __bool__(self) -> bool:
         return bool(self._rules)
 
     def __str__(self) -> str:
-        return ", ".join(f"{kind} positions beyond {border} tokens" for kind, border in sorted(self._rules))
+        return ", ".join(f"{kind} positions beyond {limit} tokens" for kind, limit in self._rules)
 
     def group(self, length: int) -> tuple[int, ...]:
-        """The same for lengths that may share a pass."""
-        return tuple(
-            0 if length <= border else 1 if kind == "longrope" else length for kind, border in sorted(self._rules)
-        )
+        """Return a key that is the same for lengths that may share a pass."""
+        return tuple(0 if length <= limit else 1 if kind == "longrope" else length for kind, limit in self._rules)
 
     @torch.inference_mode(False)  # or buffers could not be written in place outside of it
     def forget(self) -> None:
-        """Put back what the modules were before any pass: earlier ones must not move later ones' positions."""
+        """Restore the modules' initial state: an earlier pass must not move a later one's positions."""
         for module, (values, buffers, names) in self._fresh:
             for name in module.__dict__.keys() - names:
                 del module.__dict__[name]
@@ -47,24 +45,19 @@ class LengthDependence:
                 module._buffers[name] = buffer.clone()
 
 
-def _kinds(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """rope_type of each kind of layer that depends on a length, and the length up to which it does not."""
+def _length_dependent(module: Any) -> Iterator[tuple[str, int]]:
+    """Yield the rope_type of each kind of layer that depends on a length, and the length up to which it does not."""
     types = getattr(module, "rope_type", None)
     for layer_type, kind in types.items() if isinstance(types, dict) else [(None, types)]:
         if isinstance(kind, str) and kind not in FIXED_TYPES:
-            yield kind, _border(module, layer_type)
-
-
-def _border(module: Any, layer_type: str | None) -> int:
-    config = getattr(module, "config", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    parameters = parameters.get(layer_type, {}) if layer_type is not None else parameters
-    limits = parameters.get("original_max_position_embeddings"), getattr(module, "original_max_seq_len", None)
-    return min((int(limit) for limit in limits if limit), default=0)
+            parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+            parameters = parameters.get(layer_type, {}) if layer_type is not None else parameters
+            limits = parameters.get("original_max_position_embeddings"), getattr(module, "original_max_seq_len", None)
+            yield kind, min((int(limit) for limit in limits if limit), default=0)
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
-    """Its plain attributes, its buffers, and all attributes' names."""
+    """Return a module's numbers, copies of its buffers, and the names of all its attributes."""
     values = {name: value for name, value in module.__dict__.items() if isinstance(value, int | float)}
     buffers = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
     return values, buffers, set(module.__dict__)
