@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from datasets import Dataset
 from transformers import TrainingArguments
 
@@ -20,7 +17,6 @@ from logitstream.cache import CacheReader
 from logitstream.cache.disk import from_disk, open_reader
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.data.corpus import CacheDataset
-from logitstream.files import write_whole
 from logitstream.training.distributed import of_main_process
 from logitstream.types import TargetSpec
 from student_worker.budget_search import calibration_sequences, choose_spec
@@ -66,16 +62,6 @@ def make_plan(
     used = {"source": config.source, "draws": "fresh" if draw_set is None else "reuse"}
     targets = replace(config.targets, **asdict(spec), **used, bytes_per_token=0.0, noise=0.0)  # type: ignore[arg-type]
     return RunPlan(config=replace(config, targets=targets), spec=spec, draw_set=draw_set, checkpoint=checkpoint)
-
-
-def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:
-    """Write every setting as it is used to config.yaml in the output folder; the file is a valid --config."""
-    folder = Path(str(arguments.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    training: dict[str, Any] = arguments.to_dict()  # type: ignore[no-untyped-call]
-    del training["hub_token"]
-    settings = asdict(config) | {"training": {name: value for name, value in training.items() if value is not None}}
-    write_whole(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
 
 
 def spec_of_cache(path: str) -> TargetSpec:
