@@ -120,7 +120,9 @@ def prepare(
             **asdict(config.teacher),
         )
 
-    train_set, heldout_set = load_data(config, arguments, tokenizer, limits=StudentLimits.of(model), checkpoint=checkpoint)
+    train_set, heldout_set = load_data(
+        config, arguments, tokenizer, limits=StudentLimits.of(model), checkpoint=checkpoint
+    )
     plan = make_plan(config, arguments, train_set, checkpoint=checkpoint, connect=connect)
     if is_main:
         write_resolved(plan.config, arguments)
@@ -245,7 +247,7 @@ def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, An
     with trainer.stop.listening():
         heldout = evaluate(trainer, "before")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step and not trainer.has_trained():
+        if trainer.state.global_step and not report(trainer.stats).get("tokens_trained"):
             raise LogitstreamError("no token was trained on: each sequence was refused, damaged, or masked as a whole")
         try:
             heldout |= evaluate(trainer, "after")

@@ -258,7 +258,7 @@ def rendezvous_problems(manifests: list[Manifest]) -> Iterator[str]:
         if not names_early and pod["subdomain"] not in jobsets:
             yield f"{name}: no headless Service {pod['subdomain']} names pods before they are ready"
     for name, settings, _ in _settings(manifests):
-        for host, _, port in (address.partition(":") for address in settings.get("teacher", [])):
+        for host, _, port in (address.partition(":") for address in settings.get("teacher", {}).get("addresses", [])):
             service = services.get(host, {})
             if service.get("clusterIP") != "None" or int(port) not in [p["port"] for p in service.get("ports", [])]:
                 yield f"{name}: no headless Service {host} with port {port}"
