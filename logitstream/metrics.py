@@ -48,7 +48,7 @@ TEACHER_UNAUTHENTICATED = Counter(
 )
 TEACHER_QUEUE_TOKENS = Gauge("logitstream_teacher_queue_tokens", "Tokens waiting to be scored")
 TEACHER_QUEUE_AGE = Gauge("logitstream_teacher_queue_age_seconds", "Age of the oldest waiting request")
-TEACHER_CLIENTS = Gauge("logitstream_teacher_clients", "Open target streams")
+TEACHER_CLIENTS = Gauge("logitstream_teacher_clients", "Calls being answered")
 TEACHER_VERSION = Gauge("logitstream_teacher_version", "Version of the weights being served")
 TEACHER_CERTIFICATE_EXPIRY = Gauge(
     "logitstream_teacher_certificate_expiry_timestamp_seconds",

@@ -63,7 +63,7 @@ def check(config: TeacherConfig) -> None:
     from logitstream.errors import LogitstreamError
     from logitstream.rpc.certificates import certificate_expiry
     from teacher_server.preflight import check_access, check_places
-    from teacher_server.server import stream_limits
+    from teacher_server.server import limits_for
     from teacher_server.servicer import described
 
     try:
@@ -76,7 +76,7 @@ def check(config: TeacherConfig) -> None:
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
     info = backend.describe()
-    for name, value in asdict(described(info, stream_limits(config, info), id_model, rules)).items():
+    for name, value in asdict(described(info, limits_for(config, info), id_model, rules)).items():
         print(f"{name}: {len(value)} bytes" if isinstance(value, bytes) else f"{name}: {value}")
     backend.close()
     print("the settings and the model are good")

@@ -80,22 +80,20 @@ class LimitSettings:
         "Tokens of one forward batch, across all clients: more is faster on a GPU, fewer answers sooner.", 4096
     )
     max_sequence_tokens: int = setting("Longest sequence taken; 0: what the model allows, at most 8192.", 0)
-    max_in_flight_tokens: int = setting("Tokens one stream may have in flight, its credit.", 65_536)
-    max_queue_tokens: int = setting("Tokens that may wait in the whole server.", 1 << 20)
-    max_message_bytes: int = setting(
-        "Largest message of requests, and largest targets of one sequence: 64 KiB to 64 MiB.", 4 << 20
+    max_in_flight_tokens: int = setting("Tokens that one client may have in flight, in one call or several.", 65_536)
+    max_queue_tokens: int = setting(
+        "Tokens that all clients may have in flight; each active one has an equal share.", 1 << 20
     )
+    max_message_bytes: int = setting("Largest request, and largest targets of one sequence: 64 KiB to 64 MiB.", 4 << 20)
     max_connections: int = setting(
         "Connections that may be open at a time, silent ones included; 0: half of the files that the process may open.",
         0,
     )
-    max_streams: int = setting("Streams that may be open at a time.", 256)
-    max_client_streams: int = setting("Streams that one client may have open; 0: half of max_streams.", 0)
     client_weights: dict[str, float] = setting("Share of the teacher by client_id; 1 if not named.", factory=dict)
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_batch_tokens", "max_in_flight_tokens", "max_queue_tokens", "max_streams")
-        require_at_least(self, 0, "max_sequence_tokens", "max_connections", "max_client_streams")
+        require_at_least(self, 1, "max_batch_tokens", "max_in_flight_tokens", "max_queue_tokens")
+        require_at_least(self, 0, "max_sequence_tokens", "max_connections")
         if not LEAST_MESSAGE_BYTES <= self.max_message_bytes <= MAX_MESSAGE_BYTES:
             raise ValueError(
                 f"max_message_bytes must lie in [{LEAST_MESSAGE_BYTES}, {MAX_MESSAGE_BYTES}], "

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 
-CONTEXT_FIELDS = ("stream", "client", "request", "version")
+CONTEXT_FIELDS = ("client", "sequence", "version")
 
 
 class JsonFormatter(logging.Formatter):

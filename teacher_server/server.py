@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict, Unpack
 
 from grpc import aio
 from grpc_reflection.v1alpha import reflection
@@ -29,74 +30,63 @@ from teacher_server.admission import Admission
 from teacher_server.backend import TeacherBackend
 from teacher_server.calls import HEALTH_SERVICE, SERVICE, BriefReflection, WhenLoaded
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
-from teacher_server.config import TeacherConfig
+from teacher_server.config import LimitSettings, TeacherConfig
 from teacher_server.encoding import Encode, encoder
 from teacher_server.health import Health
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
-from teacher_server.servicer import StreamLimits, TeacherServicer
-from teacher_server.stopping import stopping_signals
+from teacher_server.servicer import TeacherServicer
+from teacher_server.stopping import WORKERS, in_thread, is_busy, stopping_signals
 from teacher_server.stored_targets import StoredTargets
-from teacher_server.threads import WORKERS, in_thread, is_busy
 
 HOUSEKEEPING_SECONDS = 1.0
 DEFAULT_SEQUENCE_TOKENS = 8192
 STOP_SECONDS = 1.0
-"""After draining, what gRPC itself may still take."""
+"""How long gRPC itself may take after draining."""
 EXIT_STUCK = 75
 
 log = logging.getLogger(__name__)
+
+
+class Loaders(TypedDict, total=False):
+    """How to load what is served beside the backend."""
+
+    load_checkpoint: LoadCheckpoint | None
+    make_id_model: Callable[[TeacherBackend], bytes]
+    load_vocabulary: Callable[[], Vocabulary | None]
+    make_encoder: Callable[[bytes, int], Encode]
 
 
 class TeacherServer:
     """One process's server: `run` takes it from loading to the end."""
 
     def __init__(
-        self,
-        config: TeacherConfig,
-        make_backend: Callable[[], TeacherBackend],
-        *,
-        load_checkpoint: LoadCheckpoint | None = None,
-        make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
-        load_vocabulary: Callable[[], Vocabulary | None] = lambda: None,
-        make_encoder: Callable[[bytes, int], Encode] = encoder,
+        self, config: TeacherConfig, make_backend: Callable[[], TeacherBackend], **loaders: Unpack[Loaders]
     ) -> None:
         self._config = config
         self._make_backend = make_backend
-        self._load_checkpoint = load_checkpoint
-        self._make_id_model = make_id_model
-        self._load_vocabulary = load_vocabulary
-        self._make_encoder = make_encoder
+        self._loaders = loaders
         self._stopping = asyncio.Event()
         self._health = Health("", SERVICE)
         self._when_loaded = WhenLoaded()
-        self._servicer: TeacherServicer | None = None
-        tokens = bearer_tokens(config.server.token_file, config.server.token_env)
+        server, limits = config.server, config.limits
+        tokens = bearer_tokens(server.token_file, server.token_env)
         self._server = aio.server(
             interceptors=[*([] if tokens is None else [TokenInterceptor(tokens)]), BriefReflection()],
             options=listening.teacher_options(
-                config.server.address,
-                config.limits.max_message_bytes,
-                max_streams=config.limits.max_streams,
-                max_connections=config.limits.max_connections,
+                server.address, limits.max_message_bytes, max_connections=limits.max_connections
             ),
         )
-        self._probed = (
-            aio.server(options=listening.health_options(config.server.health_address))
-            if config.server.health_address
-            else None
+        options = listening.health_options(server.health_address) if server.health_address else []
+        self._health_server = aio.server(options=options) if server.health_address else None
+        self.admission = Admission(
+            max_in_flight_tokens=limits.max_in_flight_tokens, max_queue_tokens=limits.max_queue_tokens
         )
         self.scheduler: Scheduler | None = None
         self.address = ""
 
     @property
-    def admission(self) -> Admission:
-        """What clients hold; for tests."""
-        assert self._servicer is not None
-        return self._servicer.admission
-
-    @property
     def serving(self) -> bool:
-        """Whether the teacher is loaded and its health says SERVING."""
+        """True while the teacher is loaded and its health says SERVING."""
         return self._health.serving
 
     def stop(self) -> None:
@@ -104,37 +94,36 @@ class TeacherServer:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Bind, load, serve until `stop`, drain. Raises what the backend's loading raises."""
+        """Bind, load, serve until `stop`, drain. Raises what loading the backend raises."""
         try:
             await self._listen()
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-            loading: asyncio.Future[Any] = in_thread(self._load)
+            loading = in_thread(self._load)
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                backend, id_model, vocabulary = loading.result()
-                await self._serve(backend, id_model, vocabulary, stopping)
+                await self._serve(*loading.result(), stopping)
         finally:
             await self._server.stop(STOP_SECONDS)
-            if self._probed is not None:
-                await self._probed.stop(0)
+            if self._health_server is not None:
+                await self._health_server.stop(0)
 
     def _load(self) -> tuple[TeacherBackend, bytes, Vocabulary | None]:
         codec.warm_up()
         backend = self._make_backend()
-        id_model = self._make_id_model(backend)
+        make_id_model = self._loaders.get("make_id_model")
+        id_model = make_id_model(backend) if make_id_model else b""
         configure_encoding = getattr(backend, "configure_encoding", None)
         if configure_encoding is not None:  # the backend encodes its targets itself
             configure_encoding(id_model, self._config.limits.max_message_bytes)
-        return backend, id_model, self._load_vocabulary()
+        load_vocabulary = self._loaders.get("load_vocabulary")
+        return backend, id_model, load_vocabulary() if load_vocabulary else None
 
     async def _listen(self) -> None:
         config = self._config
         reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((self._health.handler, self._when_loaded))
         credentials = None
-        if config.tls.cert:
-            files = config.tls.files()
-            assert files is not None
+        if files := config.tls.files():
             credentials = server_credentials(files)
             metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(
                 LastGood(lambda: certificate_expiry(config.tls.cert), "the certificate's expiry", default=math.nan).read
@@ -142,67 +131,62 @@ class TeacherServer:
         elif not is_loopback(config.server.address):
             log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.server.address)
         self.address = listening.bind(self._server, config.server.address, credentials)
-        if self._probed is not None:
-            self._probed.add_generic_rpc_handlers((self._health.handler,))
-            listening.bind(self._probed, config.server.health_address)
-            await self._probed.start()
+        if self._health_server is not None:
+            self._health_server.add_generic_rpc_handlers((self._health.handler,))
+            listening.bind(self._health_server, config.server.health_address)
+            await self._health_server.start()
         await self._server.start()
 
     async def _serve(
         self, backend: TeacherBackend, id_model: bytes, vocabulary: Vocabulary | None, stopping: asyncio.Future[Any]
     ) -> None:
-        config = self._config
-        scheduler = self.scheduler = Scheduler(
-            backend,
-            self._make_encoder(id_model, config.limits.max_message_bytes),
-            max_batch_tokens=config.limits.max_batch_tokens,
-            client_weights=config.limits.client_weights,
-            stored=StoredTargets(config.cache.path, id_model=id_model, max_bytes=config.cache.max_bytes)
-            if config.cache.path
-            else None,
-        )
-        limits = stream_limits(config, backend.describe())
-        servicer = TeacherServicer(scheduler, limits, id_model=id_model, vocabulary=vocabulary)
+        scheduler = self.scheduler = self._new_scheduler(backend, id_model)
+        limits = limits_for(self._config, backend.describe())
+        servicer = TeacherServicer(scheduler, self.admission, limits, id_model=id_model, vocabulary=vocabulary)
         running = asyncio.ensure_future(scheduler.run())
         has_looked = asyncio.Event()
         looking: asyncio.Future[Any] = asyncio.ensure_future(has_looked.wait())
-        tasks: list[asyncio.Future[Any]] = [
-            looking,
-            asyncio.ensure_future(self._refresh_stored(scheduler)),
-            *self._watch(scheduler, has_looked),
-        ]
+        tasks = [looking, asyncio.ensure_future(self._refresh_stored(scheduler)), *self._watch(scheduler, has_looked)]
         try:
             await asyncio.wait({stopping, running, looking}, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
-                self._servicer, self._when_loaded.handler = servicer, servicer.handler()
+                self._when_loaded.handler = servicer.handler
                 self._health.set(serving=True)
                 self._announce()
                 tasks.append(asyncio.ensure_future(self._keep_house(scheduler)))
             await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                await self._drain(scheduler, servicer)
+                await self._drain(scheduler)
         finally:
-            for task in tasks:
+            for task in (running, *tasks):
                 task.cancel()
-            running.cancel()
             await scheduler.close()
         if running.done() and not running.cancelled():
             running.result()
 
-    async def _drain(self, scheduler: Scheduler, servicer: TeacherServicer) -> None:
-        """Answer what is in flight, within drain_seconds; what comes new is refused."""
+    def _new_scheduler(self, backend: TeacherBackend, id_model: bytes) -> Scheduler:
+        cache, limits = self._config.cache, self._config.limits
+        return Scheduler(
+            backend,
+            self._loaders.get("make_encoder", encoder)(id_model, limits.max_message_bytes),
+            max_batch_tokens=limits.max_batch_tokens,
+            client_weights=limits.client_weights,
+            stored=StoredTargets(cache.path, id_model=id_model, max_bytes=cache.max_bytes) if cache.path else None,
+        )
+
+    async def _drain(self, scheduler: Scheduler) -> None:
+        """Answer the calls that run, within drain_seconds; new ones are refused."""
         log.info("draining: %d sequences in flight", scheduler.num_unfinished)
         scheduler.start_draining()
         self._health.set(serving=False)
         deadline = time.monotonic() + self._config.server.drain_seconds
-        servicer.announce_drain(self._config.server.drain_seconds)
-        while servicer.num_unsent and time.monotonic() < deadline:
+        while self.admission.num_calls and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        log.info("drained: %d calls left unanswered", servicer.num_unsent)
+        log.info("drained: %d calls left unanswered", self.admission.num_calls)
         await self._server.stop(STOP_SECONDS)
 
     async def _keep_house(self, scheduler: Scheduler) -> None:
-        """Health and the gauges that only time moves."""
+        """Follow the backend's health, and set the gauges that only time moves."""
         healthy = True
         while True:
             scheduler.measure_age()
@@ -213,23 +197,23 @@ class TeacherServer:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     async def _refresh_stored(self, scheduler: Scheduler) -> None:
-        """Apart from `_keep_house`: a slow disk must not hold up health."""
+        """Refresh the cache now and then; not in `_keep_house`, as a slow disk must not hold up health."""
         while True:
             await scheduler.refresh_stored()
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
-    def _watch(self, scheduler: Scheduler, has_looked: asyncio.Event) -> list[asyncio.Future[None]]:
-        """The task that follows new checkpoints, where that is wanted."""
-        config = self._config
-        if not config.watch.folder:
+    def _watch(self, scheduler: Scheduler, has_looked: asyncio.Event) -> list[asyncio.Future[Any]]:
+        """Start to follow new checkpoints, if that is wanted."""
+        watch, load = self._config.watch, self._loaders.get("load_checkpoint")
+        if not watch.folder:
             has_looked.set()
             return []
-        if self._load_checkpoint is None:
-            raise ValueError(f"watch.folder is set, but the {config.backend} backend cannot replace its weights")
+        if load is None:
+            raise ValueError(f"watch.folder is set, but the {self._config.backend} backend cannot replace its weights")
         watching = watch_checkpoints(
-            Path(config.watch.folder),
-            every_seconds=config.watch.seconds,
-            load=self._load_checkpoint,
+            Path(watch.folder),
+            every_seconds=watch.seconds,
+            load=load,
             replace=scheduler.replace_backend,
             has_looked=has_looked,
         )
@@ -241,21 +225,12 @@ class TeacherServer:
         print(f"serving on {self.address}", flush=True)
 
 
-def serve(
-    config: TeacherConfig,
-    make_backend: Callable[[], TeacherBackend],
-    *,
-    load_checkpoint: LoadCheckpoint | None = None,
-    make_id_model: Callable[[TeacherBackend], bytes] = lambda _backend: b"",
-    load_vocabulary: Callable[[], Vocabulary | None] = lambda: None,
-    make_encoder: Callable[[bytes, int], Encode] = encoder,
-) -> None:
+def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend], **loaders: Unpack[Loaders]) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns when everything is drained.
 
     drain_seconds is a bound: a batch or a disk that cannot be stopped ends the process with EXIT_STUCK, the loading of
     weights that nobody needs any more ends it with 0. SystemExit says in a line why the server cannot start.
     """
-
     server: TeacherServer | None = None
 
     async def main() -> None:
@@ -267,24 +242,22 @@ def serve(
             port = metrics.serve(config.metrics.port, side="teacher", address=config.metrics.address)
             log.info("metrics on %s:%d", config.metrics.address, port)
         log.info("up to %d files and connections may be open", file_limit)
-        server = TeacherServer(
-            config,
-            make_backend,
-            load_checkpoint=load_checkpoint,
-            make_id_model=make_id_model,
-            load_vocabulary=load_vocabulary,
-            make_encoder=make_encoder,
-        )
+        server = TeacherServer(config, make_backend, **loaders)
         for number in stopping_signals():
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         try:
             await server.run()
-        except Exception:
+        finally:
             if server.scheduler is not None and server.scheduler.is_stuck:
-                log.exception("the server ends with a thread still busy")
+                log.error("a batch or the disk was still busy %g s after draining", CLOSE_SECONDS, exc_info=True)
                 _exit(EXIT_STUCK)
-            raise
-        await _leave_threads(server, workers)
+        workers.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + STOP_SECONDS
+        while is_busy() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if is_busy():
+            log.warning("weights are still being loaded, which is not waited for")
+            _exit(0)
 
     try:
         asyncio.run(main())
@@ -295,33 +268,12 @@ def serve(
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
 
 
-async def _leave_threads(server: TeacherServer, workers: ThreadPoolExecutor) -> None:
-    """End the process here and now where a thread would hold up its end."""
-    if server.scheduler is not None and server.scheduler.is_stuck:
-        log.error("a batch or the disk was still busy %g s after the end of draining", CLOSE_SECONDS)
-        _exit(EXIT_STUCK)
-    workers.shutdown(wait=False, cancel_futures=True)
-    deadline = time.monotonic() + STOP_SECONDS
-    while is_busy() and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
-    if is_busy():
-        log.warning("weights are still being loaded, which is not waited for")
-        _exit(0)
-
-
 def _exit(status: int) -> NoReturn:
     logging.shutdown()
     os._exit(status)
 
 
-def stream_limits(config: TeacherConfig, info: TeacherInfo) -> StreamLimits:
-    """The settings' limits, within what the backend can do."""
-    longest = info.max_sequence_tokens
-    return StreamLimits(
-        max_sequence_tokens=min(config.limits.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS, longest),
-        max_in_flight_tokens=config.limits.max_in_flight_tokens,
-        max_queue_tokens=config.limits.max_queue_tokens,
-        max_message_bytes=config.limits.max_message_bytes,
-        max_streams=config.limits.max_streams,
-        max_client_streams=config.limits.max_client_streams or -(-config.limits.max_streams // 2),
-    )
+def limits_for(config: TeacherConfig, info: TeacherInfo) -> LimitSettings:
+    """Return the settings' limits, within what the backend can do."""
+    longest = min(config.limits.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS, info.max_sequence_tokens)
+    return replace(config.limits, max_sequence_tokens=longest)

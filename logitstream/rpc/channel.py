@@ -21,6 +21,7 @@ KEEPALIVE_SECONDS = 20
 KEEPALIVE_TIMEOUT_SECONDS = 10
 ENVELOPE_BYTES = 64 << 10
 """Room for ids and field headers around payloads that may be max_message_bytes long."""
+MAX_CONNECTION_CALLS = 256
 HANDSHAKE_SECONDS = 5.0
 """How long a new connection may take to say anything: TLS and the HTTP/2 preface."""
 IDLE_SECONDS = 10.0
@@ -37,7 +38,7 @@ def _keepalive(seconds: float = KEEPALIVE_SECONDS, timeout_seconds: float = KEEP
     ]
 
 
-def server_options(max_message_bytes: int, *, max_streams: int = 256, max_connections: int = 1024) -> Options:
+def server_options(max_message_bytes: int, *, max_connections: int = 1024) -> Options:
     """A longer message is refused by gRPC itself, before it is parsed: RESOURCE_EXHAUSTED.
 
     Connections beyond max_connections are closed as they come; silent and idle ones are closed soon to make room.
@@ -47,7 +48,7 @@ def server_options(max_message_bytes: int, *, max_streams: int = 256, max_connec
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
         ("grpc.max_receive_message_length", max_message_bytes + ENVELOPE_BYTES),
         ("grpc.max_send_message_length", max_message_bytes + ENVELOPE_BYTES),
-        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.max_concurrent_streams", MAX_CONNECTION_CALLS),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.so_reuseport", 0),  # two servers on one port would split a client's streams silently
         ("grpc.max_allowed_incoming_connections", max_connections),

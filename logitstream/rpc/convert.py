@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -15,7 +14,6 @@ from logitstream.types import (
     TargetSpec,
     TeacherInfo,
     TokenSequence,
-    pack_mask,
     unpack_mask,
     used_fields,
 )
@@ -60,18 +58,6 @@ def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
     return TeacherInfo(**values | {name: tuple(values[name]) for name in ("samplers", "codec_versions")})
 
 
-def request_to_message(
-    request_id: int, sequence: TokenSequence, *, draw_set: int = 0, priority: int = 0
-) -> pb.TargetRequest:
-    return pb.TargetRequest(
-        request_id=request_id,
-        token_bytes=sequence.token_ids.astype("<i4", copy=False).tobytes(),
-        loss_mask=pack_mask(sequence.loss_mask),
-        draw_set=draw_set,
-        priority=priority,
-    )
-
-
 def sequence_to_message(sequence: TokenSequence) -> pb.Sequence:
     mask = sequence.loss_mask
     return pb.Sequence(
@@ -80,20 +66,15 @@ def sequence_to_message(sequence: TokenSequence) -> pb.Sequence:
     )
 
 
-def sequence_from_message(
-    message: pb.TargetRequest | pb.Sequence, *, vocab_size: int, max_sequence_tokens: int
-) -> TokenSequence:
+def sequence_from_message(message: pb.Sequence, *, vocab_size: int, max_sequence_tokens: int) -> TokenSequence:
     """Raises InvalidSequence, saying what was expected and what came."""
     data = message.token_bytes
-    ids = message.token_ids if isinstance(message, pb.TargetRequest) else ()
-    num_tokens, rest = divmod(len(data), ID_BYTES) if data else (len(ids), 0)
+    num_tokens, rest = divmod(len(data), ID_BYTES)
     if rest:
         raise InvalidSequence(f"token_bytes of {len(data)} bytes: expected {ID_BYTES} a token")
     if not 0 < num_tokens <= max_sequence_tokens:  # before anything is made of its length
         raise InvalidSequence(f"sequence of {num_tokens} tokens: expected 1 to {max_sequence_tokens}")
-    if data and ids:
-        raise InvalidSequence("token_ids and token_bytes are both set: expected one of them")
-    token_ids = np.frombuffer(data, "<u4").astype(np.uint32) if data else np.array(ids, np.uint32)
+    token_ids = np.frombuffer(data, "<u4").astype(np.uint32)  # a copy, which may be written to
     largest = int(np.maximum.reduce(token_ids))
     if largest >= vocab_size:
         raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")
@@ -110,7 +91,3 @@ def error_from_message(message: pb.RequestError) -> RequestError:
     error = REQUEST_ERRORS.get(message.code, RequestError)(message.message)
     error.retryable = message.retryable
     return error
-
-
-def requests_to_message(requests: Sequence[pb.TargetRequest]) -> pb.StreamTargetsRequest:
-    return pb.StreamTargetsRequest(requests=pb.TargetRequests(requests=requests))

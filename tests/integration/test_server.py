@@ -132,7 +132,7 @@ async def test_a_call_of_thousands_is_taken_in_turns() -> None:
         (
             {"vocab_size": 999},
             grpc.StatusCode.FAILED_PRECONDITION,
-            "999 is smaller than the teacher's 1000; where only padding differs, start teacher-server with vocab_size",
+            "999 is smaller than the teacher's 1000; if only padding differs, start teacher-server with model.",
         ),
         ({"tokenizer_digest": "ab" * 32}, grpc.StatusCode.FAILED_PRECONDITION, "tokenizer abab"),
         ({"weights_digest": "cd" * 32}, grpc.StatusCode.FAILED_PRECONDITION, f"this server serves {FAKE_DIGEST}"),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from logitstream import errors
 from logitstream.errors import REQUEST_ERRORS, InvalidSpec
 from logitstream.rpc import convert
-from logitstream.rpc.status import RETRYABLE, error_of, status_of
+from logitstream.rpc.status import RETRYABLE, error_of, status_of, trailing_metadata
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.samplers import SAMPLERS
 from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
@@ -124,7 +124,7 @@ def test_what_a_teacher_says_of_itself_survives_the_wire() -> None:
 
 def test_the_documented_example_is_what_goes_over_the_wire() -> None:
     text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```\n(open .*?)```", text, re.DOTALL)
+    (block,) = re.findall(r"```\n(request .*?)```", text, re.DOTALL)
     found: dict[str, str] = {}
     last = ""
     for line in block.splitlines():
@@ -132,44 +132,29 @@ def test_the_documented_example_is_what_goes_over_the_wire() -> None:
         last = name or last  # a line without a name goes on with the message before
         found[last] = found.get(last, "") + digits
     messages = {name: bytes.fromhex(digits) for name, digits in found.items()}
-    spec = pb.TargetSpec(sampler="systematic", num_samples=5, codec_version=1)
-    opening = pb.Open(client_id="node", vocab_size=1000, spec=spec)
     sequence = TokenSequence(token_ids=np.array([5, 7, 9], np.int32))
+    request = pb.ScoreRequest(
+        client_id="node",
+        spec=pb.TargetSpec(sampler="systematic", num_samples=5, codec_version=1),
+        vocab_size=1000,
+        sequences=[convert.sequence_to_message(sequence)],
+    )
     format_page = (Path(__file__).parents[2] / "docs" / "targets-format.md").read_text(encoding="utf-8")
     payload = bytes.fromhex(re.findall(r"```\n([0-9a-f\s]+)```", format_page)[0])
-    result = pb.Result(request_id=1, targets=payload, weights_digest=b"\xfa" * 8)
-    expected = {
-        "open": pb.StreamTargetsRequest(open=opening),
-        "opened": pb.StreamTargetsResponse(opened=pb.Opened(max_in_flight_tokens=65_536)),
-        "requests": convert.requests_to_message([convert.request_to_message(1, sequence)]),
-        "results": pb.StreamTargetsResponse(results=pb.Results(results=[result])),
-    }
-    assert messages == {name: message.SerializeToString() for name, message in expected.items()}
+    result = pb.ScoreResult(index=0, targets=payload, weights_digest=b"\xfa" * 8)
+    assert messages == {"request": request.SerializeToString(), "result": result.SerializeToString()}
 
 
 @given(st.lists(st.tuples(st.integers(0, (1 << 24) - 1), st.booleans()), min_size=1, max_size=100), st.booleans())
 def test_a_sequence_survives_the_wire(rows: list[tuple[int, bool]], masked: bool) -> None:
     mask = np.array([wanted for _, wanted in rows]) if masked else None
     one = TokenSequence(token_ids=np.array([token_id for token_id, _ in rows], np.int32), loss_mask=mask)
-    sent = convert.request_to_message(5, one, draw_set=6, priority=7).SerializeToString()
-    message = pb.TargetRequest.FromString(sent)
+    message = pb.Sequence.FromString(convert.sequence_to_message(one).SerializeToString())
     found = convert.sequence_from_message(message, vocab_size=1 << 24, max_sequence_tokens=100)
-    assert (message.request_id, message.draw_set, message.priority) == (5, 6, 7)
     np.testing.assert_array_equal(found.token_ids, one.token_ids)
     assert found.token_ids.dtype == np.int32
+    assert found.token_ids.flags.writeable  # torch warns of arrays that are not
     assert found.digest() == one.digest()
-
-
-def test_ids_may_come_as_numbers_or_as_bytes() -> None:
-    ids = [0, 1, 300, 49_151]
-    limits = {"vocab_size": 49_152, "max_sequence_tokens": 4}
-    for message in (
-        pb.TargetRequest(token_ids=ids),
-        pb.TargetRequest(token_bytes=b"".join(one.to_bytes(4, "little") for one in ids)),
-    ):
-        found = convert.sequence_from_message(message, **limits)
-        assert found.token_ids.tolist() == ids
-        assert found.token_ids.flags.writeable  # torch warns of arrays that are not
 
 
 @pytest.mark.parametrize("name", REQUEST_ERRORS)
@@ -200,3 +185,15 @@ def test_an_error_of_a_newer_server_is_still_a_request_error() -> None:
 def test_errors_and_statuses_agree(error: errors.LogitstreamError, code: grpc.StatusCode) -> None:
     assert status_of(error) is code
     assert isinstance(error_of(code, "x"), errors.TeacherUnavailable) == (code in RETRYABLE)
+
+
+def test_a_call_that_was_turned_away_says_when_to_come_again() -> None:
+    error = errors.TooManyInFlight("x")
+    error.retry_after_seconds = 0.25
+    found = error_of(status_of(error), "x", trailing_metadata(error))
+    assert isinstance(found, errors.TooManyInFlight)
+    assert found.retry_after_seconds == 0.25
+    draining = errors.ServerDraining("x")
+    assert isinstance(error_of(status_of(draining), "x", trailing_metadata(draining)), errors.ServerDraining)
+    for nonsense in ((("retry-after-ms", "soon"),), (("retry-after-ms", b"\xff"),), None):
+        assert isinstance(error_of(status_of(error), "x", nonsense), errors.TeacherUnavailable)

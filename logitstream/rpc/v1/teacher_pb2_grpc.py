@@ -44,11 +44,6 @@ class TeacherServiceStub:
                 request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeTokenizerRequest.SerializeToString,
                 response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.TokenizerPart.FromString,
                 _registered_method=True)
-        self.StreamTargets = channel.stream_stream(
-                '/logitstream.rpc.v1.TeacherService/StreamTargets',
-                request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.SerializeToString,
-                response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsResponse.FromString,
-                _registered_method=True)
         self.Score = channel.unary_stream(
                 '/logitstream.rpc.v1.TeacherService/Score',
                 request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
@@ -68,14 +63,6 @@ class TeacherServiceServicer:
 
     def DescribeTokenizer(self, request, context):
         """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def StreamTargets(self, request_iterator, context):
-        """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
-        What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,11 +91,6 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.DescribeTokenizer,
                     request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeTokenizerRequest.FromString,
                     response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.TokenizerPart.SerializeToString,
-            ),
-            'StreamTargets': grpc.stream_stream_rpc_method_handler(
-                    servicer.StreamTargets,
-                    request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.FromString,
-                    response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsResponse.SerializeToString,
             ),
             'Score': grpc.unary_stream_rpc_method_handler(
                     servicer.Score,
@@ -170,33 +152,6 @@ class TeacherService:
             '/logitstream.rpc.v1.TeacherService/DescribeTokenizer',
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.DescribeTokenizerRequest.SerializeToString,
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.TokenizerPart.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def StreamTargets(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/logitstream.rpc.v1.TeacherService/StreamTargets',
-            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsRequest.SerializeToString,
-            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.StreamTargetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,10 +39,6 @@ class TeacherServiceStub:
     """What this server serves; the student checks it before it sends the first sequence."""
     DescribeTokenizer: _grpc.UnaryStreamMultiCallable[_teacher_pb2.DescribeTokenizerRequest, _teacher_pb2.TokenizerPart]
     """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
-    StreamTargets: _grpc.StreamStreamMultiCallable[_teacher_pb2.StreamTargetsRequest, _teacher_pb2.StreamTargetsResponse]
-    """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
-    What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
-    """
     Score: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResult]
     """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
     answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
@@ -58,10 +54,6 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     """What this server serves; the student checks it before it sends the first sequence."""
     DescribeTokenizer: _aio.UnaryStreamMultiCallable[_teacher_pb2.DescribeTokenizerRequest, _teacher_pb2.TokenizerPart]  # type: ignore[assignment]
     """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
-    StreamTargets: _aio.StreamStreamMultiCallable[_teacher_pb2.StreamTargetsRequest, _teacher_pb2.StreamTargetsResponse]  # type: ignore[assignment]
-    """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
-    What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
-    """
     Score: _aio.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResult]  # type: ignore[assignment]
     """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
     answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
@@ -86,16 +78,6 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_teacher_pb2.TokenizerPart], _abc.AsyncIterator[_teacher_pb2.TokenizerPart]]:
         """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
-
-    @_abc_1.abstractmethod
-    def StreamTargets(
-        self,
-        request_iterator: _MaybeAsyncIterator[_teacher_pb2.StreamTargetsRequest],
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.StreamTargetsResponse], _abc.AsyncIterator[_teacher_pb2.StreamTargetsResponse]]:
-        """Sequences in, targets out. The first message must be `open`. Responses come in any order and carry the request's id.
-        What is wrong with one sequence is answered in-band for that sequence; the stream and the others go on.
-        """
 
     @_abc_1.abstractmethod
     def Score(
