@@ -24,7 +24,7 @@ from logitstream.rpc.channel import server_options
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server import logs, server
 from teacher_server.backend import ScoreRequest
-from teacher_server.encoding import Encode
+from teacher_server.encoding import Encode, encoder
 from tests.flat_settings import teacher_config
 
 VOCAB_SIZE = 49_152
@@ -144,7 +144,7 @@ def main() -> None:
         max_queue_tokens=1 << 23,
         drain_seconds=2.0,
     )
-    server.serve(config, lambda: backend, make_encoder=encoded_before if args.encoded_before else server.encoder)
+    server.serve(config, lambda: backend, make_encoder=encoded_before if args.encoded_before else encoder)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Client:
                 asked = sequences[start : start + group]
                 num_tokens = sum(map(len, asked))
                 async with self._room:
-                    await self._room.wait_for(lambda n=num_tokens: not self._held or self._held + n <= self._window)
+                    await self._room.wait_for(lambda n=num_tokens: not self._held or self._held + n <= self._window)  # type: ignore[misc]
                     self._held += num_tokens
                 calls.create_task(self._call(asked))
 

@@ -39,7 +39,7 @@ async def raw_run(address: str, method: str, requests: list[bytes]) -> tuple[flo
 
         async def make_calls() -> None:
             for request in waiting:
-                sizes.extend([len(message) async for message in channel.unary_stream(method)(request)])
+                sizes.extend([len(message) async for message in channel.unary_stream(method, None, None)(request)])
 
         start = time.perf_counter()
         await asyncio.gather(*(make_calls() for _ in range(CALLS_AT_ONCE)))

@@ -61,8 +61,9 @@ class Problem:
         torch.manual_seed(0)
         self.vocab_size = SIZES[size]["vocab_size"]
         heads = SIZES[size]["hidden_size"] // 64
+        size_settings: dict[str, Any] = dict(SIZES[size])
         config = LlamaConfig(
-            **SIZES[size], num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True
+            **size_settings, num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True
         )
         self.model: Any = AutoModelForCausalLM.from_config(config)
         assert install_fused_loss(self.model)

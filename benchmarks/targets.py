@@ -297,8 +297,8 @@ def timings(data: Scored, forward: Callable[[], Any]) -> dict[str, Any]:
         ),
         **{f"draw_{name}": drawing(spec) for name, spec in draws.items()},
         "draw_systematic_from_bfloat16": drawing(TargetSpec(), logits.bfloat16()),
-        **{f"encode_{n}": lambda n=n: [codec.encode(x, id_model=data.id_model) for x in pieces[n]] for n in pieces},
-        **{f"decode_{n}": lambda n=n: [codec.decode(x, id_model=data.id_model) for x in payloads[n]] for n in pieces},
+        **{f"encode_{n}": lambda n=n: [codec.encode(x, id_model=data.id_model) for x in pieces[n]] for n in pieces},  # type: ignore[misc]
+        **{f"decode_{n}": lambda n=n: [codec.decode(x, id_model=data.id_model) for x in payloads[n]] for n in pieces},  # type: ignore[misc]
     }
     return {
         "entries_a_token": {

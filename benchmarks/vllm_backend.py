@@ -139,7 +139,7 @@ def serving(backend: VllmBackend, folder: Path) -> Iterator[tuple[str, asyncio.A
 
 async def delivered(address: str, sequences: list[TokenSequence]) -> tuple[float, float]:
     """Seconds until the last target is at the client, and payload bytes a token."""
-    from load import Client
+    from benchmarks.load import Client
 
     async with Client(address, "benchmark", window_tokens=65_536) as client:
         start = time.perf_counter()
@@ -246,9 +246,9 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from load import SPEC
     from transformers import AutoTokenizer
 
+    from benchmarks.load import SPEC
     from benchmarks.machine import machine
     from demo.assets import teacher_folder, text_file
     from logitstream.types import TokenSequence

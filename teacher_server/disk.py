@@ -46,7 +46,7 @@ class Disk:
         self._warn_if_hanging()
         return None
 
-    def offer(self, num_bytes: int, function: Callable[..., None], *arguments: Any) -> bool:
+    def offer(self, num_bytes: int, function: Callable[..., object], *arguments: Any) -> bool:
         """Call the function later, keeping num_bytes in memory until then; False if too much waits already."""
         if self._waiting_bytes and self._waiting_bytes + num_bytes > self._max_waiting_bytes:
             self._warn_if_hanging()
@@ -68,7 +68,7 @@ class Disk:
     def shutdown(self) -> None:
         self._thread.close()
 
-    def _has_written(self, num_bytes: int, done: Future[None]) -> None:
+    def _has_written(self, num_bytes: int, done: Future[Any]) -> None:
         self._waiting_bytes -= num_bytes
         if not self._waiting_bytes and self._drops:
             self._drops = False

@@ -323,7 +323,7 @@ def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
             trainer = make_trainer(scenario, folder, [Trouble(scenario, cut_off=False)], wrap)
             do_before(scenario, trainer)
             trainer.train(
-                resume_from_checkpoint=str(Path(trainer.args.output_dir) / f"checkpoint-{scenario.resume_at}")
+                resume_from_checkpoint=str(Path(str(trainer.args.output_dir)) / f"checkpoint-{scenario.resume_at}")
             )
     trainer.save_model()
     parameters = {name: whole(tensor) for name, tensor in trainer.model.named_parameters()}

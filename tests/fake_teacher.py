@@ -146,7 +146,7 @@ def _refusal(index: int, *, retryable: bool) -> pb.ScoreResult:
 
 
 async def _serve(options: argparse.Namespace, telling: Connection | None) -> None:
-    teacher = FakeTeacher(options)
+    teacher = FakeTeacher(options)  # type: ignore[abstract]
     server = aio.server(
         options=[
             ("grpc.so_reuseport", 0),

@@ -67,7 +67,7 @@ class WireClient:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        await self.channel.close()
+        await self.channel.close(None)
 
     async def describe(self) -> pb.DescribeResponse:
         return await self.stub.Describe(pb.DescribeRequest(), metadata=self.metadata, timeout=10)
@@ -78,10 +78,11 @@ class WireClient:
         spec: TargetSpec | pb.TargetSpec = SPEC,
         seconds: float = 20.0,
         **fields: Any,
-    ) -> aio.UnaryStreamCall[pb.ScoreRequest, pb.ScoreResult]:
-        """Begin to score; the call's results are to be read."""
+    ) -> Any:
+        """Begin to score and return the call, an aio.UnaryStreamCall."""
         message = convert.spec_to_message(spec) if isinstance(spec, TargetSpec) else spec
-        request = pb.ScoreRequest(**{"client_id": "test", "vocab_size": 1 << 24, "spec": message} | fields)
+        settings: dict[str, Any] = {"client_id": "test", "vocab_size": 1 << 24, "spec": message} | fields
+        request = pb.ScoreRequest(**settings)
         request.sequences.extend(
             one if isinstance(one, pb.Sequence) else convert.sequence_to_message(one) for one in sequences
         )

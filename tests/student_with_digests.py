@@ -6,7 +6,6 @@ import hashlib
 import os
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -14,11 +13,12 @@ from student_worker.__main__ import main
 
 
 class Digest(TrainerCallback):
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        parameters = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = b"".join(parameter.detach().numpy().tobytes() for parameter in kwargs["model"].parameters())
         print(f"\nrank {os.environ.get('RANK', '0')} {hashlib.sha256(parameters).hexdigest()}", flush=True)
 
 
 if __name__ == "__main__":
-    DEFAULT_CALLBACKS.append(Digest)
+    callbacks: list[Any] = DEFAULT_CALLBACKS
+    callbacks.append(Digest)
     main()

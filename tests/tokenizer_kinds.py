@@ -109,7 +109,7 @@ def _byte_fallback() -> PreTrainedTokenizerFast:
     _train(
         made, trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False)
     )
-    made.pre_tokenizer = None  # type: ignore[assignment]
+    made.pre_tokenizer = None
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return _fast(made, unk_token="<unk>", eos_token="</s>")
 

@@ -16,8 +16,9 @@ import pytest
 from logitstream import metrics
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import DiskThread
-from logitstream.data.batches import Batch, split_batch
+from logitstream.data.batches import split_batch
 from logitstream.data.corpus import CacheDataset
+from logitstream.data.documents import Batch
 from logitstream.errors import DiskHangs
 from logitstream.training.target_cache import TargetCache, open_target_cache
 from logitstream.training.target_stream import TargetStream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import duckdb
@@ -26,7 +27,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def shard_rows(directory: Path) -> Iterator[dict[str, object]]:
+def shard_rows(directory: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(directory.glob("*.arrow")):
         yield from datasets.Dataset.from_file(str(path))
 
@@ -35,7 +36,7 @@ def test_datasets_opens_shards_as_they_are(directory: Path) -> None:
     rows = list(shard_rows(directory))
     assert len(rows) == len(MADE)
     for row in rows:
-        record, _ = EXPECTED[row["key"]]  # type: ignore[index]
+        record, _ = EXPECTED[row["key"]]
         assert row["token_ids"] == record.token_ids.tolist()
         assert (row["payload"], row["draw_set"]) == (record.payload, record.draw_set)
 
@@ -50,10 +51,10 @@ def test_datasets_opens_an_open_shard_too(tmp_path: Path) -> None:
 def test_a_records_checksum_is_as_documented(directory: Path) -> None:
     for row in shard_rows(directory):
         tokens = np.array(row["token_ids"], "<u2").tobytes()
-        numbers = int(row["draw_set"]).to_bytes(8, "little") + int(row["teacher_version"]).to_bytes(8, "little")  # type: ignore[call-overload]
-        lengths = len(tokens).to_bytes(4, "little") + len(row["loss_mask"]).to_bytes(4, "little")  # type: ignore[arg-type]
+        numbers = int(row["draw_set"]).to_bytes(8, "little") + int(row["teacher_version"]).to_bytes(8, "little")
+        lengths = len(tokens).to_bytes(4, "little") + len(row["loss_mask"]).to_bytes(4, "little")
         value = 0
-        for part in (row["key"] + numbers + lengths, tokens, row["loss_mask"], row["payload"]):  # type: ignore[operator]
+        for part in (row["key"] + numbers + lengths, tokens, row["loss_mask"], row["payload"]):
             value = xxhash.xxh3_64_intdigest(part, value)
         assert row["checksum"] == value
 

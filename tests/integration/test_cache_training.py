@@ -172,11 +172,12 @@ def test_other_batch_sizes_and_worker_counts_hit_the_cache_for_every_sequence(
     lengths = np.random.default_rng(1).integers(2, TOKENS + 1, len(sequences))
     ragged = [{"input_ids": ids[:length]} for ids, length in zip(sequences["input_ids"], lengths, strict=True)]
     cache = open_cache(tmp_path, client)
-    list(TargetStream(DataLoader(ragged, batch_size=4, collate_fn=collate), client, cache=cache, draw_set=0))
+    rows: Any = ragged
+    list(TargetStream(DataLoader(rows, batch_size=4, collate_fn=collate), client, cache=cache, draw_set=0))
     cache.close()
     for worker in range(num_workers):
         cache = open_cache(tmp_path, None)
-        mine = ragged[worker::num_workers][::-1]
+        mine: Any = ragged[worker::num_workers][::-1]
         stream = TargetStream(
             DataLoader(mine, batch_size=batch_size, collate_fn=collate), None, cache=cache, mode="cache", draw_set=0
         )
@@ -207,7 +208,7 @@ def shuffled(dataset: CacheDataset, num_workers: int, seed: int) -> list[tuple[i
     orders = []
     for rank in range(num_workers):
         loader = DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=8 // num_workers,
             shuffle=True,
             collate_fn=collate,
@@ -293,7 +294,7 @@ def test_damaged_records_are_left_out_of_a_run_from_the_cache_alone(tmp_path: Pa
     cache = open_cache(tmp_path / "cache", None)
     stream = TargetStream(
         DataLoader(dataset, batch_size=4, collate_fn=collate), None, cache=cache, mode="cache", draw_set=0
-    )  # type: ignore[arg-type]
+    )
     rows = sum(int((np.diff(batch["targets"].row_offsets) > 0).sum()) for batch in stream)
     assert stream.stats.sequences == 22
     expected = [TOKENS if r.loss_mask is None else int(r.loss_mask.sum()) for r in reader.records()]

@@ -32,9 +32,8 @@ SECONDS = 60.0
 
 
 def client_of(address: str, spec: TargetSpec = SPEC, **settings: Any) -> GrpcTeacherClient:
-    return GrpcTeacherClient(
-        [address], spec, **{"vocab_size": 1000, "tokenizer": "70" * 32, "connect_timeout_seconds": SECONDS} | settings
-    )
+    usual: dict[str, Any] = {"vocab_size": 1000, "tokenizer": "70" * 32, "connect_timeout_seconds": SECONDS}
+    return GrpcTeacherClient([address], spec, **usual | settings)
 
 
 def ragged(count: int, seed: int = 0) -> list[TokenSequence]:
@@ -97,7 +96,7 @@ async def close(client: GrpcTeacherClient) -> None:
 async def test_a_server_known_by_name_is_reached_over_tls_with_certificates_on_both_ends(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     server_files, client_files = ours.issue("server"), ours.issue("client")
-    files = {"tls_cert": server_files.certificate, "tls_key": server_files.key, "tls_ca": ours.path}
+    files: dict[str, Any] = {"tls_cert": server_files.certificate, "tls_key": server_files.key, "tls_ca": ours.path}
     async with serving(FakeBackend(), **files) as server:
         address = f"localhost:{server.address.rsplit(':', 1)[1]}"
         client = client_of(address, tls=client_files)
@@ -151,10 +150,12 @@ async def test_a_socket_of_this_machine_is_served_and_named_as_it_was_given(
 
 
 async def test_a_connection_that_fails_says_what_it_means_for_the_settings(tmp_path: Path) -> None:
-    ours, short = Authority(tmp_path), {"connect_timeout_seconds": 1.0}
+    ours = Authority(tmp_path)
+    short: dict[str, Any] = {"connect_timeout_seconds": 1.0}
     (tmp_path / "foreign").mkdir()
     files, foreign = ours.issue("server"), Authority(tmp_path / "foreign")
-    tls, mutual = {"tls_cert": files.certificate, "tls_key": files.key}, {"tls_ca": ours.path}
+    tls: dict[str, Any] = {"tls_cert": files.certificate, "tls_key": files.key}
+    mutual: dict[str, Any] = {"tls_ca": ours.path}
     async with (
         serving(FakeBackend()) as plain,
         serving(FakeBackend(), **tls) as encrypted,

@@ -112,8 +112,8 @@ def assert_same_end(trainer: DistillationTrainer, whole: DistillationTrainer) ->
     logged = [[row["tokens"] for row in one.state.log_history if "tokens" in row] for one in (trainer, whole)]
     assert logged[0] == logged[1]
     assert losses_of(trainer) == losses_of(whole)
-    for ours, theirs in zip(parameters(trainer), parameters(whole), strict=True):
-        assert torch.equal(ours, theirs)
+    for one, other in zip(parameters(trainer), parameters(whole), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ UNKNOWN, and a bystander's calls go on throughout.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import numpy as np
@@ -124,7 +125,7 @@ async def cancelling_fuzz(address: str, *, seed: int, rounds: int, live: int = 4
 
 def raw_call(channel: grpc.Channel, message: bytes) -> grpc.StatusCode:
     """Send bytes as a call's request; return the status that ends it."""
-    call = channel.unary_stream(f"/{SERVICE}/Score")(message, timeout=60)
+    call = channel.unary_stream(f"/{SERVICE}/Score", None, None)(message, timeout=60)
     try:
         for _ in call:
             pass
@@ -144,15 +145,15 @@ def wire_fuzz(address: str, *, seed: int, count: int) -> None:
                 sequences=[hostile_sequence(rng)[0] for _ in range(3)],
             )
             assert raw_call(channel, mutated(rng, good.SerializeToString())) in BAD_INPUT | {grpc.StatusCode.OK}
-        describe = channel.unary_unary(f"/{SERVICE}/Describe")
+        describe = channel.unary_unary(f"/{SERVICE}/Describe", None, None)
         for _ in range(100):
             call = describe.future(mutated(rng, good.SerializeToString()), timeout=60)
             assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 async def test_a_hundred_thousand_hostile_sequences_harm_nobody() -> None:
-    settings = {"max_sequence_tokens": 64, "max_in_flight_tokens": 100_000, "max_message_bytes": 1 << 20}
-    async with serving(FakeBackend(vocab_size=VOCAB_SIZE), **settings) as server:
+    limits: dict[str, Any] = {"max_sequence_tokens": 64, "max_in_flight_tokens": 100_000, "max_message_bytes": 1 << 20}
+    async with serving(FakeBackend(vocab_size=VOCAB_SIZE), **limits) as server:
         stop = asyncio.Event()
         watching = asyncio.ensure_future(bystander(server.address, stop))
         semantic = [semantic_fuzz(server.address, seed=seed, count=26_000) for seed in range(4)]

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -93,9 +94,9 @@ def scraped(port: int) -> str:
         return str(response.read().decode())
 
 
-async def eventually(attempt: object) -> None:
+async def eventually(attempt: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(SECONDS):
-        while not await attempt():  # type: ignore[operator]
+        while not await attempt():
             await asyncio.sleep(0.2)
 
 
@@ -119,7 +120,7 @@ async def test_more_idle_connections_than_files_on_every_port_take_nothing_off_l
 @pytest.mark.parametrize("greeting", [b"", PREFACE + frame(SETTINGS, 0, 0, b"")], ids=["silent", "after the preface"])
 async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_has_its_own(greeting: bytes) -> None:
     (health_port,) = free_ports(1)
-    settings = {"health_address": f"127.0.0.1:{health_port}", "max_connections": 8}
+    settings: dict[str, Any] = {"health_address": f"127.0.0.1:{health_port}", "max_connections": 8}
     async with serving(FakeBackend(delay_seconds=1.0), **settings) as server:
         port = int(server.address.rpartition(":")[2])
         async with WireClient(server.address) as busy:
@@ -163,7 +164,7 @@ async def test_watchers_are_few_and_checks_are_answered_beside_them() -> None:
 
         async def may_watch() -> bool:
             try:
-                return (await stub.Watch(health_pb2.HealthCheckRequest()).read()) is not aio.EOF
+                return (await stub.Watch(health_pb2.HealthCheckRequest()).read()) is not aio.EOF  # type: ignore[attr-defined]
             except aio.AioRpcError:
                 return False
 

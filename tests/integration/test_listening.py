@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,9 +48,10 @@ async def test_a_second_server_at_an_address_that_is_served_says_so_and_ends(
 ) -> None:
     places = {"port": free_port(), "tmp": tmp_path}
     (name, wanted), *_ = ((name, value.format(**places)) for name, value in second.items())
-    async with serving(FakeBackend(), **{name: value.format(**places) for name, value in first.items()}) as server:
+    theirs: dict[str, Any] = {name: value.format(**places) for name, value in first.items()}
+    async with serving(FakeBackend(), **theirs) as server:
         settings = {"model": "m", "address": "127.0.0.1:0"} | {name: wanted}
-        other = TeacherServer(teacher_config(**settings), FakeBackend)  # type: ignore[arg-type]
+        other = TeacherServer(teacher_config(**settings), FakeBackend)
         with pytest.raises(OSError, match=f"^cannot serve on {wanted}: .*(in use|listens there)"):
             await other.run()
         async with WireClient(server.address) as client:  # the first one is not harmed

@@ -57,10 +57,10 @@ def node_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not kept.exists():
                 os.rename(folder, kept)
                 Path(folder).mkdir()  # for the context to remove
-    folder = tmp_path_factory.mktemp("node")
-    (folder / "node_modules").symlink_to(kept / "node_modules")
-    shutil.copy(manifest, folder)
-    return Path(shutil.copy(SOURCE / "client.mjs", folder))
+    place = tmp_path_factory.mktemp("node")
+    (place / "node_modules").symlink_to(kept / "node_modules")
+    shutil.copy(manifest, place)
+    return Path(shutil.copy(SOURCE / "client.mjs", place))
 
 
 async def run_node(client: Path, address: str, **options: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def documents() -> list[Row]:
 
 
 def flattened(**options: Any) -> Collator:
-    return DataCollatorWithFlattening(return_tensors="pt", **options)  # type: ignore[no-any-return]
+    return DataCollatorWithFlattening(return_tensors="pt", **options)
 
 
 def two_rows(rows: list[Row]) -> Batch:
@@ -128,8 +128,8 @@ def trainer_of(
             learning_rate=0.0,
             logging_steps=1,
         ),
-        train_dataset=documents(),  # type: ignore[arg-type]
-        eval_dataset=documents(),  # type: ignore[arg-type]
+        train_dataset=documents(),
+        eval_dataset=documents(),
         data_collator=collator,
         wrap_dataloader=stream,
     )
@@ -283,6 +283,6 @@ def test_a_datasets_columns_of_tokens_are_not_left_out_without_a_word(tmp_path: 
     trainer = trainer_of(tmp_path, tiny_model("llama"), None, collate)
     rows = [{"input_ids": [3, 4, 5], name: [1, 2] if name == "seq_lengths" else [0.1, 0.2, 0.3], "text": "a"}] * 4
     with pytest.raises(ValueError, match=f"the column '{name}' of the evaluation dataset has an entry"):
-        trainer.evaluate(Dataset.from_list(rows))  # type: ignore[arg-type]
+        trainer.evaluate(Dataset.from_list(rows))
     kept = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1], "text": "a"}] * 4)
-    assert np.isfinite(trainer.evaluate(kept)["eval_loss"])  # type: ignore[arg-type]
+    assert np.isfinite(trainer.evaluate(kept)["eval_loss"])

@@ -51,7 +51,7 @@ def foreign(tmp_path: Path) -> Authority:
 @asynccontextmanager
 async def serving_tls(files: TlsFiles, *, mutual: bool = False, **settings: Any) -> AsyncIterator[TeacherServer]:
     client_ca = files.authority if mutual else ""
-    tls = {"tls_cert": files.certificate, "tls_key": files.key, "tls_ca": client_ca}
+    tls: dict[str, Any] = {"tls_cert": files.certificate, "tls_key": files.key, "tls_ca": client_ca}
     async with serving(FakeBackend(), address="localhost:0", **tls, **settings) as server:
         yield server
 

@@ -108,7 +108,7 @@ async def test_served_targets_are_unbiased_and_top_k_is_not(
     one = TokenSequence(token_ids=token_ids[:16], loss_mask=mask)
     assert backend._lm is not None
     with torch.inference_mode():
-        logits = backend._lm.logits(backend._lm.hidden([torch.from_numpy(one.token_ids).long()])[0])
+        logits = backend._lm.logits(backend._lm.hidden(torch.from_numpy(one.token_ids).long()[None])[0])
     probs = torch.softmax(logits.double(), -1).numpy()
     async with serving(Keep(backend)) as server:
         for name, spec in UNBIASED.items():
@@ -183,6 +183,6 @@ def test_the_reference_is_the_model_itself(teacher_dir: Path, backend: Transform
     assert backend._lm is not None
     with torch.inference_mode():
         expected = model(input_ids=ids[None]).logits[0]
-        found = backend._lm.logits(backend._lm.hidden([ids])[0])
+        found = backend._lm.logits(backend._lm.hidden(ids[None])[0])
     assert float((expected - found).abs().max()) < 1e-3
     assert statistics.fmean((expected - found).abs().mean(1).tolist()) < 1e-4

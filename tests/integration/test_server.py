@@ -166,10 +166,14 @@ async def test_a_call_beyond_its_client_s_share_is_told_when_to_come_again() -> 
         refused = await client.refusal(*more)
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "800 tokens of this client in flight and 600 more: its share is 1000" in str(refused.details())
-        assert 50 <= int(dict(refused.trailing_metadata())["retry-after-ms"]) <= 5000
+        assert 50 <= int(str(_metadata(refused)["retry-after-ms"])) <= 5000
         backend.gate.set()
         assert len([result async for result in first]) == 4
         assert [bool(result.targets) for result in await client.score(*more)] == [True, True]
+
+
+def _metadata(error: Any) -> dict[str, Any]:
+    return dict(error.trailing_metadata())
 
 
 async def test_calls_one_after_another_are_never_refused() -> None:
@@ -195,7 +199,7 @@ async def test_what_waits_for_a_call_that_is_over_is_dropped_before_it_is_scored
         if way == "cancelled":
             call.cancel()
         elif way == "cut off":
-            await client.channel.close()
+            await client.channel.close(None)
         await until(lambda: server.scheduler.num_unfinished == 1)
         assert server.admission.num_calls == 1
         backend.gate.set()
@@ -228,7 +232,7 @@ async def test_a_client_that_vanishes_while_it_is_written_to_is_no_error(caplog:
                 call = client.call(*[sequence(*[number] * 500) for number in range(20)])
                 await call.read()
                 if way == "cut off":
-                    await client.channel.close()
+                    await client.channel.close(None)
                 else:
                     call.cancel()
         await until(lambda: not server.admission.num_calls)

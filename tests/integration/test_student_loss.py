@@ -56,7 +56,7 @@ def rows_of(num_rows: int, *, lengths: int = 6) -> Dataset:
 
 def with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A padded batch and the targets of all its rows, padding's too."""
-    batch = collate(rows)
+    batch: dict[str, Any] = dict(collate(rows))
     batch["targets"] = SparseTargets.concatenate([targets_of(row) for row in batch["input_ids"].tolist()])
     return batch
 
@@ -437,11 +437,12 @@ def test_split_sequences_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_noise_on_embeddings_and_recomputed_layers_reach_the_fused_loss(tmp_path: Path) -> None:
     losses = {}
-    for name, arguments in {
+    kinds: dict[str, dict[str, Any]] = {
         "plain": {},
         "noise": {"neftune_noise_alpha": 50.0},
         "recomputed": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
-    }.items():
+    }
+    for name, arguments in kinds.items():
         trainer = trainer_of(tmp_path, student(), arguments=arguments)
         trainer.train()
         losses[name] = [row[0] for row in logged(trainer, "loss")]

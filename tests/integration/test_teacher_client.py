@@ -54,7 +54,7 @@ SECONDS = 60.0
 
 @contextlib.contextmanager
 def connected(*addresses: str, **settings: Any) -> Iterator[GrpcTeacherClient]:
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "tokenizer": TOKENIZER_DIGEST,
         "deadline_seconds": SECONDS,

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ async def test_check_tells_what_describe_tells_and_both_what_was_set(
     tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "ids").write_bytes(IdModel.from_expected_counts(np.ones(96)).to_bytes())
-    settings = {"max_message_bytes": 1 << 17, "max_in_flight_tokens": 777, "max_sequence_tokens": 33}
+    settings: dict[str, Any] = {"max_message_bytes": 1 << 17, "max_in_flight_tokens": 777, "max_sequence_tokens": 33}
     settings |= {"id_model": str(tmp_path / "ids")}
     sections = nested(TeacherConfig, settings)
     words = [f"--{name}.{leaf}={value}" for name, part in sections.items() for leaf, value in part.items()]
@@ -232,7 +233,7 @@ def test_check_says_what_would_keep_the_server_from_working(
     places = {"tmp": tmp_path, "cert": files.certificate, "key": files.key}
     given = {name: value.format(**places) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(SystemExit, match=f"teacher-server: .*{text}"):
-        check(teacher_config(model="/nowhere/at all", **given))  # type: ignore[arg-type]
+        check(teacher_config(model="/nowhere/at all", **given))
 
 
 def test_check_passes_where_a_server_runs_already(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
             ({"address": "127.0.0.1:0", "metrics_port": taken}, "Address already in use"),
         ):
             with pytest.raises(SystemExit, match=f"^teacher-server: .*{text}"):
-                serve(teacher_config(model="m", **arguments), FakeBackend)  # type: ignore[arg-type]
+                serve(teacher_config(model="m", **arguments), FakeBackend)
 
 
 @pytest.mark.parametrize(

@@ -141,17 +141,18 @@ def test_the_step_loss_is_the_mean_over_all_its_supervised_rows(tmp_path: Path, 
     trainer = trainer_of(tmp_path, teacher, max_steps=1, ce_weight=0.5)
     trainer.model.eval()
     mask = torch.arange(40).view(4, 10) % 7 > torch.tensor([[0], [5], [3], [1]])
-    batches = []
+    batches: list[dict[str, Any]] = []
     for rows in (slice(0, 1), slice(1, 4)):
         input_ids = torch.tensor(dataset()[rows]["input_ids"])
         targets = SparseTargets.concatenate([targets_of(row) for row in input_ids.tolist()])
         batches.append({"input_ids": input_ids, "loss_mask": mask[rows], "targets": targets})
+    student: Any = trainer.model
     num_items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     assert num_items == mask.sum()
-    got = sum(trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_items) for batch in batches)
+    got = sum(trainer.compute_loss(student, batch, num_items_in_batch=num_items) for batch in batches)
     whole = {"input_ids": torch.tensor(dataset()[:4]["input_ids"]), "loss_mask": mask}
     expected = sparse_kl(
-        trainer.model(input_ids=whole["input_ids"]).logits,
+        student(input_ids=whole["input_ids"]).logits,
         SparseTargets.concatenate([batch["targets"] for batch in batches]),
         labels=next_token_labels(whole),
         ce_weight=0.5,
@@ -182,11 +183,12 @@ def test_evaluation_weighs_by_supervised_tokens_whatever_the_batches(
     for row, num_prompt in zip(rows, (5, 0, 1, 3, 2, 1, 4), strict=True):
         row["labels"] = [-100] * num_prompt + row["input_ids"][num_prompt:]
     trainer = trainer_of(tmp_path, teacher, eval_batch_size=batch_size, data_collator=collate)
-    trainer.model.eval()
+    student: Any = trainer.model
+    student.eval()
     losses = []
     for row in rows:
         with torch.no_grad():
-            logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            logits = student(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"][1:])
         losses.append(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")[labels != -100])
     assert len(losses[3]) == 0
@@ -216,6 +218,7 @@ def test_the_first_cross_entropy_pass_is_not_part_of_the_overhead(tmp_path: Path
     """One measured step of a few milliseconds: counted, the half second would make it about -1."""
     trainer = trainer_of(tmp_path, teacher, kind=SlowAtFirst, max_steps=3, overhead_every=100)
     trainer.train()
+    assert isinstance(trainer, SlowAtFirst)
     assert trainer.warm
     assert trainer.stats.meter.num_measured == 1
     last = [row for row in trainer.state.log_history if "loss" in row][-1]
@@ -235,7 +238,7 @@ def test_logged_bytes_per_token_are_those_of_the_batches_trained_on(tmp_path: Pa
         seen.append((sum(len(codec.encode(part, version=SPEC.codec_version)) for part in parts), 2 * 10))
         return step(model, inputs, *args)
 
-    trainer.training_step = remember  # type: ignore[method-assign]
+    trainer.training_step = remember  # type: ignore[method-assign, assignment]
     trainer.train()
     asked.client.close()
     rows = [row for row in trainer.state.log_history if "loss" in row]

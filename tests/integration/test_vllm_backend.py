@@ -221,7 +221,9 @@ def test_targets_are_encoded_with_the_id_model_and_within_the_size_of_a_message(
     requests = requests_of([ids])
     (before,) = backend.score(requests)
     assert isinstance(before, EncodedTargets)
-    id_model = codec.IdModel.from_expected_counts(np.bincount(codec.decode(before.payload).token_ids, minlength=500))
+    id_model = codec.IdModel.from_expected_counts(
+        np.bincount(codec.decode(before.payload).token_ids, minlength=500).astype(np.float64)
+    )
     try:
         backend.configure_encoding(id_model.to_bytes(), 1 << 20)
         (after,) = backend.score(requests)
@@ -482,7 +484,7 @@ def check_unbiased(
         order = np.argsort(-probs, axis=1)
         tail = np.take_along_axis(probs, order, axis=1).cumsum(axis=1) > 0.5
         tail_probs = (np.take_along_axis(probs, order, axis=1) * tail).sum(axis=1)
-        tail_mean = (np.take_along_axis(mean, order, axis=1) * tail).sum(axis=1)
+        tail_mean = (np.take_along_axis(np.asarray(mean), order, axis=1) * tail).sum(axis=1)
         error = np.sqrt((tail_probs * (1 - tail_probs)).sum() / num_points)
         assert abs((tail_mean - tail_probs).sum()) < 5 * error
 

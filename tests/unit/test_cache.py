@@ -36,7 +36,7 @@ def make_records(count: int, *, seed: int = 0, tokens: int = 32, digest: str = f
         mask = rng.random(len(ids)) < 0.5 if number % 3 == 0 else None
         sequence = TokenSequence(token_ids=ids, loss_mask=mask)
         key = request_key(digest, sequence, number % 2)
-        records.append(Record(key, ids, mask, rng.bytes(rng.integers(0, 200)), number % 2, number % 5))
+        records.append(Record(key, ids, mask, rng.bytes(int(rng.integers(0, 200))), number % 2, number % 5))
     return records
 
 

@@ -248,7 +248,7 @@ def seal(writer: CacheWriter, directory: Path) -> None:
 def recover(writer: CacheWriter, directory: Path) -> None:
     """As the next run does for a writer that was killed in the middle of a write."""
     (path,) = directory.glob("*.open")
-    writer._shard.abandon()  # type: ignore[union-attr]
+    writer._shard.abandon()
     with path.open("ab") as file:
         file.write(b"torn")
     CacheWriter(directory, FINGERPRINT).close()
@@ -257,7 +257,7 @@ def recover(writer: CacheWriter, directory: Path) -> None:
 def recover_damaged(writer: CacheWriter, directory: Path) -> None:
     """Something lies between two batches: they go to a new shard."""
     (path,) = directory.glob("*.open")
-    writer._shard.abandon()  # type: ignore[union-attr]
+    writer._shard.abandon()
     *_, last = scan(path, 2)
     content = path.read_bytes()
     path.unlink()

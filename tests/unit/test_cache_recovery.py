@@ -83,7 +83,7 @@ def _check(reader: CacheReader, kept: set[bytes]) -> None:
 def test_a_torn_tail_is_cut_off_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer, path, sizes = flush_in_threes(tmp_path)
     os.truncate(path, sizes[-1] - 5)
-    writer._shard.abandon()  # type: ignore[union-attr]  # as the death of its process does
+    writer._shard.abandon()  # as the death of its process does
     CacheWriter(tmp_path, FINGERPRINT).close()
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert f"cut off a torn tail of {sizes[-1] - 5 - sizes[-2]} bytes" in message
@@ -100,7 +100,7 @@ def test_a_live_writers_shard_is_left_alone(tmp_path: Path) -> None:
 
 def test_batches_around_damage_in_an_open_shard_are_kept(tmp_path: Path) -> None:
     writer, path, _ = flush_in_threes(tmp_path)
-    writer._shard.abandon()  # type: ignore[union-attr]
+    writer._shard.abandon()
     messages = list(scan(path, 2))
     content = bytearray(path.read_bytes())
     content[messages[2].start : messages[2].start + 40] = bytes(40)

@@ -168,8 +168,8 @@ def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_pa
         train, heldout = load_data(config, settings, NO_TOKENIZER, checkpoint=tmp_path / "run" if resumes else None)
         assert isinstance(train, CacheDataset)
         draw_set = choose_draw_set(config, settings, len(train), cache=train.cache)
-        ids = [[int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout)]
-        return *ids, draw_set
+        first, second = ([int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout))
+        return first, second, draw_set
 
     cache = cache_with(tmp_path / "cache", {0: 8})
     first = sequences_and_draws(resumes=False)

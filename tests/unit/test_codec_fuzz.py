@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_codec import drawn_targets, targets_of, zipf_model
 
 from logitstream.codec import MAX_ENTRIES_PER_BYTE, IdModel, decode, decode_rows, encode, varint
 from logitstream.errors import CodecError
 from logitstream.id_model import uniform_tables
 from logitstream.types import SparseTargets, TargetSpec
+from tests.unit.test_codec import drawn_targets, targets_of, zipf_model
 
 MODEL = zipf_model(300)
 SPEC = TargetSpec(num_samples=8)

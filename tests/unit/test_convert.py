@@ -96,7 +96,8 @@ def test_equal_specs_have_one_fingerprint_whatever_kind_of_numbers_they_were_mad
     ],
 )
 def test_what_no_teacher_says_of_itself_is_refused_by_name(field: str, value: Any) -> None:
-    sizes = {"vocab_size": 7, "max_sequence_tokens": 9, "max_in_flight_tokens": 9, "max_message_bytes": 99}
+    sizes: dict[str, Any] = dict.fromkeys(("vocab_size", "max_sequence_tokens", "max_in_flight_tokens"), 9)
+    sizes["max_message_bytes"] = 99
     good = pb.DescribeResponse(model="m", weights_digest="ab", dtype="float32", **sizes)
     assert convert.info_from_message(good).model == "m"
     setattr(good, field, value)
@@ -128,7 +129,7 @@ def test_the_documented_example_is_what_goes_over_the_wire() -> None:
     found: dict[str, str] = {}
     last = ""
     for line in block.splitlines():
-        name, digits = re.match(r"(\w{4,}|) *((?:[0-9a-f]{2} ?)+)", line).groups()  # type: ignore[union-attr]
+        name, digits = re.match(r"(\w{4,}|) *((?:[0-9a-f]{2} ?)+)", line).groups()
         last = name or last  # a line without a name goes on with the message before
         found[last] = found.get(last, "") + digits
     messages = {name: bytes.fromhex(digits) for name, digits in found.items()}

@@ -22,7 +22,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_a_disk_that_hangs_is_waited_for_once_and_used_again_when_it_answers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    disk, answers, called = Disk(patience_seconds=PATIENCE), threading.Event(), []
+    disk, answers, called = Disk(patience_seconds=PATIENCE), threading.Event(), list[int]()
     before = metrics.value("logitstream_cache_hangs_total")
     assert before is not None
     assert await disk.ask(int, "7") == 7

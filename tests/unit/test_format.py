@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from test_codec import assert_same, targets_of
 
 from logitstream.codec import decode, encode
+from tests.unit.test_codec import assert_same, targets_of
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "targets-format.md"
 EXAMPLE = targets_of([{3: 4, 17: 1}, {}, {999: 5}], vocab_size=1000, units=5)

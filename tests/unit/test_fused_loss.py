@@ -122,13 +122,13 @@ def test_gradcheck(options: dict[str, float], ghost: bool) -> None:
             labels=labels,
             loss_mask=mask,
             chunk_bytes=CHUNK_ROWS * 8 * 19,
-            **options,  # type: ignore[arg-type]
+            **options,
         ).loss
 
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def errors(dtype: torch.dtype, seed: int, **shape: int) -> tuple[dict[str, float], dict[str, float]]:
+def errors(dtype: torch.dtype, seed: int, **shape: Any) -> tuple[dict[str, float], dict[str, float]]:
     """Root mean square errors against float64 of the fused loss and of the plain twin, at the same dtype."""
     hidden, weight, _, targets, labels, mask = problem(seed, **shape)
     hidden, weight = hidden.to(dtype), (weight * 0.3).to(dtype)
@@ -185,8 +185,8 @@ def test_a_share_of_thousands_of_items_survives_low_precision(
 ) -> None:
     """Under a gradient scaler: no larger an error, against float64, than the plain twin's at the same dtype."""
     hidden, weight, bias, targets, labels, mask = problem(8, num_rows=40, vocab_size=3_000, max_entries=6)
-    options = {"labels": labels, "loss_mask": mask, "num_items": num_items} | options
-    cap = options.pop("logit_softcap", None)
+    options = dict[str, Any](labels=labels, loss_mask=mask, num_items=num_items) | options
+    cap: Any = options.pop("logit_softcap", None)
     targets = drawn(targets, temperature=options.pop("temperature", 1.0), ghost=options.pop("ghost", False))
     inputs = [(tensor * 0.3).to(dtype) for tensor in (hidden, weight, bias)]
 
@@ -196,7 +196,7 @@ def test_a_share_of_thousands_of_items_survives_low_precision(
         with torch.autocast("cpu", dtype=dtype, enabled=low and autocast):
             if fused:
                 chunk_bytes = 16 * 10 * len(w)
-                extra = {"bias": b, "logit_softcap": cap, "chunk_bytes": chunk_bytes}
+                extra: dict[str, Any] = {"bias": b, "logit_softcap": cap, "chunk_bytes": chunk_bytes}
                 loss = fused_linear_sparse_kl(h, w, targets, **extra, **options).loss
             else:
                 loss = sparse_kl(plain(h, w, b, cap), targets, **options)

@@ -55,7 +55,7 @@ def models() -> list[IdModel]:
         IdModel(np.array([255, 0, 255], np.uint8)),
         IdModel(rng.integers(0, 256, 5000).astype(np.uint8)),
         IdModel(np.full(300_000, 7, np.uint8)),
-        IdModel.from_expected_counts(1e6 / np.arange(1, 150_001) ** 1.1),
+        IdModel.from_expected_counts(np.asarray(1e6 / np.arange(1, 150_001) ** 1.1, np.float64)),
     ]
 
 

@@ -7,9 +7,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from logitstream import metrics
+from logitstream.errors import REQUEST_ERRORS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 ROW = re.compile(
@@ -65,9 +67,7 @@ def test_names_end_in_their_unit() -> None:
 
 
 def test_refusals_and_stages_are_exported_before_the_first_one() -> None:
-    for reason in metrics.REQUEST_ERRORS:
-        assert metrics.REGISTRY.get_sample_value("logitstream_teacher_rejects_total", {"reason": reason}) is not None
+    for reason in REQUEST_ERRORS:
+        assert REGISTRY.get_sample_value("logitstream_teacher_rejects_total", {"reason": reason}) is not None
     for stage in metrics.STAGES:
-        assert (
-            metrics.REGISTRY.get_sample_value("logitstream_teacher_stage_seconds_count", {"stage": stage}) is not None
-        )
+        assert REGISTRY.get_sample_value("logitstream_teacher_stage_seconds_count", {"stage": stage}) is not None

@@ -204,7 +204,7 @@ def test_the_end_of_text_is_not_put_twice(kinds: dict[str, PreTrainedTokenizerFa
     tokenizer = chat_tokenizer(kinds, template="$A <bos>")
     tokenizer.eos_token = "<bos>"
     tokenizer.add_special_tokens({"eos_token": "</s>"})
-    end = tokenizer.convert_tokens_to_ids("</s>")
+    end: Any = tokenizer.convert_tokens_to_ids("</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", end)]
     )
@@ -213,7 +213,8 @@ def test_the_end_of_text_is_not_put_twice(kinds: dict[str, PreTrainedTokenizerFa
 
 def test_settings_name_other_tokens_or_none_around_documents(kinds: dict[str, PreTrainedTokenizerFast]) -> None:
     tokenizer = chat_tokenizer(kinds, template="<bos> $A <|im_end|>")
-    bos, turn, text = (tokenizer.convert_tokens_to_ids(name) for name in ("<bos>", "<|im_end|>", "<|endoftext|>"))
+    ids: Any = [tokenizer.convert_tokens_to_ids(name) for name in ("<bos>", "<|im_end|>", "<|endoftext|>")]
+    bos, turn, text = ids
     assert frame_of(tokenizer, start="none", end="none") == Frame()
     assert frame_of(tokenizer, start="<|endoftext|>", end="<|im_end|>") == Frame((text,), (turn,))
     assert frame_of(tokenizer) == Frame((bos,), (turn, text))

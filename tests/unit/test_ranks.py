@@ -26,7 +26,7 @@ class Student(nn.Module):
 def test_equal_students_do_not_differ() -> None:
     student = Student()
     other = copy.deepcopy(student)
-    other.scratch += 1  # what is not saved is each process's own
+    other.get_buffer("scratch").add_(1)  # what is not saved is each process's own
     assert len(digests(student)) == 4
     assert difference([digests(student), digests(other)]) is None
 
@@ -55,7 +55,8 @@ def test_many_names_are_cut_short() -> None:
 
 
 def test_shards_are_compared_with_their_replicas_alone() -> None:
-    shards = [{("w", (place,)): digest} for place, digest in ((0, 5), (1, 6), (0, 5), (1, 7))]
+    numbers: list[tuple[tuple[int, ...], int]] = [((0,), 5), ((1,), 6), ((0,), 5), ((1,), 7)]
+    shards = [{("w", place): digest} for place, digest in numbers]
     assert difference(shards[:3]) is None
     assert difference(shards) == "1 of 2 tensors (w), between ranks 1, 3"
 

@@ -432,7 +432,7 @@ def test_damaged_records_are_left_out_of_the_loss_without_a_teacher(
         got.extend(stream)
     assert [int(batch["targets"].num_entries) for batch in got] == [12, 12, 0, 12]
     assert not got[2]["loss_mask"].any()
-    assert REGISTRY.get_sample_value("logitstream_cache_corrupt_total") == corrupt + 2  # type: ignore[operator]
+    assert REGISTRY.get_sample_value("logitstream_cache_corrupt_total") == corrupt + 2
     assert sum("its record in the cache is damaged" in record.message for record in caplog.records) == 2
     raising = TargetStream(batches, None, cache=cache, mode="cache", draw_set=1, on_refused="raise")
     assert take_until(CorruptRecord, raising) == 2

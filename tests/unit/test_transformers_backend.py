@@ -158,7 +158,7 @@ def test_logits_that_are_not_finite_fail_their_own_sequence_alone() -> None:
 class LooksAhead(LlamaForCausalLM):
     """Not causal, and its head is called twice: every logit depends on all tokens."""
 
-    def forward(self, input_ids: torch.Tensor, **_options: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
+    def forward(self, input_ids: torch.Tensor, **_options: Any) -> CausalLMOutputWithPast:
         hidden = self.model.embed_tokens(input_ids)
         return CausalLMOutputWithPast(logits=self.lm_head(hidden) + 5 * self.lm_head(hidden.mean(1, keepdim=True)))
 
