@@ -100,11 +100,6 @@ def load_tokenizer(tokenizer: str, model: str) -> Any:
         return AutoTokenizer.from_pretrained(tokenizer or model)
 
 
-def tokenizer_digest(tokenizer: HasVocabulary) -> str:
-    """Return the digest of a tokenizer's vocabulary."""
-    return Vocabulary.of(tokenizer).digest
-
-
 def vocabulary_differences(student: Vocabulary, teacher: Vocabulary) -> str:
     """Say how many ids stand for other tokens, which the first are, and which only one side has."""
     mine, theirs = dict(student.pairs), dict(teacher.pairs)

@@ -145,7 +145,7 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
             ) from error
 
     def load_vllm() -> TeacherBackend:
-        from logitstream.tokenizer import tokenizer_digest
+        from logitstream.tokenizer import Vocabulary
         from teacher_server.backend import check_vocab_size
         from teacher_server.vllm_backend import VllmBackend, engine_args
         from teacher_server.weights import digest_with_options, weights_digest, weights_folder
@@ -166,7 +166,7 @@ def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
         return VllmBackend(
             args,
             weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.vllm.options),
-            tokenizer_digest=tokenizer_digest(tokenizer),
+            tokenizer_digest=Vocabulary.of(tokenizer).digest,
             engine_restarts=config.vllm.restarts,
         )
 

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
 from logitstream.split_model import SplitModel
-from logitstream.tokenizer import load_tokenizer, tokenizer_digest
+from logitstream.tokenizer import Vocabulary, load_tokenizer
 from logitstream.types import TeacherInfo
 from teacher_server.backend import ScoreRequest, ScoreResult, check_vocab_size, served_vocab_size
 from teacher_server.draw_loop import Drawing, draw_pieces
@@ -97,7 +97,7 @@ class TransformersBackend:
             model=model,
             revision="" if Path(model).is_dir() else revision,
             weights_digest=digest,
-            tokenizer_digest=tokenizer_digest(words),
+            tokenizer_digest=Vocabulary.of(words).digest,
             vocab_size=text_config.vocab_size,
             dtype=str(lm.dtype).removeprefix("torch."),
             max_sequence_tokens=getattr(text_config, "max_position_embeddings", LONGEST_SEQUENCE),

@@ -139,18 +139,16 @@ def _read(file: Path) -> Dataset:
         raise ValueError(f"{file}: expected rows in {builder}, got something else ({reason})") from error
 
 
-def _token_columns(parts: dict[str, TextFile | Dataset]) -> list[str]:
+def _token_columns(parts: dict[str, TextFile | Dataset]) -> tuple[str, ...]:
     """Return the token columns of all files, none for text; ValueError if some files have columns that others lack."""
-    found = {
-        path: [name for name in COLUMNS if isinstance(part, Dataset) and name in part.column_names]
-        for path, part in parts.items()
-    }
-    first_path, first = next(iter(found.items()))
-    for path, names in found.items():
-        if names != first:
-            kinds = [f"{one} has {', '.join(which) or 'text'}" for one, which in ((first_path, first), (path, names))]
-            raise ValueError(f"expected the same of {', '.join(COLUMNS)} in every file: {'; '.join(kinds)}")
-    return first
+    paths: dict[tuple[str, ...], str] = {}
+    for path, part in parts.items():
+        names = part.column_names if isinstance(part, Dataset) else ()
+        paths.setdefault(tuple(name for name in COLUMNS if name in names), path)
+    if len(paths) > 1:
+        kinds = "; ".join(f"{path} has {', '.join(names) or 'text'}" for names, path in paths.items())
+        raise ValueError(f"expected the same of {', '.join(COLUMNS)} in every file: {kinds}")
+    return next(iter(paths))
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

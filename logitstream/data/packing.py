@@ -189,12 +189,11 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, *, start: str = "auto", end: st
     pretrained with. "none" takes nothing. Anything else names one token.
     """
     before, after = _added(tokenizer)
-    if start != "auto":
-        before = _named(tokenizer, "document_start", start)
-    if end != "auto":
-        after = _named(tokenizer, "document_end", end)
-    elif (separator := _end_of_text(tokenizer)) is not None and after[-1:] != (separator,):
+    separator = _end_of_text(tokenizer)
+    if separator is not None and after[-1:] != (separator,):
         after = (*after, separator)
+    before = before if start == "auto" else _named(tokenizer, "document_start", start)
+    after = after if end == "auto" else _named(tokenizer, "document_end", end)
     names = ["".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in (before, after)]
     message = "each document is packed as %s (document_start: %s, document_end: %s)"
     logger.info(message, f"{names[0]}text{names[1]}", start, end)
