@@ -38,8 +38,6 @@ FINGERPRINT = Fingerprint(
 REPLAYED_BYTES = 100 << 20
 SHAPES = ((512, 10), (1024, 10), (2048, 10), (2048, 18), (4096, 36))
 """Tokens of a sequence and payload bytes of a token."""
-KEYS_AT_ONCE = 64
-"""Keys that a training run looks up at once: 8 batches of 8 sequences, by the Trainer's and our defaults."""
 ROUNDS = 9
 NUM_SMALL = 1_000_000
 
@@ -101,16 +99,7 @@ def replay_in_order(reader: CacheReader) -> int:
 
 
 def replay_shuffled(reader: CacheReader, keys: list[bytes]) -> int:
-    """As training does (logitstream/training/target_source.py): looked up together, read one after the other."""
-    total = 0
-    for start in range(0, len(keys), KEYS_AT_ONCE):
-        for payload in reader.get_many(keys[start : start + KEYS_AT_ONCE]):
-            assert payload is not None
-            total += len(payload)
-    return total
-
-
-def replay_one_by_one(reader: CacheReader, keys: list[bytes]) -> int:
+    """As training does (logitstream/training/target_cache.py): key by key."""
     total = 0
     for key in keys:
         payload = reader.get(key)
@@ -156,14 +145,12 @@ def replay(directory: Path, num_tokens: int, bytes_per_token: int) -> dict[str, 
             "raw_whole_records": lambda: raw_whole_records(directory),
             "raw_shuffled": lambda: raw_shuffled(tables, order),
             "replay_shuffled": lambda: replay_shuffled(reader, keys),
-            "replay_one_by_one": lambda: replay_one_by_one(reader, keys),
         }
     )
     compared = {
         "in_order": ("raw_in_order", "replay_in_order"),
         "whole_records_in_order": ("raw_whole_records", "replay_in_order"),
         "shuffled": ("raw_shuffled", "replay_shuffled"),
-        "one_by_one": ("raw_shuffled", "replay_one_by_one"),
     }
     ratios = {
         f"{name}_{clock}_ratio": round(found[raw][f"{clock}_seconds"] / found[ours][f"{clock}_seconds"], 3)
@@ -203,15 +190,8 @@ def open_small(directory: Path) -> dict[str, Any]:
         "sequences": count,
         "open_seconds": round(seconds, 3),
         "ram_bytes_per_sequence": round((opened - before) / count, 1),
-        "index_bytes_per_sequence": round(index_bytes(reader) / count, 1),
         "epoch_growth_bytes": resident[-1] - resident[0],
     }
-
-
-def index_bytes(reader: CacheReader) -> int:
-    """Return the bytes of the arrays that stay in memory."""
-    index = reader._now.sealed
-    return int(index.high.nbytes + index.low.nbytes + index.place.nbytes)
 
 
 def replay_memory(directory: Path) -> int:

@@ -6,27 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from logitstream.cache.describe import Description, describe
-from logitstream.cache.export import export
+from logitstream.cache import CacheReader
 from logitstream.cache.manifest import caches_in, tree_bytes
-from logitstream.cache.reader import CacheReader
-from logitstream.cache.remote import fetched, is_remote, local_path
-from logitstream.cache.rewrite import merge, prune
-from logitstream.cache.verify import verify
+from logitstream.cache.remote import downloaded, is_remote, local_path
+from logitstream.cache.tools.describe import describe
+from logitstream.cache.tools.export import export
+from logitstream.cache.tools.rewrite import merge, prune
+from logitstream.cache.tools.verify import verify
 from logitstream.errors import LogitstreamError
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 where `verify` found damage or `prune` left something, 2 for an error."""
+    """Return the exit status: 0, 1 if `verify` found damage or `prune` left something, 2 for an error."""
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -90,7 +89,7 @@ def _draw_set(text: str) -> int:
 
 @contextmanager
 def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; what it gives advances it."""
+    """Show a progress bar on stderr; the function that is yielded advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(text, total=total)
@@ -98,53 +97,26 @@ def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    with fetched(arguments.directory) as directory:
-        found = describe(directory)
+    with CacheReader(arguments.directory) as reader:
+        found = describe(reader)
     if arguments.json:
-        print(json.dumps(_as_json(found), indent=1))
+        print(json.dumps(found, indent=1))
         return 0
-    for name, value in _as_json(found).items():
-        if name == "entries_histogram":
-            continue
+    histogram = found.pop("entries_histogram")
+    for name, value in found.items():
         if isinstance(value, dict):
             print(f"{name}:")
             for key, inner in value.items():
                 print(f"  {key}: {inner}")
         else:
             print(f"{name}: {'unknown, there are no records' if value is None else value}")
-    _print_histogram(found.entries)
+    for count, rows in histogram.items():
+        print(f"  {count:>5} entries {'#' * max(1, round(40 * rows / max(histogram.values())))} {rows}")
     return 0
 
 
-def _as_json(found: Description) -> dict[str, object]:
-    return {
-        "records": found.records,
-        "distinct_keys": found.distinct_keys,
-        "tokens": found.tokens,
-        "directory_bytes": found.directory_bytes,
-        "shard_bytes": found.shard_bytes,
-        "payload_bytes_per_token": _rounded(found.payload_bytes_per_token),
-        "bytes_per_token": _rounded(found.bytes_per_token),
-        "shards": {"sealed": found.sealed_shards, "open": found.open_shards},
-        "records_by_draw_set": {str(draw_set): count for draw_set, count in found.draw_sets.items()},
-        "entries_per_row": _rounded(found.entries_per_row),
-        "entries_histogram": {str(k): int(n) for k, n in enumerate(found.entries) if n},
-        "fingerprint_digest": found.manifest["fingerprint_digest"],
-        "fingerprint": found.manifest["fingerprint"],
-        "provenance": found.manifest["provenance"],
-        "created": found.manifest["created"],
-    }
-
-
-def _rounded(figure: float | None) -> float | None:
-    return None if figure is None else round(figure, 3)
-
-
 def _verify(arguments: argparse.Namespace) -> int:
-    with (
-        fetched(arguments.directory, fresh=True) as directory,
-        _bar("verifying", tree_bytes(directory)) as advance,
-    ):
+    with downloaded(arguments.directory) as directory, _bar("verifying", tree_bytes(directory)) as advance:
         damage = verify(directory, advance)
     for note in damage.notes:
         print(f"note: {note}")
@@ -161,21 +133,18 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    with ExitStack() as resources:
-        sources = [resources.enter_context(fetched(directory)) for directory in arguments.directories]
-        total = sum(len(CacheReader(source)) for source in sources)
-        with _bar("merging", total) as advance:
-            written, duplicates, damaged = merge(sources, arguments.output, advance)
+    total = sum(len(CacheReader(source)) for source in arguments.directories)
+    with _bar("merging", total) as advance:
+        written, duplicates, damaged = merge(arguments.directories, arguments.output, advance)
     print(f"{arguments.output}: {written} records written, {duplicates} duplicates and {damaged} damaged left out")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    with fetched(arguments.directory) as directory:
-        reader = CacheReader(directory)
-        with _bar("exporting", len(reader)) as advance:
-            files, skipped = export(reader, Path(arguments.output), progress=advance)
-    print(f"{arguments.output}: {len(reader) - skipped} records in {len(files)} files, {skipped} damaged left out")
+    with CacheReader(arguments.directory) as reader, _bar("exporting", len(reader)) as advance:
+        files, skipped = export(reader, Path(arguments.output), progress=advance)
+        written = len(reader) - skipped
+    print(f"{arguments.output}: {written} records in {len(files)} files, {skipped} damaged left out")
     return 0
 
 
@@ -208,14 +177,6 @@ def _prune(arguments: argparse.Namespace) -> int:
     for line in found.left:
         print(f"left: {line}")
     return 1 if found.left else 0
-
-
-def _print_histogram(entries: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
-    """Bars of the share of rows by their number of entries."""
-    largest = max(int(entries.max(initial=0)), 1)
-    for count, rows in enumerate(entries):
-        if rows:
-            print(f"  {count:5d} entries {'#' * max(1, round(40 * int(rows) / largest))} {int(rows)}")
 
 
 if __name__ == "__main__":

@@ -12,36 +12,33 @@ from pathlib import Path
 
 from logitstream import metrics
 from logitstream.cache import CacheReader, CacheWriter
-from logitstream.cache.manifest import MANIFEST
-from logitstream.cache.writer import ENTRY_BYTES, MESSAGE_BYTES, RECORD_BYTES
+from logitstream.cache.manifest import MANIFEST, tree_bytes
+from logitstream.cache.writer import MESSAGE_BYTES, RECORD_BYTES
 from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo, request_key
 from teacher_server.backend import ScoreRequest
-from teacher_server.cache_usage import Usage
 
 MAX_OPEN = 16
-"""Caches that are open at a time; each (weights, spec, seed) has one of its own, so clients can ask for any number."""
+"""Caches that are open at a time; each (weights, spec, seed) has its own, so clients can ask for any number."""
 MAX_FINGERPRINTS = 1024
 NEW_CACHE_BYTES = 16 << 10
-"""More than a cache takes before its first record, its id model apart."""
-TOKEN_BYTES = 5  # its id and its bit of the mask
-BATCH_BYTES = RECORD_BYTES + 2 * MESSAGE_BYTES + ENTRY_BYTES
-"""More than one record takes beside its tokens and payload, be it the first of a batch and of a shard."""
+"""Bound of what a cache takes before its first record, without its id model."""
+TOKEN_BYTES = 5  # an id and its bit of the mask
+LOOK_SECONDS = 60.0
+"""How often the folder is walked: other servers write to it, and people clear it."""
+ROOM_AGAIN = 0.9
+"""Share of the bound below which reaching it again is worth another warning."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class _Cache:
-    """One directory, as far as it is open: the writer from the first put on."""
+    """One open directory; it has a writer from the first put on. Broken: not used until the next look."""
 
     reader: CacheReader | None = None
     writer: CacheWriter | None = None
     broken: bool = False
-
-    def may_be_written(self) -> bool:
-        """Whether its writer, where it has one, can go on."""
-        return self.writer is None or self.writer.look_around()
 
     def close(self) -> None:
         if self.writer is not None:
@@ -51,11 +48,11 @@ class _Cache:
 
 
 class StoredTargets:
-    """A cache for each (weights, spec) that is served, DIRECTORY/<fingerprint>: students may read it as well.
+    """A cache for each (weights, spec) that is served, DIRECTORY/<fingerprint>, which students may read as well.
 
-    `holds` looks into memory alone; everything else reads or writes files and belongs into one thread. A cache that
-    cannot be used is logged once and passed over. Beyond MAX_OPEN the one used longest ago is closed. All
-    caches together keep to max_bytes (0: no bound): beyond it nothing more is written.
+    `holds` looks into memory alone; everything else reads or writes files and belongs in one thread. A cache that
+    cannot be used is logged once and passed over. Beyond MAX_OPEN the least recently used one is closed. All caches
+    together keep to max_bytes (0: no bound): beyond it nothing more is written.
     """
 
     def __init__(
@@ -68,28 +65,26 @@ class StoredTargets:
     ) -> None:
         self._directory = Path(directory)
         self._id_model = id_model
-        self._usage = Usage(self._directory, max_bytes, clock=clock)
+        self._usage = _Usage(self._directory, max_bytes, clock)
         self._lock = threading.Lock()
         self._fingerprints: OrderedDict[tuple[TargetSpec, str], tuple[str, Fingerprint]] = OrderedDict()
         self._caches: OrderedDict[str, _Cache] = OrderedDict()
 
     def open(self, spec: TargetSpec, info: TeacherInfo) -> None:
-        """Find what is stored for a spec, so that `holds` knows; makes nothing where there is nothing."""
+        """Find what is stored for a spec, so that `holds` knows; create nothing."""
         digest, _ = self._fingerprint(spec, info)
         if (self._folder(digest) / MANIFEST).exists():
-            self._cache(spec, info, for_writing=False)
+            self._opened(spec, info, for_writing=False)
 
     def holds(self, request: ScoreRequest, info: TeacherInfo) -> bool:
-        """Whether targets of these weights are stored, as far as `open`, `put` and `refresh` have seen."""
-        digest, _ = self._fingerprint(request.spec, info)
-        reader = self._reader(digest)
-        return reader is not None and request_key(digest, request.sequence, request.draw_set) in reader
+        """Return whether targets of these weights are stored, as of the last `open`, `put` or `refresh`."""
+        reader, key = self._located(request, info)
+        return reader is not None and key in reader
 
     def get(self, request: ScoreRequest, info: TeacherInfo) -> bytes | None:
-        """Encoded targets, or None where they turn out to be damaged, or their cache was closed for another."""
-        digest, _ = self._fingerprint(request.spec, info)
-        reader = self._reader(digest)
-        payload = reader.get(request_key(digest, request.sequence, request.draw_set)) if reader is not None else None
+        """Return encoded targets; None if they turn out to be damaged, or if their cache was closed for another."""
+        reader, key = self._located(request, info)
+        payload = reader.get(key) if reader is not None else None
         if payload is not None:
             metrics.TEACHER_CACHE_HITS.inc()
         return payload
@@ -101,26 +96,26 @@ class StoredTargets:
             digest, _ = self._fingerprint(request.spec, info)
             with self._lock:
                 is_new = (known := self._caches.get(digest)) is None or known.writer is None
-            num_bytes = len(payload) + TOKEN_BYTES * len(sequence) + BATCH_BYTES
+            num_bytes = len(payload) + TOKEN_BYTES * len(sequence) + RECORD_BYTES + 3 * MESSAGE_BYTES
             if not self._usage.has_room(num_bytes + (NEW_CACHE_BYTES + len(self._id_model)) * is_new):
                 continue
-            cache = self._cache(request.spec, info, for_writing=True)
+            cache = self._opened(request.spec, info, for_writing=True)
             if cache.writer is not None and not cache.broken:
                 key = request_key(digest, sequence, draw_set)
                 ids, mask, version = sequence.token_ids, sequence.loss_mask, info.teacher_version
                 cache.writer.put(key, ids, mask, payload, draw_set, teacher_version=version)
-                self._usage.set(cache.writer.directory, cache.writer.num_bytes)
+                self._usage.set(cache.writer)
 
     def refresh(self) -> None:
         """Acknowledge what was put, and find what other replicas have written."""
         if self._usage.look_again():
-            self._begin_anew()
+            self._close_broken()
         with self._lock:
             caches = list(self._caches.values())
         for cache in caches:
             if cache.writer is not None:
                 cache.writer.flush()
-                self._usage.set(cache.writer.directory, cache.writer.num_bytes)
+                self._usage.set(cache.writer)
             if cache.reader is not None:
                 try:
                     cache.reader.refresh()
@@ -130,26 +125,30 @@ class StoredTargets:
     def close(self) -> None:
         with self._lock:
             caches, self._caches = self._caches, OrderedDict()
-        for cache in caches.values():
-            self._close(cache)
+        self._close(*caches.values())
 
-    def _close(self, cache: _Cache) -> None:
-        cache.close()
-        if cache.writer is not None:
-            self._usage.set(cache.writer.directory, cache.writer.num_bytes)
+    def _close(self, *caches: _Cache) -> None:
+        for cache in caches:
+            cache.close()
+            if cache.writer is not None:
+                self._usage.set(cache.writer)
 
-    def _begin_anew(self) -> None:
-        """Forget the caches that failed, be it for a full disk or a deleted folder, so that they are tried again."""
+    def _close_broken(self) -> None:
+        """Forget the caches that failed, for a full disk or a deleted folder, so that they are tried again."""
         with self._lock:
             caches = dict(self._caches)
-        failed = [digest for digest, cache in caches.items() if cache.broken or not cache.may_be_written()]
+        failed = [
+            digest
+            for digest, cache in caches.items()
+            if cache.broken or (cache.writer is not None and not cache.writer.look_around())
+        ]
         with self._lock:  # which is never held while the disk is asked
             lost = [self._caches.pop(digest) for digest in failed]
         for cache in lost:
             cache.close()
 
     def _fingerprint(self, spec: TargetSpec, info: TeacherInfo) -> tuple[str, Fingerprint]:
-        """With its digest; remembered, since it reads the whole id model."""
+        """Return the fingerprint and its digest; remembered, since it hashes the whole id model."""
         key = (spec, info.weights_digest)
         with self._lock:
             found = self._fingerprints.get(key)
@@ -163,29 +162,37 @@ class StoredTargets:
     def _folder(self, digest: str) -> Path:
         return self._directory / digest[:16]
 
-    def _reader(self, digest: str) -> CacheReader | None:
+    def _located(self, request: ScoreRequest, info: TeacherInfo) -> tuple[CacheReader | None, bytes]:
+        """Return the open reader that may hold a request, and its key there."""
+        digest, _ = self._fingerprint(request.spec, info)
         with self._lock:
             cache = self._caches.get(digest)
-            if cache is None:
-                return None
-            self._caches.move_to_end(digest)
-            return cache.reader
+            if cache is not None:
+                self._caches.move_to_end(digest)
+        reader = cache.reader if cache is not None else None
+        return reader, request_key(digest, request.sequence, request.draw_set)
 
-    def _cache(self, spec: TargetSpec, info: TeacherInfo, *, for_writing: bool) -> _Cache:
-        """The open cache; what is missing of it is opened, and others are closed where there are too many."""
+    def _opened(self, spec: TargetSpec, info: TeacherInfo, *, for_writing: bool) -> _Cache:
+        """Return the open cache; open what is missing of it, and close others if there are too many."""
         digest, fingerprint = self._fingerprint(spec, info)
         with self._lock:
             cache = self._caches.setdefault(digest, _Cache())
             self._caches.move_to_end(digest)
             excess = [self._caches.popitem(last=False)[1] for _ in range(len(self._caches) - MAX_OPEN)]
-        for old in excess:
-            self._close(old)
+        self._close(*excess)
         if cache.broken:
             return cache
         directory = self._folder(digest)
         try:
             if for_writing and cache.writer is None:
-                cache.writer = self._new_writer(directory, fingerprint, info)
+                cache.writer = CacheWriter(
+                    directory,
+                    fingerprint,
+                    id_model=self._id_model,
+                    provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
+                    writer_id="server",
+                    disk_label=str(self._directory),
+                )
             if cache.reader is None:
                 cache.reader = CacheReader(directory, fingerprint)
         except (CacheError, FingerprintMismatch, OSError) as error:
@@ -193,12 +200,52 @@ class StoredTargets:
             log.warning("the cache %s is not used: %s", directory, error)
         return cache
 
-    def _new_writer(self, directory: Path, fingerprint: Fingerprint, info: TeacherInfo) -> CacheWriter:
-        return CacheWriter(
-            directory,
-            fingerprint,
-            id_model=self._id_model,
-            provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
-            writer_id="server",
-            disk_label=str(self._directory),
-        )
+
+class _Usage:
+    """Bytes of all caches in one folder, counted so that one more costs the same however many there are."""
+
+    def __init__(self, directory: Path, max_bytes: int, clock: Callable[[], float]) -> None:
+        self._directory, self._max_bytes, self._clock = directory, max_bytes, clock
+        self._bytes: dict[Path, int] | None = None  # not counted yet
+        self._total = 0
+        self._looked = clock()
+        self._is_full = False
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Return whether so many more bytes keep to the bound; log and count the first time that they do not."""
+        if self._bytes is None:
+            self._look()
+        is_full = bool(self._max_bytes) and self._total + num_bytes > self._max_bytes
+        if is_full and not self._is_full:
+            self._is_full = True
+            metrics.CACHE_WRITE_ERRORS.inc()
+            log.warning(
+                "the caches in %s reach cache.max_bytes = %d: nothing more is written until some are pruned or deleted",
+                self._directory,
+                self._max_bytes,
+            )
+        return not is_full
+
+    def set(self, writer: CacheWriter) -> None:
+        """Note the bytes of one cache as its writer knows them."""
+        num_bytes, self._bytes = writer.num_bytes, self._bytes or {}
+        self._total += num_bytes - self._bytes.get(writer.directory, 0)
+        self._bytes[writer.directory] = num_bytes
+        metrics.CACHE_BYTES.set(self._total)
+
+    def look_again(self) -> bool:
+        """Walk the folder if that was long ago; return whether it was."""
+        if self._clock() - self._looked <= LOOK_SECONDS:
+            return False
+        self._look()
+        return True
+
+    def _look(self) -> None:
+        self._looked, self._bytes = self._clock(), self._bytes or {}
+        try:
+            found = {path: tree_bytes(path) for path in self._directory.iterdir() if path.is_dir()}
+        except OSError:  # none yet, or the writers say what is wrong
+            return
+        self._bytes, self._total = found, sum(found.values())
+        self._is_full = self._is_full and self._total > ROOM_AGAIN * self._max_bytes
+        metrics.CACHE_BYTES.set(self._total)

@@ -1,106 +1,190 @@
-"""Where each key's records are: sorted arrays, 20 bytes a record, exact for any keys."""
+"""The index of a shard, a log of where its records lie, and the keys of many shards in memory.
+
+A writer appends an entry to `<shard>.index` after each record batch: a header with the batch's place and checksum, and
+one span a record. Readers follow the log; a torn or damaged entry ends it. The first entry is that of the schema.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import os
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest as xxh3
 
-LARGE = 1 << 16
-MUCH = 8
-"""New keys are sorted in with the others where they are no less than one to so many."""
+from logitstream.cache.manifest import Manifest
+from logitstream.cache.shard import END_OF_STREAM, SPAN, SPAN_DTYPE, Message, Spans, head_bytes, scan, shard_schema
+from logitstream.errors import CacheError
+
+FILE_HEAD = struct.Struct("<8s32s")
+"""Magic, and the digest of the fingerprint."""
+MAGIC = b"LSINDEX3"
+ENTRY_HEAD = struct.Struct("<III")
+"""Number of records, first byte and end of a message in the shard."""
+ENTRY_SUMS = struct.Struct("<QQ")
+"""XXH3 of the message, XXH3 of the entry without this."""
+ENTRY_BYTES = ENTRY_HEAD.size + ENTRY_SUMS.size
 HALVES = struct.Struct(">QQ")
+
+
+class Entry(NamedTuple):
+    """A message at the bytes [start, end) of its shard; `offset`: where its spans lie in the index, -1 if nowhere."""
+
+    start: int
+    end: int
+    checksum: int
+    spans: Spans
+    offset: int
+
+
+def index_path(shard: Path) -> Path:
+    """Return the path of a shard's index, whether the shard is sealed or open."""
+    return shard.with_name(shard.name.removesuffix(".open").removesuffix(".arrow") + ".index")
+
+
+def file_head(fingerprint_digest: str) -> bytes:
+    return FILE_HEAD.pack(MAGIC, bytes.fromhex(fingerprint_digest))
+
+
+def pack_entry(message: Message) -> bytes:
+    content, spans = memoryview(message.content), message.spans.tobytes()
+    head = ENTRY_HEAD.pack(len(message.spans), message.start, message.start + len(content))
+    own = xxh3(spans, xxh3(head, content_sum := xxh3(content)))
+    return head + ENTRY_SUMS.pack(content_sum, own) + spans
+
+
+def read_entries(path: Path, fingerprint_digest: str, start: int = 0) -> tuple[list[Entry], int]:
+    """Read the whole entries from byte `start` of an index on; return them and where they end.
+
+    Raises FileNotFoundError if there is no index, CacheError if it is damaged at its head or of another fingerprint.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    position, entries = 0, []
+    if start == 0:
+        position = FILE_HEAD.size
+        if content[:position] != file_head(fingerprint_digest):
+            raise CacheError(f"{path} is damaged, or belongs to targets of another fingerprint")
+    while position + ENTRY_BYTES <= len(content):
+        head = content[position : position + ENTRY_HEAD.size]
+        count, first, end = ENTRY_HEAD.unpack(head)
+        content_sum, own = ENTRY_SUMS.unpack_from(content, position + ENTRY_HEAD.size)
+        body = position + ENTRY_BYTES
+        stop = body + SPAN.size * count
+        spans = content[body:stop]
+        if stop > len(content) or own != xxh3(spans, xxh3(head, content_sum)):
+            break
+        entries.append(Entry(first, end, content_sum, np.frombuffer(spans, SPAN_DTYPE), start + body))
+        position = stop
+    return entries, start + position
+
+
+def sealed_entries(shard: Path, manifest: Manifest, *, remote_bytes: int | None = None) -> tuple[list[Entry], int, str]:
+    """Return the entries of a sealed shard, where they end in its index, and what is wrong with the index.
+
+    An index that is missing or damaged gives way to a scan of the shard. remote_bytes: its size in a store, from which
+    it need not have been fetched. Raises FileNotFoundError if the shard is gone.
+    """
+    index, entries, end = index_path(shard), list[Entry](), 0
+    if remote_bytes is None and not shard.is_file():
+        if not os.path.lexists(shard):
+            raise FileNotFoundError(shard)
+        return [], 0, f"{shard.name} is no regular file"
+    try:
+        entries, end = read_entries(index, manifest.fingerprint.digest)
+        size = shard.stat().st_size if remote_bytes is None else remote_bytes
+        if end == index.stat().st_size and entries and entries[-1].end + len(END_OF_STREAM) >= size:
+            return entries, end, ""
+        problem = f"{index} is damaged"
+    except (CacheError, OSError) as error:
+        problem = f"{index} is missing" if isinstance(error, FileNotFoundError) else str(error)
+    schema = shard_schema(manifest)
+    if not (start := head_bytes(shard, schema)):
+        return [], 0, f"{problem}; {shard.name} is no shard of this cache, or its head is damaged"
+    messages = scan(shard, schema, start)
+    scanned = [Entry(m.start, m.start + m.content.size, 0, m.spans, -1) for m in messages]
+    return scanned, 0, f"{problem}; {shard.name} is scanned instead"
 
 
 @dataclass(frozen=True, slots=True)
 class KeyIndex:
-    """Keys as two big-endian 64-bit halves in rising order, and the place of each one's record; keys may repeat."""
+    """Keys as two 64-bit halves in rising order, and where each one's record lies: 24 bytes a record; keys may repeat.
+
+    A place is the number of a shard and, in its lower 32 bits, an offset in the shard's index.
+    """
 
     high: npt.NDArray[np.uint64]
     low: npt.NDArray[np.uint64]
-    place: npt.NDArray[np.uint32]
-    _views: tuple[memoryview, memoryview, memoryview] = field(init=False, repr=False, compare=False)
-    """The same: Python's look-up of one number is several times as fast as numpy's."""
-
-    def __post_init__(self) -> None:
-        views = tuple(memoryview(part) for part in (self.high, self.low, self.place))  # type: ignore[arg-type]
-        object.__setattr__(self, "_views", views)
+    place: npt.NDArray[np.uint64]
 
     @classmethod
-    def empty(cls) -> KeyIndex:
-        return cls(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint32))
+    def of(cls, spans: Spans, places: npt.NDArray[np.uint64]) -> KeyIndex:
+        """Return the keys of some spans, unsorted."""
+        halves = np.ascontiguousarray(spans["key"]).view(">u8").reshape(-1, 2)
+        return cls(halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64), places)
 
-    def extended(self, keys: list[npt.NDArray[np.void]], first_place: int) -> KeyIndex:
-        """With more keys (arrays of dtype V16), whose places count up from `first_place`."""
-        halves = [np.ascontiguousarray(part).view(">u8").reshape(-1, 2) for part in keys]
-        num_new = sum(map(len, halves))
-        if not num_new:
-            return self
-        if num_new < len(self.high) // MUCH and (inserted := self._inserted(np.concatenate(halves), first_place)):
-            return inserted
-        high = np.concatenate([self.high, *(part[:, 0].astype(np.uint64) for part in halves)])
-        low = np.concatenate([self.low, *(part[:, 1].astype(np.uint64) for part in halves)])
-        place = np.concatenate(
-            [self.place, np.arange(first_place, first_place + len(high) - len(self.high), dtype="u4")]
+    @classmethod
+    def joined(cls, parts: Iterable[KeyIndex]) -> KeyIndex:
+        """Sort several into one; of equal keys those of earlier parts come first."""
+        parts = [*parts]
+        high, low, place = (
+            np.concatenate([np.zeros(0, np.uint64), *(getattr(part, name) for part in parts)])
+            for name in ("high", "low", "place")
         )
         order = np.argsort(high, kind="stable")
-        sorted_high = high[order]
-        if np.any(sorted_high[1:] == sorted_high[:-1]):
-            order = np.lexsort((low, high))
-        sorted_index = KeyIndex(sorted_high, low[order], place[order])
-        del high, low, place, order
-        if len(sorted_high) >= LARGE:
-            _return_freed_memory()
-        return sorted_index
+        high = high[order]
+        if (high[1:] == high[:-1]).any():
+            order = np.lexsort((low, high_unsorted := np.concatenate([part.high for part in parts])))
+            high = high_unsorted[order]
+        return cls(high, low[order], place[order])
 
-    def _inserted(self, halves: npt.NDArray[Any], first_place: int) -> KeyIndex | None:
-        """As `extended`, by moving what is there instead of sorting it; None where first halves repeat."""
-        order = np.argsort(halves[:, 0], kind="stable")
-        high, low = (halves[order, half].astype(np.uint64) for half in range(2))
-        at = self.high.searchsorted(high)
-        if np.any(high[1:] == high[:-1]) or np.any(self.high.take(at, mode="clip") == high):
-            return None
-        place = (first_place + order).astype(np.uint32)
-        return KeyIndex(np.insert(self.high, at, high), np.insert(self.low, at, low), np.insert(self.place, at, place))
+    def __len__(self) -> int:
+        return len(self.high)
 
     def find(self, key: bytes) -> list[int]:
-        """The places of a key's records."""
+        """Return the places of a key's records."""
         high, low = HALVES.unpack(key)
-        highs, lows, places = self._views
-        position, found = bisect_left(highs, high), []
+        highs, found = memoryview(self.high), list[int]()  # type: ignore[arg-type]
+        position = bisect_left(highs, high)
         while position < len(highs) and highs[position] == high:
-            if lows[position] == low:
-                found.append(places[position])
+            if self.low[position] == low:
+                found.append(int(self.place[position]))
             position += 1
         return found
 
-    def find_many(self, keys: Sequence[bytes]) -> list[int]:
-        """The first place of each key, -1 where there is none; not of keys that share their first half with others."""
-        if not len(self.high):
-            return [-1] * len(keys)
-        high = np.frombuffer(b"".join(keys), ">u8")[::2].astype(np.uint64)
-        position = self.high.searchsorted(high)
-        place = self.place.take(position, mode="clip").astype(np.int64)
-        places: list[int] = np.where(self.high.take(position, mode="clip") == high, place, -1).tolist()
-        return places
+    def select(self, chosen: npt.NDArray[np.bool_]) -> KeyIndex:
+        return self if chosen.all() else KeyIndex(self.high[chosen], self.low[chosen], self.place[chosen])
 
-    def first_of_each(self) -> npt.NDArray[np.uint32] | None:
-        """Positions where a key differs from the one before it; None where no key repeats."""
+    def distinct(self) -> KeyIndex:
+        """Keep the first record of each key."""
         repeats = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
-        return np.flatnonzero(np.concatenate([[True], ~repeats])).astype(np.uint32) if repeats.any() else None
+        return self.select(np.concatenate([np.ones(min(len(self), 1), bool), ~repeats]))
 
     def key(self, position: int) -> bytes:
-        return int(self.high[position]).to_bytes(8, "big") + int(self.low[position]).to_bytes(8, "big")
+        return HALVES.pack(int(self.high[position]), int(self.low[position]))
 
 
-def _return_freed_memory() -> None:
-    """Sorting leaves holes in glibc's heap that are larger than the index itself; other C libraries are left alone."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+def empty_index() -> KeyIndex:
+    return KeyIndex.joined([])
+
+
+def joined(entries: Iterable[Entry]) -> Spans:
+    """Return the spans of some entries."""
+    return np.concatenate([np.zeros(0, SPAN_DTYPE), *(entry.spans for entry in entries)])
+
+
+def places_of(number: int, entries: Sequence[Entry]) -> KeyIndex:
+    """Return the keys of a shard's entries; those that a scan has found are placed one after the other."""
+    spans, row, offsets = joined(entries), 0, [np.zeros(0, np.uint64)]
+    for entry in entries:
+        first = entry.offset if entry.offset >= 0 else SPAN.size * row
+        offsets.append(np.arange(first, first + entry.spans.nbytes, SPAN.size, dtype=np.uint64))
+        row += len(entry.spans)
+    return KeyIndex.of(spans, np.concatenate(offsets) + np.uint64(number << 32))

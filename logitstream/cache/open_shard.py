@@ -1,162 +1,184 @@
-"""The shard that a writer is appending to, and what becomes of it when the writer dies."""
+"""The shard that a writer appends to, and its recovery when the writer has died."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
-import re
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_64_intdigest as xxh3
 
-from logitstream.cache.manifest import file_bytes, remove_leftovers, write_entry
+from logitstream.cache.index import file_head, index_path, pack_entry, read_entries
+from logitstream.cache.manifest import Manifest, remove_leftovers
 from logitstream.cache.shard import (
     END_OF_STREAM,
+    OPEN_SUFFIX,
+    SPAN_DTYPE,
     Message,
-    Spans,
-    read_schema,
+    head_bytes,
     scan,
     shard_schema,
     spans_of,
-    token_width,
 )
+from logitstream.errors import CacheError
 from logitstream.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
-OPEN_SUFFIX = ".open"
-SHARD_NAME = re.compile(r"-\d{13}-[0-9a-f]{8}$")
-"""How the names of shards that writers make end, without their suffixes."""
-
 
 class OpenShard:
-    """A shard that grows by whole messages; its file is locked, so that nobody else takes it for a dead writer's."""
+    """A shard that grows by whole record batches; its file is locked, so that nobody takes its writer for dead."""
 
-    def __init__(self, path: Path, fd: int, *, size: int, spans: list[Spans], manifest: dict[str, Any]) -> None:
-        self.path, self.size, self.rows = path, size, sum(map(len, spans))
-        self.schema = shard_schema(manifest)
-        self._width = token_width(manifest)
-        self._fingerprint_digest: str = manifest["fingerprint_digest"]
-        self._fd, self._spans = fd, spans
-        self._is_name_synced = False
+    def __init__(self, path: Path, fd: int, manifest: Manifest) -> None:
+        self.path, self.schema = path, shard_schema(manifest)
+        self.rows = self.size = self.index_size = 0
+        self._digest = manifest.fingerprint.digest
+        self._fd, self._is_name_synced = fd, False
+        self._index_fd = os.open(index_path(path), os.O_RDWR | os.O_CREAT, 0o644)
 
     @classmethod
     def create(
-        cls, directory: Path, writer_id: str, manifest: dict[str, Any], *, milliseconds: int | None = None
+        cls, directory: Path, writer_id: str, manifest: Manifest, *, milliseconds: int | None = None
     ) -> OpenShard:
-        """A new shard with nothing but its schema, visible to others once it is locked; as old as `milliseconds`."""
+        """Begin a shard, as old as `milliseconds`; others see it once it is locked and has its schema."""
         begun = time.time_ns() // 1_000_000 if milliseconds is None else milliseconds
-        name = shard_name(writer_id, begun, uuid.uuid4().hex[:8]) + OPEN_SUFFIX
-        partial = directory / f".{name.removesuffix(OPEN_SUFFIX)}.new"
+        name = f"{writer_id}-{begun:013d}-{uuid.uuid4().hex[:8]}.arrow"
+        partial = directory / f".{name}.{uuid.uuid4().hex}"
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        shard = cls(directory / name, fd, size=0, spans=[], manifest=manifest)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            shard._write(memoryview(shard.schema.serialize()))
+            shard = cls(directory / (name + OPEN_SUFFIX), fd, manifest)
+        except OSError:
+            os.close(fd)
+            partial.unlink(missing_ok=True)
+            raise
+        try:
+            shard._append(Message(0, shard.schema.serialize(), np.zeros(0, SPAN_DTYPE)))
             partial.rename(shard.path)
         except OSError:
-            shard.abandon()
             partial.unlink(missing_ok=True)
+            index_path(shard.path).unlink(missing_ok=True)
+            shard.abandon()
             raise
         return shard
 
-    def append(self, message: pa.Buffer, *, fsync: bool = False) -> None:
-        """All of a record-batch message or, on an error, none of it."""
-        spans = spans_of(message, self.size, self._width)
-        self._write(memoryview(message))
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shard and its index once it is sealed."""
+        return self.size + self.index_size + len(END_OF_STREAM)
+
+    def append(self, content: pa.Buffer, *, fsync: bool = False) -> None:
+        """Append all of a record-batch message or, on an error, none of it."""
+        self._append(Message(self.size, content, spans_of(content, self.size, self.schema)))
         if fsync:
             self.sync()
-        self._spans.append(spans)
-        self.rows += len(spans)
+
+    def _append(self, message: Message) -> None:
+        """Write the message, then its entry, so that an entry never names what is not there."""
+        self.write_entry(message, message.content)
+
+    def write_entry(self, message: Message, content: pa.Buffer | bytes) -> None:
+        """Append an entry to the index, after `content` to the shard."""
+        entry = pack_entry(message)
+        entry = entry if self.index_size else file_head(self._digest) + entry
+        try:
+            _write(self._fd, content, self.size)
+            _write(self._index_fd, entry, self.index_size)
+        except OSError:
+            os.ftruncate(self._fd, self.size)
+            os.ftruncate(self._index_fd, self.index_size)
+            raise
+        self.size, self.index_size = message.start + message.content.size, self.index_size + len(entry)
+        self.rows += len(message.spans)
 
     def sync(self) -> None:
         """Wait until what was appended survives a loss of power."""
         os.fdatasync(self._fd)
+        os.fdatasync(self._index_fd)
         if not self._is_name_synced:
             sync_folder(self.path.parent)
             self._is_name_synced = True
 
-    def _write(self, content: memoryview) -> None:
-        written = 0
-        try:
-            while written < len(content):
-                written += os.pwrite(self._fd, content[written:], self.size + written)
-        except OSError:
-            os.ftruncate(self._fd, self.size)
-            raise
-        self.size += len(content)
-
     def seal(self) -> Path | None:
-        """End the stream, write the sidecars and give the shard its final name; an empty one disappears."""
+        """End the stream and give the shard its final name, which is returned; remove a shard without records."""
         if not self.rows:
             self.path.unlink()
+            index_path(self.path).unlink()
             self.abandon()
             return None
-        self._write(memoryview(END_OF_STREAM))
+        _write(self._fd, END_OF_STREAM, self.size)
         os.fsync(self._fd)
+        os.fsync(self._index_fd)
         final = self.path.with_suffix("")
-        digest, spans = self._fingerprint_digest, np.concatenate(self._spans)
-        write_entry(final, fingerprint_digest=digest, sha256=self._sha256(), size=self.size, spans=spans)
         self.path.rename(final)
         sync_folder(final.parent)
         self.abandon()
         return final
 
-    def _sha256(self) -> str:
-        digest, position = hashlib.sha256(), 0
-        while chunk := os.pread(self._fd, 1 << 20, position):
-            digest.update(chunk)
-            position += len(chunk)
-        return digest.hexdigest()
-
     def abandon(self) -> None:
-        """Let go of the file: what is in it is for the next writer to recover."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Let go of the files: the next writer recovers what is in them."""
+        for fd in (self._fd, self._index_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._index_fd = -1
+
+    def resume(self) -> None:
+        """Take up the file of a dead writer, without its torn tail."""
+        size, messages = os.fstat(self._fd).st_size, []
+        with suppress(FileNotFoundError, CacheError):
+            for entry in read_entries(index_path(self.path), self._digest)[0]:
+                content = os.pread(self._fd, entry.end - entry.start, entry.start)
+                if entry.start != self.size or xxh3(content) != entry.checksum:
+                    break
+                self.size, self.rows = entry.end, self.rows + len(entry.spans)
+                self.index_size = entry.offset + entry.spans.nbytes
+        if not self.size:
+            with self.path.open("rb") as file:
+                schema = pa.py_buffer(file.read(head_bytes(self.path, self.schema)))
+            messages = [Message(0, schema, np.zeros(0, SPAN_DTYPE))]
+        for message in [*messages, *scan(self.path, self.schema, self.size or messages[0].content.size)]:
+            self.write_entry(message, b"")  # its batch is there, its entry is not
+        if os.pread(self._fd, size - self.size, self.size) not in (b"", END_OF_STREAM):
+            logger.warning("%s: cut off a torn tail of %d bytes", self.path, size - self.size)
+        os.ftruncate(self._fd, self.size)
+        os.ftruncate(self._index_fd, self.index_size)
 
 
-def recover(directory: Path, manifest: dict[str, Any]) -> list[Path]:
-    """Seal the shards that dead writers left open, without their torn tails; live writers' shards are left alone."""
+def _write(fd: int, content: pa.Buffer | bytes, position: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(fd, view, position)
+        view, position = view[written:], position + written
+
+
+def recover(directory: Path, manifest: Manifest) -> None:
+    """Seal the shards that dead writers left open, without their torn tails; living writers' are left alone."""
     remove_leftovers(directory)
-    sealed = [_recover_one(path, manifest) for path in sorted(directory.glob(f"*{OPEN_SUFFIX}"))]
-    return [path for path in sealed if path is not None]
-
-
-def _recover_one(path: Path, manifest: dict[str, Any]) -> Path | None:
-    fd = lock_dead(path)
-    if fd is None:
-        return None
-    try:
-        return _seal_dead(path, fd, manifest)
-    except BaseException:
-        os.close(fd)  # a lock that is kept would make it look like a living writer's
-        raise
-
-
-def _seal_dead(path: Path, fd: int, manifest: dict[str, Any]) -> Path | None:
-    size = os.fstat(fd).st_size
-    first, messages = read_schema(path, manifest), list(scan(path, token_width(manifest)))
-    whole = messages[-1].start + messages[-1].size if messages else first
-    if sum(message.size for message in messages) + first == whole and first:
-        if os.pread(fd, size - whole, whole) not in (b"", END_OF_STREAM):
-            logger.warning("%s: cut off a torn tail of %d bytes", path, size - whole)
-        os.ftruncate(fd, whole)
-        spans = [message.spans for message in messages]
-        return OpenShard(path, fd, size=whole, spans=spans, manifest=manifest).seal()
-    sealed = _rewrite(path, fd, messages, manifest)
-    os.close(fd)
-    return sealed
+    for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")):
+        fd = lock_dead(path)
+        if fd is None:
+            continue
+        if not head_bytes(path, shard_schema(manifest)):
+            logger.warning("%s is left alone: it is no shard of this cache, or its head is damaged", path)
+            os.close(fd)
+            continue
+        shard = OpenShard(path, fd, manifest)
+        try:
+            shard.resume()
+            shard.seal()
+        except BaseException:
+            shard.abandon()  # a lock that is kept would make it look like a living writer's
+            raise
 
 
 def lock_dead(path: Path) -> int | None:
-    """The locked file of a shard that no living process writes, or None."""
+    """Return the locked file of a shard that no living process writes; None if one does, or if it is gone."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -172,7 +194,7 @@ def lock_dead(path: Path) -> int | None:
 
 
 def is_written(path: Path) -> bool:
-    """Whether a living process writes an open shard."""
+    """Return whether a living process writes an open shard."""
     try:
         fd = lock_dead(path)
     except OSError:
@@ -182,34 +204,7 @@ def is_written(path: Path) -> bool:
     return fd is None and path.exists()
 
 
-def _rewrite(path: Path, fd: int, messages: list[Message], manifest: dict[str, Any]) -> Path | None:
-    """The readable batches of a shard that is damaged elsewhere than at its end, as a new shard."""
-    logger.warning("%s: damaged; its %d readable batches were kept", path, len(messages))
-    writer_id, milliseconds = origin(path)
-    shard = OpenShard.create(path.parent, writer_id, manifest, milliseconds=milliseconds)
-    for message in messages:
-        shard.append(pa.py_buffer(os.pread(fd, message.size, message.start)))
-    sealed = shard.seal()
-    path.unlink()
-    return sealed
-
-
-def shard_name(writer_id: str, milliseconds: int, random: str = "0" * 8) -> str:
-    """Name of a sealed shard, by its writer, when it was begun, and 8 hex digits that nobody else has."""
-    return f"{writer_id}-{milliseconds:013d}-{random}.arrow"
-
-
 def origin(path: Path) -> tuple[str, int]:
-    """Writer of a shard and when it was begun, in milliseconds: by its name, else by its file."""
+    """Return the writer of a shard and when it was begun, in milliseconds; 0 if its name does not tell."""
     writer_id, milliseconds, _ = (*path.name.removesuffix(OPEN_SUFFIX).rsplit("-", 2), "", "")[:3]
-    return writer_id, int(milliseconds) if milliseconds.isdecimal() else path.stat().st_mtime_ns // 1_000_000
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of a cache's own files, without those of the caches below it."""
-    return sum(map(file_bytes, directory.iterdir()))
-
-
-def shard_bytes(shard: Path) -> int:
-    """Bytes of a sealed shard and its sidecars."""
-    return sum(map(file_bytes, (shard, shard.with_suffix(".index"), shard.with_suffix(".json"))))
+    return writer_id, int(milliseconds) if milliseconds.isdecimal() else 0

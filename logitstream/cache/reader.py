@@ -1,13 +1,13 @@
-"""Random access to a cache directory by key: about 20 bytes of RAM a record, no Arrow on the way."""
+"""Looking up records by key, by number or in order, while others write, seal and prune the shards."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,34 +16,28 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream import metrics
-from logitstream.cache.index import KeyIndex
-from logitstream.cache.manifest import manifest_fingerprint, read_id_model, read_manifest
-from logitstream.cache.open_shard import OPEN_SUFFIX
+from logitstream.cache.index import KeyIndex, index_path
+from logitstream.cache.manifest import file_bytes, read_id_model, read_manifest
 from logitstream.cache.remote import Mirror, is_remote, local_path
-from logitstream.cache.shard import Record, Spans, token_width, unpack_record
-from logitstream.cache.shard_file import Row, ShardFile, Span, payloads, read_spans
-from logitstream.cache.snapshot import OPEN_PLACE, Snapshot, index_path, survey
+from logitstream.cache.shard import OPEN_SUFFIX, SPAN, Parts, Record, Span, read_parts, token_dtype, unpack_record
+from logitstream.cache.snapshot import Shard, Snapshot, survey
 from logitstream.errors import CacheError, CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
 
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 128
-LOOKED_UP_AT_ONCE = 128
-Parts = tuple[Span, bytes, bytes, bytes]
-"""A record's span, token bytes, mask bytes and payload."""
-NOTHING = (None, None, None, None)
 
 
 class CacheReader:
-    """Reads what writers have sealed and flushed; safe from several threads and over a fork.
+    """Reads what writers have flushed; its methods may be called from any thread and in forked processes.
 
-    Every record is checked against its checksum before it is used. Raises CacheError where the directory is no cache or
-    its manifest is damaged, FingerprintMismatch where it holds other targets than `fingerprint` (None: whatever it
-    holds). Damaged records are counted (`cache_corrupt_total`), listed in `damaged` and passed for missing.
+    Every record is checked against its checksum before it is used. Raises CacheError if the directory is no cache or
+    its manifest is damaged, FingerprintMismatch if it holds other targets than `fingerprint` (None: whatever it holds).
+    Damaged records are counted (`cache_corrupt_total`), listed in `damaged` and pass for missing.
 
-    directory: a folder, or an fsspec URL: then shards are fetched into the folder `staging` when they are first read,
-    each while the one before it is being read.
+    directory: a folder or an fsspec URL: then a shard is fetched to the folder `staging` when it is first read, while
+    the one before it is being read.
     """
 
     def __init__(
@@ -55,9 +49,8 @@ class CacheReader:
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         self.source = directory
-        self._arguments = (directory, staging, storage_options)
-        self._mirror: Mirror | None = None
         self.directory = local_path(directory)
+        self._mirror: Mirror | None = None
         if is_remote(directory):
             self._mirror = Mirror(str(directory), staging=staging, storage_options=storage_options)
             try:
@@ -66,75 +59,45 @@ class CacheReader:
                 raise CacheError(f"{directory} cannot be reached: {error}") from error
             self.directory = self._mirror.staging
         self.manifest = read_manifest(self.directory, fingerprint)
-        self.fingerprint = manifest_fingerprint(self.manifest, self.directory)
-        self._width = token_width(self.manifest)
         self.id_model = read_id_model(self.directory, self.fingerprint)
         self.damaged: set[bytes] = set()
-        self._warned = False
-        self._files: dict[str, ShardFile] = {}
+        self._reopen = partial(_reopen, directory, staging, storage_options)
+        self._files: dict[Path, ShardFile] = {}
         self._lock = threading.Lock()
         self._now = Snapshot()
         self._later: Snapshot | None = None
+        self._order: tuple[Snapshot, KeyIndex] | None = None
         self._view: dict[str, Any] | None = None
-        self._order: tuple[Snapshot, KeyIndex, npt.NDArray[np.uint32] | None] | None = None
         self.refresh()
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _reopen, (*self._arguments, self.fingerprint, self._view)
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.manifest.fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reopen, (self.fingerprint, self._view)
 
     def refresh(self) -> None:
-        """Find what was written since; cheap where nothing was."""
+        """Find what was written since; cheap if nothing was."""
         with self._lock:
             self._now, self._later = self._survey(), None
 
     def _survey(self) -> Snapshot:
-        remote = None
         if self._mirror is not None:
             self._mirror.list_again()
-            remote = self._mirror.shards()
+        remote = self._mirror.shards() if self._mirror is not None else None
         return survey(self.directory, self.manifest, self._later or self._now, remote=remote)
 
     def get(self, key: bytes) -> bytes | None:
-        """The encoded targets of a key, or None where the cache does not hold them undamaged."""
-        found = self._first_whole(self._now, key)
+        """Return the encoded targets of a key; None if the cache does not hold them undamaged."""
+        found = self._find(key)
         (metrics.CACHE_MISSES if found is None else metrics.CACHE_HITS).inc()
-        return None if found is None else found[3]
-
-    def get_many(self, keys: Sequence[bytes]) -> Iterator[bytes | None]:
-        """As `get` for each key in turn, read as they are taken; the more keys the faster, up to LOOKED_UP_AT_ONCE."""
-        now = self._now
-        for start in range(0, len(keys), LOOKED_UP_AT_ONCE):
-            some, hits, misses = keys[start : start + LOOKED_UP_AT_ONCE], 0, 0
-            try:
-                for key, payload in zip(some, payloads(some, self._locate(now, some)), strict=True):
-                    if payload is None:  # another copy may be whole; else it is missing, or its damage is counted
-                        payload = (self._first_whole(now, key) or NOTHING)[3]
-                    hits, misses = (hits, misses + 1) if payload is None else (hits + 1, misses)
-                    if hits + misses == len(some):  # before the last one is taken: nobody may ask for more
-                        hits, misses = _count(hits, misses)
-                    yield payload
-            finally:
-                _count(hits, misses)
-
-    def _locate(self, now: Snapshot, keys: Sequence[bytes]) -> list[tuple[ShardFile, Span] | None]:
-        """File and span of each key's first record; None where they cannot be had all at once.
-
-        While records are read, what look-ups need would leave the processor's caches again and again.
-        """
-        try:
-            rows = now.rows_of(keys)
-            if self._mirror is not None and not all(path in self._files for path, _ in rows):
-                return [None] * len(keys)  # each shard is fetched when its first record's turn comes
-            files = [self._files.get(path) or self._open(now, path) for path, _ in rows]
-            return list(zip(files, read_spans(files, [row for _, row in rows]), strict=True))
-        except (KeyError, CorruptRecord, OSError):  # not there, damaged or pruned
-            return [None] * len(keys)
+        return None if found is None else found[1].payload
 
     def get_record(self, key: bytes) -> Record:
-        """The whole record of a key; CacheMiss where it is not there, CorruptRecord where every copy is damaged."""
-        found = self._first_whole(self._now, key)
-        if found is not None:
-            return unpack_record(*found)
+        """Return the whole record of a key; CacheMiss if it is not there, CorruptRecord if every copy is damaged."""
+        if (found := self._find(key)) is not None:
+            return unpack_record(*found, token_dtype(self.fingerprint.vocab_size))
         if key in self.damaged:
             raise CorruptRecord(f"{self.directory}: every copy of record {key.hex()} is damaged")
         raise CacheMiss(f"{self.directory} holds no record {key.hex()}")
@@ -143,107 +106,64 @@ class CacheReader:
         return bool(self._now.places(key))
 
     def __len__(self) -> int:
-        """Distinct keys as of the last refresh."""
-        index, firsts = self._ordered()
-        return len(index.high) if firsts is None else len(firsts)
+        """Return the number of distinct keys as of the last refresh."""
+        return len(self._ordered())
 
     @property
     def num_records(self) -> int:
         """Records as of the last refresh, repeated keys and damaged ones included."""
-        return self._now.num_sealed + self._now.num_open
+        return len(self._now.keys) + len(self._now.recent)
 
     def key(self, i: int) -> bytes:
-        """The i-th key in rising order: it depends on the content alone, not on who wrote it when."""
-        index, firsts = self._ordered()
-        return index.key(i if firsts is None else int(firsts[i]))
+        """Return the i-th key in rising order, which depends on the content alone, not on who wrote it when."""
+        return self._ordered().key(i)
 
     def record(self, i: int) -> Record:
-        """The record of the i-th key; CorruptRecord where every copy of it is damaged."""
+        """Return the record of the i-th key, as get_record does."""
         return self.get_record(self.key(i))
 
-    def draw_sets(self) -> npt.NDArray[np.uint64]:
-        """uint64 [len(self)]: the draw set of each key's record."""
-        for _ in range(5):
-            now, (index, firsts) = self._now, self._ordered()
+    def records(self) -> Iterator[Record]:
+        """Yield an undamaged record of each key, in the order of writing."""
+        index = self._now.ordered()
+        for position in np.argsort(index.place):
             try:
-                return now.draw_sets()[_numbers(now, index.place if firsts is None else index.place[firsts])]
+                yield self.get_record(index.key(int(position)))
+            except (CorruptRecord, CacheMiss):
+                continue
+
+    def draw_sets(self) -> npt.NDArray[np.uint64]:
+        """Return the draw set of each key's record, in the order of the keys."""
+        for _ in range(5):
+            try:
+                return self._now.draw_sets(self._ordered())
             except FileNotFoundError as error:  # pruned
                 problem = error
             self.refresh()
         raise CacheError(f"{self.directory}: shards kept disappearing while they were read: {problem}")
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards as of the last refresh."""
+        return self._now.shards
+
+    def file_sizes(self) -> dict[str, int]:
+        """Return the names and sizes of the cache's files, in a store of those that are there."""
+        if self._mirror is not None:
+            return self._mirror.sizes
+        return {path.name: file_bytes(path) for path in self.directory.iterdir()}
+
     def view(self) -> dict[str, Any]:
-        """What is readable as of the last refresh, for `keep_to`: records of each shard, and the keys' digest."""
-        return self._view or {"records": self._now.num_records(), "digest": _keys_digest(*self._ordered())}
+        """Return what is readable as of the last refresh, for `keep_to`: the shards' ends and the keys' digest."""
+        ends = {shard.path.name: shard.end for shard in self._now.shards}
+        return self._view or {"records": ends, "digest": _digest(self._ordered())}
 
     def keep_to(self, view: dict[str, Any]) -> None:
-        """Be as long, and in the order, of what a reader of this cache saw then, whatever was written since.
+        """Have the length and the order of what a reader of this cache saw then, whatever was written since.
 
-        Single keys and `records` are found as before. Raises CacheError, now or after a `refresh`, where some of those
-        keys are not there any more.
+        Single keys are found as before. Raises CacheError, now or after a `refresh`, if some of the keys are gone.
         """
         self._view, self._order = view, None
         self._ordered()
-
-    def records(self) -> Iterator[Record]:
-        """Every copy of every undamaged record, shard by shard in the order of writing.
-
-        Of a shard that was pruned meanwhile what is left, each key once.
-        """
-        return chain.from_iterable(map(self.records_of, self.shards()))
-
-    def shards(self) -> list[str]:
-        """Paths of the shards as of the last refresh, sealed ones first."""
-        return [*self._now.shards, *dict(self._now.open_spans())]
-
-    def records_of(self, shard: str) -> Iterator[Record]:
-        """As `records`, of one shard."""
-        now = self._now
-        if shard in now.shards:
-            return self._sealed_records(now, now.shards.index(shard))
-        return chain.from_iterable(
-            self._records(now, shard, spans) for path, spans in now.open_spans() if path == shard
-        )
-
-    def _sealed_records(self, now: Snapshot, number: int) -> Iterator[Record]:
-        try:
-            spans = now.sealed_spans(number)
-        except FileNotFoundError:
-            return self._moved(now.keys_of(number))
-        except OSError as error:
-            self._note(now.shards[number], error)
-            return iter(())
-        return self._records(now, now.shards[number], spans)
-
-    def _records(self, now: Snapshot, path: str, spans: Spans) -> Iterator[Record]:
-        try:
-            file = self._files.get(path) or self._open(now, path)
-        except FileNotFoundError:
-            return self._moved(spans["key"].tolist())
-        except OSError as error:
-            self._note(path, error)
-            return iter(())
-        if self._mirror is not None:
-            return self._staged_records(now, path, spans, file)
-        return file.records(spans, partial(self._note_row, path, spans))
-
-    def _staged_records(self, now: Snapshot, path: str, spans: Spans, file: ShardFile) -> Iterator[Record]:
-        """As ShardFile.records; those that are damaged here are read again from the store's copy, last."""
-        bad: list[int] = []
-        yield from file.records(spans, bad.append)
-        spans = spans[bad]
-        if bad and self._fetched_again(path):
-            yield from self._open(now, path).records(spans, partial(self._note_row, path, spans))
-            return
-        for row in range(len(bad)):
-            self._note_row(path, spans, row)
-
-    def _moved(self, keys: Sequence[bytes]) -> Iterator[Record]:
-        """The records of a shard that is gone, as far as they lie elsewhere."""
-        for key in dict.fromkeys(keys):
-            found = self._look_again(key)
-            if found is not None:
-                yield unpack_record(*found)
 
     def close(self) -> None:
         """Let go of the files; a local reader may be used on."""
@@ -260,148 +180,108 @@ class CacheReader:
     ) -> None:
         self.close()
 
-    def _ordered(self) -> tuple[KeyIndex, npt.NDArray[np.uint32] | None]:
-        """Keys in rising order, and the positions of those that count; None: all of them."""
+    def _ordered(self) -> KeyIndex:
+        """Return each key once, in rising order, as of the last refresh or as `keep_to` says."""
         now, order = self._now, self._order
         if order is None or order[0] is not now:
-            index = now.all_keys()
-            firsts = index.first_of_each()
-            if self._view is not None and _keys_digest(index, firsts) != self._view["digest"]:
-                firsts = _viewed(now, index, firsts, self._view["records"])
-                if _keys_digest(index, firsts) != self._view["digest"]:
+            index = now.ordered()
+            if self._view is not None and _digest(index) != self._view["digest"]:
+                index = now.ordered(self._view["records"])
+                if _digest(index) != self._view["digest"]:
                     raise CacheError(
-                        f"{self.directory} does not hold the sequences any more that were found in it before: "
-                        f"expected {sum(self._view['records'].values())} records (keys of SHA-256 "
-                        f"{self._view['digest'][:16]}), {len(firsts)} keys of them are left: it was pruned, or damaged"
+                        f"{self.directory} does not hold the sequences any more that were found in it before: expected "
+                        f"keys of SHA-256 {self._view['digest'][:16]}, {len(index)} are left: it was pruned, or damaged"
                     )
-            order = self._order = (now, index, firsts)
-        return order[1:]
+            order = self._order = (now, index)
+        return order[1]
 
-    def _first_whole(self, now: Snapshot, key: bytes) -> Parts | None:
-        """The first of a key's records that is not damaged."""
-        found, is_gone = self._search(now, key)
-        return self._look_again(key) if found is None and is_gone else found
+    def _find(self, key: bytes) -> tuple[Span, Parts] | None:
+        """Read the first undamaged record of a key, wherever it lies by now."""
+        found, is_gone = self._search(self._now, key)
+        if found is None and is_gone and self._later is not None:
+            found, is_gone = self._search(self._later, key)
+        if found is None and is_gone:  # a shard was pruned since the last refresh; the order of the keys stays
+            with self._lock:
+                self._later = self._survey()
+            found, _ = self._search(self._later, key)
+        return found
 
-    def _look_again(self, key: bytes) -> Parts | None:
-        """As `_first_whole`, in what is there now: a shard has been pruned since the last refresh.
-
-        The order of the keys stays as of then.
-        """
-        later = self._later
-        if later is not None:
-            found, is_gone = self._search(later, key)
-            if not is_gone:
-                return found
-        with self._lock:
-            later = self._later = self._survey()
-        return self._search(later, key)[0]
-
-    def _search(self, now: Snapshot, key: bytes) -> tuple[Parts | None, bool]:
-        """The first undamaged record of a key, and whether a shard that held one is gone."""
+    def _search(self, now: Snapshot, key: bytes) -> tuple[tuple[Span, Parts] | None, bool]:
+        """Return the first undamaged record of a key, and whether a shard that held one is gone."""
         is_gone = False
         for place in now.places(key):
-            path, row = now.row_of(place)
+            number, offset = place >> 32, place & 0xFFFFFFFF
+            shard = now.shards[number]
             try:
-                try:
-                    return self._read(now, path, row, key), False
-                except CorruptRecord:
-                    if not self._fetched_again(path):
-                        raise
-                    return self._read(now, path, row, key), False
+                return self._read(now, number, offset, key), False
             except FileNotFoundError:
                 is_gone = True
-            except CorruptRecord as error:
-                if Path(path).exists():
-                    self._note(path, error, key)
-                else:  # a prune is writing it anew in its own place
-                    is_gone = True
-            except OSError as error:
-                with self._lock:  # opened anew next time: a handle may be stale where the file is not
-                    self._files.pop(path, None)
-                self._note(path, error, key)
+            except (CorruptRecord, OSError) as error:
+                self._files.pop(shard.path, None)  # a handle may be stale although the file is not
+                if not self.damaged:
+                    logger.warning("%s: %s; damaged records pass for missing", shard.path, error)
+                metrics.CACHE_CORRUPT.inc()
+                self.damaged.add(key)
         return None, is_gone
 
-    def _read(self, now: Snapshot, path: str, row: Row, key: bytes) -> Parts:
-        file = self._files.get(path) or self._open(now, path)
-        span = file.span(row)
-        if span[0] != key:
-            raise CorruptRecord(f"the index names {span[0].hex()} where it named {key.hex()} before")
-        return (span, *file.record(span))
-
-    def _fetched_again(self, path: str) -> bool:
-        """Whether a staged shard that is damaged was replaced by the store's."""
+    def _read(self, now: Snapshot, number: int, offset: int, key: bytes) -> tuple[Span, Parts]:
+        shard = now.shards[number]
         try:
-            if self._mirror is None or path.endswith(OPEN_SUFFIX) or not self._mirror.fetch_again(Path(path)):
-                return False
-        except OSError:
-            return False
-        with self._lock:
-            self._files.pop(path, None)
-        return True
+            return self._open(now, number).read(offset, key)
+        except CorruptRecord:
+            if self._mirror is None or not shard.is_sealed or not self._mirror.fetch_again(shard.path):
+                raise
+            self._files.pop(shard.path, None)
+            return self._open(now, number).read(offset, key)
 
-    def _note_row(self, path: str, spans: Spans, row: int) -> None:
-        key = spans["key"][row].tobytes()
-        self._note(path, f"record {key.hex()} does not match its checksum", key)
-
-    def _note(self, path: str, problem: object, key: bytes | None = None) -> None:
-        """Count a damaged record; the first one is logged."""
-        if not self._warned:
-            self._warned = True
-            logger.warning("%s: %s; damaged records pass for missing", path, problem)
-        metrics.CACHE_CORRUPT.inc()
-        if key is not None:
-            self.damaged.add(key)
-
-    def _open(self, now: Snapshot, path: str) -> ShardFile:
-        if self._mirror is not None and not path.endswith(OPEN_SUFFIX):
-            following = now.shards.index(path) + 1
-            self._mirror.fetch(Path(path), ahead=Path(now.shards[following]) if following < len(now.shards) else None)
+    def _open(self, now: Snapshot, number: int) -> ShardFile:
+        shard = now.shards[number]
+        if (file := self._files.get(shard.path)) is not None:
+            return file
+        if self._mirror is not None and shard.is_sealed:
+            self._mirror.fetch(*(one.path for one in now.shards[number : number + 2] if one.is_sealed))
         with self._lock:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 self._files.clear()
-            file = self._files[path] = _open_file(path, self._width, now.rebuilt.get(path))
+            file = self._files[shard.path] = ShardFile(shard)
             return file
 
 
-def _open_file(path: str, width: int, rebuilt: Spans | None) -> ShardFile:
-    if not path.endswith(OPEN_SUFFIX):
-        return ShardFile(path, width, index=index_path(path), spans=rebuilt)
-    try:
-        return ShardFile(path, width)
-    except FileNotFoundError:  # sealed since it was found: the same bytes
-        return ShardFile(path.removesuffix(OPEN_SUFFIX), width)
+class ShardFile:
+    """A shard and its index, open for reading; closed when it is freed."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._fd = self._index_fd = -1
+        self._scanned = shard.content() if shard.scanned is not None else None
+        try:
+            self._fd = os.open(shard.path if shard.is_sealed else f"{shard.path}{OPEN_SUFFIX}", os.O_RDONLY)
+        except FileNotFoundError:  # an open shard may be sealed by now: the same bytes
+            self._fd = os.open(shard.path, os.O_RDONLY)
+        if self._scanned is None:
+            self._index_fd = os.open(index_path(shard.path), os.O_RDONLY)
+
+    def __del__(self) -> None:
+        for fd in (self._fd, self._index_fd):
+            if fd >= 0:
+                os.close(fd)
+
+    def read(self, offset: int, key: bytes) -> tuple[Span, Parts]:
+        """Read the record of a key, whose span lies at an offset of the index.
+
+        Raises CorruptRecord if it is damaged, OSError if it cannot be read.
+        """
+        if self._scanned is not None:
+            content = self._scanned[offset : offset + SPAN.size]
+        else:
+            content = os.pread(self._index_fd, SPAN.size, offset)
+        if len(content) != SPAN.size or content[: len(key)] != key:
+            raise CorruptRecord(f"the index is damaged at byte {offset}")
+        span = Span._make(SPAN.unpack(content))
+        return span, read_parts(self._fd, span)
 
 
-def _keys_digest(index: KeyIndex, firsts: npt.NDArray[np.uint32] | None) -> str:
-    digest = hashlib.sha256()
-    for half in (index.high, index.low):
-        digest.update(np.ascontiguousarray(half if firsts is None else half[firsts]).data)
-    return digest.hexdigest()
-
-
-def _numbers(now: Snapshot, places: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    """Where places lie among all sealed records, then all open ones."""
-    numbers = places.astype(np.int64)
-    return np.where(numbers < OPEN_PLACE, numbers, numbers - OPEN_PLACE + now.num_sealed)
-
-
-def _viewed(
-    now: Snapshot, index: KeyIndex, firsts: npt.NDArray[np.uint32] | None, num_records: dict[str, int]
-) -> npt.NDArray[np.uint32]:
-    """Positions of the keys of which a record is among each shard's first `num_records`."""
-    viewed = now.among(num_records)[_numbers(now, index.place)]
-    if firsts is None:
-        return np.flatnonzero(viewed).astype(np.uint32)
-    return firsts[np.logical_or.reduceat(viewed, firsts)] if len(firsts) else firsts
-
-
-def _count(hits: int, misses: int) -> tuple[int, int]:
-    """Add to the metrics; what is left to add."""
-    if hits:
-        metrics.CACHE_HITS.inc(hits)
-    if misses:
-        metrics.CACHE_MISSES.inc(misses)
-    return 0, 0
+def _digest(index: KeyIndex) -> str:
+    return hashlib.sha256(index.high.tobytes() + index.low.tobytes()).hexdigest()
 
 
 def _reopen(

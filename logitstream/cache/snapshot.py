@@ -1,276 +1,166 @@
-"""What of a cache directory is readable at one moment."""
+"""The records of a cache folder at one moment: which shards there are, and where each key's records lie in them."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.cache.index import KeyIndex
-from logitstream.cache.manifest import INDEX_HEADER, read_index
-from logitstream.cache.open_records import OpenRecords
-from logitstream.cache.open_shard import OPEN_SUFFIX
-from logitstream.cache.shard import SPAN_DTYPE, Spans, read_schema, scan, scanned_spans, token_width
-from logitstream.cache.shard_file import Row
+from logitstream.cache.index import (
+    Entry,
+    KeyIndex,
+    empty_index,
+    index_path,
+    joined,
+    places_of,
+    read_entries,
+    sealed_entries,
+)
+from logitstream.cache.manifest import Manifest
+from logitstream.cache.open_shard import origin
+from logitstream.cache.shard import Spans
 from logitstream.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-OPEN_PLACE = 1 << 31
-"""Places from here on are records of open shards."""
 LOOKS = 8
-"""How often a directory is looked at whose shards keep disappearing."""
-_Sealed = tuple[npt.NDArray[np.void], Spans | None]
-"""Keys of a sealed shard, and its spans where they had to be found again."""
-_Grown = dict[Path, tuple[int, list[Spans]]]
-"""Where the whole batches of each open shard end, and the spans of those that are new."""
+"""How often a folder is listed while its shards change."""
+SHARD_BITS = np.uint64(32)
+DRAW_SET_OFFSET = 40
+"""Place of the draw set in a span."""
+OFFSET_MASK = np.uint64((1 << 32) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard by its sealed name; `end`: how much of its index was read; `scanned`: its spans if that is damaged."""
+
+    path: Path
+    is_sealed: bool = False
+    end: int = 0
+    scanned: Spans | None = field(default=None, compare=False)
+
+    def content(self) -> bytes:
+        """Return the bytes that places are offsets in."""
+        return self.scanned.tobytes() if self.scanned is not None else index_path(self.path).read_bytes()
+
+    def spans(self, fingerprint_digest: str) -> Spans:
+        """Return the spans of all records that the index names by now."""
+        if self.scanned is not None:
+            return self.scanned
+        return joined(read_entries(index_path(self.path), fingerprint_digest)[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Sealed shards by their order of discovery, open ones by what was flushed; never changed, only replaced.
+    """Shards in the order of their discovery, and their keys; never changed, only replaced.
 
-    rebuilt: spans of sealed shards whose index is missing or damaged; of the others only the index on disk is read.
-    growing: where the whole batches of each open shard end; num_open: how many of open_records were there by then.
+    New keys are sorted into `recent` and join `keys` once they are many.
     """
 
-    sealed: KeyIndex = field(default_factory=KeyIndex.empty)
-    shards: tuple[str, ...] = ()
-    starts: tuple[int, ...] = (0,)
-    rebuilt: dict[str, Spans] = field(default_factory=dict)
-    growing: dict[Path, int] = field(default_factory=dict)
-    open_records: OpenRecords = field(default_factory=OpenRecords)
-    num_open: int = 0
-    open_index: KeyIndex = field(default_factory=KeyIndex.empty)
-
-    @property
-    def num_sealed(self) -> int:
-        return self.starts[-1]
+    shards: tuple[Shard, ...] = ()
+    keys: KeyIndex = field(default_factory=empty_index)
+    recent: KeyIndex = field(default_factory=empty_index)
 
     def places(self, key: bytes) -> list[int]:
-        """Where a key's records are."""
-        found = self.sealed.find(key)
-        return [*found, *self.open_index.find(key)] if self.num_open else found
+        """Return the places of a key's records."""
+        return [*self.keys.find(key), *self.recent.find(key)]
 
-    def rows_of(self, keys: Sequence[bytes]) -> list[tuple[str, Row]]:
-        """Path of the shard and row of each key's first record, KeyError where there is none.
+    def ordered(self, ends: Mapping[str, int] | None = None) -> KeyIndex:
+        """Return each key once, in rising order; ends: only records before these offsets of the named shards."""
+        index = KeyIndex.joined([self.keys, self.recent]) if len(self.recent) else self.keys
+        if ends is not None:
+            limits = np.array([ends.get(shard.path.name, 0) for shard in self.shards], np.uint64)
+            index = index.select((index.place & OFFSET_MASK) < limits[index.place >> SHARD_BITS])
+        return index.distinct()
 
-        Where keys share their first half it may be another one's: the span there tells.
-        """
-        places = self.sealed.find_many(keys)
-        if min(places) >= 0:
-            return list(map(self.shard_of, places))
-        found = zip(keys, places, strict=True)
-        return [self.row_of(place if place >= 0 else self._open_place(key)) for key, place in found]
-
-    def _open_place(self, key: bytes) -> int:
-        for place in self.open_index.find(key):
-            return place
-        raise KeyError(key)
-
-    def row_of(self, place: int) -> tuple[str, Row]:
-        """Path of the shard that holds a place, and the row there."""
-        return self.open_records.row(place - OPEN_PLACE) if place >= OPEN_PLACE else self.shard_of(place)
-
-    def shard_of(self, place: int) -> tuple[str, Row]:
-        """The sealed shard that holds a place, and the row there."""
-        number = bisect_right(self.starts, place) - 1
-        return self.shards[number], place - self.starts[number]
-
-    def sealed_spans(self, number: int) -> Spans:
-        """Of one of the sealed shards; FileNotFoundError where it was pruned."""
-        path = self.shards[number]
-        if path in self.rebuilt:
-            return self.rebuilt[path]
-        count = self.starts[number + 1] - self.starts[number]
-        return np.fromfile(index_path(path), SPAN_DTYPE, count, offset=INDEX_HEADER.size)
-
-    def open_spans(self) -> Iterator[tuple[str, Spans]]:
-        """Of each open shard."""
-        for path, _, spans in self.open_records.by_shard(self.num_open):
-            yield path, spans
-
-    def keys_of(self, number: int) -> list[bytes]:
-        """The keys of a sealed shard, even of one that was pruned."""
-        place = self.sealed.place
-        positions = np.flatnonzero((place >= self.starts[number]) & (place < self.starts[number + 1]))
-        return [self.sealed.key(position) for position in positions.tolist()]
-
-    def num_records(self) -> dict[str, int]:
-        """Records of each shard, by its name once it is sealed."""
-        counts = {_sealed_name(path): self.starts[n + 1] - self.starts[n] for n, path in enumerate(self.shards)}
-        return counts | {_sealed_name(path): len(spans) for path, spans in self.open_spans()}
-
-    def among(self, num_records: dict[str, int]) -> npt.NDArray[np.bool_]:
-        """Whether each sealed record, then each open one, is among its shard's first `num_records`."""
-        among = np.zeros(self.num_sealed + self.num_open, bool)
-        for n, path in enumerate(self.shards):
-            count = min(num_records.get(_sealed_name(path), 0), self.starts[n + 1] - self.starts[n])
-            among[self.starts[n] : self.starts[n] + count] = True
-        for path, numbers, _ in self.open_records.by_shard(self.num_open):
-            among[self.num_sealed + numbers[: num_records.get(_sealed_name(path), 0)]] = True
-        return among
-
-    def draw_sets(self) -> npt.NDArray[np.uint64]:
-        """The draw set of every sealed record, then of every open one."""
-        sealed = (self.sealed_spans(number)["draw_set"] for number in range(len(self.shards)))
-        return np.concatenate([np.zeros(0, np.uint64), *sealed, self.open_records.spans(self.num_open)["draw_set"]])
-
-    def all_keys(self) -> KeyIndex:
-        """Sealed and open records' keys in rising order."""
-        if not self.num_open:
-            return self.sealed
-        return self.sealed.extended([self.open_records.spans(self.num_open)["key"]], OPEN_PLACE)
+    def draw_sets(self, index: KeyIndex) -> npt.NDArray[np.uint64]:
+        """Return the draw set of each record of an index; FileNotFoundError if a shard is gone."""
+        found = np.zeros(len(index), np.uint64)
+        at = np.arange(8, dtype=np.uint64) + np.uint64(DRAW_SET_OFFSET)
+        for number, shard in enumerate(self.shards):
+            mine = np.flatnonzero(index.place >> SHARD_BITS == number)
+            if len(mine):
+                content = np.frombuffer(shard.content(), np.uint8)
+                found[mine] = content[(index.place[mine] & OFFSET_MASK)[:, None] + at].view("<u8")[:, 0]
+        return found
 
 
 def survey(
-    directory: Path, manifest: dict[str, Any], before: Snapshot, *, remote: dict[Path, int] | None = None
+    directory: Path, manifest: Manifest, before: Snapshot, *, remote: Mapping[Path, int] | None = None
 ) -> Snapshot:
-    """What is readable now, reading only what is new since `before`.
+    """Return what is readable now, reading only what is new since `before`.
 
-    remote: sizes of sealed shards that can be fetched; their sidecars are in the directory already.
+    The folder is listed until it stays the same, since shards are sealed and pruned meanwhile. remote: sizes of sealed
+    shards that can be fetched, whose indexes are in the folder already.
     """
-    remote, read = remote or {}, dict[Path, _Sealed]()
-    for _ in range(LOOKS - 1):
-        try:
-            return _look(directory, manifest, before, remote, read)
-        except FileNotFoundError:  # sealed, removed or replaced between listing and reading it: what was read is kept
+    remote = remote or {}
+    now, names = before, _listed(directory, remote)
+    for _ in range(LOOKS):
+        is_pruned = not {shard.path for shard in now.shards} <= names.keys()
+        now = _extended(Snapshot() if is_pruned else now, names, manifest, remote)
+        names, before_that = _listed(directory, remote), names
+        if names == before_that:
+            break
+    return now
+
+
+def _listed(directory: Path, remote: Mapping[Path, int]) -> dict[Path, bool]:
+    """Return the paths of all shards, and whether they are sealed."""
+    names = os.listdir(directory)
+    shards = {directory / f"{name.removesuffix('.index')}.arrow": False for name in names if name.endswith(".index")}
+    return shards | {directory / name: True for name in names if name.endswith(".arrow")} | dict.fromkeys(remote, True)
+
+
+def _extended(before: Snapshot, names: dict[Path, bool], manifest: Manifest, remote: Mapping[Path, int]) -> Snapshot:
+    """Return `before` with what was written since."""
+    shards, parts = list(before.shards), []
+    numbers = {shard.path: number for number, shard in enumerate(shards)}
+    for path in sorted(names, key=lambda path: (origin(path)[1], path.name)):
+        number = numbers.get(path, len(shards))
+        known = shards[number] if number < len(shards) else Shard(path)
+        if known.is_sealed:
             continue
-    return _look(directory, manifest, before, remote, read, tolerant=True)
+        try:
+            shard, entries = _read(known, names[path], manifest, remote.get(path))
+        except FileNotFoundError:  # gone again: the next listing shows it
+            continue
+        shards[number : number + 1] = [shard]
+        parts.append(places_of(number, entries))
+    if not any(map(len, parts)):
+        return before if shards == list(before.shards) else replace(before, shards=tuple(shards))
+    recent = KeyIndex.joined([before.recent, *parts])
+    if len(recent) * 8 > len(before.keys):
+        return Snapshot(tuple(shards), KeyIndex.joined([before.keys, recent]))
+    return Snapshot(tuple(shards), before.keys, recent)
 
 
-def _look(
-    directory: Path,
-    manifest: dict[str, Any],
-    before: Snapshot,
-    remote: dict[Path, int],
-    read: dict[Path, _Sealed],
-    *,
-    tolerant: bool = False,
-) -> Snapshot:
-    """One try of `survey`: FileNotFoundError where something disappears meanwhile, or, tolerant, a snapshot without it.
-
-    read: sealed shards that earlier tries have read, and this one reads.
-    """
-    ignored = (FileNotFoundError,) if tolerant else ()
-    growing: _Grown = {}
-    for path in sorted(directory.glob(f"*{OPEN_SUFFIX}")):
-        with contextlib.suppress(*ignored):
-            growing[path] = _grown(path, manifest, before.growing.get(path, 0))
-    sealed = {*directory.glob("*.arrow"), *remote}  # after the open ones: no shard is in neither
-    growing = {path: grown for path, grown in growing.items() if path.with_suffix("") not in sealed}
-    pruned = not set(before.shards) <= set(map(str, sealed))
-    if pruned and not tolerant and sealed != {*directory.glob("*.arrow"), *remote}:
-        raise FileNotFoundError  # what takes the place of the pruned ones may not be listed
-    earlier, before = before, Snapshot() if pruned else before
-    known = set(before.shards)
-    new = sorted(path for path in sealed if str(path) not in known)
-    if not (new or pruned) and {path: end for path, (end, _) in growing.items()} == before.growing:
-        return before
-    for path in [path for path in new if path not in read]:
-        with contextlib.suppress(*ignored):
-            spans, is_rebuilt = _sealed_spans(path, manifest, remote.get(path))
-            read[path] = (np.ascontiguousarray(spans["key"]), spans if is_rebuilt else None)
-    return _extended(before, {path: read[path] for path in new if path in read}, earlier, growing)
-
-
-def _extended(before: Snapshot, new: dict[Path, _Sealed], earlier: Snapshot, growing: _Grown) -> Snapshot:
-    """`before` with new sealed shards, and `earlier`'s open ones as they are by now."""
-    keys = [shard_keys for shard_keys, _ in new.values()]
-    records, index = _open_records(earlier, growing)
-    return Snapshot(
-        sealed=before.sealed.extended(keys, before.num_sealed) if keys else before.sealed,
-        shards=(*before.shards, *map(str, new)),
-        starts=(*before.starts[:-1], *accumulate(map(len, keys), initial=before.num_sealed)),
-        rebuilt=before.rebuilt | {str(path): spans for path, (_, spans) in new.items() if spans is not None},
-        growing={path: end for path, (end, _) in growing.items()},
-        open_records=records,
-        num_open=records.count,
-        open_index=index,
-    )
-
-
-def _open_records(before: Snapshot, growing: _Grown) -> tuple[OpenRecords, KeyIndex]:
-    """Open shards' records and the places of their keys; while no shard leaves they only grow, and do so in place."""
-    records, index = before.open_records, before.open_index
-    if not before.growing.keys() <= growing.keys() or records.count != before.num_open:
-        records, index = OpenRecords(), KeyIndex.empty()
-        for path, spans in before.open_spans():
-            if Path(path) in growing:
-                records.append(path, spans)
-        index = index.extended([records.spans(records.count)["key"]], OPEN_PLACE)
-    known = records.count
-    new = [(str(path), spans) for path, (_, parts) in growing.items() for spans in parts]
-    for path, spans in new:
-        records.append(path, spans)
-    return records, index.extended([spans["key"] for _, spans in new], OPEN_PLACE + known) if new else index
-
-
-def _grown(path: Path, manifest: dict[str, Any], end: int) -> tuple[int, list[Spans]]:
-    """Where the whole batches of an open shard end, and the spans of those after `end`.
-
-    A torn tail is ignored, it may be a write under way. Of a shard that cannot be read what was known is kept;
-    FileNotFoundError where it was sealed meanwhile.
-    """
-    try:
-        if path.stat().st_size == end or not (end or read_schema(path, manifest)):
-            return end, []
-        more = list(scan(path, token_width(manifest), end))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        _warn_once(path, str(error))
-        return end, []
-    return (more[-1].start + more[-1].size if more else end), [message.spans for message in more]
+def _read(known: Shard, is_sealed: bool, manifest: Manifest, remote_bytes: int | None) -> tuple[Shard, list[Entry]]:
+    """Read the new entries of a shard, or all of a sealed one that is new; FileNotFoundError if it is gone."""
+    path, digest = known.path, manifest.fingerprint.digest
+    if not is_sealed or known.end:
+        try:
+            entries, end = read_entries(index_path(path), digest, known.end)
+        except FileNotFoundError:
+            raise
+        except (CacheError, OSError) as error:
+            _warn_once(f"{error}; the records of {path.name} are skipped")
+            entries, end = [], 0
+        return Shard(path, is_sealed, end), entries
+    entries, end, problem = sealed_entries(path, manifest, remote_bytes=remote_bytes)
+    if problem:
+        logger.warning(problem)
+    scanned = joined(entries) if problem else None
+    return Shard(path, True, end, scanned), entries
 
 
 @functools.cache
-def _warn_once(path: Path, problem: str) -> None:
-    """Open shards are looked at again and again."""
-    logger.warning("%s cannot be read: %s; its new records are skipped", path, problem)
-
-
-def _sealed_spans(path: Path, manifest: dict[str, Any], remote_bytes: int | None) -> tuple[Spans, bool]:
-    """A sealed shard's spans, and whether they had to be found again in the shard itself.
-
-    FileNotFoundError where it was pruned meanwhile.
-    """
-    nothing = np.zeros(0, SPAN_DTYPE)
-    try:
-        size = path.stat().st_size if remote_bytes is None else remote_bytes
-        return read_index(path.with_suffix(".index"), manifest["fingerprint_digest"], size), False
-    except (CacheError, OSError) as error:
-        problem = error
-    if remote_bytes is None and not os.path.lexists(path):
-        raise FileNotFoundError(path)
-    if not path.is_file():
-        logger.warning("%s; its shard is skipped", problem)
-        return nothing, True
-    try:
-        if not read_schema(path, manifest):
-            logger.warning("%s is skipped: it is no shard of this cache, or its head is damaged", path)
-            return nothing, True
-        logger.warning("%s; %s is scanned instead", problem, path.name)
-        return scanned_spans(path, token_width(manifest)), True
-    except OSError as error:
-        logger.warning("%s is skipped: %s", path, error)
-        return nothing, True
-
-
-def _sealed_name(shard: str) -> str:
-    return os.path.basename(shard).removesuffix(OPEN_SUFFIX)
-
-
-def index_path(shard: str) -> str:
-    """The index of a sealed shard."""
-    return shard.removesuffix(".arrow") + ".index"
+def _warn_once(message: str) -> None:
+    """Log what is found again at every refresh."""
+    logger.warning(message)

@@ -69,7 +69,7 @@ class TargetCache:
     @property
     def provenance(self) -> dict[str, Any]:
         """What the cache's first writer noted of its origin; empty if nothing can be read."""
-        return dict(self._reader.manifest["provenance"]) if self._reader is not None else {}
+        return dict(self._reader.manifest.provenance) if self._reader is not None else {}
 
     @property
     def writable(self) -> bool:

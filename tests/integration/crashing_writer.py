@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 from logitstream.cache import CacheWriter, Record
-from logitstream.cache.shard import SCHEMAS, encode_batch
+from logitstream.cache.shard import columns_schema, encode_batch, token_dtype
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 
 FINGERPRINT = Fingerprint(
@@ -49,7 +49,7 @@ def write_until_killed(directory: str, seed: int, acks: int) -> None:
 
 
 def main() -> None:
-    encode_batch([record(0, 0)], SCHEMAS[2])  # what Arrow imports at its first use
+    encode_batch([record(0, 0)], columns_schema(token_dtype(1000)))  # what Arrow imports at its first use
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         directory, seed, ack_file = line.split()

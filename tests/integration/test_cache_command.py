@@ -241,7 +241,7 @@ def test_merge_heals_an_output_that_holds_a_damaged_copy(tmp_path: Path, records
     assert after.num_records == len(records) + 7
 
 
-@pytest.mark.parametrize(("pattern", "position"), [("*.index", 70), ("*-*.json", 70), ("*.arrow", -3)])
+@pytest.mark.parametrize(("pattern", "position"), [("*.index", 10), ("*.index", 200), ("*.arrow", 70), ("*.arrow", -3)])
 def test_prune_makes_good_what_is_damaged_outside_of_records(
     tmp_path: Path, records: list[Record], pattern: str, position: int
 ) -> None:
@@ -339,7 +339,7 @@ def test_prune_refuses_bounds_that_are_none(tmp_path: Path, option: list[str]) -
 
 def test_what_killed_processes_had_begun_is_cleared_away_after_an_hour(tmp_path: Path) -> None:
     write(tmp_path, [])
-    old, new = tmp_path / ".w-1-2.arrow.new", tmp_path / f".w-1-2.arrow.{'ab' * 16}"
+    old, new = (tmp_path / f".w-1-2.arrow.{letters * 16}" for letters in ("ab", "cd"))
     for path in (old, new):
         path.write_bytes(b"x")
     os.utime(old, (time.time() - 4000,) * 2)

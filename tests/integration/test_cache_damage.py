@@ -47,7 +47,7 @@ def pipe(shard: Path) -> str:
 
 def cut(shard: Path) -> str:
     os.truncate(shard, 3000)
-    return "records that its index names are not in it"
+    return "records are damaged or cannot be read"
 
 
 def emptied(shard: Path) -> str:
@@ -150,6 +150,8 @@ def test_records_in_a_bad_block_are_named_and_the_others_of_the_shard_are_read(
     folder, fail = failing_disk
     write(folder / "cache", big_records())
     last = max((folder / "cache").glob("*.arrow"), key=lambda path: path.stat().st_size)
+    last.rename(folder / "kept")  # so that its copy is the last file on the disk
+    shutil.copy(folder / "kept", last)
     fail(last)
     assert main(["cache", "verify", str(folder / "cache")]) == 1
     output = capsys.readouterr().out

@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from logitstream.cache import CacheReader, CacheWriter
-from logitstream.cache.open_shard import OpenShard
-from logitstream.cache.rewrite import prune
-from logitstream.cache.shard import encode_batch
+from logitstream.cache.tools.rewrite import prune
 from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.corpus import CacheDataset, collate
 from logitstream.errors import FingerprintMismatch
@@ -370,8 +368,9 @@ def test_a_cache_that_cannot_be_written_from_the_start_is_read_all_the_same(
     list(TargetStream(batches[:2], client, cache=cache, draw_set=0))
     cache.close()
     reader = CacheReader(tmp_path)
-    dead = OpenShard.create(tmp_path, "dead", reader.manifest)
-    dead.append(encode_batch([reader.record(0)], dead.schema))
+    dead = CacheWriter(tmp_path, reader.fingerprint)
+    dead.put(*reader.record(0)[:5])
+    dead.flush()
     dead.abandon()
     with no_room_on_disk():
         cache = open_cache(tmp_path, client)

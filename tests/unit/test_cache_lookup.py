@@ -1,4 +1,4 @@
-"""However records are read (one by one, many keys at once, all in order), they are the same, and damage is found."""
+"""However records are read (by key, by number, in order), they are the same, and damage is found."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from logitstream.cache import CacheReader, CacheWriter, Record
-from logitstream.cache.index import KeyIndex
-from logitstream.cache.reader import LOOKED_UP_AT_ONCE
-from logitstream.cache.rewrite import prune
-from logitstream.cache.shard import Spans, scan
-from logitstream.cache.shard_file import BLOCK_BYTES, LARGE_BYTES, ShardFile
+from logitstream.cache.shard import Spans
+from logitstream.cache.tools.rewrite import prune
 from logitstream.errors import CacheError
 from tests.unit.test_cache import assert_same, fingerprint, make_records, put_all
 
@@ -36,8 +33,8 @@ def write(directory: Path, records: list[Record], **options: int) -> CacheReader
 
 
 def shard_and_spans(reader: CacheReader) -> tuple[Path, Spans]:
-    (path,) = reader.shards()
-    return Path(path), reader._now.sealed_spans(0)
+    (shard,) = reader.shards
+    return shard.path, shard.spans(FINGERPRINT.digest)
 
 
 def flip(path: Path, needle: bytes) -> None:
@@ -49,9 +46,8 @@ def flip(path: Path, needle: bytes) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("at_once", [1, 15, 16, LOOKED_UP_AT_ONCE, LOOKED_UP_AT_ONCE + 1, 1000])
-def test_many_keys_at_once_give_what_each_gives_alone(tmp_path: Path, at_once: int) -> None:
-    """In several shards and an open one, with keys that are asked for twice, are missing or lie there twice."""
+def test_keys_in_several_shards_and_an_open_one_are_found(tmp_path: Path) -> None:
+    """Also keys that are asked for twice, are missing or lie there twice."""
     records = make_records(400, tokens=300)
     with CacheWriter(tmp_path, FINGERPRINT) as writer:
         put_all(writer, records[:40])
@@ -63,28 +59,16 @@ def test_many_keys_at_once_give_what_each_gives_alone(tmp_path: Path, at_once: i
     rng = np.random.default_rng(0)
     expected = {record.key: record.payload for record in records + more} | {rng.bytes(16): None for _ in range(20)}
     keys = [list(expected)[i] for i in rng.integers(0, len(expected), 700)]
-    for start in range(0, len(keys), at_once):
-        some = keys[start : start + at_once]
-        assert list(reader.get_many(some)) == [expected[key] for key in some] == [reader.get(key) for key in some]
-    assert list(reader.get_many([])) == []
+    assert [reader.get(key) for key in keys] == [expected[key] for key in keys]
     assert not reader.damaged
     writer.close()
-
-
-def test_keys_that_share_their_first_half_are_told_apart() -> None:
-    """16 bytes of a hash never do; looked up by halves they must not be mixed up."""
-    keys = [bytes(8) + bytes([i]) * 8 for i in range(40)]
-    index = KeyIndex.empty().extended([np.frombuffer(b"".join(keys[::-1]), "V16")], 0)
-    assert [index.find(key) for key in keys] == [[39 - i] for i in range(40)]
-    assert index.find_many(keys) == [39] * 40  # any one's: the record there names its key
-    assert index.find_many([bytes([1] * 16), bytes([255] * 16)]) == KeyIndex.empty().find_many(keys[:2]) == [-1, -1]
 
 
 def test_records_whose_keys_share_their_first_half_are_not_taken_for_one_another(tmp_path: Path) -> None:
     records = [r._replace(key=bytes(8) + bytes([i]) * 8) for i, r in enumerate(make_records(40))]
     reader = write(tmp_path, records)
     keys = [record.key for record in records] + [bytes(8) + b"another1"]
-    assert list(reader.get_many(keys)) == [reader.get(key) for key in keys] == [r.payload for r in records] + [None]
+    assert [reader.get(key) for key in keys] == [r.payload for r in records] + [None]
     assert not reader.damaged
 
 
@@ -97,30 +81,15 @@ def test_a_damaged_copy_gives_way_to_a_whole_one_and_is_counted(tmp_path: Path) 
     flip(first, next(r.payload for r in records[:20] if len(r.payload) > 20))
     keys = [record.key for record in records]
     before = {name: count(name) for name in ("hits", "misses", "corrupt")}
-    found = list(reader.get_many(keys))
+    found = [reader.get(key) for key in keys]
     lost = next(r for r in records[:20] if len(r.payload) > 20)
     assert found == [None if record is lost else record.payload for record in records]
     assert {name: count(name) - value for name, value in before.items()} == {"hits": 59, "misses": 1, "corrupt": 2}
-    assert Counter(record.key for record in reader.records()) == Counter(keys + keys[20:30]) - Counter(
-        [lost.key, next(r.key for r in records[20:30] if len(r.payload) > 20)]
-    )
+    assert Counter(record.key for record in reader.records()) == Counter(keys) - Counter([lost.key])
 
 
 def count(name: str) -> float:
     return REGISTRY.get_sample_value(f"logitstream_cache_{name}_total") or 0.0
-
-
-def test_what_is_taken_of_many_keys_is_counted_even_if_the_rest_is_not(tmp_path: Path) -> None:
-    records = make_records(10)
-    reader = write(tmp_path, records)
-    before = count("hits")
-    payloads = reader.get_many([record.key for record in records])
-    next(payloads)
-    del payloads
-    assert count("hits") == before + 1
-    for _ in zip(records, reader.get_many([record.key for record in records]), strict=False):
-        pass
-    assert count("hits") == before + 11
 
 
 def make_large(sizes: Iterable[tuple[int, int]]) -> list[Record]:
@@ -135,24 +104,18 @@ def make_large(sizes: Iterable[tuple[int, int]]) -> list[Record]:
 
 @pytest.mark.parametrize("batch_bytes", [1, 300_000, 3_000_000])
 def test_records_of_any_size_come_in_order_whatever_the_batches(tmp_path: Path, batch_bytes: int) -> None:
-    sizes = [(5, 10), (1, 0), (3000, LARGE_BYTES), (7, 9), (10, BLOCK_BYTES), (200_000, 3)]
+    sizes = [(5, 10), (1, 0), (3000, 1 << 16), (7, 9), (10, 1 << 19), (200_000, 3)]
     records = make_large(sizes + [(500, 9000)] * 100)
     reader = write(tmp_path, records, batch_bytes=batch_bytes)
     for found, expected in zip(reader.records(), records, strict=True):
         assert_same(found, expected)
-    path, spans = shard_and_spans(reader)
-    keep = np.random.default_rng(1).permutation(len(spans))[:50]  # neither neighbours nor in order
-    bad: list[int] = []
-    for found, number in zip(ShardFile(str(path), 2).records(spans[keep], bad.append), keep, strict=True):
-        assert_same(found, records[number])
-    assert bad == []
 
 
 def check_all(reader: CacheReader, expected: dict[bytes, bytes], keys: list[bytes]) -> int:
     """No way of reading gives anything wrong, and all give the same; how many records are whole."""
     found = {record.key: record.payload for record in reader.records()}
     assert found.items() <= expected.items()
-    assert list(reader.get_many(keys)) == [reader.get(key) for key in keys] == [found.get(key) for key in keys]
+    assert [reader.get(key) for key in keys] == [found.get(key) for key in keys]
     return len(found)
 
 
@@ -163,9 +126,9 @@ def test_every_flipped_byte_and_every_cut_of_a_shard_is_noticed_by_all_ways_of_r
     path, spans = shard_and_spans(reader)
     content = path.read_bytes()
     covered = np.zeros(len(content), bool)
-    for part, width in (("tokens", 2), ("mask", 1), ("payload", 1)):
-        for start, size in zip(spans[f"{part}_start"].tolist(), spans[f"{part}_count"].tolist(), strict=True):
-            covered[start : start + width * size] = True
+    for part in ("tokens", "mask", "payload"):
+        for start, size in zip(spans[f"{part}_start"].tolist(), spans[f"{part}_bytes"].tolist(), strict=True):
+            covered[start : start + size] = True
     fd = os.open(path, os.O_RDWR)
     for position in range(0, len(content), 3):
         os.pwrite(fd, bytes([content[position] ^ 0x10]), position)
@@ -173,35 +136,36 @@ def test_every_flipped_byte_and_every_cut_of_a_shard_is_noticed_by_all_ways_of_r
         os.pwrite(fd, content[position : position + 1], position)
     for size in range(len(content), 0, -41):
         os.ftruncate(fd, size)
-        ends = spans["payload_start"].astype(int) + spans["payload_count"]
+        ends = spans["payload_start"].astype(int) + spans["payload_bytes"]
         assert check_all(reader, expected, keys) >= np.count_nonzero(ends < size) - np.count_nonzero(ends == 0)
     os.close(fd)
 
 
-def test_a_cut_index_gives_missing_records_for_many_keys_too(tmp_path: Path) -> None:
+def test_a_cut_index_gives_missing_records(tmp_path: Path) -> None:
     records = make_records(40)
     reader = write(tmp_path, records)
     (index,) = tmp_path.glob("*.index")
     os.truncate(index, index.stat().st_size // 2)
-    found = list(reader.get_many([record.key for record in records]))
+    found = [reader.get(record.key) for record in records]
     assert all(payload in (None, record.payload) for payload, record in zip(found, records, strict=True))
     assert 0 < found.count(None) < len(records)
 
 
-def test_an_open_shard_that_cannot_be_read_is_skipped_with_one_warning(
+def test_an_open_shards_index_that_cannot_be_read_is_skipped_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A folder in its place: reading it fails with EISDIR, as a failing disk does with EIO."""
     records = make_records(40)
     reader = write(tmp_path, records[:20])
-    (tmp_path / "broken-0-0.arrow.open").mkdir()
+    (tmp_path / "broken-0-0.arrow.open").touch()
+    (tmp_path / "broken-0-0.index").mkdir()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             reader.refresh()
         again = CacheReader(tmp_path, FINGERPRINT)
     assert len([record for record in caplog.records if "broken-0-0" in record.message]) == 1
     for one in (reader, again):
-        assert list(one.get_many([r.key for r in records])) == [r.payload for r in records[:20]] + [None] * 20
+        assert [one.get(r.key) for r in records] == [r.payload for r in records[:20]] + [None] * 20
 
 
 def test_a_sealed_shard_that_cannot_be_read_gives_missing_records(tmp_path: Path) -> None:
@@ -213,16 +177,9 @@ def test_a_sealed_shard_that_cannot_be_read_gives_missing_records(tmp_path: Path
     broken.mkdir()
     keys = [record.key for record in records]
     expected = [None] * 20 + [record.payload for record in records[20:]]
-    assert list(reader.get_many(keys)) == [reader.get(key) for key in keys] == expected
+    assert [reader.get(key) for key in keys] == expected
     assert {record.key for record in reader.records()} == set(keys[20:])
     assert reader.damaged == set(keys[:20])
-
-
-def test_where_a_block_cannot_be_read_each_record_is_tried_alone(tmp_path: Path) -> None:
-    _, spans = shard_and_spans(write(tmp_path, make_records(20)))
-    bad: list[int] = []
-    assert list(ShardFile(str(tmp_path), 2).records(spans, bad.append)) == []  # a folder cannot be read
-    assert bad == list(range(20))
 
 
 def read_all(reader: CacheReader, records: list[Record], way: str) -> dict[bytes, bytes | None]:
@@ -230,8 +187,6 @@ def read_all(reader: CacheReader, records: list[Record], way: str) -> dict[bytes
     keys = [record.key for record in records]
     if way == "get":
         return {key: reader.get(key) for key in keys}
-    if way == "get_many":
-        return dict(zip(keys, reader.get_many(keys), strict=True))
     if way == "record":
         return {key: reader.get_record(key).payload for key in keys}
     if way == "by number":
@@ -248,22 +203,10 @@ def seal(writer: CacheWriter, directory: Path) -> None:
 def recover(writer: CacheWriter, directory: Path) -> None:
     """As the next run does for a writer that was killed in the middle of a write."""
     (path,) = directory.glob("*.open")
-    writer._shard.abandon()
+    writer.abandon()
     with path.open("ab") as file:
         file.write(b"torn")
     CacheWriter(directory, FINGERPRINT).close()
-
-
-def recover_damaged(writer: CacheWriter, directory: Path) -> None:
-    """Something lies between two batches: they go to a new shard."""
-    (path,) = directory.glob("*.open")
-    writer._shard.abandon()
-    *_, last = scan(path, 2)
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[: last.start] + bytes(64) + content[last.start :])
-    CacheWriter(directory, FINGERPRINT).close()
-    assert not path.with_suffix("").exists()
 
 
 def seal_and_prune(writer: CacheWriter, directory: Path) -> None:
@@ -271,17 +214,23 @@ def seal_and_prune(writer: CacheWriter, directory: Path) -> None:
     prune(directory, before_draw_set=1)
 
 
-def write_and_prune_twice(writer: CacheWriter, directory: Path) -> None:
-    """Everything is rewritten, and rewritten again after a first look."""
-    seal_and_prune(writer, directory)
-    for path in directory.glob("*.json"):
-        if path.name != "manifest.json":
-            path.unlink()
+def rewrite_shards(directory: Path) -> None:
+    """Have all shards written anew: the last 8 bytes of each are damaged."""
+    for path in directory.glob("*.arrow"):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:-1] + b"x")
     prune(directory, damaged=True)
 
 
-@pytest.mark.parametrize("way", ["get", "get_many", "record", "by number", "records"])
-@pytest.mark.parametrize("change", [seal, recover, recover_damaged, seal_and_prune, write_and_prune_twice])
+def write_and_prune_twice(writer: CacheWriter, directory: Path) -> None:
+    """Everything is rewritten, and rewritten again after a first look."""
+    seal_and_prune(writer, directory)
+    rewrite_shards(directory)
+
+
+@pytest.mark.parametrize("way", ["get", "record", "by number", "records"])
+@pytest.mark.parametrize("change", [seal, recover, seal_and_prune, write_and_prune_twice])
 @pytest.mark.parametrize("looked", [False, True])
 def test_what_was_flushed_is_found_by_every_way_of_reading_whatever_becomes_of_its_shard(
     tmp_path: Path, way: str, change: Callable[[CacheWriter, Path], None], looked: bool
@@ -313,12 +262,10 @@ def test_a_shard_that_is_pruned_again_and_again_is_found_every_time(tmp_path: Pa
     records = make_records(30)
     reader = write(tmp_path, records)
     for _ in range(3):
-        for path in set(tmp_path.glob("*.json")) - {tmp_path / "manifest.json"}:
-            path.unlink()
-        prune(tmp_path, damaged=True)
-        reader._files.clear()  # as others' shards crowd them out
-        assert list(reader.get_many([r.key for r in records])) == [r.payload for r in records]
-        reader._files.clear()
+        rewrite_shards(tmp_path)
+        reader.close()  # as if other shards had crowded this one's file out
+        assert [reader.get(r.key) for r in records] == [r.payload for r in records]
+        reader.close()
         assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in records}
 
 
@@ -334,7 +281,7 @@ def test_readers_that_refresh_while_everything_is_rewritten_find_all_of_it(tmp_p
     rounds = 0
     while process.is_alive() or rounds < 3:
         rounds += 1
-        assert list(reader.get_many(keys)) == [record.payload for record in records]
+        assert [reader.get(key) for key in keys] == [record.payload for record in records]
         reader.refresh()
         assert [reader.key(i) for i in range(len(reader))] == sorted(keys)
         assert len(CacheReader(tmp_path, FINGERPRINT)) == len(records)
@@ -345,9 +292,7 @@ def test_readers_that_refresh_while_everything_is_rewritten_find_all_of_it(tmp_p
 
 def rewrite_all(directory: Path, rounds: int) -> None:
     for _ in range(rounds):
-        for path in set(directory.glob("*.json")) - {directory / "manifest.json"}:
-            path.unlink()
-        prune(directory, damaged=True)
+        rewrite_shards(directory)
 
 
 def test_what_was_pruned_away_is_missing_not_damaged(tmp_path: Path) -> None:
@@ -395,9 +340,7 @@ def test_a_reader_keeps_to_what_another_one_saw(tmp_path: Path) -> None:
 def test_a_reader_keeps_to_the_same_keys_wherever_they_lie_but_not_to_fewer(tmp_path: Path) -> None:
     records = make_records(40)
     view = write(tmp_path, records).view()
-    for path in set(tmp_path.glob("*.json")) - {tmp_path / "manifest.json"}:
-        path.unlink()
-    prune(tmp_path, damaged=True)  # writes the shard anew
+    rewrite_shards(tmp_path)
     reader = CacheReader(tmp_path, FINGERPRINT)
     reader.keep_to(view)
     assert len(reader) == 40
@@ -439,20 +382,6 @@ def memory() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-@pytest.mark.parametrize("clash", [False, True])
-def test_a_few_keys_that_join_many_make_the_same_index_as_all_at_once(clash: bool) -> None:
-    rng = np.random.default_rng(0)
-    keys = [rng.bytes(16) for _ in range(200)]
-    more = [rng.bytes(16) for _ in range(8)] + [bytes(16), b"\xff" * 16]
-    if clash:
-        more[3] = keys[50][:8] + bytes(8)
-        more[4] = keys[60]
-    parts = [np.frombuffer(b"".join(part), "V16") for part in (keys, more)]
-    step, whole = KeyIndex.empty().extended(parts[:1], 0).extended(parts[1:], 200), KeyIndex.empty().extended(parts, 0)
-    for name in ("high", "low", "place"):
-        assert np.array_equal(getattr(step, name), getattr(whole, name))
-
-
 def test_open_shards_that_grow_in_turns_keep_their_records_apart(tmp_path: Path) -> None:
     """Counts, draw sets and views of two writers whose batches alternate."""
     records = make_records(60)
@@ -465,7 +394,7 @@ def test_open_shards_that_grow_in_turns_keep_their_records_apart(tmp_path: Path)
         reader.refresh()
         if start == 20:
             view = reader.view()
-    assert sorted(reader.view()["records"].values()) == [30, 30]
+    assert len(reader.view()["records"]) == 2
     assert list(reader.draw_sets()) == [{r.key: r.draw_set for r in records}[reader.key(i)] for i in range(60)]
     reader.keep_to(view)
     assert {reader.key(i) for i in range(len(reader))} == {record.key for record in records[:30]}

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.cache import CacheReader, CacheWriter, Record
-from logitstream.cache.index import KeyIndex
-from logitstream.cache.rewrite import prune
-from logitstream.cache.shard import scan
+from logitstream.cache.index import KeyIndex, empty_index
+from logitstream.cache.shard import SPAN_DTYPE
+from logitstream.cache.tools.rewrite import prune
+from logitstream.cache.tools.verify import verify
 from logitstream.errors import CacheError, FingerprintMismatch
 from tests.unit.test_cache import fingerprint, make_records, put_all
 
@@ -41,11 +42,11 @@ def flush_in_threes(directory: Path, records: list[Record] = RECORDS) -> tuple[C
 
 
 @pytest.fixture(scope="module")
-def open_shard() -> tuple[bytes, str, bytes, list[int]]:
-    """Manifest, name and content of an open shard, and its size after each flush."""
+def open_shard() -> tuple[dict[str, bytes], str, list[int]]:
+    """The files of a cache with an open shard, the shard's name, and its size after each flush."""
     with tempfile.TemporaryDirectory() as folder:
         writer, path, sizes = flush_in_threes(Path(folder))
-        found = (Path(folder) / "manifest.json").read_bytes(), path.name, path.read_bytes(), sizes
+        found = {one.name: one.read_bytes() for one in Path(folder).iterdir()}, path.name, sizes
         writer.close()
     return found
 
@@ -53,29 +54,35 @@ def open_shard() -> tuple[bytes, str, bytes, list[int]]:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_shard_cut_off_at_any_byte_keeps_every_whole_batch(
-    data: st.DataObject, open_shard: tuple[bytes, str, bytes, list[int]]
+    data: st.DataObject, open_shard: tuple[dict[str, bytes], str, list[int]]
 ) -> None:
-    manifest, name, content, sizes = open_shard
-    cut = data.draw(st.integers(0, len(content)))
+    """The index may be whole, or cut off at any byte as well."""
+    files, name, sizes = open_shard
+    index = name.replace(".arrow.open", ".index")
+    cut = data.draw(st.integers(0, len(files[name])))
+    index_cut = data.draw(st.integers(0, len(files[index])) | st.just(len(files[index])))
     tail = data.draw(st.binary(max_size=40))
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        (directory / "manifest.json").write_bytes(manifest)
-        (directory / name).write_bytes(content[:cut] + tail)
+        for file, content in files.items():
+            (directory / file).write_bytes(content)
+        (directory / name).write_bytes(files[name][:cut] + tail)
+        (directory / index).write_bytes(files[index][:index_cut])
         kept = {r.key for r in RECORDS[: 3 * sum(size <= cut for size in sizes)]}
         before = CacheReader(directory, FINGERPRINT)
-        _check(before, kept)
+        _check(before, kept if index_cut == len(files[index]) else set(), kept)
         CacheWriter(directory, FINGERPRINT).close()
-        assert not list(directory.glob("*.open"))
-        _check(CacheReader(directory, FINGERPRINT), kept)
+        if cut >= sizes[0]:
+            assert not list(directory.glob("*.open"))
+        _check(CacheReader(directory, FINGERPRINT), kept, kept)
         before.refresh()
-        _check(before, kept)
+        _check(before, kept, kept)
 
 
-def _check(reader: CacheReader, kept: set[bytes]) -> None:
-    """The kept records are there; of a batch that the tail makes look whole, those that are undamaged may be."""
+def _check(reader: CacheReader, found_at_least: set[bytes], kept: set[bytes]) -> None:
+    """The records are there; of a batch that the tail makes look whole, those that are undamaged may be."""
     found = {r.key: r.payload for r in reader.records()}
-    assert kept <= found.keys()
+    assert found_at_least <= found.keys()
     assert len(found) <= len(kept) + 3
     assert found.items() <= {r.key: r.payload for r in RECORDS}.items()
 
@@ -83,7 +90,7 @@ def _check(reader: CacheReader, kept: set[bytes]) -> None:
 def test_a_torn_tail_is_cut_off_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer, path, sizes = flush_in_threes(tmp_path)
     os.truncate(path, sizes[-1] - 5)
-    writer._shard.abandon()  # as the death of its process does
+    writer.abandon()
     CacheWriter(tmp_path, FINGERPRINT).close()
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert f"cut off a torn tail of {sizes[-1] - 5 - sizes[-2]} bytes" in message
@@ -98,16 +105,30 @@ def test_a_live_writers_shard_is_left_alone(tmp_path: Path) -> None:
     assert len(CacheReader(tmp_path)) == len(RECORDS)
 
 
-def test_batches_around_damage_in_an_open_shard_are_kept(tmp_path: Path) -> None:
-    writer, path, _ = flush_in_threes(tmp_path)
-    writer._shard.abandon()
-    messages = list(scan(path, 2))
+def test_batches_before_damage_in_an_open_shard_are_kept(tmp_path: Path) -> None:
+    writer, path, sizes = flush_in_threes(tmp_path)
+    writer.abandon()
     content = bytearray(path.read_bytes())
-    content[messages[2].start : messages[2].start + 40] = bytes(40)
+    content[sizes[3] : sizes[3] + 40] = bytes(40)
     path.write_bytes(content)
     CacheWriter(tmp_path, FINGERPRINT).close()
-    expected = {r.key: r.payload for r in RECORDS[:6] + RECORDS[9:]}
+    expected = {r.key: r.payload for r in RECORDS[:12]}
     assert {r.key: r.payload for r in CacheReader(tmp_path).records()} == expected
+    assert not verify(tmp_path).problems
+
+
+def test_a_shard_of_a_dead_writer_without_its_index_is_recovered_from_itself(tmp_path: Path) -> None:
+    writer, _, _ = flush_in_threes(tmp_path)
+    writer.abandon()
+    (index,) = tmp_path.glob("*.index")
+    content = index.read_bytes()
+    for damaged in (b"", content[:50], content[: len(content) // 2], bytes(100) + content[100:]):
+        copy = tmp_path / f"copy{len(damaged)}"
+        shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("copy*"))
+        (copy / index.name).write_bytes(damaged)
+        CacheWriter(copy, FINGERPRINT).close()
+        assert {r.key: r.payload for r in CacheReader(copy).records()} == {r.key: r.payload for r in RECORDS}
+        assert not verify(copy).problems
 
 
 def test_a_forked_writer_has_a_shard_of_its_own(tmp_path: Path) -> None:
@@ -292,7 +313,7 @@ class CacheReaderInThreads:
         while not self._done.is_set() or not self.found:
             some = [keys[i] for i in rng.integers(len(keys), size=rng.integers(1, 40))]
             there = self.flushed.intersection(some)
-            for key, payload in zip(some, self._reader.get_many(some), strict=True):
+            for key, payload in zip(some, map(self._reader.get, some), strict=True):
                 if payload is not None:
                     self.found += 1
                     if payload != expected[key]:
@@ -313,13 +334,16 @@ class CacheReaderInThreads:
 def test_keys_that_share_their_first_half_are_told_apart(data: st.DataObject) -> None:
     halves = st.sampled_from([bytes(8), b"\xff" * 8, b"12345678"])
     key_lists = st.lists(st.tuples(halves, halves).map(b"".join), max_size=12)
-    index, all_keys = KeyIndex.empty(), []
+    index, all_keys = empty_index(), []
     for _ in range(3):
         keys = data.draw(key_lists)
-        index = index.extended([np.frombuffer(b"".join(keys), "V16")], len(all_keys))
+        spans = np.zeros(len(keys), SPAN_DTYPE)
+        spans["key"] = np.frombuffer(b"".join(keys), "V16")
+        places = np.arange(len(all_keys), len(all_keys) + len(keys), dtype=np.uint64)
+        index = KeyIndex.joined([index, KeyIndex.of(spans, places)])
         all_keys += keys
     for key in {*all_keys, b"12345678" + bytes(8)}:
-        assert sorted(index.find(key)) == [i for i, other in enumerate(all_keys) if other == key]
+        assert index.find(key) == [i for i, other in enumerate(all_keys) if other == key]
     assert [index.key(i) for i in range(len(all_keys))] == sorted(all_keys)
-    firsts = index.first_of_each()
-    assert len(all_keys if firsts is None else firsts) == len(set(all_keys))
+    distinct = index.distinct()
+    assert [distinct.key(i) for i in range(len(distinct))] == sorted(set(all_keys))

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.heldout import FILE, add_heldout, read_heldout
 from logitstream.cache.manifest import render
-from logitstream.cache.rewrite import merge, prune
+from logitstream.cache.tools.rewrite import merge, prune
 from logitstream.data.corpus import CacheDataset
 from logitstream.errors import CacheError
 from logitstream.training.split import documents_of, split_cache, split_text

@@ -1,0 +1,1 @@
+"""Maintenance of caches: verify, merge, prune, describe, export (the `logitstream cache` command)."""
