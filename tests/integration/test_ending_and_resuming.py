@@ -27,12 +27,7 @@ from tests.integration.test_trainer import NUM_SEQUENCES, Asked, losses_of, trai
 STEPS_AN_EPOCH = 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -91,14 +91,6 @@ WAYS: list[Collator] = [flattened(), two_rows, numbered, with_lengths, padded_on
 NAMES = ["flattened", "two_rows", "numbered", "with_lengths", "padded_on_the_left"]
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def client_of(teacher: Any, refuse: Callable[[TokenSequence], bool] = lambda _: False) -> LocalTeacherClient:
     @torch.no_grad()
     def score(sequence: TokenSequence, draw_set: int) -> SparseTargets:

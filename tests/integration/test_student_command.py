@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from tests.chaos.killed_runs import run_student, run_student_of_two
 from tests.flat_settings import nested
 from tests.forking import SPAWN
 from tests.serving import ENVIRONMENT, teacher_process
-from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
+from tests.student_home import student_home
+from tests.tiny_models import save_tiny_teacher
 
 MANY_STEPS = 100_000
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -30,16 +30,7 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A teacher that runs, a text in its words and an untrained student's config."""
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny_teacher(folder / "teacher")
-    words = random.Random(0).choices([f"w{number}" for number in range(3, VOCAB_SIZE)], k=16 * 30)
-    (folder / "corpus.txt").write_text(" ".join(words))
-    config = json.loads((folder / "teacher" / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (folder / "student").mkdir()
-    (folder / "student" / "config.json").write_text(json.dumps(config))
-    with teacher_process("--model.path", str(folder / "teacher")) as (_, address):
-        (folder / "address").write_text(address)
+    with student_home(tmp_path_factory.mktemp("home"), num_words=16 * 30) as folder:
         yield folder
 
 

@@ -27,8 +27,8 @@ from tests.distributed_training import relative_distance
 from tests.flat_settings import nested
 from tests.forking import SPAWN
 from tests.hanging_disk import hanging_file
-from tests.serving import teacher_process
-from tests.tiny_models import VOCAB_SIZE, save_tiny_teacher
+from tests.student_home import student_home
+from tests.tiny_models import VOCAB_SIZE
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SEQUENCES = 24
@@ -36,16 +36,7 @@ SEQUENCES = 24
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A teacher that runs, a text in its words and an untrained student's config."""
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny_teacher(folder / "teacher")
-    words = random.Random(0).choices([f"w{index}" for index in range(3, VOCAB_SIZE)], k=32 * (SEQUENCES + 4))
-    (folder / "corpus.txt").write_text(" ".join(words))
-    config = json.loads((folder / "teacher" / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (folder / "student").mkdir()
-    (folder / "student" / "config.json").write_text(json.dumps(config))
-    with teacher_process("--model.path", str(folder / "teacher")) as (_, address):
-        (folder / "address").write_text(address)
+    with student_home(tmp_path_factory.mktemp("home"), num_words=32 * (SEQUENCES + 4)) as folder:
         yield folder
 
 

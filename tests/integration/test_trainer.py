@@ -22,28 +22,13 @@ from logitstream.loss import sparse_kl
 from logitstream.training.report import report
 from logitstream.training.target_stream import TargetStream
 from logitstream.training.trainer import DistillationTrainer
-from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from tests.distributed_training import VOCAB_SIZE, make_model, targets_of
+from logitstream.types import SparseTargets, TargetSpec, TokenSequence
+from tests.distributed_training import INFO, SPEC, VOCAB_SIZE, make_model, targets_of
 
-SPEC = TargetSpec(num_samples=10, codec_version=1)
-INFO = TeacherInfo(
-    model="function",
-    weights_digest="ab" * 32,
-    tokenizer_digest="cd" * 32,
-    vocab_size=VOCAB_SIZE,
-    dtype="float32",
-    max_sequence_tokens=64,
-)
 NUM_SEQUENCES = 24
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by being shared out."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Asked:
