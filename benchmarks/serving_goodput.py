@@ -117,7 +117,7 @@ def steps_alone(call: pb.ScoreRequest) -> dict[str, float]:
     limits: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "max_sequence_tokens": max(LENGTHS)}
     sequences = [convert.sequence_from_message(one, **limits) for one in call.sequences]
     targets = typical_targets(len(sequences[0]))
-    scored = Scored(payload=codec.encode(targets), teacher_version=0, weights_digest="00" * 32)
+    scored = Scored(codec.encode(targets), teacher_version=0, weights_digest="00" * 32)
 
     def answer_one_future_each() -> None:
         async def answer() -> None:

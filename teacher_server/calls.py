@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
 
 from logitstream.errors import LogitstreamError, ProtocolViolation, TeacherUnavailable
 from logitstream.rpc.status import status_of, trailing_metadata
@@ -68,27 +67,6 @@ class WhenLoaded(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic i
         if details.method.startswith(f"/{SERVICE}/"):
             return aborting(grpc.StatusCode.UNAVAILABLE, "the teacher is loading")
         return None
-
-
-class BriefReflection(aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Ends calls of server reflection after a while, which would otherwise hold their connections idle."""
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        handler = await continuation(details)
-        if handler is None or not details.method.startswith(f"/{reflection.SERVICE_NAME}/"):
-            return handler
-
-        async def reflect(requests: Any, context: Context) -> AsyncIterator[Any]:
-            try:
-                async with asyncio.timeout(REQUEST_SECONDS):
-                    async for response in handler.stream_stream(requests, context):
-                        yield response
-            except TimeoutError:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"reflection ends after {REQUEST_SECONDS:g} s")
-
-        return handler._replace(stream_stream=reflect)
 
 
 async def _read(kind: Any, context: Context) -> Any:

@@ -1,13 +1,16 @@
-"""Logs that carry stream and request ids, as text or one JSON object a line."""
+"""Logs with the client and sequence they are about, as text or one JSON object a line."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 
 CONTEXT_FIELDS = ("client", "sequence", "version")
+
+
+def _context(record: logging.LogRecord) -> dict[str, object]:
+    return {name: getattr(record, name) for name in CONTEXT_FIELDS if hasattr(record, name)}
 
 
 class JsonFormatter(logging.Formatter):
@@ -20,7 +23,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        entry |= {name: getattr(record, name) for name in CONTEXT_FIELDS if hasattr(record, name)}
+        entry |= _context(record)
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
@@ -30,15 +33,13 @@ class TextFormatter(logging.Formatter):
     """`time LEVEL logger message key=value …`; client names are quoted, so that none can forge a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        context = [f"{name}={getattr(record, name)!r}" for name in CONTEXT_FIELDS if hasattr(record, name)]
-        return " ".join([text, *context]) if not record.exc_info else text
+        context = [] if record.exc_info else [f"{name}={value!r}" for name, value in _context(record).items()]
+        return " ".join([super().format(record), *context])
 
 
 def configure(*, level: str, as_json: bool) -> None:
     """Send everything to stderr; stdout is for the one line that says where the server listens."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter() if as_json else TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
+    handler = logging.StreamHandler()
+    text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if as_json else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

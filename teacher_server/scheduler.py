@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from teacher_server.stored_targets import StoredTargets
 
 MAX_ENCODING_BATCHES = 1
 """Scored batches that may wait to be encoded; the forward pauses beyond it, so that memory stays bounded."""
+NUM_ENCODERS = 2
 MAX_REMEMBERED_FAILURES = 1024
 SLICE = 64
 """Sequences handled before others have their turn on the event loop."""
@@ -45,7 +46,7 @@ def key_of(request: ScoreRequest) -> Key:
     return request.spec, request.draw_set, ids.tobytes(), b"" if mask is None or mask.all() else mask.tobytes()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Scored:
     """Encoded targets of one request and the weights that made them; weights_digest is hex."""
 
@@ -82,12 +83,11 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         client_weights: Mapping[str, float] | None = None,
-        num_encoders: int = 2,
         stored: StoredTargets | None = None,
         disk: Disk | None = None,
     ) -> None:
         self.info = backend.describe()
-        self.is_draining = False
+        self.is_draining = False  # set to refuse new requests; what was taken is still scored
         self.is_stuck = False  # after `close`: a batch or the disk is still busy and cannot be stopped
         self.disk = disk or Disk()
         self._backend = backend
@@ -104,7 +104,7 @@ class Scheduler:
         self._unencoded = asyncio.Semaphore(self._num_slots + MAX_ENCODING_BATCHES)
         self._scorer = BatchScorer(max_batch_tokens, batches_at_once=self._num_slots)
         self._backend_threads = ThreadPoolExecutor(self._num_slots, thread_name_prefix="backend")
-        self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encoder")
+        self._encoders = ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder")
         queue = self._queue
         metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
 
@@ -128,17 +128,15 @@ class Scheduler:
             job = self._jobs[key] = Job(key, request, cost_in_tokens(request, self.info.vocab_size))
             if self._stored is not None and not self.disk.hangs and self._stored.holds(request, self.info):
                 job.running = True
-                self._spawn(self._read(self._stored, job, client_id=client_id, priority=priority))
+                reading = asyncio.ensure_future(self._read(self._stored, job, client_id, priority))
+                self._reading.add(reading)  # the loop itself would not keep it alive
+                reading.add_done_callback(self._reading.discard)
         else:
             metrics.TEACHER_SHARED.inc()
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         job.waiters[future] = None if job.running else self._enqueue(job, client_id, priority)
         future.add_done_callback(lambda done: self._leave(job, done))
         return future
-
-    def start_draining(self) -> None:
-        """Refuse new requests from now on; what was taken is still scored."""
-        self.is_draining = True
 
     def replace_backend(self, backend: TeacherBackend) -> None:
         """Serve other weights from the next batch on; the running one finishes on the old.
@@ -190,19 +188,18 @@ class Scheduler:
         for job in self._jobs.values():
             for future in job.waiters:
                 future.cancel()
-        loop = asyncio.get_running_loop()
-        closing = [loop.run_in_executor(self._encoders, self._free_backend)]
+
+        def free_backend() -> None:
+            self._backend_threads.shutdown(cancel_futures=True)  # waits for the running batch
+            self._backend.close()
+
+        closing = [asyncio.get_running_loop().run_in_executor(self._encoders, free_backend)]
         if self._stored is not None:
             closing.append(self.disk.submit(self._stored.close))
         _, pending = await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         self.is_stuck = bool(pending)
         self.disk.shutdown()
         self._encoders.shutdown(wait=False, cancel_futures=True)
-
-    def _free_backend(self) -> None:
-        """Close the backend once no other thread is in it."""
-        self._backend_threads.shutdown(cancel_futures=True)
-        self._backend.close()
 
     def _in_backend(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._backend_threads, function, *arguments)
@@ -227,23 +224,23 @@ class Scheduler:
     async def _process(self, batch: list[Job]) -> None:
         """Score and encode a batch, offer it to the server's cache, and answer everybody who waits for it."""
         info, requests = self.info, [job.request for job in batch]
+        specs = [request.spec for request in requests]
         try:
             try:
                 results = await self._in_backend(self._scorer.score, self._backend, requests)
             finally:
                 self._slots.release()
-            specs = [request.spec for request in requests]
             loop = asyncio.get_running_loop()
             answers = await loop.run_in_executor(self._encoders, encode_all, self._encode, results, specs)
         except BackendBroken:
             for job in batch:
-                self._settle(job, ServerDraining(BROKE_DOWN))
+                self._settle(job, ServerDraining(BROKE_DOWN), info)
             raise
         finally:
             self._unencoded.release()
         self._keep(requests, answers, info)
         for number, (job, answer) in enumerate(zip(batch, answers, strict=True), start=1):
-            self._settle(job, _scored(answer, info) if isinstance(answer, bytes) else answer)
+            self._settle(job, answer, info)
             if number % SLICE == 0:
                 await asyncio.sleep(0)
 
@@ -270,40 +267,33 @@ class Scheduler:
         if not self.disk.offer(num_bytes, self._stored.put, scored, info):
             metrics.TEACHER_CACHE_UNKEPT.inc(len(scored))
 
-    async def _read(self, stored: StoredTargets, job: Job, *, client_id: str, priority: int) -> None:
+    async def _read(self, stored: StoredTargets, job: Job, client_id: str, priority: int) -> None:
         """Answer a job from the disk; queue it if the record is damaged or does not come soon."""
         info = self.info
         payload = await self.disk.ask(stored.get, job.request, info)
         if payload is not None or not job.waiters:
-            self._settle(job, _scored(payload or b"", info))
+            self._settle(job, payload or b"", info)
             return
         job.running = False
         for future in job.waiters:
             job.waiters[future] = self._enqueue(job, client_id, priority)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._reading.add(task)
-        task.add_done_callback(self._reading.discard)
-
     def _enqueue(self, job: Job, client_id: str, priority: int) -> Ticket[Job]:
         self._wake.set()
         return self._queue.push(job, client_id=client_id, cost=job.cost, priority=priority)
 
-    def _settle(self, job: Job, outcome: Scored | RequestError) -> None:
+    def _settle(self, job: Job, answer: bytes | RequestError, info: TeacherInfo) -> None:
         """Answer everybody who waits for the job."""
         self._jobs.pop(job.key, None)
-        if isinstance(outcome, ScoringFailed) and outcome.lasting:
-            self._failures[_failure_key(job.request)] = outcome
+        if isinstance(answer, ScoringFailed) and answer.lasting:
+            self._failures[_failure_key(job.request)] = answer
             if len(self._failures) > MAX_REMEMBERED_FAILURES:
                 self._failures.popitem(last=False)
-        for future in job.waiters:
-            if future.done():
-                continue
-            if isinstance(outcome, RequestError):
-                future.set_exception(outcome)
+        for future in (one for one in job.waiters if not one.done()):
+            if isinstance(answer, RequestError):
+                future.set_exception(answer)
             else:
-                future.set_result(outcome)
+                future.set_result(Scored(answer, info.teacher_version, info.weights_digest))
 
     def _leave(self, job: Job, future: asyncio.Future[Scored]) -> None:
         """Forget a waiter; a job that nobody waits for any more is dropped unless it runs."""
@@ -312,10 +302,6 @@ class Scheduler:
             self._queue.cancel(ticket)
         if not job.running and not job.waiters and self._jobs.get(job.key) is job:
             del self._jobs[job.key]
-
-
-def _scored(payload: bytes, info: TeacherInfo) -> Scored:
-    return Scored(payload=payload, teacher_version=info.teacher_version, weights_digest=info.weights_digest)
 
 
 def _failure_key(request: ScoreRequest) -> object:

@@ -1,4 +1,4 @@
-"""A running server: gRPC with health and reflection around one scheduler, from loading to the end of draining."""
+"""A running server: gRPC with health around one scheduler, from loading to the end of draining."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypedDict, Unpack
 
 from grpc import aio
-from grpc_reflection.v1alpha import reflection
 
 from logitstream import codec, metrics
 from logitstream.errors import LogitstreamError, one_line
@@ -28,7 +27,7 @@ from teacher_server import listening
 from teacher_server.access import TokenInterceptor, bearer_tokens
 from teacher_server.admission import Admission
 from teacher_server.backend import TeacherBackend
-from teacher_server.calls import HEALTH_SERVICE, SERVICE, BriefReflection, WhenLoaded
+from teacher_server.calls import SERVICE, WhenLoaded
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import LimitSettings, TeacherConfig
 from teacher_server.encoding import Encode, encoder
@@ -71,7 +70,7 @@ class TeacherServer:
         server, limits = config.server, config.limits
         tokens = bearer_tokens(server.token_file, server.token_env)
         self._server = aio.server(
-            interceptors=[*([] if tokens is None else [TokenInterceptor(tokens)]), BriefReflection()],
+            interceptors=[] if tokens is None else [TokenInterceptor(tokens)],
             options=listening.teacher_options(
                 server.address, limits.max_message_bytes, max_connections=limits.max_connections
             ),
@@ -120,7 +119,6 @@ class TeacherServer:
 
     async def _listen(self) -> None:
         config = self._config
-        reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((self._health.handler, self._when_loaded))
         credentials = None
         if files := config.tls.files():
@@ -177,7 +175,7 @@ class TeacherServer:
     async def _drain(self, scheduler: Scheduler) -> None:
         """Answer the calls that run, within drain_seconds; new ones are refused."""
         log.info("draining: %d sequences in flight", scheduler.num_unfinished)
-        scheduler.start_draining()
+        scheduler.is_draining = True
         self._health.set(serving=False)
         deadline = time.monotonic() + self._config.server.drain_seconds
         while self.admission.num_calls and time.monotonic() < deadline:

@@ -25,8 +25,8 @@ from logitstream.rpc.channel import (
     KEEPALIVE_TIMEOUT_SECONDS,
     TlsFiles,
     open_channel,
-    proxy_of,
 )
+from logitstream.rpc.proxy import proxy_of
 from logitstream.rpc.remote_teacher import RemoteTeacher
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (

@@ -29,8 +29,11 @@ def spec_to_message(spec: TargetSpec) -> pb.TargetSpec:
 
 
 def spec_from_message(message: pb.TargetSpec) -> TargetSpec:
-    """Raises InvalidSpec. A zero is a field that was not set, as proto3 sends no zeros: what the sampler does not use
-    may be unset, and an unset temperature is 1; other fields that it uses are refused by name."""
+    """Return the spec. Raises InvalidSpec.
+
+    Proto3 sends no zeros, so a zero is an unset field: what the sampler does not use may be unset, and an unset
+    temperature is 1; other fields that it uses are refused by name.
+    """
     used = used_fields(message.sampler)
     values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(TargetSpec)}
     unset = {name for name, value in values.items() if not value and (name not in used or name.endswith("temperature"))}
@@ -42,7 +45,10 @@ def info_to_message(info: TeacherInfo) -> pb.DescribeResponse:
 
 
 def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
-    """Raises ProtocolViolation for what no teacher says of itself; its texts go to logs, files and terminals."""
+    """Return the description. Raises ProtocolViolation for what no teacher says of itself.
+
+    Its texts go to logs, files and terminals.
+    """
     for name in ("model", "revision", "dtype", "server_version", "backend", "tokenizer_rules"):
         if len(text := getattr(message, name)) > MAX_TEXT_CHARS or not text.isprintable():
             raise ProtocolViolation(f"{name} must be at most {MAX_TEXT_CHARS} printable characters, got {text[:64]!r}")
@@ -67,7 +73,7 @@ def sequence_to_message(sequence: TokenSequence) -> pb.Sequence:
 
 
 def sequence_from_message(message: pb.Sequence, *, vocab_size: int, max_sequence_tokens: int) -> TokenSequence:
-    """Raises InvalidSequence, saying what was expected and what came."""
+    """Return the sequence. Raises InvalidSequence, which says what was expected and what came."""
     data = message.token_bytes
     num_tokens, rest = divmod(len(data), ID_BYTES)
     if rest:
@@ -87,7 +93,7 @@ def error_to_message(error: RequestError) -> pb.RequestError:
 
 
 def error_from_message(message: pb.RequestError) -> RequestError:
-    """The class that `code` names, or RequestError itself for a code of a newer server; `retryable` as it was sent."""
+    """Return the class that `code` names, or RequestError for a code of a newer server; `retryable` as it was sent."""
     error = REQUEST_ERRORS.get(message.code, RequestError)(message.message)
     error.retryable = message.retryable
     return error

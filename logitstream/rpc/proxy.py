@@ -1,7 +1,7 @@
-"""Which HTTP proxy stands between this machine and a server, by the variables that gRPC reads.
+"""The HTTP proxy between this machine and a server, by the variables that gRPC reads.
 
-gRPC decides by the address that it is given. Names are looked up before that here, so it would never see the name that
-`no_proxy` holds: who goes through the proxy is decided here, by the name and by the address.
+gRPC decides by the address that it is given. Names are looked up before that here, so it would never see the name in
+`no_proxy`: whether a proxy is used is decided here, by the name and by the address.
 """
 
 from __future__ import annotations
@@ -11,44 +11,40 @@ import os
 import re
 from urllib.parse import urlsplit
 
+from logitstream.rpc.addresses import is_loopback, split_address
+
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 EXCEPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
 
-def proxy_for(*hosts: str, port: int) -> str:
-    """The proxy for a server known by these names and addresses, as URL without its password and variable; or nothing.
+def proxy_of(address: str, server_name: str = "") -> str:
+    """Return the proxy that a channel to this address goes through, its URL without a password, and its variable.
 
     As in gRPC the first variable that is set decides, an empty one against a proxy, and a URL that is not http:// is
     passed over. An exception is the end of a name or a network in CIDR notation, and may name a port; `*` excepts
     everything.
     """
+    if is_loopback(address):
+        return ""
+    host, port = split_address(address)
     variable = next((name for name in PROXY_VARIABLES if name in os.environ), "")
     url = urlsplit(os.environ.get(variable, ""))
     exceptions = next((os.environ[name] for name in EXCEPTION_VARIABLES if name in os.environ), "")
-    if url.scheme != "http" or any(_is_excepted(host, port, exceptions) for host in hosts if host):
+    names = [name.lower().removesuffix(".") for name in (server_name, host) if name]
+    entries = [entry for entry in re.split(r"[,\s]+", exceptions.lower()) if entry]
+    if url.scheme != "http" or any(_excepts(entry, name, port) for entry in entries for name in names):
         return ""
     return f"{url.scheme}://{url.netloc.rpartition('@')[2]} (${variable})"
 
 
-def _is_excepted(host: str, port: int, exceptions: str) -> bool:
-    host = host.lower().removesuffix(".")
-    for entry in re.split(r"[,\s]+", exceptions.lower()):
-        name, its_port = _split_port(entry)
-        if entry and its_port in ("", str(port)) and (host.endswith(name) or _is_in_network(host, name)):
-            return True
-    return False
-
-
-def _split_port(entry: str) -> tuple[str, str]:
-    """A name, address or network without a star before it or brackets around it, and a port where one is named."""
-    name, _, port = entry.rpartition(":")
-    if not port.isdigit() or (":" in name and not name.endswith("]")):
-        name, port = entry, ""
-    return name.removeprefix("*").removeprefix("[").removesuffix("]"), port
-
-
-def _is_in_network(host: str, network: str) -> bool:
-    try:
-        return ipaddress.ip_address(host) in ipaddress.ip_network(network, strict=False)
-    except ValueError:
+def _excepts(entry: str, host: str, port: int) -> bool:
+    name, _, its_port = entry.rpartition(":")
+    if not its_port.isdigit() or (":" in name and not name.endswith("]")):
+        name, its_port = entry, str(port)
+    name = name.removeprefix("*").removeprefix("[").removesuffix("]")
+    if its_port != str(port):
         return False
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return host.endswith(name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from grpc import aio
 
-from logitstream.errors import AccessDenied, LogitstreamError, ProtocolViolation, RequestError
+from logitstream.errors import AccessDenied, ProtocolViolation, RequestError
 from logitstream.rpc.channel import bearer_metadata
 from logitstream.rpc.convert import error_from_message, info_from_message, sequence_to_message, spec_to_message
 from logitstream.rpc.status import error_of
@@ -64,30 +65,24 @@ class RemoteTeacher:
 
     async def describe(self) -> TeacherInfo:
         """Ask what is served now."""
-        try:
-            message = await self._stub.Describe(pb.DescribeRequest(), timeout=self._timeout, metadata=self._metadata)
-        except aio.AioRpcError as error:
-            raise self._translated(error) from None
-        try:
-            return info_from_message(message)
-        except ProtocolViolation as error:
-            raise ProtocolViolation(f"{self._address}: {error}") from None
+        with self._naming_errors():
+            return info_from_message(
+                await self._stub.Describe(pb.DescribeRequest(), timeout=self._timeout, metadata=self._metadata)
+            )
 
     async def describe_tokenizer(self) -> Vocabulary:
         """Fetch the teacher's whole vocabulary: megabytes for a large one."""
         data = bytearray()
         request = pb.DescribeTokenizerRequest()
-        try:
+        with self._naming_errors():
             async for part in self._stub.DescribeTokenizer(request, timeout=self._timeout, metadata=self._metadata):
                 data += part.data
                 if len(data) > MAX_TOKENIZER_BYTES:
-                    raise ProtocolViolation(f"{self._address}: a vocabulary of more than {MAX_TOKENIZER_BYTES} bytes")
-        except aio.AioRpcError as error:
-            raise self._translated(error) from None
-        try:
-            return await asyncio.to_thread(Vocabulary.from_bytes, bytes(data))
-        except ValueError as error:
-            raise ProtocolViolation(f"{self._address}: {error}") from None
+                    raise ProtocolViolation(f"a vocabulary of more than {MAX_TOKENIZER_BYTES} bytes")
+            try:
+                return await asyncio.to_thread(Vocabulary.from_bytes, bytes(data))
+            except ValueError as error:
+                raise ProtocolViolation(str(error)) from None
 
     async def score(
         self,
@@ -101,9 +96,9 @@ class RemoteTeacher:
     ) -> AsyncGenerator[Answer]:
         """Yield one answer a sequence, as each is ready; fewer if the call fails on the way, which raises.
 
-        A call may have TeacherInfo.max_in_flight_tokens (`types.credit_tokens` of each sequence), or a single sequence.
-        Read promptly: what is not read counts against this client. One that is turned away again and again should ask
-        for less at a time.
+        A call may have TeacherInfo.max_in_flight_tokens (`types.call_tokens`), or a single sequence. Read promptly:
+        what is not read counts against this client. One that is turned away again and again should ask for less at a
+        time.
         """
         request = pb.ScoreRequest(
             client_id=caller.client_id,
@@ -118,39 +113,40 @@ class RemoteTeacher:
         missing = set(range(len(sequences)))
         call = self._stub.Score(request, timeout=deadline_seconds, metadata=self._metadata)
         try:
-            async for result in call:
-                if result.index not in missing:
-                    raise ProtocolViolation(f"{self._address}: an answer to sequence {result.index}, which none awaits")
-                missing.remove(result.index)
-                yield answer_from_message(result)
-        except aio.AioRpcError as error:
-            raise self._translated(error) from None
+            with self._naming_errors():
+                async for result in call:
+                    if result.index not in missing:
+                        raise ProtocolViolation(f"an answer to sequence {result.index}, which none awaits")
+                    missing.remove(result.index)
+                    yield Answer(
+                        index=result.index,
+                        payload=result.targets,
+                        wire_bytes=result.ByteSize() + GRPC_FRAMING_BYTES,
+                        error=None if result.WhichOneof("outcome") == "targets" else error_from_message(result.error),
+                        teacher_version=result.teacher_version,
+                        weights_digest=result.weights_digest,
+                    )
+                if missing:
+                    raise ProtocolViolation(f"the call ended well with {len(missing)} sequences unanswered")
         finally:
             call.cancel()
-        if missing:
-            raise ProtocolViolation(f"{self._address}: the call ended well with {len(missing)} sequences unanswered")
 
     async def close(self) -> None:
         """End all calls and the channel."""
         await self._channel.close(None)
 
-    def _translated(self, error: aio.AioRpcError) -> LogitstreamError:
-        translated = error_of(error.code(), error.details() or "", error.trailing_metadata())
-        hint = ""
-        if isinstance(translated, AccessDenied):
-            sent = "the token that was sent is none of the server's" if self._metadata else "no token was sent"
-            hint = f" ({sent}: see token_file and $LOGITSTREAM_TOKEN)"
-        translated.args = (f"{self._address}: {translated}{hint}",)
-        return translated
-
-
-def answer_from_message(result: pb.ScoreResult) -> Answer:
-    """Return the answer that a message holds."""
-    return Answer(
-        index=result.index,
-        payload=result.targets,
-        wire_bytes=result.ByteSize() + GRPC_FRAMING_BYTES,
-        error=None if result.WhichOneof("outcome") == "targets" else error_from_message(result.error),
-        teacher_version=result.teacher_version,
-        weights_digest=result.weights_digest,
-    )
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        """Raise a call's errors as this package's, with the server's address before their words."""
+        try:
+            yield
+        except ProtocolViolation as error:
+            raise ProtocolViolation(f"{self._address}: {error}") from None
+        except aio.AioRpcError as failed:
+            translated = error_of(failed.code(), failed.details() or "", failed.trailing_metadata())
+            hint = ""
+            if isinstance(translated, AccessDenied):
+                sent = "the token that was sent is none of the server's" if self._metadata else "no token was sent"
+                hint = f" ({sent}: see teacher.token_file and $LOGITSTREAM_TOKEN)"
+            translated.args = (f"{self._address}: {translated}{hint}",)
+            raise translated from None

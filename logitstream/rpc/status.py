@@ -30,20 +30,27 @@ STATUS_OF_ERROR: dict[type[LogitstreamError], grpc.StatusCode] = {
     TeacherUnavailable: grpc.StatusCode.UNAVAILABLE,
 }
 
+ERROR_OF_STATUS: dict[grpc.StatusCode, type[LogitstreamError]] = {
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.FAILED_PRECONDITION: FingerprintMismatch,
+    grpc.StatusCode.INVALID_ARGUMENT: ProtocolViolation,
+}
 RETRYABLE = frozenset(
-    {
+    (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.ABORTED,
         grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.INTERNAL,  # HTTP/2 errors of a broken connection arrive as INTERNAL or UNKNOWN
+        grpc.StatusCode.INTERNAL,
         grpc.StatusCode.UNKNOWN,
-    }
+    )
 )
-"""Statuses after which the same request may succeed, at another replica or later."""
+"""Statuses after which the same call may succeed, at another replica or later.
 
-
+HTTP/2 errors of a broken connection arrive as INTERNAL or UNKNOWN.
+"""
 CANNOT_CONNECT = "failed to connect to all addresses; last error: "
 HINTS = {
     "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls.ca",
@@ -51,15 +58,14 @@ HINTS = {
     "Hostname Verification": "its certificate names another host than the address in `teacher`",
     "Socket closed": "it closed the connection, as a server does that expects TLS (tls.ca) or a certificate (tls.cert)",
 }
-"""What a failed connection means, by a part of gRPC's words for it."""
+"""Likely causes of a failed connection, by a part of gRPC's words for it."""
 
 
 def status_of(error: LogitstreamError) -> grpc.StatusCode:
-    """The status that ends a stream or a call for `error`."""
-    for cls in type(error).__mro__:
-        if cls in STATUS_OF_ERROR:
-            return STATUS_OF_ERROR[cls]
-    return grpc.StatusCode.INTERNAL
+    """Return the status that ends a call for `error`."""
+    return next(
+        (STATUS_OF_ERROR[cls] for cls in type(error).__mro__ if cls in STATUS_OF_ERROR), grpc.StatusCode.INTERNAL
+    )
 
 
 RETRY_AFTER = "retry-after-ms"
@@ -85,19 +91,15 @@ def error_of(code: grpc.StatusCode, details: str, trailing: Iterable[Any] | None
         return error
     if code is grpc.StatusCode.UNAVAILABLE and retry_after:
         return ServerDraining(details)
-    if code is grpc.StatusCode.UNAUTHENTICATED or code is grpc.StatusCode.PERMISSION_DENIED:
-        return AccessDenied(details)
-    if code is grpc.StatusCode.FAILED_PRECONDITION:
-        return FingerprintMismatch(details)
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return ProtocolViolation(details)
+    if code in ERROR_OF_STATUS:
+        return ERROR_OF_STATUS[code](details)
     if code in RETRYABLE:
         return TeacherUnavailable(f"{code.name}: {_explained(details)}")
     return LogitstreamError(f"{code.name}: {details}")
 
 
 def _explained(details: str) -> str:
-    """With what it means for the settings, where a connection could not be made."""
+    """Add what a failed connection means for the settings."""
     if CANNOT_CONNECT not in details:
         return details
     reason = details.replace(CANNOT_CONNECT, "cannot connect: ")

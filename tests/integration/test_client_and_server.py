@@ -266,7 +266,7 @@ async def test_a_token_is_asked_for_and_a_rotated_one_is_read_again(tmp_path: Pa
             error = await refusal(client)
             assert isinstance(error, AccessDenied), error
             sent = "the token that was sent is none of the server's" if token else "no token was sent"
-            assert f"({sent}: see token_file and $LOGITSTREAM_TOKEN)" in str(error)
+            assert f"({sent}: see teacher.token_file and $LOGITSTREAM_TOKEN)" in str(error)
             assert "token-of-this-test" not in str(error)
             await close(client)
 

@@ -20,7 +20,6 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from grpc_reflection.v1alpha import reflection
 
 from logitstream import metrics
 from teacher_server import health
@@ -31,7 +30,6 @@ from tests.serving import ENVIRONMENT, WireClient, sequence, serving
 
 SECONDS = 40.0
 """Idle connections are closed after 5 to 10 s; the rest is for slow machines."""
-REFLECT = "ServerReflectionInfo"
 FILES = 256
 ATTACKERS = 300
 
@@ -137,13 +135,12 @@ async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_h
 
 
 async def test_calls_that_never_send_their_request_are_ended() -> None:
-    async with serving(FakeBackend(), max_connections=6) as server:
+    async with serving(FakeBackend(), max_connections=5) as server:
         with ExitStack() as stack:
             for method in ("Check", "Watch"):
                 stack.enter_context(deaf_call(server.address, f"/{HEALTH_SERVICE}/{method}", half_close=False))
             for method in ("Describe", "DescribeTokenizer", "Score"):
                 stack.enter_context(deaf_call(server.address, f"/{SERVICE}/{method}", half_close=False))
-            stack.enter_context(deaf_call(server.address, f"/{reflection.SERVICE_NAME}/{REFLECT}", half_close=False))
             await asyncio.sleep(0.2)
             assert not await gets_targets(server.address)
             await eventually(lambda: gets_targets(server.address))

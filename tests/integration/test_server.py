@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from logitstream import codec
 from logitstream.errors import RequestError, ScoringFailed
@@ -320,15 +319,6 @@ async def test_a_watcher_that_does_not_read_holds_up_neither_the_start_nor_the_d
             await running
     assert server.scheduler is not None
     assert server.scheduler.is_draining
-
-
-async def test_reflection_lists_the_service() -> None:
-    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
-        stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
-        call = stub.ServerReflectionInfo()
-        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-        names = {service.name for service in (await call.read()).list_services_response.service}
-        assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
 async def test_new_weights_are_named_in_results_and_end_calls_that_expected_the_old() -> None:

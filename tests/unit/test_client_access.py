@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from logitstream.rpc.channel import TlsFiles, client_credentials, proxy_of
-from logitstream.rpc.proxy import EXCEPTION_VARIABLES, PROXY_VARIABLES
+from logitstream.rpc.channel import TlsFiles, client_credentials
+from logitstream.rpc.proxy import EXCEPTION_VARIABLES, PROXY_VARIABLES, proxy_of
 from student_worker.config import StudentConfig
 from tests.authority import Authority
 from tests.flat_settings import student_config

@@ -316,7 +316,7 @@ async def test_a_draining_scheduler_finishes_what_it_took_and_refuses_more() -> 
     backend = GatedBackend()
     async with scheduling(backend) as scheduler:
         future = await hold(scheduler, backend)
-        scheduler.start_draining()
+        scheduler.is_draining = True
         with pytest.raises(ServerDraining):
             scheduler.submit(request(1), client_id="x")
         backend.gate.set()
