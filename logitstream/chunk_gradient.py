@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logitstream.data.loss_mask import IGNORED_LABEL
-from logitstream.loss import Diagnostics, entries
+from logitstream.loss import Diagnostics
 from logitstream.types import SparseTargets
 
 
@@ -54,17 +54,19 @@ class Rows:
         if targets is None:
             starts, none = np.zeros(len(index_N) + 1, np.int64), index_N.new_zeros(0)
             return cls(labels=labels_N, starts=starts, entry_rows=none, entry_ids=none, entry_weights=none.to(dtype))
-        rows_K, ids_K, weights_K = entries(targets, index_N.device, dtype)
-        sizes = np.diff(targets.row_offsets)
-        if len(index_N) < targets.num_rows:
-            new_row_R = torch.full((targets.num_rows,), -1, device=index_N.device)
-            new_row_R[index_N] = torch.arange(len(index_N), device=index_N.device)
-            rows_K = new_row_R[rows_K]
-            wanted = rows_K >= 0
-            rows_K, ids_K, weights_K = rows_K[wanted], ids_K[wanted], weights_K[wanted]
-            sizes = sizes[index_N.cpu().numpy()]
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
-        return cls(labels=labels_N, starts=starts, entry_rows=rows_K, entry_ids=ids_K, entry_weights=weights_K)
+        index, sizes = index_N.cpu().numpy(), np.diff(targets.row_offsets)
+        is_kept = np.zeros(targets.num_rows, bool)
+        is_kept[index] = True
+        kept_K = np.repeat(is_kept, sizes)
+        arrays = (np.repeat(np.arange(len(index)), sizes[index]), targets.token_ids[kept_K], targets.weights()[kept_K])
+        rows_K, ids_K, weights_K = (torch.from_numpy(array).to(index_N.device) for array in arrays)
+        return cls(
+            labels=labels_N,
+            starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[index], dtype=np.int64)]),
+            entry_rows=rows_K,
+            entry_ids=ids_K.long(),
+            entry_weights=weights_K.to(dtype),
+        )
 
     def chunk(self, start: int, stop: int) -> Rows:
         """Return rows start to stop, numbered from 0."""

@@ -27,7 +27,7 @@ CPU_CHUNK_BYTES = 24 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
 """Room for a chunk's logits: more costs memory, less reads the head's weight more often."""
 OPERAND_PEAK = 256.0
-"""Far from either end of float16: small probabilities keep their digits, and no product of usual weights overflows."""
+"""Size of the largest gradient at the logits, far from either end of float16."""
 
 
 class FusedLoss(NamedTuple):
@@ -99,18 +99,6 @@ class _Step:
     product_dtype: torch.dtype
     wants_gradients: bool
 
-    @property
-    def operand_scale(self) -> float:
-        """A power of two that brings the gradient at the logits, of weights that sum to 1, to at most OPERAND_PEAK."""
-        kd = (1 - self.objective.ce_weight) * self.objective.temperature
-        return OPERAND_PEAK / 2.0 ** math.ceil(math.log2(max(kd + self.objective.ce_weight, 1)))
-
-    def chunk_rows(self, vocab_size: int, dtype: torch.dtype) -> int:
-        id_bytes = self.objective.num_buffers * dtype.itemsize
-        if self.product_dtype != dtype:
-            id_bytes += self.product_dtype.itemsize
-        return max(1, self.chunk_bytes // (vocab_size * id_bytes))
-
 
 class _FusedLinearSparseKL(torch.autograd.Function):
     """Loss and sums forward; the gradients wait in ctx for the first backward, a second one makes them anew."""
@@ -153,7 +141,8 @@ def _chunk_by_chunk(
     grad_weight = torch.empty_like(weight, dtype=dtype) if weight is not None and needs[1] else None
     grad_bias = hidden.new_zeros(vocab_size, dtype=dtype) if needs[2] else None
     sums = Diagnostics(*hidden.new_zeros(len(Diagnostics._fields), dtype=torch.float64).unbind())
-    chunk_rows = step.chunk_rows(vocab_size, dtype)
+    id_bytes = step.objective.num_buffers * dtype.itemsize + (step.product_dtype != dtype) * step.product_dtype.itemsize
+    chunk_rows = max(1, step.chunk_bytes // (vocab_size * id_bytes))
     buffer = torch.empty(min(chunk_rows, num_rows), vocab_size, dtype=dtype, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):  # the products choose their dtypes themselves
         for start in range(0, num_rows, chunk_rows):
@@ -196,12 +185,14 @@ def _low_precision_operand(gradient_CV: Tensor, factor_C: Tensor, step: _Step) -
     """Return the gradient at the logits in bf16 or fp16, and the power of two to multiply its products by.
 
     float16 ends at 6e-8: probabilities over thousands of items would vanish in it. So only the mantissa of
-    1 / num_items goes into the operand; the power of two is left for the float32 products, where it rounds nothing.
+    1 / num_items goes into the operand; the power of two is left for the products, in which it rounds nothing.
     """
+    kd = (1 - step.objective.ce_weight) * step.objective.temperature
+    scale = OPERAND_PEAK / 2.0 ** math.ceil(math.log2(max(kd + step.objective.ce_weight, 1)))
     per_item = torch.as_tensor(1 / step.num_items, dtype=factor_C.dtype, device=factor_C.device)
     mantissa, exponent = torch.frexp(per_item)
-    operand_CV = (gradient_CV * (factor_C * mantissa * step.operand_scale)[:, None]).to(step.product_dtype)
-    return operand_CV, torch.ldexp(torch.ones_like(mantissa), exponent) / step.operand_scale
+    operand_CV = (gradient_CV * (factor_C * mantissa * scale)[:, None]).to(step.product_dtype)
+    return operand_CV, torch.ldexp(torch.ones_like(mantissa), exponent) / scale
 
 
 def _mm(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -113,7 +113,9 @@ def supervised_rows(
 def _row_kl(logits_RV: Tensor, targets: SparseTargets) -> Tensor:
     """Return Σ t̂ (log t̂ − log p) for each row, [R], with the ghost bucket's term if there is one."""
     temperature, has_ghost = drawn_with(targets)
-    rows_K, ids_K, weights_K = entries(targets, logits_RV.device, logits_RV.dtype)
+    arrays = (targets.row_index(), targets.token_ids, targets.weights())
+    rows_K, ids_K, weights_K = (torch.from_numpy(array).to(logits_RV.device) for array in arrays)
+    ids_K, weights_K = ids_K.long(), weights_K.to(logits_RV.dtype)
     logprobs_RV = torch.log_softmax(logits_RV / temperature, dim=-1)
     terms_K = torch.xlogy(weights_K, weights_K) - weights_K * logprobs_RV[rows_K, ids_K]
     kl_R = logits_RV.new_zeros(len(logits_RV)).index_add(0, rows_K, terms_K)
@@ -126,10 +128,3 @@ def _row_kl(logits_RV: Tensor, targets: SparseTargets) -> Tensor:
     rest_logprob = torch.logsumexp(logprobs_RV[has_rest].masked_fill(kept_RV[has_rest], -torch.inf), dim=-1)
     rest = teacher_rest_R[has_rest]
     return kl_R.index_add(0, has_rest.nonzero().squeeze(1), torch.xlogy(rest, rest) - rest * rest_logprob)
-
-
-def entries(targets: SparseTargets, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row, token id (int64) and weight of each entry, [K] each."""
-    rows = torch.from_numpy(targets.row_index())
-    ids = torch.from_numpy(targets.token_ids).long()
-    return rows.to(device), ids.to(device), torch.from_numpy(targets.weights()).to(device=device, dtype=dtype)
