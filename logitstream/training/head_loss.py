@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
@@ -80,17 +78,19 @@ def install_fused_loss(model: nn.Module) -> bool:
 
     A model whose loss needs its logits gets one warning that says why.
     """
-    base = unwrap_peft_model(model)  # type: ignore[no-untyped-call]
+    base, was_training = unwrap_peft_model(model), model.training  # type: ignore[no-untyped-call]
     plan = _Plan()
     _replace_forward(base, plan)
+    model.eval()
     try:
-        if not isinstance(base, PreTrainedModel):
-            raise NotSeparableError(f"{type(base).__name__} is not a transformers model")
-        with _evaluating(model):
+        with torch.no_grad():
             _make_plan(model, base, plan)
     except NotSeparableError as error:
         plan.head = None
         logger.warning("the student's loss is computed from full logits, slower and with more memory: %s", error)
+    finally:
+        model.train(was_training)
+        reshard(model)
     return plan.head is not None
 
 
@@ -156,21 +156,12 @@ def _replace_layer_forward(layer: nn.Module, head: Head) -> None:
     layer.forward = MethodType(forward, layer)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-        reshard(model)
-
-
-def _make_plan(model: nn.Module, base: PreTrainedModel, plan: _Plan) -> None:
-    """Fill the plan from a probe, and prove it by a second one; raise NotSeparableError."""
-    name, layer = type(base).__name__, _output_layer(base)
+def _make_plan(model: nn.Module, base: nn.Module, plan: _Plan) -> None:
+    """Fill the plan from a probe and prove it by a second one; raise NotSeparableError if it does not hold."""
+    name = type(base).__name__
+    if not isinstance(base, PreTrainedModel):
+        raise NotSeparableError(f"{name} is not a transformers model")
+    layer = _output_layer(base)
     seen = run_probe(model, base, layer, labels=True)
     plan.calls_loss_function = seen.calls_loss_function
     if getattr(base.config.get_text_config(), "output_router_logits", False) and not plan.calls_loss_function:

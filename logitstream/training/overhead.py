@@ -58,15 +58,21 @@ class Pair(NamedTuple):
     cross_entropy_seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepTimes:
-    """Seconds of one optimizer step; pair is None unless the step was measured."""
+    """One optimizer step: when it began and its last backward pass ended, and the seconds of its parts.
 
-    micro_batches: int
-    waiting: float
-    decoding: float
-    optimizer: float
-    whole: float
+    tokens is a tensor while the device counts them; pair is None unless the step was measured.
+    """
+
+    began: float = 0.0
+    computed: float = 0.0
+    tokens: Tensor | int = 0
+    micro_batches: int = 0
+    waiting: float = 0.0
+    decoding: float = 0.0
+    optimizer: float = 0.0
+    whole: float = 0.0
     measuring: float = 0.0
     pair: Pair | None = None
 

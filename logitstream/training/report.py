@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from logitstream.files import write_whole
 from logitstream.training.stats import SUMS, RunStats
@@ -65,9 +65,7 @@ class ProgressDisplay(TrainerCallback):
         self.bar: Progress | None = None
         self._last_line = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self._last_line = time.monotonic()
@@ -80,7 +78,7 @@ class ProgressDisplay(TrainerCallback):
             self.bar.add_task("training", total=state.max_steps, shown="starting")
             self.bar.start()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         row = state.log_history[-1]
         if not state.is_world_process_zero or "loss" not in row:
             return
@@ -92,9 +90,7 @@ class ProgressDisplay(TrainerCallback):
             self._last_line = time.monotonic()
             self.say(f"step {row['step']}/{state.max_steps} · {describe(row)}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from logitstream import metrics
 from logitstream.data.documents import Batch
@@ -45,18 +44,6 @@ SUMS = ("steps", "tokens", "entries", "computing_seconds", *COUNTED_ELSEWHERE)
 OF_THE_LOSS = (*Diagnostics._fields, "own_loss")
 
 
-@dataclass(slots=True)
-class _Step:
-    """The optimizer step in progress; tokens is a tensor while the device counts them."""
-
-    began: float = 0.0
-    computed: float = 0.0
-    micro_batches: int = 0
-    tokens: Tensor | int = 0
-    measuring: float = 0.0
-    pair: Pair | None = None
-
-
 class RunStats(TrainerCallback):
     """Follows the trainer through each optimizer step and sums up what it sees, over all epochs and resumed runs.
 
@@ -78,7 +65,7 @@ class RunStats(TrainerCallback):
         self._of_the_loss = torch.zeros(len(OF_THE_LOSS), dtype=torch.float64)
         self._logged = torch.zeros(len(SUMS) + len(OF_THE_LOSS), dtype=torch.float64)
         self._began = 0.0
-        self._step = _Step()
+        self._step = StepTimes()
         self._spec: TargetSpec | None = None
 
     def follow(self, stream: TargetStream) -> None:
@@ -86,9 +73,7 @@ class RunStats(TrainerCallback):
         self.stream = stream
         self._observed |= dict.fromkeys(OF_THE_STREAM, 0.0)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self._began = state.global_step, time.perf_counter()
         self._observe()  # what came before training is not part of it
         if not (before := resumed_state(state)):
@@ -114,16 +99,14 @@ class RunStats(TrainerCallback):
             "overhead": _logs(self.meter.overhead()),
         }
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.steps.clear()
         metrics.STUDENT_OVERHEAD.clear()  # an epoch has no overhead until it has measured one itself
         metrics.STUDENT_OVERHEAD_COST.set(0)
 
     def begin_step(self) -> None:
         """Note the time before the step's batches are asked for."""
-        self._step = _Step(began=time.perf_counter())
+        self._step = StepTimes(began=time.perf_counter())
 
     def is_due(self, inputs: Batch) -> bool:
         """Say if the micro-batch that has just begun is to be measured."""
@@ -149,22 +132,13 @@ class RunStats(TrainerCallback):
         now = torch.stack([*diagnostics, own_loss.detach().double()])
         self._of_the_loss = self._of_the_loss.to(now.device) + now
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        now, step = time.perf_counter(), self._step
-        since, whole = self._observe(), now - step.began
-        waiting, tokens = since["waiting_seconds"], int(step.tokens)
-        self.meter.add(
-            StepTimes(
-                micro_batches=step.micro_batches,
-                waiting=waiting,
-                decoding=since["decoding_seconds"],
-                optimizer=now - step.computed,
-                whole=whole,
-                measuring=step.measuring,
-                pair=step.pair,
-            )
-        )
-        computing = max(whole - step.measuring - waiting, 0.0)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, step, since = time.perf_counter(), self._step, self._observe()
+        step.waiting, step.decoding = since["waiting_seconds"], since["decoding_seconds"]
+        step.optimizer, step.whole = now - step.computed, now - step.began
+        self.meter.add(step)
+        step.tokens = tokens = int(step.tokens)
+        computing = max(step.whole - step.measuring - step.waiting, 0.0)
         self._add(since | {"steps": 1, "tokens": tokens, "computing_seconds": computing})
         metrics.STUDENT_TOKENS.inc(tokens)
         metrics.STUDENT_STEPS.inc()
@@ -172,9 +146,7 @@ class RunStats(TrainerCallback):
         if step.pair is not None:
             _export(self.meter.overhead())
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         waiting = torch.tensor([step.waiting for step in self.meter.steps], device=args.device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(waiting, dist.ReduceOp.MAX)

@@ -42,7 +42,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
 
     wrap_dataloader: makes the target stream over the training dataloader; without it the batches bring their own
         targets, or have none.
-    ce_weight, chunk_bytes: as in `fused_linear_sparse_kl`.
+    ce_weight: as in `sparse_kl`.
     first_choices: the teacher's on held-out text, for eval_teacher_top1_agreement.
     overhead_every: measure the overhead over cross-entropy at every n-th optimizer step (see `overhead`); 0: never.
     """
@@ -54,7 +54,6 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         *args: Any,
         wrap_dataloader: Callable[[DataLoader[Any]], TargetStream] | None = None,
         ce_weight: float = 0.0,
-        chunk_bytes: int | None = None,
         overhead_every: int = 0,
         first_choices: FirstChoices | None = None,
         **kwargs: Any,
@@ -66,7 +65,6 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
         self.wrap_dataloader = wrap_dataloader
         self.ce_weight = ce_weight
-        self.chunk_bytes = chunk_bytes
         self.first_choices = first_choices
         self.stats = RunStats(overhead_every=overhead_every)
         self.add_callback(self.stats)
@@ -173,7 +171,6 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             loss_mask=supervised_mask(inputs),
             ce_weight=1.0 if targets is None else ce_weight,
             num_items=num_items,
-            chunk_bytes=self.chunk_bytes,
         )
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
         return student
