@@ -24,7 +24,7 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 from logitstream.rpc.remote_teacher import Answer
-from logitstream.types import ReceivedTargets, TeacherInfo, credit_tokens
+from logitstream.types import ReceivedTargets, TeacherInfo
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Delivery:
     def begin(self, batch: RequestBatch) -> None:
         """Deliver in a task of its own, which ends when all futures are done or cancelled."""
         if self._closed:  # meanwhile
-            batch.cancel()
+            for request in batch.requests:
+                request.future.cancel()
             return
         batch.expires = batch.expires or loop_time() + self._deadline_seconds
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(self._deliver(batch))
@@ -65,22 +66,17 @@ class Delivery:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         batch = self._tasks.pop(task)
-        if task.cancelled():
-            batch.cancel()
-        elif (error := task.exception()) is not None:
-            if not isinstance(error, LogitstreamError):
-                logger.error("a bug: a batch could not be delivered", exc_info=error)
-            for request in batch.requests:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, LogitstreamError):
+            logger.error("a bug: a batch could not be delivered", exc_info=error)
+        for request in batch.requests:
+            if error is None:
+                request.future.cancel()
+            else:
                 request.fail(error)
 
     async def _deliver(self, batch: RequestBatch) -> None:
         """Ask for a batch, one call after another, until each future is done; what a call cannot take is split off."""
-        try:
-            async with asyncio.timeout_at(batch.expires):
-                info = await self._pool.wait_started()
-        except TimeoutError:
-            raise self._timed_out(batch) from None
-        batch.requests = [request for request in batch.requests if self._fits(request, info)]
         while batch.requests:
             call = await self._pool.acquire(batch, expiry=lambda: self._expiry(batch))
             if call is None:
@@ -101,10 +97,14 @@ class Delivery:
                 batch.delays += 1
 
     async def _score(self, batch: RequestBatch, call: Call) -> LogitstreamError | None:
-        """Make one call and set the futures that it answers; return what ended it early."""
+        """Make one call and set the futures that it answers; return what ended it early, unless that is final."""
         info = call.replica.info
         assert info is not None
+        error: BaseException | None = asyncio.CancelledError()
         try:
+            call.requests = [request for request in call.requests if self._fits(request, info)]
+            if not call.requests:
+                return None
             async with asyncio.timeout_at(batch.expires) as call.scope:
                 answers = call.connection.score(
                     [request.sequence for request in call.requests],
@@ -117,24 +117,19 @@ class Delivery:
                 async with contextlib.aclosing(answers):
                     async for answer in answers:
                         await self._take(call, answer)
-            self._pool.raise_limit(call)
+            error = None
         except TimeoutError:
+            error = self._timed_out(batch, call)
             if not call.given_up:
-                raise self._timed_out(batch, call) from None
-            reason = TeacherUnavailable(f"{call.replica.address}: it answers nothing, and others are there")
-            self._pool.lose(call, reason)
-            return reason
-        except TooManyInFlight as error:
-            self._pool.pause(call, error.retry_after_seconds)
-            return error
-        except LogitstreamError as error:
+                raise error from None
+            error = TeacherUnavailable(f"{call.replica.address}: it answers nothing, and others are there")
+        except LogitstreamError as caught:
+            error = caught
             if isinstance(error, TeacherUnavailable):
                 self._count_loss(batch, call, error)
-            self._pool.lose(call, error)
-            return error
         finally:
-            self._pool.release(call)
-        return None
+            self._pool.finish(call, error)
+        return error
 
     async def _take(self, call: Call, answer: Answer) -> None:
         """Use an answer. Weights that changed while serving are described again before their first targets are used."""
@@ -144,7 +139,7 @@ class Delivery:
         digest = answer.weights_digest or described
         if error is None and self._identity.is_news(digest, described):
             await self._pool.describe_again(call)
-        self._pool.answered(call, request)
+        self._pool.answered(call)
         fingerprint = self._identity.fingerprint_digest(digest)
         if error is not None:
             self._refuse(request, error, may_retry=error.retryable)
@@ -187,7 +182,6 @@ class Delivery:
         batch.lone_losses += alone and healthy
         batch.lost_at = batch.lost_at or loop_time()
         if batch.lone_losses >= MAX_LONE_LOSSES:
-            self._pool.lose(call, error)
             raise ScoringFailed(
                 f"{batch.losses} connections broke while this sequence was being scored; the last: {error}"
             )
@@ -204,7 +198,6 @@ class Delivery:
         except RequestError as error:
             request.fail(error)
             return False
-        request.cost = credit_tokens(sequence, self._identity.student.spec, info.vocab_size)
         return True
 
     def _expiry(self, batch: RequestBatch) -> float:

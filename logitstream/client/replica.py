@@ -1,4 +1,4 @@
-"""One replica and what is in flight there: its limit, its speed, and who may have broken it."""
+"""What is asked for, and one replica with what it has been asked for."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Request:
     """One sequence until its future is done; cost: what it counts against a replica's limit."""
 
     sequence: TokenSequence
+    cost: int
     future: Future[ReceivedTargets] = field(default_factory=Future)
-    cost: int = 0
     refusals: int = 0
 
     def fail(self, error: BaseException) -> None:
@@ -54,14 +54,10 @@ class RequestBatch:
         """Whether they may be what breaks replicas: each is sent alone then, so that no other takes the blame."""
         return self.losses >= SUSPECT_LOSSES
 
-    def cancel(self) -> None:
-        for request in self.requests:
-            request.future.cancel()
-
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """Requests that one replica is asked for over one connection."""
+    """Requests that a replica is asked for over one connection; nothing else is sent beside a suspect."""
 
     replica: Replica
     connection: RemoteTeacher
@@ -70,7 +66,6 @@ class Call:
     began: float
     num_tokens: int
     tokens_ahead: int
-    answered_tokens: int = 0
     scope: asyncio.Timeout | None = None
     given_up: bool = False
 
@@ -80,11 +75,12 @@ class Replica:
     """One server. `connection` is None while it cannot be asked; `error` then says why.
 
     limit: tokens that may be in flight, adapted to what the server takes. silent: connections in a row that brought no
-    answer, this one included.
+    answer, this one included. patience: how long it may answer nothing while others are ready.
     """
 
     address: str
     progress_at: float
+    patience: float
     connection: RemoteTeacher | None = None
     info: TeacherInfo | None = None
     error: LogitstreamError | None = None
@@ -92,20 +88,19 @@ class Replica:
     limit: int = 0
     silent: int = 1
     seconds_per_token: float = 0.0
-    slowest_seconds: float = 0.0
     paused_until: float = 0.0
     starting: asyncio.Task[None] | None = None
 
     @property
     def refused(self) -> bool:
         """Whether it cannot be used as it is, unlike one that cannot be reached at the moment."""
-        rotating = isinstance(self.error, AccessDenied) and self.info is not None  # our token file may follow soon
         away = isinstance(self.error, (TeacherUnavailable, ServerDraining))
+        rotating = isinstance(self.error, AccessDenied) and self.info is not None  # our token file may follow soon
         return self.error is not None and not away and not rotating
 
     @property
     def in_flight_tokens(self) -> int:
-        return sum(call.num_tokens - call.answered_tokens for call in self.calls)
+        return sum(call.num_tokens for call in self.calls)
 
     def admits(self, requests: Sequence[Request], *, alone: bool) -> list[Request]:
         """Return the first of the requests that fit into its limit; an idle replica takes at least one."""
@@ -114,14 +109,12 @@ class Replica:
         assert self.info is not None
         room, max_bytes = self.limit - self.in_flight_tokens, min(MAX_CALL_BYTES, self.info.max_message_bytes)
         costs: list[int] = []
-        num_bytes = 0
         for request in requests:
             costs.append(request.cost)
-            num_bytes += request_bytes(request.sequence)
-            if (call_tokens(costs) > room and (self.calls or costs[1:])) or (num_bytes > max_bytes and costs[1:]):
-                costs.pop()
-                break
-        return list(requests[: len(costs)])
+            max_bytes -= request_bytes(request.sequence)
+            if (call_tokens(costs) > room and (self.calls or costs[1:])) or (max_bytes < 0 and costs[1:]):
+                return list(requests[: len(costs) - 1])
+        return list(requests)
 
     def expected_seconds(self, num_tokens: int, now: float) -> float:
         """Estimate when one more call would be answered; ties go to the emptier replica.
@@ -140,5 +133,4 @@ def request_bytes(sequence: TokenSequence) -> int:
 
 
 def loop_time() -> float:
-    """Return the event loop's time."""
     return asyncio.get_running_loop().time()

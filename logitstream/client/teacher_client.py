@@ -36,6 +36,7 @@ from logitstream.types import (
     TargetSpec,
     TeacherInfo,
     TokenSequence,
+    credit_tokens,
 )
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class GrpcTeacherClient:
             raise ValueError("expected at least one teacher address, host:port")
         self._names = {address: teacher_host(address) for address in addresses}
         check_exposure(addresses, encrypted=tls is not None, insecure=insecure)
-        self.spec = spec
+        self.spec, self._vocab_size = spec, vocab_size
         self._connect_timeout = connect_timeout_seconds
         student = Student(client_id=client_id, vocab_size=vocab_size, tokenizer=OwnTokenizer(tokenizer), spec=spec)
         self._identity = TeacherIdentity(student, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
@@ -190,7 +191,7 @@ class GrpcTeacherClient:
             raise ValueError(f"expected a draw set in [0, 2^64), got {draw_set}")
         if self._closed.is_set():
             raise TeacherUnavailable("the client is closed")
-        requests = [Request(sequence) for sequence in sequences]
+        requests = [Request(one, credit_tokens(one, self.spec, self._vocab_size)) for one in sequences]
         self._loop.call_soon_threadsafe(self._delivery.begin, RequestBatch(requests, draw_set, priority))
         return [request.future for request in requests]
 

@@ -96,7 +96,7 @@ class Client:
         self.pool.set_addresses(["teacher:1"])
 
     def submit(self, priority: int, *token_ids: int) -> Future[ReceivedTargets]:
-        request = Request(TokenSequence(token_ids=np.array(token_ids, np.int32)))
+        request = Request(TokenSequence(token_ids=np.array(token_ids, np.int32)), len(token_ids))
         self.delivery.begin(RequestBatch([request], 0, priority))
         return request.future
 
@@ -142,7 +142,7 @@ def test_one_fatal_sequence_of_a_batch_sinks_no_other() -> None:
         teacher = Teacher(lambda sequence: FATAL_ID in sequence.token_ids)
         client = Client(teacher)
         requests = [
-            Request(TokenSequence(token_ids=np.array([1, FATAL_ID if number == 3 else 2], np.int32)))
+            Request(TokenSequence(token_ids=np.array([1, FATAL_ID if number == 3 else 2], np.int32)), 2)
             for number in range(8)
         ]
         client.delivery.begin(RequestBatch(requests, 0, 0))
