@@ -88,9 +88,12 @@ class Delivery:
                 batch.sent, batch.expires = True, loop_time() + self._deadline_seconds
             error = await self._score(batch, call)
             batch.requests = [request for request in call.requests if not request.future.done()]
-            batch.avoid = None if isinstance(error, TooManyInFlight) else call.replica
+            batch.avoid = call.replica
+            if isinstance(error, TooManyInFlight):  # it waits for room as if it had not been sent
+                batch.avoid, batch.sent = None, False
             if error is not None:
-                metrics.STUDENT_RETRIES.labels(reason=type(error).__name__).inc(len(batch.requests))
+                reason = "lost" if isinstance(error, TeacherUnavailable) else type(error).__name__
+                metrics.STUDENT_RETRIES.labels(reason=reason).inc(len(batch.requests))
             if batch.requests and (error is None or batch.suspect):
                 low, high = RETRY_SECONDS
                 await asyncio.sleep(random.uniform(0.0, min(high, low * 2 ** min(batch.delays, 10))))

@@ -1,10 +1,9 @@
-"""The client of remote teachers: one coroutine a batch asks one replica after another until every answer is there."""
+"""The seam between training and teachers, `TeacherClient`, and the client of one or many teacher servers."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,17 +15,9 @@ from logitstream.client.delivery import Delivery
 from logitstream.client.replica import Request, RequestBatch
 from logitstream.client.replicas import ReplicaPool
 from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity
-from logitstream.errors import (
-    TeacherUnavailable,
-)
+from logitstream.errors import TeacherUnavailable
 from logitstream.rpc.addresses import check_exposure
-from logitstream.rpc.channel import (
-    KEEPALIVE_SECONDS,
-    KEEPALIVE_TIMEOUT_SECONDS,
-    TlsFiles,
-    open_channel,
-)
-from logitstream.rpc.proxy import proxy_of
+from logitstream.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, TlsFiles, open_channel, proxy_of
 from logitstream.rpc.remote_teacher import RemoteTeacher
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
@@ -39,15 +30,8 @@ from logitstream.types import (
     credit_tokens,
 )
 
-logger = logging.getLogger(__name__)
-
 TICK_SECONDS = 0.5
-RETRY_SECONDS = (0.1, 5.0)
-"""First and largest bound of the random wait before a refused sequence is sent again."""
-MAX_REFUSALS = 5
-"""Retryable refusals of one sequence before its error is raised."""
-MAX_LONE_LOSSES = 6
-"""Calls that may break with a sequence alone in flight before the sequence is held to be the cause."""
+"""How often stalled replicas are looked for."""
 
 
 class TeacherClient(Protocol):
@@ -55,23 +39,21 @@ class TeacherClient(Protocol):
 
     @property
     def info(self) -> TeacherInfo:
-        """What the teacher serves, as of the handshake or the newest version seen."""
+        """The newest version of the teacher that is served."""
         ...
 
     @property
-    def spec(self) -> TargetSpec:
-        """How every sequence's targets are drawn."""
-        ...
+    def spec(self) -> TargetSpec: ...
 
     @property
     def max_teacher_lag(self) -> int:
-        """As in KnownTeacher; other than 0: the teacher may replace its weights while a student trains."""
+        """See TeacherIdentity. Other than 0: the teacher may replace its weights while a student trains."""
         ...
 
     def submit(
         self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
     ) -> list[Future[ReceivedTargets]]:
-        """Ask for the targets of a batch of sequences; never blocks on the network. Returns one future a sequence.
+        """Ask for the targets of a batch, the smaller the priority the sooner; never blocks on the network.
 
         Cancelling a future cancels its request. It fails with the RequestError that the teacher answered,
         TeacherUnavailable after the deadline, StaleTeacher or FingerprintMismatch.
@@ -79,7 +61,7 @@ class TeacherClient(Protocol):
         ...
 
     def is_stale(self, received: ReceivedTargets) -> bool:
-        """Whether these targets come from weights older than the client's `max_teacher_lag` allows by now."""
+        """Whether these targets come from weights older than `max_teacher_lag` allows by now."""
         ...
 
     def close(self) -> None:
@@ -186,7 +168,6 @@ class GrpcTeacherClient:
     def submit(
         self, sequences: Sequence[TokenSequence], *, draw_set: int = 0, priority: int = 0
     ) -> list[Future[ReceivedTargets]]:
-        """As TeacherClient.submit; the smaller the priority, the sooner."""
         if not 0 <= draw_set < 1 << 64:
             raise ValueError(f"expected a draw set in [0, 2^64), got {draw_set}")
         if self._closed.is_set():

@@ -1,7 +1,7 @@
-"""The teacher's first choices on held-out text, one id a row: what the student's are held against.
+"""The teacher's first choices on held-out text, one id a row, to compare the student's with.
 
-Agreement with a draw is not agreement with the teacher: the id that was drawn most often is the teacher's first choice
-in most rows only, and in fewer of them the fewer samples there are. So some held-out text is asked for with top_k = 1.
+Agreement with a draw is not agreement with the teacher: the id drawn most often is the teacher's first choice in most
+rows only, and in fewer of them the fewer samples there are. So some held-out text is asked for with top_k = 1.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 
 SPEC = TargetSpec(sampler="top_k", top_k=1, codec_version=1)
 MAX_TOKENS = 8192
-"""Held-out tokens that are asked for: a share is then known to one or two points."""
+"""Held-out tokens that are asked for, enough to know a share to one or two points."""
 WAIT_SECONDS = 30.0
 
 
 class FirstChoices:
-    """Asks for the first choices of some sequences at once and puts them into the batches that hold these.
+    """Asks for the first choices of some sequences, and puts them into the batches that hold these sequences.
 
-    Answers that are late or refused are left out: the run does not depend on them.
+    Late and refused answers are left out: the run does not depend on them.
     """
 
     def __init__(self, client: TeacherClient, sequences: Iterable[TokenSequence]) -> None:
-        """client: of `SPEC`; sequences: as `split_batch` makes them, taken in order up to MAX_TOKENS."""
+        """client: draws by `SPEC`. sequences: taken in order, up to MAX_TOKENS."""
         self._client = client
         self._known: dict[bytes, SparseTargets] = {}
         asked: list[TokenSequence] = []
@@ -45,7 +45,7 @@ class FirstChoices:
         self._waiting = list(zip(asked, client.submit(asked), strict=True))
 
     def add_to(self, batch: Batch) -> Batch:
-        """The batch with the first choices as its targets, as far as they are known; as it is where none are."""
+        """Return the batch with the first choices that are known as its targets; unchanged if there are none."""
         if self._waiting:
             self._collect()
         if not self._known:
@@ -58,7 +58,7 @@ class FirstChoices:
         return batch | {"targets": place_rows(parts, num_rows=num_rows, vocab_size=parts[0][1].vocab_size, spec=SPEC)}
 
     def _collect(self) -> None:
-        """Wait for the answers, WAIT_SECONDS at most for all, and close the client: others need its credit."""
+        """Wait for the answers, WAIT_SECONDS at most for all, and close the client: it is needed no more."""
         until = time.monotonic() + WAIT_SECONDS
         reasons: list[str] = []
         for sequence, future in self._waiting:

@@ -1,4 +1,4 @@
-"""Which sequences each step trains on, and in which order: the same however many processes share the step."""
+"""The order of sequences, the same however many processes share a step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from logitstream.data.documents import Batch
 
 
 class LengthGrouped(LengthGroupedSampler):
-    """As the Trainer's sampler for `group_by_length`, but an epoch's order follows from the seed and the epoch alone.
+    """The Trainer's sampler for `group_by_length`, with an order that follows from the seed and the epoch alone.
 
-    The Trainer's takes each process's own random numbers and groups by a process's batch, not by the step's.
+    The Trainer's own draws different random numbers on each process, and groups by its batch instead of the step's.
     """
 
     def __init__(self, lengths: list[int], *, step_sequences: int, seed: int) -> None:
@@ -35,10 +35,7 @@ class LengthGrouped(LengthGroupedSampler):
 
 
 def without_repeats(batches: Iterator[Batch], dataloader: Any, *, process_index: int) -> Iterator[Batch]:
-    """An epoch's batches, with those sequences of the last one out of the loss that accelerate repeats to fill it up.
-
-    batches: the dataloader's from anywhere in an epoch to its end.
-    """
+    """Yield the rest of an epoch's batches; mask the sequences that accelerate repeats to pad the last one."""
     sampler = dataloader.batch_sampler
     fills_up = isinstance(sampler, BatchSamplerShard) and sampler.even_batches and not sampler.drop_last
     if not fills_up or sampler.num_processes == 1 or sampler.batch_size is None:
@@ -55,7 +52,7 @@ def without_repeats(batches: Iterator[Batch], dataloader: Any, *, process_index:
 
 
 def leave_out_repeats(batch: Batch, remainder: int, *, process_index: int) -> Batch:
-    """One process's last batch, of whose sequences only those among the first `remainder` of all processes' count."""
+    """Mask a process's last batch beyond the first `remainder` sequences of all processes."""
     num_sequences, num_tokens = batch["input_ids"].shape
     num_counted = max(remainder - process_index * num_sequences, 0)
     if num_counted >= num_sequences:
