@@ -33,16 +33,15 @@ class ReplicaPool:
         identity: TeacherIdentity,
         connect: Callable[[str], RemoteTeacher],
         *,
-        stalled_seconds: float,
-        longest_patience_seconds: float,
+        patience_seconds: tuple[float, float],
     ) -> None:
+        """patience_seconds: how long a replica may answer nothing while others are ready, at first and at most."""
         self.replicas: dict[str, Replica] = {}
         self.started = False  # nothing is asked for before
         self.progress_at = 0.0
         self._identity = identity
         self._connect = connect
-        self._stalled_seconds, self._longest_patience = stalled_seconds, longest_patience_seconds
-        self._any_teacher = identity.is_open
+        self._patience = patience_seconds
         self._dead_end: LogitstreamError | None = None
         self._resolve_error: Exception | None = None
         self._changed = asyncio.Event()
@@ -54,7 +53,7 @@ class ReplicaPool:
         """Bring up replicas at new addresses; ask nothing more of those that have vanished."""
         for address in addresses:
             if address not in self.replicas:
-                replica = self.replicas[address] = Replica(address, loop_time(), self._stalled_seconds)
+                replica = self.replicas[address] = Replica(address, loop_time(), self._patience[0])
                 replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=False))
         for address in self.replicas.keys() - set(addresses):
             replica = self.replicas.pop(address)
@@ -131,12 +130,12 @@ class ReplicaPool:
     def give_up_stalled(self) -> None:
         """Give up calls at replicas that answer nothing for too long, if there are others to go to.
 
-        One that was only slow has twice as long next time, up to longest_patience_seconds.
+        One that was only slow has twice as long next time, up to a bound.
         """
         now, ready = loop_time(), [replica for replica in self.replicas.values() if replica.connection]
         stalled = [replica for replica in ready if replica.calls and now - replica.progress_at > replica.patience]
         for replica in stalled if len(stalled) < len(ready) else []:
-            replica.patience = min(2 * replica.patience, self._longest_patience)
+            replica.patience = min(2 * replica.patience, max(self._patience))
             for call in replica.calls:
                 if call.scope is not None and not call.given_up and not call.scope.expired():
                     call.given_up = True
@@ -237,7 +236,7 @@ class ReplicaPool:
             return
         ready = [replica.address for replica in replicas if replica.connection]
         unlike = [replica for replica in replicas if isinstance(replica.error, FingerprintMismatch)]
-        if ready and unlike and self._any_teacher:
+        if ready and unlike and not self._identity.is_named:
             both = f"the replicas {ready[0]} and {unlike[0].address} differ, where a run has one teacher"
             self._dead_end = _Unlike(f"{both}: {unlike[0].error}")
         self.started = bool(ready) and not isinstance(self._dead_end, _Unlike)

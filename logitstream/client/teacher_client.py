@@ -6,22 +6,19 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from logitstream.client.access import check_access, resolve, teacher_host
+from logitstream.client.access import Connecting, Connector
 from logitstream.client.delivery import Delivery
 from logitstream.client.replica import Request, RequestBatch
 from logitstream.client.replicas import ReplicaPool
 from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity
 from logitstream.errors import TeacherUnavailable
-from logitstream.rpc.addresses import check_exposure
-from logitstream.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, TlsFiles, open_channel, proxy_of
-from logitstream.rpc.remote_teacher import RemoteTeacher
+from logitstream.rpc.channel import TlsFiles
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
-    MAX_MESSAGE_BYTES,
     Fingerprint,
     ReceivedTargets,
     TargetSpec,
@@ -92,51 +89,31 @@ class GrpcTeacherClient:
         max_teacher_lag: int = 0,
         fingerprint: Fingerprint | None = None,
         stalled_seconds: float = 60.0,
-        handshake_seconds: float = 10.0,
-        keepalive_seconds: float = KEEPALIVE_SECONDS,
-        keepalive_timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS,
-        resolve_seconds: float = 15.0,
-        resolve: Callable[[str], Awaitable[list[str]]] = resolve,
+        connecting: Connecting | None = None,
     ) -> None:
-        """Connect in the background. Raises ValueError for a bad address, token or certificate, or plaintext to
+        """Connect in the background. Raises ValueError for a bad address, token or certificate, or for plaintext to
         another machine without `insecure`.
 
         vocab_size: rows of the student's head. tokenizer: the student's; or its `tokenizer_digest`, which cannot
             tell what differs; UNCHECKED_TOKENIZER if the caller vouches that ids mean the same to the teacher.
-        token: wins over token_file, which wins over $LOGITSTREAM_TOKEN; files are read anew for every connection.
+        token: wins over token_file, which wins over $LOGITSTREAM_TOKEN.
         deadline_seconds: from the first sending of a sequence, or of waiting for any answer, to TeacherUnavailable.
-        stalled_seconds: a replica that answers nothing for this long, while others are ready, is given up; twice its
-            longest pause so far if that is more, up to half the deadline.
+        stalled_seconds: a replica that answers nothing for this long, while others are ready, is given up.
         max_teacher_lag: see TeacherIdentity. fingerprint: of the teacher to accept; None: the first replica's.
-        resolve: looks up a name's addresses, every resolve_seconds.
         """
-        if not addresses:
-            raise ValueError("expected at least one teacher address, host:port")
-        self._names = {address: teacher_host(address) for address in addresses}
-        check_exposure(addresses, encrypted=tls is not None, insecure=insecure)
+        self._connector = Connector(
+            addresses, connecting or Connecting(), tls=tls, token=token, token_file=token_file, insecure=insecure
+        )
         self.spec, self._vocab_size = spec, vocab_size
         self._connect_timeout = connect_timeout_seconds
         student = Student(client_id=client_id, vocab_size=vocab_size, tokenizer=OwnTokenizer(tokenizer), spec=spec)
         self._identity = TeacherIdentity(student, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
-        self._resolved: dict[str, list[str]] = {}
-        connect = functools.partial(
-            self._connect,
-            read_token=check_access(tls, token=token, token_file=token_file),
-            tls=tls,
-            handshake_seconds=handshake_seconds,
-            keepalive_seconds=keepalive_seconds,
-            keepalive_timeout_seconds=keepalive_timeout_seconds,
-        )
-        self._pool = ReplicaPool(
-            self._identity,
-            connect,
-            stalled_seconds=stalled_seconds,
-            longest_patience_seconds=deadline_seconds / 2,  # leaves time for another replica
-        )
+        patience = (stalled_seconds, deadline_seconds / 2)  # leaves time for another replica
+        self._pool = ReplicaPool(self._identity, self._connector.connect, patience_seconds=patience)
         self._delivery = Delivery(self._pool, self._identity, deadline_seconds=deadline_seconds)
         self._closed = threading.Event()
         self._loop = _background_loop(os.getpid())
-        self._watching = asyncio.run_coroutine_threadsafe(self._watch(resolve, resolve_seconds), self._loop)
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
 
     @property
     def info(self) -> TeacherInfo:
@@ -185,37 +162,14 @@ class GrpcTeacherClient:
         self._closed.set()
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
 
-    # In the loop's thread
-
-    async def _watch(self, resolve: Callable[[str], Awaitable[list[str]]], seconds: float) -> None:
+    async def _watch(self) -> None:
         """Look names up again and again, so that new replicas are found; give up replicas that are stalled."""
         while True:
-            for name in self._names:
-                try:
-                    self._resolved[name] = await resolve(name)
-                except (OSError, ValueError) as error:  # ValueError: no name at all, as one with an empty label
-                    self._pool.unresolved(name, error)
-            self._pool.set_addresses([address for found in self._resolved.values() for address in found])
-            until = self._loop.time() + seconds
+            self._pool.set_addresses(await self._connector.look_up(self._pool.unresolved))
+            until = self._loop.time() + self._connector.settings.resolve_seconds
             while (left := until - self._loop.time()) > 0:
                 await asyncio.sleep(min(TICK_SECONDS, left))
                 self._pool.give_up_stalled()
-
-    def _connect(
-        self,
-        address: str,
-        *,
-        read_token: Callable[[], str],
-        tls: TlsFiles | None,
-        handshake_seconds: float,
-        **keepalive: float,
-    ) -> RemoteTeacher:
-        names = (self._names[name] for name, found in self._resolved.items() if address in found and address != name)
-        name, token = next(names, ""), read_token()  # the name is what a certificate holds
-        channel = open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES, tls=tls, server_name=name, **keepalive)
-        proxy = proxy_of(address, name)
-        shown = f"{address} through the proxy {proxy}" if proxy else address
-        return RemoteTeacher(channel, address=shown, timeout_seconds=handshake_seconds, token=token)
 
     async def _wait_started(self) -> TeacherInfo:
         try:

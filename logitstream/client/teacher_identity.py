@@ -133,16 +133,12 @@ class TeacherIdentity:
         self.student = student
         self.info: TeacherInfo | None = None
         self.max_teacher_lag = max_teacher_lag
+        self.is_named = fingerprint is not None  # else the first replica decides
         self._expected = fingerprint
         self._expected_of = ""
         self._fingerprints: dict[bytes, str] = {}
         self._numbers: dict[bytes, int] = {}
         self._serving: dict[str, TeacherInfo] = {}
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the first replica will decide which teacher this is."""
-        return self._expected is None
 
     def accept(self, address: str, info: TeacherInfo) -> None:
         """Note what a replica serves; raise FingerprintMismatch if its targets must not be used."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitstream.client.access import Connecting
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.training.target_cache import open_target_cache
 from logitstream.training.target_stream import TargetStream
@@ -86,9 +87,7 @@ def work(settings: WorkerSettings) -> None:
         client_id=f"worker-{settings.rank}",
         deadline_seconds=60.0,
         stalled_seconds=2.0,
-        handshake_seconds=2.0,
-        keepalive_seconds=0.5,
-        keepalive_timeout_seconds=0.5,
+        connecting=Connecting(describe_seconds=2.0, keepalive_seconds=0.5, keepalive_timeout_seconds=0.5),
     )
     cache = open_target_cache(settings.folder / "cache", client, SPEC) if settings.with_cache else None
     audit = os.open(settings.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from logitstream import codec
+from logitstream.client.access import Connecting
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.errors import AccessDenied, FingerprintMismatch, InvalidSequence, TeacherUnavailable
 from logitstream.rpc.channel import TlsFiles
@@ -200,7 +201,10 @@ async def test_a_name_in_no_proxy_is_reached_without_the_proxy_and_errors_name_t
         ):
             monkeypatch.setenv("no_proxy", no_proxy)
             client = client_of(
-                f"{host}:{port}", insecure=True, resolve=resolve, connect_timeout_seconds=10.0 if direct else 1.0
+                f"{host}:{port}",
+                insecure=True,
+                connecting=Connecting(resolve=resolve),
+                connect_timeout_seconds=10.0 if direct else 1.0,
             )
             if direct:
                 await exchange(client, count=2)

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from logitstream import codec
-from logitstream.client.access import resolve, teacher_host
+from logitstream.client.access import Connecting, resolve, teacher_host
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.errors import (
     FingerprintMismatch,
@@ -175,7 +175,10 @@ def test_replicas_that_appear_behind_a_name_are_used_and_vanished_ones_are_not()
             return list(behind)
 
         with connected(
-            "teachers:50051", resolve=look_up, resolve_seconds=0.05, max_teacher_lag=-1, insecure=True
+            "teachers:50051",
+            connecting=Connecting(resolve=look_up, resolve_seconds=0.05),
+            max_teacher_lag=-1,
+            insecure=True,
         ) as client:
             assert versions(check_all(submit_all(client, sequences), sequences)) == {0}
             behind.append(second)
@@ -223,7 +226,7 @@ def test_unlike_replicas_are_an_error_before_anything_is_asked_whoever_answers_f
             return [slow, quick] if name == "teachers:1" else [name]
 
         addresses = ["teachers:1"] if behind_one_name else [slow, quick]
-        with connected(*addresses, resolve=look_up, insecure=True) as client:
+        with connected(*addresses, connecting=Connecting(resolve=look_up), insecure=True) as client:
             future = client.submit(make_sequences(1))[0]
             with pytest.raises(FingerprintMismatch) as caught:
                 client.info  # noqa: B018
@@ -231,7 +234,7 @@ def test_unlike_replicas_are_an_error_before_anything_is_asked_whoever_answers_f
             assert f"the replicas {quick} and {slow} differ" in str(caught.value)
             assert f"({quick}'s value first): weights_digest: {digests}" in str(caught.value)
             assert str(future.exception(SECONDS)) == str(caught.value)
-        with connected(*addresses, resolve=look_up, insecure=True, max_teacher_lag=-1) as client:
+        with connected(*addresses, connecting=Connecting(resolve=look_up), insecure=True, max_teacher_lag=-1) as client:
             check_all(submit_all(client, make_sequences(4)), make_sequences(4))
 
 
@@ -248,7 +251,7 @@ def test_a_replica_that_does_not_answer_holds_the_start_up_no_longer_than_a_hand
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         fake_teacher() as (_, up),
-        connected(f"127.0.0.1:{silent.getsockname()[1]}", up, handshake_seconds=1.0) as client,
+        connected(f"127.0.0.1:{silent.getsockname()[1]}", up, connecting=Connecting(describe_seconds=1.0)) as client,
     ):
         check_all(submit_all(client, sequences), sequences)
 
@@ -455,7 +458,10 @@ def test_a_half_open_connection_is_noticed_and_its_requests_go_elsewhere() -> No
         fake_teacher("--version", "1", "--seconds", "0.002") as (_, steady),
         fault_proxy(silent) as proxy,
         connected(
-            proxy.address, steady, max_teacher_lag=-1, keepalive_seconds=0.2, keepalive_timeout_seconds=0.3
+            proxy.address,
+            steady,
+            max_teacher_lag=-1,
+            connecting=Connecting(keepalive_seconds=0.2, keepalive_timeout_seconds=0.3),
         ) as client,
     ):
         wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:5]), sequences[:5])))
@@ -470,7 +476,9 @@ def test_a_stopped_replica_does_not_hold_its_requests_for_ever() -> None:
     with (
         fake_teacher("--seconds", "0.002") as (stopped, first),
         fake_teacher("--version", "1", "--seconds", "0.002") as (_, steady),
-        connected(first, steady, max_teacher_lag=-1, keepalive_seconds=30.0, stalled_seconds=0.5) as client,
+        connected(
+            first, steady, max_teacher_lag=-1, connecting=Connecting(keepalive_seconds=30.0), stalled_seconds=0.5
+        ) as client,
     ):
         wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:5]), sequences[:5])))
         stopped.send_signal(signal.SIGSTOP)

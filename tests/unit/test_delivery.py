@@ -91,7 +91,7 @@ class Client:
 
     def __init__(self, teacher: Teacher) -> None:
         identity = TeacherIdentity(STUDENT)
-        self.pool = ReplicaPool(identity, teacher.connect, stalled_seconds=60.0, longest_patience_seconds=150.0)
+        self.pool = ReplicaPool(identity, teacher.connect, patience_seconds=(60.0, 150.0))
         self.delivery = Delivery(self.pool, identity, deadline_seconds=1e6)
         self.pool.set_addresses(["teacher:1"])
 

@@ -130,13 +130,12 @@ def test_any_version_is_taken_where_asked_to() -> None:
 
 def test_the_difference_names_the_replica_that_decided() -> None:
     teacher = TeacherIdentity(STUDENT)
-    assert teacher.is_open
+    assert not teacher.is_named
     teacher.accept("10.0.0.1:1", fake_info())
-    assert not teacher.is_open
     with pytest.raises(FingerprintMismatch, match=r"\(10.0.0.1:1's value first\): weights_digest"):
         teacher.accept("10.0.0.2:1", fake_info(weights="b"))
     named = TeacherIdentity(STUDENT, fingerprint=Fingerprint.of(fake_info(), SPEC))
-    assert not named.is_open
+    assert named.is_named
     with pytest.raises(FingerprintMismatch, match=r"\(its value first\): weights_digest"):
         named.accept("10.0.0.2:1", fake_info(weights="b"))
 
