@@ -54,7 +54,7 @@ class ReplicaPool:
         for address in addresses:
             if address not in self.replicas:
                 replica = self.replicas[address] = Replica(address, loop_time(), self._patience[0])
-                replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=False))
+                self._start_up(replica, wait=False)
         for address in self.replicas.keys() - set(addresses):
             replica = self.replicas.pop(address)
             if replica.starting is not None:
@@ -117,7 +117,7 @@ class ReplicaPool:
             replica.connection = None
             replica.silent += 1
             self._failed(replica, error, "lost")
-            replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=True))
+            self._start_up(replica, wait=True)
         self._close_unused(replica, call.connection)
         self._update()
 
@@ -152,6 +152,14 @@ class ReplicaPool:
         tasks = [replica.starting for replica in self.replicas.values() if replica.starting]
         self.set_addresses([])
         await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
+
+    def _start_up(self, replica: Replica, *, wait: bool) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("a bug: teacher %s is not asked any more", replica.address, exc_info=error)
+
+        replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=wait))
+        replica.starting.add_done_callback(ended)
 
     async def _bring_up(self, replica: Replica, *, wait: bool) -> None:
         """Connect and describe until the replica can be asked."""

@@ -82,7 +82,6 @@ class TargetStream:
         self.on_refused = on_refused
         self.epoch = 0
         self.stats = StreamStats()
-        self._skip = 0
         self._window: _Window | None = None
 
     def __len__(self) -> int:
@@ -104,16 +103,11 @@ class TargetStream:
         if hasattr(self.dataloader, "set_epoch"):
             self.dataloader.set_epoch(epoch)
 
-    def skip_batches(self, num_batches: int) -> None:
-        """Start the next iteration after that many batches; nothing is asked for them."""
-        self._skip = num_batches
-
     def __iter__(self) -> Iterator[Batch]:
-        skip, self._skip = self._skip, 0
-        return self.over(itertools.islice(iter(self.dataloader), skip, None), first_step=skip)
+        return self.over(iter(self.dataloader))
 
     def over(self, batches: Iterator[Batch], *, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the rest of this epoch's batches, with targets, from another iterator over them."""
+        """Yield what is left of this epoch's batches, with targets; a resumed run has done first_step of them."""
         self.close()
         source = TargetSource(
             None if self.mode == "cache" else self.client,

@@ -94,7 +94,7 @@ def work(settings: WorkerSettings) -> None:
     while True:
         batches = shard(settings, epoch)
         stream = TargetStream(
-            [{"input_ids": torch.from_numpy(corpus()[rows])} for rows in batches],
+            [{"input_ids": torch.from_numpy(corpus()[rows])} for rows in batches[batch:]],
             client,
             cache=cache,
             mode="online" if cache is None else "cache_then_online",
@@ -102,8 +102,7 @@ def work(settings: WorkerSettings) -> None:
             on_refused="raise",
         )
         stream.set_epoch(epoch)
-        stream.skip_batches(batch)
-        for number, got in enumerate(stream, start=batch):
+        for number, got in enumerate(stream.over(iter(stream.dataloader), first_step=batch), start=batch):
             check(got["targets"], got["input_ids"].numpy(), epoch)
             time.sleep(STEP_SECONDS)
             rss = rss_bytes("self")
