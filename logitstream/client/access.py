@@ -17,8 +17,8 @@ from logitstream.rpc.channel import (
     TlsFiles,
     client_credentials,
     open_channel,
-    proxy_of,
 )
+from logitstream.rpc.proxy import proxy_of
 from logitstream.rpc.remote_teacher import RemoteTeacher
 from logitstream.rpc.tokens import TokenFile, checked_token
 from logitstream.types import MAX_MESSAGE_BYTES
