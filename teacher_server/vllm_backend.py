@@ -13,22 +13,14 @@ import difflib
 import itertools
 import logging
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from teacher_server.vllm_draws import (
-    CHUNK_BYTES,
-    KEY,
-    REQUEST,
-    SERVER_PID,
-    VOCAB_SIZE,
-    check_version,
-    pack_request,
-    unpack_outcome,
-)
+from teacher_server.vllm_draws import CHUNK_BYTES, KEY, REQUEST, SERVER_PID, VOCAB_SIZE, check_version
 
 try:
     import vllm
@@ -38,7 +30,6 @@ check_version(vllm.__version__)
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -46,7 +37,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from logitstream import metrics
-from logitstream.errors import InvalidSequence, RequestError
+from logitstream.errors import RequestError
 from logitstream.types import TeacherInfo
 from teacher_server.backend import EncodedTargets, ScoreRequest, served_vocab_size
 from teacher_server.weights import digest_with_options
@@ -61,18 +52,15 @@ between the products of a layer, and the draw finds the cores free."""
 EXIT_ENGINE_DEAD = 70
 WATCH_SECONDS = 1.0
 
+CACHES = ("enable_prefix_caching", "kv_sharing_fast_prefill", "kv_transfer_config", "kv_offloading_size")
 OUR_OPTIONS = {
     "worker_cls": "the draws live in our worker",
-    "enable_prefix_caching": "a cached position has no logits to draw from",
     "max_model_len": "set max_sequence_tokens: one position more is given to the token that vLLM must generate",
     "data_parallel_size": "start one server per replica, and name them all to the students",
+    **dict.fromkeys(CACHES, "a cached position has no logits to draw from"),
     **{name: f"set {name}" for name in ("model", "dtype", "revision")},
     **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), "nothing is decoded"),
     **dict.fromkeys(("runner", "convert"), "targets are drawn from the model's own next-token head"),
-    **dict.fromkeys(
-        ("kv_sharing_fast_prefill", "kv_transfer_config", "kv_offloading_size"),
-        "every position of a prompt has to be computed",
-    ),
 }
 """Engine options that cannot be passed through, and why."""
 
@@ -190,18 +178,17 @@ class VllmBackend:
     async def _score_with(self, engine: AsyncLLM, batch: Sequence[ScoreRequest]) -> list[EncodedTargets | RequestError]:
         keys = [next(self._keys) for _ in batch]
         prefills = (self._prefill(engine, key, request) for key, request in zip(keys, batch, strict=True))
-        errors = await asyncio.gather(*prefills, return_exceptions=True)
-        outcomes = itertools.chain(*await engine.collective_rpc("take_targets", args=(keys,)))
-        results: list[EncodedTargets | RequestError] = []
-        for error, outcome, request in zip(errors, outcomes, batch, strict=True):
+        errors: list[Any] = await asyncio.gather(*prefills, return_exceptions=True)
+        pickled = itertools.chain(*await engine.collective_rpc("take_targets", args=(keys,)))
+        for error in errors:
             if error is not None and not isinstance(error, RequestError):
                 raise error
-            results.append(error or unpack_outcome(outcome, request))
-        return results
+        return [error or pickle.loads(result) for error, result in zip(errors, pickled, strict=True)]
 
     async def _prefill(self, engine: AsyncLLM, key: str, request: ScoreRequest) -> None:
-        """Run one prompt through the engine; raise InvalidSequence for one that it refuses, or would die of."""
-        request.sequence.validate(vocab_size=self._info.vocab_size, max_sequence_tokens=self._info.max_sequence_tokens)
+        """Run one prompt through the engine; raise InvalidSequence for one that it would refuse, or die of."""
+        info = self._info
+        request.sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -209,13 +196,10 @@ class VllmBackend:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
-            extra_args={KEY: key, REQUEST: pack_request(request)},
+            extra_args={KEY: key, REQUEST: pickle.dumps(request)},
         )
-        try:
-            async for _ in engine.generate(tokens_input(request.sequence.token_ids.tolist()), params, key):
-                pass
-        except VLLMClientError as error:
-            raise InvalidSequence(str(error)) from error
+        async for _ in engine.generate(tokens_input(request.sequence.token_ids.tolist()), params, key):
+            pass
 
     def _watch(self) -> None:
         """Notice a death between batches."""
@@ -277,9 +261,8 @@ def engine_args(
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
     if current_platform.is_cpu():
         defaults["enforce_eager"] = True  # compiling takes minutes
-        if not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options) and (
-            "VLLM_CPU_KVCACHE_SPACE" not in os.environ
-        ):
+        sized = {"gpu_memory_utilization", "kv_cache_memory_bytes"} & set(options)
+        if not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     ours: dict[str, Any] = {
         "model": model,

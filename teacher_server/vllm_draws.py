@@ -19,21 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitstream.errors import REQUEST_ERRORS, RequestError, ScoringFailed
-from teacher_server.backend import EncodedTargets, ScoreRequest
+from logitstream.errors import RequestError, ScoringFailed
+from teacher_server.backend import EncodedTargets, ScoreResult
 from teacher_server.draw_loop import Drawing, Piece, draw_pieces
 from teacher_server.encoding import encode_all, encoder
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 KEY, REQUEST = "logitstream_key", "logitstream_request"
-"""Names in SamplingParams.extra_args of a request's key and of what pack_request packed."""
+"""Names in SamplingParams.extra_args of a request's key and of the pickled ScoreRequest; both stay in the engine."""
 CHUNK_BYTES, VOCAB_SIZE = "logitstream_chunk_bytes", "logitstream_vocab_size"
 """Names in vLLM's additional_config of logits_chunk_bytes and vocab_size, for the worker."""
 SERVER_PID = "LOGITSTREAM_SERVER_PID"
 """Environment variable for the worker: in vLLM's configuration it would spoil what is compiled for each start."""
-
-Outcome = dict[str, Any]
-"""A request's result as plain types: `payload` and `num_entries`, or `error` and `message`."""
 
 
 def check_version(found: str) -> None:
@@ -59,7 +56,7 @@ class _Prompt:
     drawing: Drawing
     rows_done: int = 0
     gap: ScoringFailed | None = None
-    encoded: Future[Outcome] | None = None
+    encoded: Future[ScoreResult] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -89,10 +86,10 @@ class PromptDraws:
         """Encode with this id model from now on, and refuse targets of more than max_bytes."""
         self._encode = encoder(id_model, max_bytes)
 
-    def add(self, key: str, packed: bytes) -> None:
+    def add(self, key: str, pickled: bytes) -> None:
         """Expect chunks of this request; does nothing for a known key."""
         if key not in self._prompts:
-            self._prompts[key] = _Prompt(Drawing(pickle.loads(packed)))
+            self._prompts[key] = _Prompt(Drawing(pickle.loads(pickled)))
 
     def step(self, hidden_states: Tensor, chunks: Iterable[PromptChunk]) -> None:
         """Draw the wanted rows of one step from its hidden states [R, H]; encode what is complete in a thread.
@@ -109,23 +106,21 @@ class PromptDraws:
             if self.is_drawing and prompt.rows_done == prompt.num_rows:
                 prompt.encoded = self._encoders.submit(self._finish, prompt.drawing)
 
-    def take(self, keys: Iterable[str]) -> list[Outcome]:
-        """Return the outcome of each request and forget them; nothing on a rank that does not draw."""
+    def take(self, keys: Iterable[str]) -> list[bytes]:
+        """Forget these requests; return the pickled result of each, or nothing on a rank that does not draw."""
         prompts = [self._prompts.pop(key, None) for key in keys]
-        return [_outcome(prompt) for prompt in prompts] if self.is_drawing else []
+        return [pickle.dumps(_outcome(prompt)) for prompt in prompts] if self.is_drawing else []
 
     def _logits(self, hidden_states: Tensor) -> Tensor | None:
         logits = self._project(hidden_states)
         return logits if self.is_drawing else None
 
-    def _finish(self, drawing: Drawing) -> Outcome:
+    def _finish(self, drawing: Drawing) -> ScoreResult:
         targets = drawing.result(self._vocab_size)
-        if isinstance(targets, RequestError):
-            return _failure(targets)
         (payload,) = encode_all(self._encode, [targets], [drawing.request.spec])
-        if isinstance(payload, RequestError):
-            return _failure(payload)
-        return {"payload": payload, "num_entries": targets.num_entries}
+        if isinstance(payload, RequestError) or isinstance(targets, RequestError):
+            return payload if isinstance(payload, RequestError) else targets
+        return EncodedTargets(payload, num_rows=targets.num_rows, num_entries=targets.num_entries)
 
 
 def _advance(prompt: _Prompt, chunk: PromptChunk) -> Piece | None:
@@ -144,30 +139,14 @@ def _advance(prompt: _Prompt, chunk: PromptChunk) -> Piece | None:
     return prompt.drawing.piece(chunk.first_row, prompt.rows_done, offset=chunk.offset)
 
 
-def _outcome(prompt: _Prompt | None) -> Outcome:
+def _outcome(prompt: _Prompt | None) -> ScoreResult:
     if prompt is None:
-        return _failure(ScoringFailed("the engine never computed this request"))
+        return ScoringFailed("the engine never computed this request")
     if prompt.gap is not None:
-        return _failure(prompt.gap)
+        return prompt.gap
     if prompt.encoded is None or prompt.rows_done != prompt.num_rows:
-        return _failure(ScoringFailed(f"the engine computed {prompt.rows_done} of {prompt.num_rows} rows"))
+        return ScoringFailed(f"the engine computed {prompt.rows_done} of {prompt.num_rows} rows")
     return prompt.encoded.result()
-
-
-def _failure(error: RequestError) -> Outcome:
-    return {"error": type(error).__name__, "message": str(error)}
-
-
-def pack_request(request: ScoreRequest) -> bytes:
-    """Return a request as bytes that travel beside its prompt, inside the engine."""
-    return pickle.dumps(request)
-
-
-def unpack_outcome(outcome: Outcome, request: ScoreRequest) -> EncodedTargets | RequestError:
-    """Return the result that `PromptDraws.take` packed, on the other side of the process border."""
-    if "error" in outcome:
-        return REQUEST_ERRORS[outcome["error"]](outcome["message"])
-    return EncodedTargets(outcome["payload"], num_rows=len(request.sequence), num_entries=outcome["num_entries"])
 
 
 def hook(runner: Any, draws: PromptDraws) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
-from teacher_server.vllm_draws import CHUNK_BYTES, SERVER_PID, VOCAB_SIZE, Outcome, PromptDraws, hook
+from teacher_server.vllm_draws import CHUNK_BYTES, SERVER_PID, VOCAB_SIZE, PromptDraws, hook
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -87,8 +87,8 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
         if self.prompt_draws is not None:
             self.prompt_draws.configure_encoding(id_model, max_bytes)
 
-    def take_targets(self, keys: list[str]) -> list[Outcome]:
-        """Return the outcomes of these requests on the one rank that drew them; every rank forgets them."""
+    def take_targets(self, keys: list[str]) -> list[bytes]:
+        """Return the results of these requests, pickled, on the one rank that drew them; every rank forgets them."""
         return self.prompt_draws.take(keys) if self.prompt_draws is not None else []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from logitstream.sampling import sample
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.backend import EncodedTargets, ScoreRequest, ScoreResult
 from teacher_server.transformers_backend import TransformersBackend
-from teacher_server.vllm_draws import KEY, REQUEST, PromptDraws, hook, pack_request, unpack_outcome
+from teacher_server.vllm_draws import KEY, REQUEST, PromptDraws, hook
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -333,7 +334,7 @@ def test_a_batch_whose_targets_are_asked_for_when_the_engine_dies_fails_and_the_
 
         monkeypatch.setattr(backend._engine, "collective_rpc", ask_a_dying_engine)
         with ThreadPoolExecutor(1) as thread:
-            assert isinstance(thread.submit(backend.score, requests).exception(timeout=60), EngineDeadError)
+            assert isinstance(thread.submit(backend.score, requests).exception(timeout=240), EngineDeadError)
         assert agreement(targets_of(backend.score(requests)), before) > 0.999
     finally:
         backend.close()
@@ -508,7 +509,7 @@ def test_the_second_runners_own_class_takes_the_hook() -> None:
     worker = PromptLogprobsWorker(4, torch.device("cpu"))
     hook(SimpleNamespace(prompt_logprobs_worker=worker), draws)
     (request,) = requests_of(random_ids([9], vocab_size=100))
-    extra = {KEY: "0", REQUEST: pack_request(request)}
+    extra = {KEY: "0", REQUEST: pickle.dumps(request)}
     worker.add_request("a", 2, SamplingParams(max_tokens=1, extra_args=extra))
     hidden = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
     for first_row, num_rows in ((0, 5), (5, 4)):
@@ -522,7 +523,7 @@ def test_the_second_runners_own_class_takes_the_hook() -> None:
         rows = hidden[first_row : first_row + num_rows]
         assert worker.compute_prompt_logprobs(None, rows, batch, None, None, np.full(4, 9)) == {}
     worker.remove_request("a")
-    found = targets_of([unpack_outcome(outcome, request) for outcome in draws.take(["0"])])
+    found = targets_of([pickle.loads(result) for result in draws.take(["0"])])
     assert agreement(found, [sample(hidden @ head, SPEC, request.sequence)]) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -32,8 +33,6 @@ from teacher_server.vllm_draws import (
     PromptDraws,
     check_version,
     hook,
-    pack_request,
-    unpack_outcome,
 )
 
 VOCAB, HIDDEN = 37, 5
@@ -74,7 +73,7 @@ def make_request(num_tokens: int, *, seed: int = 0, spec: TargetSpec = SPEC, mas
 def make_draws(requests: Sequence[ScoreRequest], *, chunk_rows: int = 4, head: Tensor = HEAD) -> PromptDraws:
     draws = PromptDraws(lambda hidden: hidden @ head, vocab_size=VOCAB, max_rows=chunk_rows)
     for number, request in enumerate(requests):
-        draws.add(str(number), pack_request(request))
+        draws.add(str(number), pickle.dumps(request))
     return draws
 
 
@@ -99,8 +98,7 @@ def step(
 
 
 def taken(draws: PromptDraws, requests: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
-    outcomes = draws.take([str(number) for number in range(len(requests))])
-    return [decoded(unpack_outcome(outcome, request)) for outcome, request in zip(outcomes, requests, strict=True)]
+    return [decoded(pickle.loads(result)) for result in draws.take([str(number) for number in range(len(requests))])]
 
 
 def decoded(result: EncodedTargets | RequestError) -> SparseTargets | RequestError:
@@ -171,7 +169,7 @@ def test_logits_never_hold_more_rows_than_the_chunk() -> None:
     requests = [make_request(10), make_request(7, masked=True), make_request(1)]
     draws = PromptDraws(project, vocab_size=VOCAB, max_rows=4)
     for number, request in enumerate(requests):
-        draws.add(str(number), pack_request(request))
+        draws.add(str(number), pickle.dumps(request))
     step(draws, requests, [(0, 0, 10), (1, 0, 7), (2, 0, 1)])
     mask = requests[1].sequence.loss_mask
     assert mask is not None
@@ -214,7 +212,7 @@ def test_a_rank_that_does_not_draw_projects_as_often_as_the_one_that_does() -> N
             return hidden @ HEAD if is_drawing else None
 
         draws = PromptDraws(project, vocab_size=VOCAB, max_rows=4, is_drawing=is_drawing)
-        draws.add("0", pack_request(request))
+        draws.add("0", pickle.dumps(request))
         step(draws, [request], [(0, 0, 11)])
         assert len(draws.take(["0"])) == is_drawing
     assert calls[True] == calls[False] != []
@@ -236,7 +234,7 @@ def test_bad_logits_do_not_change_what_is_projected() -> None:
 
         draws = PromptDraws(project, vocab_size=VOCAB, max_rows=8, is_drawing=is_drawing)
         for number, request in enumerate(requests):
-            draws.add(str(number), pack_request(request))
+            draws.add(str(number), pickle.dumps(request))
         for first_row in (0, 4, 2, 6):  # the third starts earlier, as after a preemption
             step(draws, requests, [(number, first_row, min(4, 8 - first_row)) for number in (0, 1)])
         found = taken(draws, requests) if is_drawing else found
@@ -300,7 +298,7 @@ def test_an_all_masked_sequence_has_empty_rows() -> None:
 
 
 def sampling_params(key: str, request: ScoreRequest) -> Any:
-    return SimpleNamespace(extra_args={KEY: key, REQUEST: pack_request(request)})
+    return SimpleNamespace(extra_args={KEY: key, REQUEST: pickle.dumps(request)})
 
 
 def test_the_hook_of_the_first_runner_draws_and_calls_the_original() -> None:
