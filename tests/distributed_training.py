@@ -46,7 +46,7 @@ INFO = TeacherInfo(
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One student. All of it must be true of any number of processes; `arguments` are further TrainingArguments.
+    """One student's run, by any number of processes; `arguments` are further TrainingArguments.
 
     before: what happens before `train()`: nothing, `evaluate` or `predict`.
     streaming: from a dataset in two shards, one for each of two processes.
@@ -290,7 +290,7 @@ def do_before(scenario: Scenario, trainer: DistillationTrainer) -> float | None:
 
 @contextlib.contextmanager
 def teacher(scenario: Scenario) -> Iterator[Any]:
-    """How a trainer gets its targets: from a teacher that is a function, or None where the batches bring them."""
+    """Give a trainer its targets from a teacher that is a function; None if the batches bring them."""
     if not scenario.stream:
         yield None
         return
@@ -352,7 +352,7 @@ def ranks_of(parameters: dict[str, Tensor]) -> list[str]:
 
 
 def relative_distance(got: dict[str, Tensor], expected: dict[str, Tensor], *, since: dict[str, Tensor]) -> float:
-    """How far apart two trained students are, relative to how far training has moved them."""
+    """Return the distance of two trained students, relative to the distance that training has moved them."""
     assert got.keys() == expected.keys() == since.keys()
 
     def norm(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

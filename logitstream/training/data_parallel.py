@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from logitstream.data.documents import Batch
 from logitstream.errors import RanksDiffer
-from logitstream.training.distributed import of_all_processes
+from logitstream.training.distributed import num_processes, of_all_processes
 from logitstream.training.order import LengthGrouped
 
 MAX_NAMES = 3
@@ -44,7 +44,7 @@ class DataParallelTrainer(Trainer):
     """
 
     retry_seconds = 120.0
-    """How long processes wait for each other when memory ran out and `auto_find_batch_size` tries a smaller batch."""
+    """Time that processes wait for each other when memory ran out and `auto_find_batch_size` tries a smaller batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -145,11 +145,6 @@ class _CompareRanks(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         expect_equal_ranks(self._wrapped_model(), when=f"at the end of training, after step {state.global_step}")
-
-
-def num_processes() -> int:
-    """Return how many processes torch.distributed knows of, 1 without it."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def expect_all_processes(found: int) -> None:

@@ -111,15 +111,20 @@ def _read_json(path: Path) -> Any:
         raise ValueError("JSON nested too deeply") from None
 
 
+def num_processes() -> int:
+    """Return how many processes torch.distributed knows of, 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_main_process() -> bool:
-    return not _is_distributed() or dist.get_rank() == 0
+    return num_processes() == 1 or dist.get_rank() == 0
 
 
 def of_all_processes(value: T) -> list[T]:
     """Return every process's value, by rank."""
-    if not _is_distributed():
+    if num_processes() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * num_processes()
     dist.all_gather_object(values, value)
     return values
 
@@ -127,10 +132,6 @@ def of_all_processes(value: T) -> list[T]:
 def of_main_process(value: T) -> T:
     """Return the main process's value on every process."""
     values = [value]
-    if _is_distributed():
+    if num_processes() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

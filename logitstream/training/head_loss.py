@@ -67,7 +67,7 @@ class HeadLoss:
 
 @dataclass(slots=True)
 class _Plan:
-    """How a model's loss is computed: in its head, or from logits if that is None."""
+    """The way to compute a model's loss: in its head, or from logits if that is None."""
 
     head: Head | None = None
     calls_loss_function: bool = False

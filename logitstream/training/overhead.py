@@ -60,7 +60,7 @@ class Pair(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class StepTimes:
-    """One optimizer step: when it began and its last backward pass ended, and the seconds of its parts.
+    """One optimizer step: the times of its beginning and of its last backward pass's end, and its parts' seconds.
 
     tokens is a tensor while the device counts them; pair is None unless the step was measured.
     """

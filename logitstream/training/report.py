@@ -1,4 +1,4 @@
-"""What a run shows: progress.jsonl and a live line while it trains, and the report at its end."""
+"""Progress of a run while it trains (progress.jsonl and a live line) and the report at its end."""
 
 from __future__ import annotations
 

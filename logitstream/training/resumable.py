@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from logitstream.data.documents import Batch
 from logitstream.errors import LogitstreamError, RanksDiffer
 from logitstream.training.checkpoints import NOTES, RUN_STATE, STAGING, rotate, seal, step_of
+from logitstream.training.distributed import num_processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FAILED = 1 << 10
@@ -103,7 +104,7 @@ class StopRequest(TrainerCallback):
             self.failure = Stopped(self.number)
         mine = self.failure.number or 1 if isinstance(self.failure, Stopped) else _FAILED if self.failure else 0
         worst = torch.tensor([mine])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if num_processes() > 1:
             if self._group is None:
                 self._group = dist.new_group(backend="gloo")  # on the CPU, so that no GPU has to finish first
             dist.all_reduce(worst, dist.ReduceOp.MAX, group=self._group)

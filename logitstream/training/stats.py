@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
@@ -91,13 +90,9 @@ class RunStats(TrainerCallback):
 
     def run_state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; every process calls it."""
-        sums, epoch_start = (_sum(sums) for sums in (self.sums, self._epoch_start))
-        return {
-            "sums": sums,
-            "epoch_start": epoch_start,
-            "epochs": self.epochs,
-            "overhead": _logs(self.meter.overhead()),
-        }
+        everyone = of_all_processes((self.sums, self._epoch_start))
+        sums, start = ({name: sum(one[part][name] for one in everyone) for name in SUMS} for part in (0, 1))
+        return {"sums": sums, "epoch_start": start, "epochs": self.epochs, "overhead": _logs(self.meter.overhead())}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.steps.clear()
@@ -147,10 +142,8 @@ class RunStats(TrainerCallback):
             _export(self.meter.overhead())
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        waiting = torch.tensor([step.waiting for step in self.meter.steps], device=args.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(waiting, dist.ReduceOp.MAX)
-        overhead = self.meter.overhead(waiting=waiting.tolist())
+        everyones = of_all_processes([step.waiting for step in self.meter.steps])
+        overhead = self.meter.overhead(waiting=[max(waiting) for waiting in zip(*everyones, strict=True)])
         _export(overhead)
         self._add(self._observe())
         self._end_epoch(_logs(overhead))
@@ -241,11 +234,6 @@ def diagnostic_means(sums: dict[str, float], spec: TargetSpec | None) -> dict[st
         return agreement
     means = {"kl": sums["kl"] / sums["kept_rows"], "student_kept_mass": sums["kept_mass"] / sums["kept_rows"]}
     return means | agreement
-
-
-def _sum(mine: dict[str, float]) -> dict[str, float]:
-    everyone = of_all_processes(mine)
-    return {name: sum(one[name] for one in everyone) for name in mine}
 
 
 def _ratio(numerator: float, denominator: float) -> float:

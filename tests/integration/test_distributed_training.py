@@ -163,7 +163,7 @@ def test_what_fsdp2_saves_is_the_student_of_one_process(folder: Path) -> None:
         ("fsdp2", "FSDPLlamaForCausalLM", "2 processes, FSDP2, global batch 4 × 12 tokens"),
     ],
 )
-def test_a_run_says_what_runs(folder: Path, name: str, wrapper: str, line: str) -> None:
+def test_a_run_logs_its_processes_and_batch(folder: Path, name: str, wrapper: str, line: str) -> None:
     scenario = next(scenario for scenario in TOGETHER if scenario.name == name)
     together = result(folder, scenario, processes=2)
     assert together["wrapper"] == wrapper

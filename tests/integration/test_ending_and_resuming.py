@@ -93,7 +93,7 @@ class InOrder(DistillationTrainer):
 
 
 def resumed(folder: Path, teacher: Asked, kind: type[DistillationTrainer] = DistillationTrainer) -> DistillationTrainer:
-    """The same run again, from its newest checkpoint to its end."""
+    """Run the same again, from its newest checkpoint to its end."""
     trainer = trainer_of(folder, teacher, num_train_epochs=2, kind=kind)
     trainer.train(resume_from_checkpoint=str(choose_checkpoint(folder / "out", "latest")))
     return trainer
@@ -179,7 +179,7 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further(tmp_path: Path
     assert len(resumed.stats.epochs) == 1
 
 
-def test_nothing_is_saved_where_no_step_was_done(tmp_path: Path, teacher: Asked) -> None:
+def test_nothing_is_saved_if_no_step_was_done(tmp_path: Path, teacher: Asked) -> None:
     trainer = trainer_of(tmp_path, teacher, num_train_epochs=2)
     trainer.stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
@@ -194,8 +194,8 @@ class RefusingTeacher(Asked):
         raise InvalidSequence("longer than the 4 tokens that this teacher takes")
 
 
-def test_nothing_is_saved_where_every_sequence_was_refused(tmp_path: Path, teacher: Asked) -> None:
-    """Who goes on from such a checkpoint would pass over sequences that were never trained on."""
+def test_nothing_is_saved_if_every_sequence_was_refused(tmp_path: Path, teacher: Asked) -> None:
+    """A run that goes on from such a checkpoint would pass over sequences that were never trained on."""
     for options in ({}, {"save_steps": 1}):
         with pytest.raises(LogitstreamError, match="sequences are refused or damaged; the last: longer than the 4 tok"):
             trainer_of(tmp_path, RefusingTeacher(), num_train_epochs=2, **options).train()

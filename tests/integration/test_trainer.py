@@ -159,7 +159,7 @@ def test_evaluation_is_the_models_own_cross_entropy_and_the_saved_student_loads(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
-def test_evaluation_weighs_by_supervised_tokens_whatever_the_batches(
+def test_evaluation_weighs_by_supervised_tokens_for_any_batch_size(
     tmp_path: Path, teacher: Asked, batch_size: int
 ) -> None:
     """Sequences of 2 to 9 tokens, some prompts, one with no label at all; against torch's cross-entropy of each."""
@@ -243,7 +243,7 @@ def test_an_epochs_overhead_in_the_report_is_what_it_measured_itself(tmp_path: P
     assert "resumed_at_step" not in figures
 
 
-def test_the_report_of_a_resumed_run_says_where_it_began(tmp_path: Path, teacher: Asked) -> None:
+def test_the_report_of_a_resumed_run_names_its_first_step(tmp_path: Path, teacher: Asked) -> None:
     trainer_of(tmp_path, teacher, max_steps=4, save_steps=4).train()
     resumed = trainer_of(tmp_path, teacher, max_steps=6, overhead_every=100)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
@@ -259,7 +259,7 @@ class OtherLinear(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("options", [{}, {"ce_weight": 0.5}])
-def test_a_student_that_cannot_be_split_trains_on_its_logits_and_shows_the_same_figures(
+def test_a_student_that_cannot_be_split_trains_on_its_logits_and_shows_the_same_statistics(
     tmp_path: Path, teacher: Asked, options: dict[str, Any]
 ) -> None:
     make_model(tmp_path / "model", tied=False)
@@ -284,7 +284,7 @@ def test_a_student_that_cannot_be_split_trains_on_its_logits_and_shows_the_same_
     assert fallback.evaluate()["eval_loss"] == pytest.approx(fused.evaluate()["eval_loss"], rel=1e-5)
 
 
-def test_figures_that_are_not_known_are_left_out(tmp_path: Path) -> None:
+def test_unknown_statistics_are_left_out(tmp_path: Path) -> None:
     """Without targets there is no KL and no teacher to agree with; a dense student has no router."""
     make_model(tmp_path / "model", tied=True)
     auto: Any = AutoModelForCausalLM

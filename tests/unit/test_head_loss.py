@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family: str) -> N
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-8, msg=name)
 
 
-def test_logits_are_still_there_for_who_asks() -> None:
+def test_a_forward_without_head_loss_returns_logits() -> None:
     model = model_of("gemma2", FAMILIES["gemma2"])
     token_ids = torch.arange(6)[None]
     expected = model(input_ids=token_ids).logits

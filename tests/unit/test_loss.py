@@ -91,7 +91,7 @@ def test_parts_over_the_whole_steps_rows_add_up_to_the_loss_of_the_whole() -> No
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_labels_say_what_is_supervised_where_no_mask_does() -> None:
+def test_without_a_mask_rows_with_a_label_are_supervised() -> None:
     logits, targets, labels, _ = cases(0)
     torch.testing.assert_close(
         sparse_kl(logits, targets, labels=labels), sparse_kl(logits, targets, loss_mask=labels != -100)

@@ -102,7 +102,7 @@ def test_a_router_loss_that_the_model_does_not_ask_for_is_none() -> None:
     assert model(**batch, head_loss=loss).own_loss.item() == 0
 
 
-def test_the_models_own_forward_with_labels_stays_what_it_was() -> None:
+def test_the_models_own_forward_with_labels_is_unchanged() -> None:
     model, batch = moe_student("mixtral"), padded_batch()
     before = model(**batch, labels=batch["input_ids"])
     install_fused_loss(model)
