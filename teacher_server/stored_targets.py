@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from logitstream import metrics
@@ -34,17 +35,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Cache:
-    """One open directory; it has a writer from the first put on. Broken: not used until the next look."""
+    """One open directory; it has a writer from the first put on. Broken: not used until the folder is walked again."""
 
     reader: CacheReader | None = None
     writer: CacheWriter | None = None
     broken: bool = False
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        if self.reader is not None:
-            self.reader.close()
 
 
 class StoredTargets:
@@ -64,17 +59,24 @@ class StoredTargets:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = Path(directory)
-        self._id_model = id_model
-        self._usage = _Usage(self._directory, max_bytes, clock)
-        self._lock = threading.Lock()
-        self._fingerprints: OrderedDict[tuple[TargetSpec, str], tuple[str, Fingerprint]] = OrderedDict()
+        self._id_model, self._max_bytes, self._clock = id_model, max_bytes, clock
+        self._looked, self._is_full = clock(), False
+        self._bytes: dict[Path, int] | None = None  # not counted yet
+        self._lock = threading.Lock()  # never held while the disk is asked
         self._caches: OrderedDict[str, _Cache] = OrderedDict()
+
+        @lru_cache(MAX_FINGERPRINTS)  # since it hashes the whole id model
+        def fingerprint_of(spec: TargetSpec, info: TeacherInfo) -> tuple[str, Fingerprint]:
+            fingerprint = Fingerprint.of(replace(info, id_model=id_model), spec)
+            return fingerprint.digest, fingerprint
+
+        self._fingerprint_of = fingerprint_of
 
     def open(self, spec: TargetSpec, info: TeacherInfo) -> None:
         """Find what is stored for a spec, so that `holds` knows; create nothing."""
-        digest, _ = self._fingerprint(spec, info)
-        if (self._folder(digest) / MANIFEST).exists():
-            self._opened(spec, info, for_writing=False)
+        digest, _ = self._fingerprint_of(spec, info)
+        if (self._directory / digest[:16] / MANIFEST).exists():
+            self._open(spec, info, for_writing=False)
 
     def holds(self, request: ScoreRequest, info: TeacherInfo) -> bool:
         """Return whether targets of these weights are stored, as of the last `open`, `put` or `refresh`."""
@@ -93,29 +95,30 @@ class StoredTargets:
         """Keep what was scored, as far as the bound allows."""
         for request, payload in scored:
             sequence, draw_set = request.sequence, request.draw_set
-            digest, _ = self._fingerprint(request.spec, info)
+            digest, _ = self._fingerprint_of(request.spec, info)
             with self._lock:
                 is_new = (known := self._caches.get(digest)) is None or known.writer is None
             num_bytes = len(payload) + TOKEN_BYTES * len(sequence) + RECORD_BYTES + 3 * MESSAGE_BYTES
-            if not self._usage.has_room(num_bytes + (NEW_CACHE_BYTES + len(self._id_model)) * is_new):
+            if not self._has_room(num_bytes + (NEW_CACHE_BYTES + len(self._id_model)) * is_new):
                 continue
-            cache = self._opened(request.spec, info, for_writing=True)
+            cache = self._open(request.spec, info, for_writing=True)
             if cache.writer is not None and not cache.broken:
                 key = request_key(digest, sequence, draw_set)
                 ids, mask, version = sequence.token_ids, sequence.loss_mask, info.teacher_version
                 cache.writer.put(key, ids, mask, payload, draw_set, teacher_version=version)
-                self._usage.set(cache.writer)
+                self._count(cache)
 
     def refresh(self) -> None:
         """Acknowledge what was put, and find what other replicas have written."""
-        if self._usage.look_again():
+        if self._clock() - self._looked > LOOK_SECONDS:
+            self._walk()
             self._close_broken()
         with self._lock:
             caches = list(self._caches.values())
         for cache in caches:
             if cache.writer is not None:
                 cache.writer.flush()
-                self._usage.set(cache.writer)
+                self._count(cache)
             if cache.reader is not None:
                 try:
                     cache.reader.refresh()
@@ -129,9 +132,11 @@ class StoredTargets:
 
     def _close(self, *caches: _Cache) -> None:
         for cache in caches:
-            cache.close()
             if cache.writer is not None:
-                self._usage.set(cache.writer)
+                cache.writer.close()
+                self._count(cache)
+            if cache.reader is not None:
+                cache.reader.close()
 
     def _close_broken(self) -> None:
         """Forget the caches that failed, for a full disk or a deleted folder, so that they are tried again."""
@@ -142,29 +147,13 @@ class StoredTargets:
             for digest, cache in caches.items()
             if cache.broken or (cache.writer is not None and not cache.writer.look_around())
         ]
-        with self._lock:  # which is never held while the disk is asked
-            lost = [self._caches.pop(digest) for digest in failed]
-        for cache in lost:
-            cache.close()
-
-    def _fingerprint(self, spec: TargetSpec, info: TeacherInfo) -> tuple[str, Fingerprint]:
-        """Return the fingerprint and its digest; remembered, since it hashes the whole id model."""
-        key = (spec, info.weights_digest)
         with self._lock:
-            found = self._fingerprints.get(key)
-            if found is None:
-                fingerprint = Fingerprint.of(replace(info, id_model=self._id_model), spec)
-                found = self._fingerprints[key] = fingerprint.digest, fingerprint
-                if len(self._fingerprints) > MAX_FINGERPRINTS:
-                    self._fingerprints.popitem(last=False)
-            return found
-
-    def _folder(self, digest: str) -> Path:
-        return self._directory / digest[:16]
+            lost = [self._caches.pop(digest) for digest in failed]
+        self._close(*lost)
 
     def _located(self, request: ScoreRequest, info: TeacherInfo) -> tuple[CacheReader | None, bytes]:
         """Return the open reader that may hold a request, and its key there."""
-        digest, _ = self._fingerprint(request.spec, info)
+        digest, _ = self._fingerprint_of(request.spec, info)
         with self._lock:
             cache = self._caches.get(digest)
             if cache is not None:
@@ -172,9 +161,9 @@ class StoredTargets:
         reader = cache.reader if cache is not None else None
         return reader, request_key(digest, request.sequence, request.draw_set)
 
-    def _opened(self, spec: TargetSpec, info: TeacherInfo, *, for_writing: bool) -> _Cache:
+    def _open(self, spec: TargetSpec, info: TeacherInfo, *, for_writing: bool) -> _Cache:
         """Return the open cache; open what is missing of it, and close others if there are too many."""
-        digest, fingerprint = self._fingerprint(spec, info)
+        digest, fingerprint = self._fingerprint_of(spec, info)
         with self._lock:
             cache = self._caches.setdefault(digest, _Cache())
             self._caches.move_to_end(digest)
@@ -182,7 +171,7 @@ class StoredTargets:
         self._close(*excess)
         if cache.broken:
             return cache
-        directory = self._folder(digest)
+        directory = self._directory / digest[:16]
         try:
             if for_writing and cache.writer is None:
                 cache.writer = CacheWriter(
@@ -200,22 +189,11 @@ class StoredTargets:
             log.warning("the cache %s is not used: %s", directory, error)
         return cache
 
-
-class _Usage:
-    """Bytes of all caches in one folder, counted so that one more costs the same however many there are."""
-
-    def __init__(self, directory: Path, max_bytes: int, clock: Callable[[], float]) -> None:
-        self._directory, self._max_bytes, self._clock = directory, max_bytes, clock
-        self._bytes: dict[Path, int] | None = None  # not counted yet
-        self._total = 0
-        self._looked = clock()
-        self._is_full = False
-
-    def has_room(self, num_bytes: int) -> bool:
+    def _has_room(self, num_bytes: int) -> bool:
         """Return whether so many more bytes keep to the bound; log and count the first time that they do not."""
         if self._bytes is None:
-            self._look()
-        is_full = bool(self._max_bytes) and self._total + num_bytes > self._max_bytes
+            self._walk()
+        is_full = bool(self._max_bytes) and self._total_bytes() + num_bytes > self._max_bytes
         if is_full and not self._is_full:
             self._is_full = True
             metrics.CACHE_WRITE_ERRORS.inc()
@@ -226,26 +204,22 @@ class _Usage:
             )
         return not is_full
 
-    def set(self, writer: CacheWriter) -> None:
+    def _total_bytes(self) -> int:
+        return sum((self._bytes or {}).values())
+
+    def _count(self, cache: _Cache) -> None:
         """Note the bytes of one cache as its writer knows them."""
-        num_bytes, self._bytes = writer.num_bytes, self._bytes or {}
-        self._total += num_bytes - self._bytes.get(writer.directory, 0)
-        self._bytes[writer.directory] = num_bytes
-        metrics.CACHE_BYTES.set(self._total)
+        if cache.writer is not None:
+            self._bytes = self._bytes or {}
+            self._bytes[cache.writer.directory] = cache.writer.num_bytes
+            metrics.CACHE_BYTES.set(self._total_bytes())
 
-    def look_again(self) -> bool:
-        """Walk the folder if that was long ago; return whether it was."""
-        if self._clock() - self._looked <= LOOK_SECONDS:
-            return False
-        self._look()
-        return True
-
-    def _look(self) -> None:
+    def _walk(self) -> None:
+        """Count the bytes of all caches."""
         self._looked, self._bytes = self._clock(), self._bytes or {}
         try:
-            found = {path: tree_bytes(path) for path in self._directory.iterdir() if path.is_dir()}
+            self._bytes = {path: tree_bytes(path) for path in self._directory.iterdir() if path.is_dir()}
         except OSError:  # none yet, or the writers say what is wrong
             return
-        self._bytes, self._total = found, sum(found.values())
-        self._is_full = self._is_full and self._total > ROOM_AGAIN * self._max_bytes
-        metrics.CACHE_BYTES.set(self._total)
+        self._is_full = self._is_full and self._total_bytes() > ROOM_AGAIN * self._max_bytes
+        metrics.CACHE_BYTES.set(self._total_bytes())
