@@ -1,10 +1,9 @@
-"""The sequences that no student of a cache may train on: a file beside its manifest, followed by every later run."""
+"""The sequences that no student of a cache may train on: a file beside its manifest that every later run follows."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import fsspec
@@ -21,26 +20,26 @@ LOCK = ".heldout.lock"
 
 
 def read_heldout(directory: str | Path) -> list[TokenSequence]:
-    """What earlier runs set apart, in the order of their digests; empty where no run has.
+    """Return what earlier runs held out, in the order of the digests; empty if no run has.
 
-    Raises OSError where it cannot be read, CacheError where it is damaged.
+    Raises OSError if it cannot be read, CacheError if it is damaged.
     """
+    path = f"{str(directory).rstrip('/')}/{FILE}"
     try:
-        content = _remote_bytes(str(directory)) if is_remote(directory) else (local_path(directory) / FILE).read_bytes()
+        content = _in_store(path) if is_remote(directory) else (local_path(directory) / FILE).read_bytes()
     except FileNotFoundError:
         return []
-    path = Path(f"{directory}/{FILE}")
     try:
-        found = [_sequence(entry) for entry in parse(content, path)["sequences"]]
+        found = [_sequence(entry) for entry in parse(content, Path(path))["sequences"]]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidSequence) as error:
         raise CacheError(f"{path} is damaged: expected a list of sequences ({error})") from error
     return sorted(found, key=TokenSequence.digest)
 
 
 def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> None:
-    """Set more sequences apart; the folder need not be a cache yet. Raises OSError or CacheError.
+    """Hold out more sequences; the folder need not be a cache yet. Raises OSError or CacheError.
 
-    Nothing is lost where several runs do so at once, but in a store, which knows no locks.
+    Several runs may do so at once, except in a store, which knows no locks.
     """
     more = {sequence.digest(): sequence for sequence in sequences}
     if more.keys() <= {sequence.digest() for sequence in read_heldout(directory)}:
@@ -49,27 +48,23 @@ def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> No
         added = {sequence.digest(): sequence for sequence in read_heldout(directory)} | more
         content = render({"sequences": [_entry(added[digest]) for digest in sorted(added)]})
         if is_remote(directory):
-            with _reaching(str(directory)), fsspec.open(f"{str(directory).rstrip('/')}/{FILE}", "wb") as file:
-                file.write(content)
+            _in_store(f"{str(directory).rstrip('/')}/{FILE}", content)
         else:
             write_whole(local_path(directory) / FILE, content)
 
 
-def _remote_bytes(directory: str) -> bytes:
-    with _reaching(directory), fsspec.open(f"{directory.rstrip('/')}/{FILE}", "rb") as file:
-        content: bytes = file.read()
-    return content
-
-
-@contextmanager
-def _reaching(directory: str) -> Iterator[None]:
-    """Whatever a store raises becomes OSError."""
+def _in_store(path: str, content: bytes | None = None) -> bytes:
+    """Read a file in a store, or write it; whatever the store raises becomes OSError."""
     try:
-        yield
+        with fsspec.open(path, "rb" if content is None else "wb") as file:
+            if content is None:
+                return bytes(file.read())
+            file.write(content)
+            return content
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{directory}: {error}") from error
+        raise OSError(f"{path}: {error}") from error
 
 
 def _entry(sequence: TokenSequence) -> dict[str, list[int]]:

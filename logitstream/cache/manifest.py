@@ -31,7 +31,7 @@ LEFTOVER_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a manifest says: the fingerprint, the first writer's notes on the targets' origin, the time of creation."""
+    """The content of a manifest: fingerprint, the first writer's notes on the targets' origin, time of creation."""
 
     fingerprint: Fingerprint
     provenance: dict[str, Any]

@@ -39,8 +39,7 @@ class OpenShard:
         self.path, self.schema = path, shard_schema(manifest)
         self.rows = self.size = self.index_size = 0
         self._digest = manifest.fingerprint.digest
-        self._fd, self._is_name_synced = fd, False
-        self._index_fd = os.open(index_path(path), os.O_RDWR | os.O_CREAT, 0o644)
+        self._fd, self._index_fd, self._is_name_synced = fd, -1, False
 
     @classmethod
     def create(
@@ -51,20 +50,14 @@ class OpenShard:
         name = f"{writer_id}-{begun:013d}-{uuid.uuid4().hex[:8]}.arrow"
         partial = directory / f".{name}.{uuid.uuid4().hex}"
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        shard = cls(directory / (name + OPEN_SUFFIX), fd, manifest)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            shard = cls(directory / (name + OPEN_SUFFIX), fd, manifest)
-        except OSError:
-            os.close(fd)
-            partial.unlink(missing_ok=True)
-            raise
-        try:
-            shard._append(Message(0, shard.schema.serialize(), np.zeros(0, SPAN_DTYPE)))
+            shard._add(_schema_message(shard.schema.serialize()))
             partial.rename(shard.path)
         except OSError:
             partial.unlink(missing_ok=True)
-            index_path(shard.path).unlink(missing_ok=True)
-            shard.abandon()
+            shard.discard()
             raise
         return shard
 
@@ -75,20 +68,17 @@ class OpenShard:
 
     def append(self, content: pa.Buffer, *, fsync: bool = False) -> None:
         """Append all of a record-batch message or, on an error, none of it."""
-        self._append(Message(self.size, content, spans_of(content, self.size, self.schema)))
+        self._add(Message(self.size, content, spans_of(content, self.size, self.schema)))
         if fsync:
             self.sync()
 
-    def _append(self, message: Message) -> None:
-        """Write the message, then its entry, so that an entry never names what is not there."""
-        self.write_entry(message, message.content)
-
-    def write_entry(self, message: Message, content: pa.Buffer | bytes) -> None:
-        """Append an entry to the index, after `content` to the shard."""
-        entry = pack_entry(message)
-        entry = entry if self.index_size else file_head(self._digest) + entry
+    def _add(self, message: Message, *, is_there: bool = False) -> None:
+        """Write a message, unless it is there already, then its entry: no entry ever names what is not there."""
+        if self._index_fd < 0:
+            self._index_fd = os.open(index_path(self.path), os.O_RDWR | os.O_CREAT, 0o644)
+        entry = pack_entry(message) if self.index_size else file_head(self._digest) + pack_entry(message)
         try:
-            _write(self._fd, content, self.size)
+            _write(self._fd, b"" if is_there else message.content, self.size)
             _write(self._index_fd, entry, self.index_size)
         except OSError:
             os.ftruncate(self._fd, self.size)
@@ -99,22 +89,23 @@ class OpenShard:
 
     def sync(self) -> None:
         """Wait until what was appended survives a loss of power."""
-        os.fdatasync(self._fd)
-        os.fdatasync(self._index_fd)
+        self._sync_files()
         if not self._is_name_synced:
             sync_folder(self.path.parent)
             self._is_name_synced = True
 
+    def _sync_files(self) -> None:
+        for fd in (self._fd, self._index_fd):
+            if fd >= 0:
+                os.fdatasync(fd)
+
     def seal(self) -> Path | None:
         """End the stream and give the shard its final name, which is returned; remove a shard without records."""
         if not self.rows:
-            self.path.unlink()
-            index_path(self.path).unlink()
-            self.abandon()
+            self.discard()
             return None
         _write(self._fd, END_OF_STREAM, self.size)
-        os.fsync(self._fd)
-        os.fsync(self._index_fd)
+        self._sync_files()
         final = self.path.with_suffix("")
         self.path.rename(final)
         sync_folder(final.parent)
@@ -128,9 +119,14 @@ class OpenShard:
                 os.close(fd)
         self._fd = self._index_fd = -1
 
+    def discard(self) -> None:
+        """Remove the shard."""
+        for path in (self.path, self.path.with_suffix(""), index_path(self.path)):
+            path.unlink(missing_ok=True)
+        self.abandon()
+
     def resume(self) -> None:
         """Take up the file of a dead writer, without its torn tail."""
-        size, messages = os.fstat(self._fd).st_size, []
         with suppress(FileNotFoundError, CacheError):
             for entry in read_entries(index_path(self.path), self._digest)[0]:
                 content = os.pread(self._fd, entry.end - entry.start, entry.start)
@@ -139,15 +135,19 @@ class OpenShard:
                 self.size, self.rows = entry.end, self.rows + len(entry.spans)
                 self.index_size = entry.offset + entry.spans.nbytes
         if not self.size:
-            with self.path.open("rb") as file:
-                schema = pa.py_buffer(file.read(head_bytes(self.path, self.schema)))
-            messages = [Message(0, schema, np.zeros(0, SPAN_DTYPE))]
-        for message in [*messages, *scan(self.path, self.schema, self.size or messages[0].content.size)]:
-            self.write_entry(message, b"")  # its batch is there, its entry is not
+            schema = os.pread(self._fd, head_bytes(self.path, self.schema), 0)
+            self._add(_schema_message(pa.py_buffer(schema)), is_there=True)
+        for message in scan(self.path, self.schema, self.size):
+            self._add(message, is_there=True)
+        size = os.fstat(self._fd).st_size
         if os.pread(self._fd, size - self.size, self.size) not in (b"", END_OF_STREAM):
             logger.warning("%s: cut off a torn tail of %d bytes", self.path, size - self.size)
         os.ftruncate(self._fd, self.size)
-        os.ftruncate(self._index_fd, self.index_size)
+        os.truncate(index_path(self.path), self.index_size)
+
+
+def _schema_message(content: pa.Buffer) -> Message:
+    return Message(0, content, np.zeros(0, SPAN_DTYPE))
 
 
 def _write(fd: int, content: pa.Buffer | bytes, position: int) -> None:

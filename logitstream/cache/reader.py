@@ -48,7 +48,6 @@ class CacheReader:
         staging: str | Path | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        self.source = directory
         self.directory = local_path(directory)
         self._mirror: Mirror | None = None
         if is_remote(directory):
@@ -69,6 +68,11 @@ class CacheReader:
         self._order: tuple[Snapshot, KeyIndex] | None = None
         self._view: dict[str, Any] | None = None
         self.refresh()
+
+    @property
+    def source(self) -> str | Path:
+        """The directory as it was given: a folder or a URL."""
+        return self._mirror.url if self._mirror is not None else self.directory
 
     @property
     def fingerprint(self) -> Fingerprint:

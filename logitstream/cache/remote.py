@@ -101,14 +101,13 @@ class Mirror:
         self.sizes: dict[str, int] = {}
         self._staging_bytes = staging_bytes
         self._listed = 0.0
-        self._remote = (url, storage_options or {})
+        self.url, self._storage_options = url, storage_options or {}
         self._connect()
 
     def _connect(self) -> None:
         """Start the threads and connections of this process."""
-        url, storage_options = self._remote
         self._pid = os.getpid()
-        self._fs, self._root = fsspec.core.url_to_fs(url, **storage_options)
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, **self._storage_options)
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="cache-mirror")
         self._lock = threading.Lock()
         self._moving: dict[tuple[str, str], Future[None]] = {}

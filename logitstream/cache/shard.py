@@ -55,7 +55,7 @@ class Record(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where the parts of a record lie in its shard, and the rest of its content."""
+    """The places of a record's parts in its shard, and the rest of its content."""
 
     key: bytes
     payload_start: int

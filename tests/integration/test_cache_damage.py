@@ -108,7 +108,7 @@ def test_files_beside_the_shards_that_cannot_be_read_are_named_too(
     damage(tmp_path / name)
     status = main(["cache", "verify", str(tmp_path)])
     output = capsys.readouterr().out
-    assert "20 whole records" in output
+    assert ("20 whole records" in output) == (name != "manifest.json")  # without it no shard can be checked
     assert status == (0 if name == "id_model.bin" else 1)  # this fingerprint names none
     assert (name.split(".")[0] in output) == (status == 1)
 

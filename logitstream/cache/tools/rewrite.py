@@ -78,7 +78,7 @@ def merge(
 
 @dataclass(slots=True, kw_only=True)
 class Pruned:
-    """What went, or would go, of how much; `left` names what was left as it was, and why, `notes` what is others'."""
+    """Result of `prune`: what went, or would go, of how much; `left`: what stays and why, `notes`: others' files."""
 
     total_bytes: int
     num_bytes: int = 0
@@ -90,7 +90,7 @@ class Pruned:
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """What shall become of one sealed shard: `stays` says which records are kept."""
+    """The fate of one sealed shard: `stays` says which records are kept."""
 
     path: Path
     manifest: Manifest
@@ -255,9 +255,7 @@ def _rewrite(plan: _Plan, *, drop_unreadable: bool) -> int:
                 new.append(encode_batch(batch, new.schema))
         new.seal()
     except OSError:
-        new.path.unlink(missing_ok=True)
-        remove(new.path.with_suffix(""))
-        new.abandon()
+        new.discard()
         raise
     return lost
 

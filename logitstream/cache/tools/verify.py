@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.heldout import FILE as HELDOUT
@@ -32,7 +30,6 @@ from logitstream.cache.shard import (
     shard_schema,
 )
 from logitstream.errors import CacheError, CorruptRecord
-from logitstream.types import Fingerprint
 
 Progress = Callable[[int], object]
 """Told how many bytes were read since the last call."""
@@ -40,7 +37,7 @@ Progress = Callable[[int], object]
 
 @dataclass(slots=True)
 class Damage:
-    """What `verify` found: a sentence a problem or a note; keys of damaged records, and those without a whole copy."""
+    """Findings of `verify`: a sentence a problem or a note; keys of damaged records, and those without a whole copy."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -95,25 +92,14 @@ def _check_head(directory: Path, names: list[str], damage: Damage) -> Manifest |
     try:
         manifest = read_manifest(directory)
     except CacheError as error:
-        damage.problems.append(str(error))
-        heads = [read_head(path)[0] for path in sorted(directory.glob("*.arrow")) if not unreadable(path)]
-        return next(filter(None, map(_named_in_head, heads)), None)
+        damage.problems.append(f"{error}; no shard can be checked without it")
+        return None
     for read in (lambda: read_id_model(directory, manifest.fingerprint), lambda: read_heldout(directory)):
         try:
             read()
         except (CacheError, OSError) as error:
             damage.problems.append(str(error))
     return manifest
-
-
-def _named_in_head(schema: pa.Schema | None) -> Manifest | None:
-    """Return the manifest that a shard's head names, in the place of one that is damaged."""
-    with suppress(AttributeError, KeyError, TypeError, ValueError):
-        named = json.loads((schema.metadata if schema is not None else {})[b"logitstream"])
-        return Manifest(
-            fingerprint=Fingerprint.from_json(named["fingerprint"]), provenance=named["provenance"], created=""
-        )
-    return None
 
 
 def unreadable(path: Path) -> str:
