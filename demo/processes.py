@@ -13,6 +13,8 @@ from pathlib import Path
 from logitstream.processes import tied
 
 STOP_SECONDS = 20.0
+Processes = dict[str, tuple[subprocess.Popen[bytes], Path]]
+"""By name: the process and its log."""
 
 
 class ChildFailed(RuntimeError):
@@ -23,9 +25,9 @@ class ChildFailed(RuntimeError):
 def child(
     name: str, arguments: Sequence[str], log: Path, *, env: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`python ARGUMENTS` with its output in `log`; on the way out it and its children are ended, whatever happened.
+    """Run `python ARGUMENTS` with its output in `log`; on exit it and its children are ended, whatever happened.
 
-    The kernel ends it where this process is killed; its own children see to themselves.
+    The kernel ends it if this process is killed; its own children see to themselves.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -42,21 +44,19 @@ def child(
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> int:
-    """SIGTERM, a bounded wait, then SIGKILL for the group; the exit status."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: SIGTERM, a bounded wait, SIGKILL."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # what a child of the child may have left
-    return process.wait()
+    process.wait()
 
 
-def wait_for(
-    ready: Callable[[], bool], processes: dict[str, tuple[subprocess.Popen[bytes], Path]], *, seconds: float, what: str
-) -> None:
-    """Poll until `ready()`; raises ChildFailed with the log's end where a child stops first or time runs out."""
+def wait_for(ready: Callable[[], bool], processes: Processes, *, seconds: float, what: str) -> None:
+    """Poll until `ready()`. Raises ChildFailed with the log's end if a child stops first or time runs out."""
     deadline = time.monotonic() + seconds
     while not ready():
         for name, (process, log) in processes.items():
@@ -69,7 +69,7 @@ def wait_for(
 
 
 def tail(log: Path, num_lines: int = 15) -> str:
-    """The log's last lines, without what torchrun adds after a worker's own error."""
+    """Return the log's last lines, without what torchrun adds after a worker's own error."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     launcher = next((i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
     lines = lines[:launcher] or lines

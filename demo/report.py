@@ -1,4 +1,4 @@
-"""What the demo leaves behind for people: a table, loss.png and a self-contained report.html."""
+"""Exact held-out figures of the demo, and what it leaves for people: a table, loss.png and report.html."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitstream.data.corpus import load_sequences
+from logitstream.training.split import split_text
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from rich.table import Table
 
 ROWS = (
     ("heldout_loss_before", "held-out loss before", "{:.3f} nats"),
@@ -32,26 +39,63 @@ ROWS = (
 )
 
 
+@torch.inference_mode()
+def evaluate_heldout(
+    student: Path, teacher: Path, text: Path, *, sequence_tokens: int, heldout_sequences: int
+) -> dict[str, float]:
+    """Compare the models' full next-token distributions, with none of the product's own code for the loss.
+
+    Returns means per predicted token, in nats: both losses and KL(teacher‖student); and, as shares of 1, top-1
+    agreement and speculative acceptance Σ min(p, t).
+    """
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    _, heldout = split_text(
+        load_sequences([str(text)], tokenizer, sequence_tokens=sequence_tokens), heldout_sequences=heldout_sequences
+    )
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
+    sums: dict[str, float] = {}
+    for ids in heldout["input_ids"]:
+        input_ids = torch.tensor([ids])
+        student_TV, teacher_TV = (F.log_softmax(model(input_ids).logits[0, :-1], dim=-1) for model in models)
+        shared_TV, teacher_probs_TV = student_TV[:, : teacher_TV.shape[1]], teacher_TV.exp()
+        found = {
+            "heldout_loss_after": F.nll_loss(student_TV, input_ids[0, 1:], reduction="sum"),
+            "teacher_heldout_loss": F.nll_loss(teacher_TV, input_ids[0, 1:], reduction="sum"),
+            "heldout_kl_to_teacher": (teacher_probs_TV * (teacher_TV - shared_TV)).sum(),
+            "heldout_top1_agreement": (shared_TV.argmax(-1) == teacher_TV.argmax(-1)).sum(),
+            "heldout_speculative_acceptance": torch.minimum(shared_TV.exp(), teacher_probs_TV).sum(),
+            "heldout_tokens": torch.tensor(len(ids) - 1),
+        }
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+    num_tokens = sums.pop("heldout_tokens")
+    return {name: value / num_tokens for name, value in sums.items()} | {"heldout_tokens": int(num_tokens)}
+
+
+def write_report(report: dict[str, Any], progress: list[dict[str, Any]], output: Path) -> None:
+    (output / "report.json").write_text(json.dumps(report, indent=2))
+    plot_loss(progress, report, output / "loss.png")
+    write_html(report, output / "loss.png", output / "report.html")
+    table = Table("figure", "value", title="logitstream demo")
+    for row in rows(report):
+        table.add_row(*row)
+    Console().print(table)
+    print(
+        f"report: {output}/report.html · student: {output}/student · logs: {output}/teacher.log, {output}/student.log"
+    )
+
+
 def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(label, value with unit) of each figure that the report holds."""
+    """Return (label, value with unit) of each figure that the report holds."""
     return [(label, form.format(report[key])) for key, label, form in ROWS if report.get(key) is not None]
 
 
-def table(report: dict[str, Any]) -> Table:
-    made = Table("figure", "value", title="logitstream demo")
-    for label, value in rows(report):
-        made.add_row(label, value)
-    return made
-
-
 def plot_loss(progress: list[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
-    """Training loss by tokens seen, with the held-out losses of student and teacher."""
+    """Plot the training loss by tokens seen, with the held-out losses of student and teacher."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     tokens = [row["tokens"] for row in progress]
     axis.plot(tokens, [row["loss"] for row in progress], label="training loss (distillation)")
-    ends = [0, max(tokens, default=1)]
     losses = [report["heldout_loss_before"], report["heldout_loss_after"]]
-    axis.plot(ends, losses, "o", label="held-out loss of the student")
+    axis.plot([0, max(tokens, default=1)], losses, "o", label="held-out loss of the student")
     axis.axhline(report["teacher_heldout_loss"], ls="--", color="grey", label="held-out loss of the teacher")
     if len(epochs := report.get("epochs", [])) > 1:
         axis.axvline(epochs[0]["tokens"], ls=":", color="grey", label="teacher stopped; cache from here")
@@ -66,9 +110,7 @@ def write_html(report: dict[str, Any], loss_png: Path, path: Path) -> None:
     cells = "\n".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows(report))
     path.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>logitstream demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}}
-td{{padding:.2rem 1rem .2rem 0;border-bottom:1px solid #ddd}}td+td{{text-align:right}}img{{max-width:100%}}
-pre{{background:#f6f6f6;padding:1rem;overflow:auto}}</style>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto}}td+td{{text-align:right}}</style>
 <h1>logitstream demo</h1><table>{cells}</table>
 <p><img alt="training and held-out loss by tokens trained on" src="data:image/png;base64,{image}"></p>
 <details><summary>report.json</summary><pre>{html.escape(json.dumps(report, indent=2))}</pre></details></html>
