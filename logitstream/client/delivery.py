@@ -161,6 +161,7 @@ class Delivery:
                 fingerprint=fingerprint,
                 teacher_version=answer.teacher_version,
                 weights_digest=digest,
+                wire_bytes=answer.wire_bytes,
             )
             if request.future.set_running_or_notify_cancel():
                 request.future.set_result(received)

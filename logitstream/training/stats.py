@@ -30,16 +30,12 @@ OF_THE_STREAM = {
     "decoding_seconds": "decoding_seconds",
     "payload_bytes": "payload_bytes",
     "target_rows": "rows",
+    "received_bytes": "received_bytes",
+    "received_rows": "received_rows",
+    "cache_hits": "cached_sequences",
 }
 """Our names for what StreamStats counts, and its own."""
-OF_THE_CLIENT = {
-    "received_bytes": "logitstream_student_received_bytes_total",
-    "received_rows": "logitstream_student_target_rows_total",
-    "cache_hits": "logitstream_cache_hits_total",
-}
-"""Our names for what the teacher's client and the cache count, and the counters."""
-COUNTED_ELSEWHERE = (*OF_THE_STREAM, *OF_THE_CLIENT)
-SUMS = ("steps", "tokens", "entries", "computing_seconds", *COUNTED_ELSEWHERE)
+SUMS = ("steps", "tokens", "entries", "computing_seconds", *OF_THE_STREAM)
 OF_THE_LOSS = (*Diagnostics._fields, "own_loss")
 
 
@@ -60,7 +56,7 @@ class RunStats(TrainerCallback):
         self.epochs: list[dict[str, float]] = []
         self.first_step = 0
         self._epoch_start = dict(self.sums)
-        self._observed = dict.fromkeys(COUNTED_ELSEWHERE, 0.0)
+        self._observed = dict.fromkeys(OF_THE_STREAM, 0.0)
         self._of_the_loss = torch.zeros(len(OF_THE_LOSS), dtype=torch.float64)
         self._logged = torch.zeros(len(SUMS) + len(OF_THE_LOSS), dtype=torch.float64)
         self._began = 0.0
@@ -68,23 +64,20 @@ class RunStats(TrainerCallback):
         self._spec: TargetSpec | None = None
 
     def follow(self, stream: TargetStream) -> None:
-        """Count the waiting and decoding of this new stream from now on."""
-        self.stream = stream
-        self._observed |= dict.fromkeys(OF_THE_STREAM, 0.0)
+        """Count what this new stream counts."""
+        self.stream, self._observed = stream, dict.fromkeys(OF_THE_STREAM, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self._began = state.global_step, time.perf_counter()
-        self._observe()  # what came before training is not part of it
         if not (before := resumed_state(state)):
             self.epochs, self._epoch_start = [], dict(self.sums)
             return
         is_main = state.is_world_process_zero
         self.sums, self._epoch_start = (
-            {name: sums.get(name, 0.0) if is_main else 0.0 for name in SUMS}
-            for sums in (before["sums"], before["epoch_start"])
+            {name: before[part][name] if is_main else 0.0 for name in SUMS} for part in ("sums", "epoch_start")
         )
         self.epochs = list(before["epochs"])
-        self._logged[: len(SUMS)] = torch.tensor([before["sums"].get(name, 0.0) for name in SUMS], dtype=torch.float64)
+        self._logged[: len(SUMS)] = torch.tensor([before["sums"][name] for name in SUMS], dtype=torch.float64)
         if float(state.epoch or 0).is_integer() and len(self.epochs) < int(state.epoch or 0):
             self._end_epoch(before["overhead"])  # saved after the epoch's last step, before its end was noted
 
@@ -187,11 +180,11 @@ class RunStats(TrainerCallback):
         return logs | diagnostic_means(last, self._spec) | _logs(self.meter.overhead())
 
     def _observe(self) -> dict[str, float]:
-        """Return what the stream, the client and the cache have counted since the last call."""
-        now = {ours: metrics.value(name) or 0.0 for ours, name in OF_THE_CLIENT.items()}
+        """Return what the stream has counted since the last call."""
+        before = self._observed
         if self.stream is not None:
-            now |= {ours: float(getattr(self.stream.stats, theirs)) for ours, theirs in OF_THE_STREAM.items()}
-        before, self._observed = self._observed, self._observed | now
+            stats = self.stream.stats
+            self._observed = {ours: float(getattr(stats, theirs)) for ours, theirs in OF_THE_STREAM.items()}
         return {name: value - before[name] for name, value in self._observed.items()}
 
     def _add(self, seen: dict[str, float]) -> None:

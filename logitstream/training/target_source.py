@@ -49,6 +49,8 @@ class StreamStats:
     rows: int = 0
     entries: int = 0
     payload_bytes: int = 0
+    received_bytes: int = 0
+    received_rows: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -218,4 +220,7 @@ class TargetSource:
         metrics.STUDENT_DECODING_SECONDS.inc(seconds)
         self.payload_bytes += len(received.payload)
         self._stats.cached_sequences += received.from_cache
+        if received.wire_bytes:
+            self._stats.received_bytes += received.wire_bytes
+            self._stats.received_rows += num_rows
         return targets
