@@ -97,14 +97,14 @@ def prefill(backend: VllmBackend, sequences: list[TokenSequence], **params: Any)
             max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **params
         )
         prompt = tokens_input(sequence.token_ids.tolist())
-        async for _ in backend._engine.generate(prompt, chosen, f"bench-{number}"):
+        async for _ in backend.engine.generate(prompt, chosen, f"bench-{number}"):
             pass
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one(number, sequence) for number, sequence in enumerate(sequences)))
 
     start = time.perf_counter()
-    backend._run(all_of_them())
+    backend.run(all_of_them())
     return time.perf_counter() - start
 
 
@@ -171,7 +171,7 @@ def measure(folder: Path, sequences: list[TokenSequence], dtype: str, rounds: in
     payload = 0.0
 
     def in_worker(function: Callable[..., Any], *args: Any) -> Any:
-        return backend._run(backend._engine.collective_rpc(function, args=args))[0]
+        return backend.run(backend.engine.collective_rpc(function, args=args))[0]
 
     with serving(backend, folder) as (address, loop):
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]

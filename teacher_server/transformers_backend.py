@@ -52,9 +52,9 @@ class TransformersBackend:
         num_rows = model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
         self._info = replace(info, vocab_size=served_vocab_size(vocab_size, num_rows=num_rows))
         self._by_length = LengthDependence(model)  # before the first pass, which may change the model's buffers
-        self._lm: SplitModel | None = SplitModel(model.eval().requires_grad_(False))
-        self._pads_safely = self._lm.pads_safely()
-        if not self._pads_safely:
+        self.lm: SplitModel | None = SplitModel(model.eval().requires_grad_(False))
+        self.pads_safely = self.lm.pads_safely()
+        if not self.pads_safely:
             log.warning("%s: padding changes its results, only equal lengths share a pass", type(model).__name__)
         if self._by_length:
             log.info("%s: %s: shorter and longer ones never share a pass", type(model).__name__, self._by_length)
@@ -110,10 +110,10 @@ class TransformersBackend:
         return self._info
 
     def healthy(self) -> bool:
-        return self._lm is not None
+        return self.lm is not None
 
     def close(self) -> None:
-        self._lm = None
+        self.lm = None
         torch.cuda.empty_cache()  # does nothing if CUDA was never used
 
     def score(self, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
@@ -124,16 +124,16 @@ class TransformersBackend:
             sharing.setdefault(drawing.request.sequence.token_ids.tobytes(), []).append(drawing)
         distinct = list(sharing.values())
         try:
-            for members in self._passes([len(shared[0].request.sequence) for shared in distinct]):
+            for members in self.passes([len(shared[0].request.sequence) for shared in distinct]):
                 self._score_pass([distinct[index] for index in members])
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise MemoryError(str(error)) from error
         return [drawing.result(self._info.vocab_size) for drawing in drawings]
 
-    def _passes(self, lengths: list[int]) -> list[list[int]]:
-        assert self._lm is not None, "score after close"
-        overhead = self._pass_overhead_tokens if self._pads_safely else 0
+    def passes(self, lengths: list[int]) -> list[list[int]]:
+        assert self.lm is not None, "score after close"
+        overhead = self._pass_overhead_tokens if self.pads_safely else 0
         groups: dict[Any, list[int]] = {}
         for index, length in enumerate(lengths):
             groups.setdefault(self._by_length.group(length), []).append(index)
@@ -143,7 +143,7 @@ class TransformersBackend:
             for one in split_by_length(
                 [lengths[index] for index in members],
                 pass_overhead_tokens=overhead,
-                max_padded_tokens=self._max_padded_tokens if self._lm.is_split else 1,
+                max_padded_tokens=self._max_padded_tokens if self.lm.is_split else 1,
             )
         ]
         padded = sum(len(members) * max(lengths[index] for index in members) for members in passes)
@@ -152,11 +152,11 @@ class TransformersBackend:
 
     def _score_pass(self, distinct: list[list[Drawing]]) -> None:
         """Draw the targets of distinct sequences, each with everybody who asked for it, from one forward pass."""
-        assert self._lm is not None
+        assert self.lm is not None
         start = time.perf_counter()
         token_ids = [torch.from_numpy(shared[0].request.sequence.token_ids).long() for shared in distinct]
         self._by_length.forget()
-        hidden_BTH = self._lm.hidden(pad_sequence(token_ids, batch_first=True).to(self._device, non_blocking=True))
+        hidden_BTH = self.lm.hidden(pad_sequence(token_ids, batch_first=True).to(self._device, non_blocking=True))
         pieces = [
             drawing.piece(0, len(drawing.request.sequence), offset=place * hidden_BTH.shape[1])
             for place, shared in enumerate(distinct)
@@ -173,8 +173,8 @@ class TransformersBackend:
         metrics.TEACHER_STAGE_SECONDS.labels("draw").observe(draw_seconds)
 
     def _project(self, hidden_RH: Tensor) -> Tensor:
-        assert self._lm is not None
-        logits = self._lm.logits(hidden_RH)[:, : self._info.vocab_size]
+        assert self.lm is not None
+        logits = self.lm.logits(hidden_RH)[:, : self._info.vocab_size]
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)  # the draw would wait anyway, and the stages' seconds mean their work
         return logits

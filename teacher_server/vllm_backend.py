@@ -101,11 +101,11 @@ class VllmBackend:
         self._loop_thread = threading.Thread(target=_run_loop, args=(self._loop,), name="vllm-loop", daemon=True)
         self._loop_thread.start()
         try:
-            self._engine = self._run(self._start())
+            self.engine = self.run(self._start())
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
-        config = self._engine.model_config
+        config = self.engine.model_config
         if "longrope" in str(config.hf_text_config):  # max_model_len chooses the factors for all sequences
             weights_digest = digest_with_options(weights_digest, {"max_model_len": config.max_model_len})
         self._info = TeacherInfo(
@@ -126,18 +126,18 @@ class VllmBackend:
     def configure_encoding(self, id_model: bytes, max_bytes: int) -> None:
         """Have the workers encode with this id model, and refuse targets of more than max_bytes."""
         self._encoding = (id_model, max_bytes)
-        self._run(self._engine.collective_rpc("configure_encoding", args=self._encoding))
+        self.run(self.engine.collective_rpc("configure_encoding", args=self._encoding))
 
     def healthy(self) -> bool:
         """Return True while the engine runs, False from its death until it has been started again."""
-        return not self._closed.is_set() and not self._engine.errored
+        return not self._closed.is_set() and not self.engine.errored
 
     def score(self, batch: Sequence[ScoreRequest]) -> list[EncodedTargets | RequestError]:
         """Return encoded targets; if the engine dies meanwhile, start it again and raise EngineDeadError."""
         self._revive()
         start = time.perf_counter()
         try:
-            results = self._run(self._score(batch))
+            results = self.run(self._score(batch))
         except EngineDeadError:
             self._revive()
             raise
@@ -149,10 +149,10 @@ class VllmBackend:
             return
         self._closed.set()
         with self._starting:
-            self._loop.call_soon_threadsafe(self._engine.shutdown)
+            self._loop.call_soon_threadsafe(self.engine.shutdown)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop_thread.join()
-            del self._engine  # its __del__ must not wait for the end of the interpreter
+            del self.engine  # its __del__ must not wait for the end of the interpreter
 
     async def _start(self) -> AsyncLLM:
         log.info("starting vLLM %s: %s", vllm.__version__, self._args)
@@ -162,12 +162,13 @@ class VllmBackend:
             await engine.collective_rpc("configure_encoding", args=self._encoding)
         return engine
 
-    def _run(self, work: Coroutine[Any, Any, Returned]) -> Returned:
+    def run(self, work: Coroutine[Any, Any, Returned]) -> Returned:
+        """Run a coroutine on the engine's loop and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _score(self, batch: Sequence[ScoreRequest]) -> list[EncodedTargets | RequestError]:
         """Score; raise EngineDeadError soon after the engine's death, which a waiting collective_rpc never learns."""
-        engine = self._engine
+        engine = self.engine
         scoring = asyncio.ensure_future(self._score_with(engine, batch))
         while not (await asyncio.wait({scoring}, timeout=WATCH_SECONDS))[0]:
             if engine.errored:
@@ -213,16 +214,16 @@ class VllmBackend:
         """
         pause = WATCH_SECONDS
         with self._starting:
-            while not self._closed.is_set() and self._engine.errored:
+            while not self._closed.is_set() and self.engine.errored:
                 if self._restarts_left == 0:
                     log.critical("the vLLM engine is dead and engine_restarts used up: exit %d", EXIT_ENGINE_DEAD)
                     self._exit(EXIT_ENGINE_DEAD)
                     return
                 self._restarts_left -= 1
                 log.error("the vLLM engine is dead: starting it again, %d restarts left", self._restarts_left)
-                self._loop.call_soon_threadsafe(self._engine.shutdown)
+                self._loop.call_soon_threadsafe(self.engine.shutdown)
                 try:
-                    self._engine = self._run(self._start())
+                    self.engine = self.run(self._start())
                 except Exception:
                     log.exception("the vLLM engine did not start: the next try, if one is left, in %g s", pause)
                     self._closed.wait(pause)

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--address-file", default="")
     parser.add_argument("--vocab-size", type=int, default=1000)
     parser.add_argument("--entries-per-row", type=int, default=4)
-    parser.add_argument("--delay-seconds", type=float, default=0.0, help="of every batch")
+    parser.add_argument("--delay-seconds", type=float, default=0.0, help="what every batch takes")
     parser.add_argument("--seconds-per-token", type=float, default=0.0)
     parser.add_argument("--weights-digest", default=FAKE_DIGEST)
     parser.add_argument("--max-in-flight-tokens", type=int, default=65_536)

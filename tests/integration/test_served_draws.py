@@ -106,9 +106,9 @@ async def test_served_targets_are_unbiased_and_top_k_is_not(
     rows = [9, 14]
     mask = np.isin(np.arange(16), rows)
     one = TokenSequence(token_ids=token_ids[:16], loss_mask=mask)
-    assert backend._lm is not None
+    assert backend.lm is not None
     with torch.inference_mode():
-        logits = backend._lm.logits(backend._lm.hidden(torch.from_numpy(one.token_ids).long()[None])[0])
+        logits = backend.lm.logits(backend.lm.hidden(torch.from_numpy(one.token_ids).long()[None])[0])
     probs = torch.softmax(logits.double(), -1).numpy()
     async with serving(Keep(backend)) as server:
         for name, spec in UNBIASED.items():
@@ -180,9 +180,9 @@ def test_the_reference_is_the_model_itself(teacher_dir: Path, backend: Transform
     """The split model's logits are those of transformers, so the z-test above compares with the real teacher."""
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
     ids = torch.arange(100, 140)
-    assert backend._lm is not None
+    assert backend.lm is not None
     with torch.inference_mode():
         expected = model(input_ids=ids[None]).logits[0]
-        found = backend._lm.logits(backend._lm.hidden(ids[None])[0])
+        found = backend.lm.logits(backend.lm.hidden(ids[None])[0])
     assert float((expected - found).abs().max()) < 1e-3
     assert statistics.fmean((expected - found).abs().mean(1).tolist()) < 1e-4

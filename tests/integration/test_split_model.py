@@ -102,8 +102,8 @@ def test_the_families_named_in_the_docs_are_split(family: str) -> None:
     model = any_family(family, vocab_size=VOCAB_SIZE)
     sequences = ragged([40, 33, 17])
     backend, results, rows = scored_and_rows(model, sequences)
-    assert backend._lm is not None
-    assert backend._lm.is_split
+    assert backend.lm is not None
+    assert backend.lm.is_split
     assert rows <= CHUNK_ROWS
     assert_drawn_from_the_models_own_logits(model, sequences, results)
 
@@ -123,9 +123,9 @@ def test_every_family_that_can_be_made_small_gives_its_own_targets_in_bounded_me
             continue
         sequences = ragged([40, 33])
         backend, results, rows = scored_and_rows(model, sequences)
-        assert backend._lm is not None
-        (split if backend._lm.is_split else whole).add(family)
-        assert rows <= (CHUNK_ROWS if backend._lm.is_split else 2 * 40), family
+        assert backend.lm is not None
+        (split if backend.lm.is_split else whole).add(family)
+        assert rows <= (CHUNK_ROWS if backend.lm.is_split else 2 * 40), family
         assert_drawn_from_the_models_own_logits(model, sequences, results)
     assert whole <= WHOLE
     assert len(split) > 120
@@ -137,8 +137,8 @@ def test_a_head_that_mixes_rows_is_not_split_off_and_its_sequences_go_one_a_pass
     model = tiny_model("llama")
     model.lm_head = RunningSum(model.lm_head)
     backend = TransformersBackend(model, INFO, logits_chunk_bytes=CHUNK_ROWS * 4 * 96)
-    assert backend._lm is not None
-    assert not backend._lm.is_split
+    assert backend.lm is not None
+    assert not backend.lm.is_split
     assert "its logits are computed whole, [T, V], one sequence a pass" in caplog.text
     assert [len(members) for members in backend._passes([9, 9, 5])] == [1, 1, 1]
     sequences = ragged([9, 9, 5])

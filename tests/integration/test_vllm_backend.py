@@ -324,7 +324,7 @@ def test_a_batch_whose_targets_are_asked_for_when_the_engine_dies_fails_and_the_
     requests = requests_of(random_ids([20, 30]))
     try:
         before = targets_of(backend.score(requests))
-        ask = backend._engine.collective_rpc
+        ask = backend.engine.collective_rpc
 
         async def ask_a_dying_engine(*args: Any, **kwargs: Any) -> Any:
             for process in engine_processes():
@@ -332,7 +332,7 @@ def test_a_batch_whose_targets_are_asked_for_when_the_engine_dies_fails_and_the_
             threading.Timer(0.5, kill_engine).start()
             return await ask(*args, **kwargs)
 
-        monkeypatch.setattr(backend._engine, "collective_rpc", ask_a_dying_engine)
+        monkeypatch.setattr(backend.engine, "collective_rpc", ask_a_dying_engine)
         with ThreadPoolExecutor(1) as thread:
             assert isinstance(thread.submit(backend.score, requests).exception(timeout=240), EngineDeadError)
         assert agreement(targets_of(backend.score(requests)), before) > 0.999

@@ -55,7 +55,7 @@ class Watched:
         return FakeBackend()
 
     async def until_loaded(self, *values: float) -> None:
-        """And a few looks more, so that what must not be loaded would have been."""
+        """Wait for these loads and a few looks more, in which a wrong one would follow."""
         async with asyncio.timeout(20):
             while len(self.loaded) < len(values):
                 await asyncio.sleep(EVERY_SECONDS)

@@ -1,4 +1,4 @@
-"""Whatever the backend does, each sequence gets an answer and only the guilty ones get an error."""
+"""Whatever the backend does, every sequence gets an answer and only those at fault get an error."""
 
 from __future__ import annotations
 

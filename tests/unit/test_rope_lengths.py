@@ -1,4 +1,4 @@
-"""A target is that of its sequence alone, also where positions depend on the longest sequence of a pass."""
+"""A target depends only on its own sequence, even if positions depend on the longest sequence of a pass."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def dense(targets: Any) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sequence_has_the_targets_of_itself_alone_whatever_is_beside_or_was_before_it(name: str) -> None:
-    """On both sides of the border and on it, shorter ones after longer ones, in batches and alone."""
+    """Cover both sides of the border and the border itself, short after long, in batches and alone."""
     model, rng = model_of(name), np.random.default_rng(0)
     fresh = copy.deepcopy(model)
     backend = TransformersBackend(model, INFO)
@@ -90,13 +90,13 @@ def test_a_sequence_has_the_targets_of_itself_alone_whatever_is_beside_or_was_be
     for found in (backend.score(requests), [backend.score([one])[0] for one in requests]):
         for one, probs in zip(found, expected, strict=True):
             np.testing.assert_allclose(dense(one), probs, atol=1e-4)
-    shared = [sorted(lengths[index] for index in members) for members in backend._passes(lengths)]
+    shared = [sorted(lengths[index] for index in members) for members in backend.passes(lengths)]
     assert any(len(members) > 2 for members in shared)
     assert not any(min(members) <= BORDER < max(members) for members in shared)
 
 
 def test_the_border_matters_to_these_models() -> None:
-    """Else the test above would show nothing: beside a longer sequence the angles move the results."""
+    """Show that the test above can fail: beside a longer sequence the angles move the results."""
     for name in MODELS:
         model = model_of(name)
         ids = torch.arange(3, 3 + 2 * BORDER)[None] % VOCAB_SIZE

@@ -70,9 +70,9 @@ def test_probabilities_are_those_of_the_model_alone_whatever_the_batch_and_the_c
 ) -> None:
     model = tiny_model(family)
     backend = backend_of(model, logits_chunk_bytes=rows_a_chunk * 4 * VOCAB_SIZE)
-    assert backend._lm is not None
-    assert backend._lm.is_split
-    assert backend._pads_safely
+    assert backend.lm is not None
+    assert backend.lm.is_split
+    assert backend.pads_safely
     sequences = ragged([5, 40, 17, 1, 23, 40], masked=True)
     for one, targets in zip(
         sequences, scored(backend, [ScoreRequest(sequence=s, spec=FULL) for s in sequences]), strict=True
