@@ -319,7 +319,7 @@ def test_a_dead_engine_is_noticed_started_again_and_in_the_end_left_to_the_super
 def test_a_batch_whose_targets_are_asked_for_when_the_engine_dies_fails_and_the_next_one_does_not(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM answers between two steps, so that with two batches somebody is nearly always waiting."""
+    """vLLM answers between two steps, so with two batches a call is nearly always waiting."""
     backend = start(tiny_dir, dtype="float32")
     requests = requests_of(random_ids([20, 30]))
     try:
@@ -366,7 +366,7 @@ def test_the_engine_ends_with_a_server_that_is_killed(tiny_dir: Path, tmp_path: 
 
 def engine_processes(server: int | None = None) -> Iterator[psutil.Process]:
     for process in psutil.Process(server).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # of ones that ended with those before them, zombies too
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with the process before it
             if "resource_tracker" not in " ".join(process.cmdline()):
                 yield process
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of a watched folder is served, and when."""
+"""The checkpoint of a watched folder that is served, and when."""
 
 from __future__ import annotations
 
