@@ -140,7 +140,7 @@ def test_a_head_that_mixes_rows_is_not_split_off_and_its_sequences_go_one_a_pass
     assert backend.lm is not None
     assert not backend.lm.is_split
     assert "its logits are computed whole, [T, V], one sequence a pass" in caplog.text
-    assert [len(members) for members in backend._passes([9, 9, 5])] == [1, 1, 1]
+    assert [len(members) for members in backend.passes([9, 9, 5])] == [1, 1, 1]
     sequences = ragged([9, 9, 5])
     for one in sequences:
         one.token_ids[:] %= 96
