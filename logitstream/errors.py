@@ -1,40 +1,40 @@
 """The exception tree.
 
 LogitstreamError
-├── RequestError                 one sequence is refused; others on the stream go on
-│   ├── InvalidSequence          empty, too long, a token id outside the vocabulary, a mask of another length
-│   ├── InvalidSpec              unknown sampler, a parameter out of bounds, an unknown codec version
-│   ├── TooManyInFlight          the client holds as much of the server as it may
-│   ├── ServerDraining           the replica is going away and takes no new requests
-│   ├── ScoringFailed            the backend failed on this sequence after bounded tries
-│   └── NonFiniteLogits          the teacher gave NaN, +inf or an empty row
-├── CodecError                   bytes that are no valid encoded targets
-├── FingerprintMismatch          teacher, tokenizer, sampler or codec differ from what was expected
-├── AccessDenied                 no token, or not one that the server knows
-├── ProtocolViolation            messages that no correct client sends: the stream ends
-├── TeacherUnavailable           no replica answered within the deadline
-├── StaleTeacher                 targets from weights older than the student allows
-├── RanksDiffer                  processes that should train one student together do not
+├── RequestError
+│   ├── InvalidSequence
+│   ├── InvalidSpec
+│   ├── TooManyInFlight
+│   ├── ServerDraining
+│   ├── ScoringFailed
+│   └── NonFiniteLogits
+├── CodecError
+├── FingerprintMismatch
+├── AccessDenied
+├── ProtocolViolation
+├── TeacherUnavailable
+├── StaleTeacher
+├── RanksDiffer
 └── CacheError
-    ├── CorruptRecord            a checksum does not match
-    ├── CacheMiss                a sequence that the cache alone should have held
-    ├── CacheFull                the disk or the budget is exhausted
-    └── DiskHangs                the disk does not answer
+    ├── CorruptRecord
+    ├── CacheMiss
+    ├── CacheFull
+    └── DiskHangs
 """
 
 
 class LogitstreamError(Exception):
-    """Anything this package raises for an expected failure."""
+    """Base of everything that this package raises for an expected failure."""
 
 
 class RequestError(LogitstreamError):
-    """One sequence is refused; `retryable` says whether another try may succeed."""
+    """One sequence is refused, the others of its batch go on; `retryable`: another try may succeed."""
 
     retryable = False
 
 
 class InvalidSequence(RequestError):
-    """The token ids or the mask cannot be scored."""
+    """The sequence is empty or too long, a token id is outside the vocabulary, or the mask does not fit."""
 
 
 class InvalidSpec(RequestError, ValueError):
@@ -55,7 +55,7 @@ class ServerDraining(RequestError):
 
 
 class ScoringFailed(RequestError):
-    """The backend failed on this sequence after bounded tries; `lasting` says whether the same server would again."""
+    """The backend failed on this sequence after bounded tries; `lasting`: the same server would fail again."""
 
     lasting = True
 
@@ -65,7 +65,7 @@ class NonFiniteLogits(RequestError):
 
 
 class CodecError(LogitstreamError):
-    """The bytes are not encoded targets, are damaged, or need an id model that is not at hand."""
+    """The bytes are no encoded targets, are damaged, or need an id model that is missing."""
 
 
 class FingerprintMismatch(LogitstreamError):
@@ -73,7 +73,7 @@ class FingerprintMismatch(LogitstreamError):
 
 
 class AccessDenied(LogitstreamError):
-    """No token came, or none that the server knows."""
+    """The call brought no token, or one that the server does not know."""
 
 
 class ProtocolViolation(LogitstreamError):
@@ -85,7 +85,7 @@ class TeacherUnavailable(LogitstreamError):
 
 
 class StaleTeacher(LogitstreamError):
-    """Targets come from weights older than `max_teacher_lag` allows."""
+    """The targets come from weights older than `max_teacher_lag` allows."""
 
 
 class RanksDiffer(LogitstreamError):
@@ -101,7 +101,7 @@ class CorruptRecord(CacheError):
 
 
 class CacheMiss(CacheError):
-    """The cache does not hold a sequence that it was asked to provide alone."""
+    """The cache lacks a sequence, and no teacher may be asked."""
 
 
 class CacheFull(CacheError):
@@ -113,7 +113,7 @@ class DiskHangs(CacheError):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without its line breaks; its kind where it has none."""
+    """Return the message of an error without line breaks, or the name of its class if there is none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -121,4 +121,4 @@ REQUEST_ERRORS: dict[str, type[RequestError]] = {
     cls.__name__: cls
     for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ServerDraining, ScoringFailed, NonFiniteLogits)
 }
-"""In-band error codes and the class each one is raised as on the student."""
+"""In-band error codes, and the class that the student raises for each."""

@@ -16,9 +16,9 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def write_whole(path: Path, content: bytes | str, *, replace: bool = True, sync: bool = True) -> None:
-    """Make a file appear with all of its content or not at all; without `replace` an existing one is kept.
+    """Make a file appear with all of its content or not at all; without `replace` keep an existing one.
 
-    It survives a loss of power, or without `sync` once its folder is synced.
+    The file survives a loss of power; without `sync` only once its folder is synced.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -37,7 +37,7 @@ def write_whole(path: Path, content: bytes | str, *, replace: bool = True, sync:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a loss of power, on file systems that can."""
+    """Make the names in a folder survive a loss of power, if the file system can."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -47,7 +47,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed `write_whole` left in the folder; call it where nobody else writes there."""
+    """Remove what a killed `write_whole` left in the folder; for a folder that nobody else writes to."""
     for path in folder.glob(".*"):
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def remove_partial_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Run the block once no other process runs one of this lock file; at once where the file system knows no locks."""
+    """Run the block while no other process runs one with this lock file; without waiting if there are no file locks."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         with contextlib.suppress(OSError):
@@ -65,7 +65,7 @@ def alone(lock: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(setting: str, name: str) -> Iterator[None]:
-    """Raise what the block raises as ValueError that names a setting and the folder or hub's model that it holds."""
+    """Turn errors of the block into ValueError that names a setting and its value, a folder or a model on the hub."""
     refuse_missing_folder(setting, name)
     try:
         yield
@@ -76,7 +76,7 @@ def naming(setting: str, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_setting(names: str) -> Iterator[None]:
-    """Raise what the block raises of a file as ValueError that names the settings which hold its path."""
+    """Turn errors of the block about a file into ValueError that names the settings which hold its path."""
     try:
         yield
     except (OSError, ValueError, LogitstreamError) as error:
@@ -84,7 +84,7 @@ def of_setting(names: str) -> Iterator[None]:
 
 
 def refuse_missing_folder(setting: str, name: str) -> None:
-    """ValueError where a name that no hub's model has, since it begins or is nested like a path, is no path either."""
+    """Raise ValueError for a value that looks like a path, not like a model on the hub, and does not exist."""
     looks_like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if looks_like_a_path and not Path(name).exists():
         raise ValueError(f"{setting}: there is no folder {name}")

@@ -19,7 +19,7 @@ from logitstream.settings import setting
 
 MAX_SCRAPES = 16
 SCRAPE_SECONDS = 10.0
-"""How long a scraper may stay silent."""
+"""Longest silence of a scraper."""
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ STUDENT_RETRIES.labels("lost")
 
 
 def value(name: str, **labels: str) -> float | None:
-    """One metric's value in this process; None where it was never set."""
+    """Return the value of one metric in this process; None if it was never set."""
     return REGISTRY.get_sample_value(name, labels)
 
 
@@ -138,7 +138,7 @@ class MetricsSettings:
 
 
 class _OneSide(Collector):
-    """What one side exports: its own metrics, the cache's and the process's."""
+    """The metrics that one side exports: its own, the cache's and the process's."""
 
     def __init__(self, side: str) -> None:
         self._other = "logitstream_student_" if side == "teacher" else "logitstream_teacher_"
@@ -148,10 +148,7 @@ class _OneSide(Collector):
 
 
 class _Server(ThreadingTCPServer):
-    """One thread a scrape, MAX_SCRAPES at a time: beyond, the connection that is open longest is closed for a new one.
-
-    So connections that ask for nothing, however many, keep nobody out.
-    """
+    """One thread a scrape, at most MAX_SCRAPES: a further one closes the oldest, so silent ones keep nobody out."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -184,9 +181,9 @@ class _Server(ThreadingTCPServer):
 
 
 def serve(port: int, *, side: str, address: str = "127.0.0.1") -> int:
-    """Serve /metrics of a `teacher` or a `student` from a thread of its own; the port, chosen freely where it is 0.
+    """Serve /metrics of a `teacher` or a `student` in a thread; return the port, a free one for port 0.
 
-    address: the interface; whoever reaches it can read the metrics. OSError says where nothing can be served.
+    address: the interface; whoever reaches it can read the metrics. Raises OSError if it cannot be served.
     """
     registry = CollectorRegistry()
     registry.register(_OneSide(side))

@@ -12,7 +12,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process as soon as its parent has ended; on Linux alone."""
+    """Have the kernel kill this process when its parent ends; does nothing on other systems than Linux."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -21,10 +21,10 @@ def end_with_parent() -> None:
 
 
 def tied(arguments: Sequence[str]) -> list[str]:
-    """The command `python ARGUMENTS` as a process that ends with the one that starts it.
+    """Return the command `python ARGUMENTS` for a process that ends with the one that starts it.
 
-    A small Python asks the kernel for that and becomes the command: code between fork and exec, as preexec_fn runs it,
-    may hang where the parent has threads.
+    A small Python asks the kernel for that and becomes the command, because code between fork and exec (preexec_fn)
+    may hang if the parent has threads.
     """
     if sys.platform != "linux":
         return [sys.executable, *arguments]
