@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitstream.errors import one_line
 from teacher_server.stopping import stop_while_starting
 
-if TYPE_CHECKING:  # imported where they are used: they take seconds, in which signals are heeded already
+if TYPE_CHECKING:  # imported late: they take seconds, during which signals are already heeded
     from logitstream.tokenizer import Vocabulary
     from teacher_server.backend import TeacherBackend
     from teacher_server.config import TeacherConfig
@@ -37,12 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.check:
         check(config)
         return
-    from teacher_server.preflight import check_access
-
-    try:
-        check_access(config)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"teacher-server: {error}") from error
     from teacher_server.server import serve
 
     def load_checkpoint(folder: Path) -> TeacherBackend:
@@ -83,9 +78,9 @@ def check(config: TeacherConfig) -> None:
 
 
 def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
-    """What codec version 2 is told about the teacher's ids; empty where the settings name nothing.
+    """Return codec version 2's id model; empty if the settings name none.
 
-    Raises ValueError where it does not fit into the message that tells students of it.
+    Raises ValueError if it does not fit into the message that tells students of it.
     """
     from teacher_server.id_model_calibration import id_model_from
 
@@ -101,14 +96,14 @@ def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
 
 
 def vocabulary_of(config: TeacherConfig) -> Vocabulary:
-    """What a student with another tokenizer is told."""
+    """Load the vocabulary, which a student with another tokenizer is told."""
     from logitstream.tokenizer import Vocabulary
 
     return Vocabulary.of(tokenizer_of(config))
 
 
 def tokenizer_of(config: TeacherConfig) -> Any:
-    """The one that is named, or the model's own."""
+    """Load the tokenizer that is named, or the model's own."""
     from logitstream.tokenizer import load_tokenizer
     from teacher_server.weights import weights_folder
 
@@ -118,59 +113,60 @@ def tokenizer_of(config: TeacherConfig) -> Any:
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
-    """What loads the teacher: called in a thread, so that health checks are answered meanwhile."""
+    """Return a function that loads the teacher, to be called in a thread while health checks are answered."""
+    return partial(load_vllm if config.backend == "vllm" else load_transformers, config)
 
-    def load_transformers() -> TeacherBackend:
-        import torch
-        from safetensors import SafetensorError
 
-        from teacher_server.transformers_backend import TransformersBackend
+def load_transformers(config: TeacherConfig) -> TeacherBackend:
+    import torch
+    from safetensors import SafetensorError
 
-        if config.model.num_threads:
-            torch.set_num_threads(config.model.num_threads)
-        try:
-            return TransformersBackend.load(
-                config.model.path,
-                revision=config.model.revision,
-                tokenizer=config.model.tokenizer,
-                dtype=config.model.dtype,
-                device=config.model.device,
-                vocab_size=config.model.vocab_size,
-                max_padded_tokens=config.limits.max_batch_tokens,
-                logits_chunk_bytes=config.model.logits_chunk_bytes,
-            )
-        except (RuntimeError, AssertionError, SafetensorError) as error:  # a device that is none, a file cut off, …
-            raise ValueError(
-                f"model {config.model.path} cannot be loaded on device {config.model.device!r}: {error}"
-            ) from error
+    from teacher_server.transformers_backend import TransformersBackend
 
-    def load_vllm() -> TeacherBackend:
-        from logitstream.tokenizer import Vocabulary
-        from teacher_server.backend import check_vocab_size
-        from teacher_server.vllm_backend import VllmBackend, engine_args
-        from teacher_server.weights import digest_with_options, weights_digest, weights_folder
-
-        with_code = bool(config.vllm.options.get("trust_remote_code"))
-        folder = weights_folder(config.model.path, config.model.revision, with_code=with_code)
-        tokenizer = tokenizer_of(config)
-        check_vocab_size(config.model.vocab_size, tokenizer)
-        args = engine_args(
-            str(folder),
-            dtype=config.model.dtype,
+    if config.model.num_threads:
+        torch.set_num_threads(config.model.num_threads)
+    try:
+        return TransformersBackend.load(
+            config.model.path,
             revision=config.model.revision,
-            max_sequence_tokens=config.limits.max_sequence_tokens,
+            tokenizer=config.model.tokenizer,
+            dtype=config.model.dtype,
+            device=config.model.device,
             vocab_size=config.model.vocab_size,
+            max_padded_tokens=config.limits.max_batch_tokens,
             logits_chunk_bytes=config.model.logits_chunk_bytes,
-            options=config.vllm.options,
         )
-        return VllmBackend(
-            args,
-            weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.vllm.options),
-            tokenizer_digest=Vocabulary.of(tokenizer).digest,
-            engine_restarts=config.vllm.restarts,
-        )
+    except (RuntimeError, AssertionError, SafetensorError) as error:  # such as an unknown device or a file cut off
+        raise ValueError(
+            f"model {config.model.path} cannot be loaded on device {config.model.device!r}: {error}"
+        ) from error
 
-    return load_vllm if config.backend == "vllm" else load_transformers
+
+def load_vllm(config: TeacherConfig) -> TeacherBackend:
+    from logitstream.tokenizer import Vocabulary
+    from teacher_server.backend import check_vocab_size
+    from teacher_server.vllm_backend import VllmBackend, engine_args
+    from teacher_server.weights import digest_with_options, weights_digest, weights_folder
+
+    with_code = bool(config.vllm.options.get("trust_remote_code"))
+    folder = weights_folder(config.model.path, config.model.revision, with_code=with_code)
+    tokenizer = tokenizer_of(config)
+    check_vocab_size(config.model.vocab_size, tokenizer)
+    args = engine_args(
+        str(folder),
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        max_sequence_tokens=config.limits.max_sequence_tokens,
+        vocab_size=config.model.vocab_size,
+        logits_chunk_bytes=config.model.logits_chunk_bytes,
+        options=config.vllm.options,
+    )
+    return VllmBackend(
+        args,
+        weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.vllm.options),
+        tokenizer_digest=Vocabulary.of(tokenizer).digest,
+        engine_restarts=config.vllm.restarts,
+    )
 
 
 if __name__ == "__main__":

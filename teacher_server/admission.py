@@ -26,7 +26,7 @@ class Client:
 
 
 class Hold:
-    """What one call holds until its answers are written."""
+    """The tokens that one call holds until its answers are written."""
 
     def __init__(self, admission: Admission, client: Client, num_tokens: int, num_sequences: int) -> None:
         self._admission = admission

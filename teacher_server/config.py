@@ -46,7 +46,7 @@ class VllmSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Where the server answers, and whom."""
+    """Addresses, and who may call."""
 
     address: str = setting("HOST:PORT to serve on; port 0 takes a free one.", "127.0.0.1:50051")
     address_file: str = setting("File that receives the bound HOST:PORT once the server is healthy.", "")
@@ -74,7 +74,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitSettings:
-    """What the server takes on at a time."""
+    """Limits on what the server takes on at a time."""
 
     max_batch_tokens: int = setting(
         "Tokens of one forward batch, across all clients: more is faster on a GPU, fewer answers sooner.", 4096
@@ -125,7 +125,7 @@ class IdModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
-    """What was scored, kept on disk."""
+    """The server's own cache of what was scored."""
 
     path: str = setting("Folder that keeps what was scored, a cache for each teacher and spec; empty: none.", "")
     max_bytes: int = setting("Stop writing to the caches beyond this many bytes in all; 0: no bound.", 0)

@@ -35,7 +35,7 @@ class _Client(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """Waiting items of many clients; every operation takes O(log n) or O(number of clients)."""
+    """The items of many clients that wait; every operation takes O(log n) or O(number of clients)."""
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
@@ -45,12 +45,17 @@ class FairQueue(Generic[Item]):
         self.cost = 0
 
     def cost_of(self, client_id: str) -> int:
-        """The cost that this client has waiting."""
+        """Return the cost that this client has waiting."""
         client = self._clients.get(client_id)
         return client.cost if client else 0
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Clients and tickets in memory, cancelled ones included."""
+        return len(self._clients), sum(len(client.heap) for client in self._clients.values())
+
     def push(self, item: Item, *, client_id: str, cost: int, priority: int = 0) -> Ticket[Item]:
-        """Queue `item`; within a client the smallest priority is next, then the earliest arrival."""
+        """Queue an item; within a client the smallest priority is next, then the earliest arrival."""
         client = self._clients.get(client_id)
         if client is None:
             client = self._clients[client_id] = _Client(self._weights.get(client_id, 1.0), self._now)
@@ -64,7 +69,7 @@ class FairQueue(Generic[Item]):
         return ticket
 
     def peek(self) -> Ticket[Item] | None:
-        """The ticket that `pop` takes next."""
+        """Return the ticket that `pop` takes next."""
         waiting = [client for client in self._clients.values() if client.cost > 0]
         if not waiting:
             return None
@@ -75,7 +80,7 @@ class FairQueue(Generic[Item]):
         return client.heap[0][2]
 
     def pop(self) -> Ticket[Item]:
-        """Take the next ticket and charge its client; IndexError where nothing waits."""
+        """Take the next ticket and charge its client. Raises IndexError if nothing waits."""
         ticket = self.peek()
         if ticket is None:
             raise IndexError("nothing waits")
@@ -87,13 +92,13 @@ class FairQueue(Generic[Item]):
         return ticket
 
     def cancel(self, ticket: Ticket[Item]) -> None:
-        """Take `ticket` out without a charge; idempotent, also after it was popped."""
+        """Take `ticket` out without a charge; does nothing if it was popped or cancelled before."""
         if ticket.waiting:
             client = self._clients[ticket.client_id]
             del ticket.item  # the heap keeps the ticket for a while
             client.num_stale += 1
             self._leave(ticket, client)
-            if client.num_stale > len(client.heap) // 2:  # a client that cancels all it asks for must not grow the heap
+            if client.num_stale > len(client.heap) // 2:  # the heap must not grow with what is cancelled
                 client.heap = [entry for entry in client.heap if entry[2].waiting]
                 client.num_stale = 0
                 heapq.heapify(client.heap)
@@ -108,9 +113,9 @@ class FairQueue(Generic[Item]):
             self._forget_idle()
 
     def _forget_idle(self) -> None:
-        """Drop clients that wait for nothing and owe nothing, so that memory follows the clients of the moment.
+        """Drop clients that wait for nothing and owe nothing, so that memory follows the present clients.
 
-        Where nobody waits, the busy period is over and all debts end with it.
+        If nobody waits, the busy period is over and all debts end with it.
         """
         if self.cost == 0:
             self._now = max(client.virtual_time for client in self._clients.values())

@@ -30,7 +30,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """`time LEVEL logger message key=value …`; client names are quoted, so that none can forge a line."""
+    """`time LEVEL logger message key=value …`; client names are quoted, so that no client can forge a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         context = [] if record.exc_info else [f"{name}={value!r}" for name, value in _context(record).items()]

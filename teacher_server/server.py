@@ -32,6 +32,7 @@ from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import LimitSettings, TeacherConfig
 from teacher_server.encoding import Encode, encoder
 from teacher_server.health import Health
+from teacher_server.preflight import check_access
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import TeacherServicer
 from teacher_server.stopping import WORKERS, in_thread, is_busy, stopping_signals
@@ -42,6 +43,8 @@ DEFAULT_SEQUENCE_TOKENS = 8192
 STOP_SECONDS = 1.0
 """How long gRPC itself may take after draining."""
 EXIT_STUCK = 75
+MAX_CALLS = 1024
+"""Calls at a time, each with a request of up to max_message_bytes that is not counted before it is read."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class TeacherServer:
         server, limits = config.server, config.limits
         tokens = bearer_tokens(server.token_file, server.token_env)
         self._server = aio.server(
+            maximum_concurrent_rpcs=MAX_CALLS,
             interceptors=[] if tokens is None else [TokenInterceptor(tokens)],
             options=listening.teacher_options(
                 server.address, limits.max_message_bytes, max_connections=limits.max_connections
@@ -258,6 +262,7 @@ def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend], **l
             _exit(0)
 
     try:
+        check_access(config)
         asyncio.run(main())
     except (OSError, ValueError, LogitstreamError) as error:
         if server is not None and server.scheduler is not None:
