@@ -1,44 +1,52 @@
-"""Compiled kernels of codec version 2: rows of targets <-> range-coded bytes, as docs/targets-format.md describes.
+"""The compiled coder of codec version 2: rows of targets <-> range-coded bytes, as docs/targets-format.md describes.
 
-The coder's state is (low or code, width, position) in int64; a carry is propagated into the bytes already written.
-Adaptive bits hold 16 bits of P(0) and, in the low 8 bits, how often they were seen. All kernels are in one file, as
-numba's cache on disk does not notice a change in another file's callee.
+Each step is written once for both directions; `decoding` is a constant where it is compiled in. The coder's state `at`
+is low (decoding: the code's distance from it), width and position in the bytes. Adaptive bits hold 16 bits of P(0) and,
+in the low 8 bits, how often they were seen. All kernels are in one file: numba's cache on disk does not notice a change
+in another one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.compiled import kernel, multiply_high, part, prefetch
-from logitstream.id_model import DRAW_CLASSES, NEXT_BITS, SLOT_BITS, IdTables
+from logitstream.id_model import DRAW_CLASSES, INNER_BITS, INNER_SLOT_BITS, NEXT_BITS, SLOT_BITS, IdTables
 
 Array = npt.NDArray[Any]
 State = tuple[int, int, int]
-"""Low end (or code), width and position in the bytes."""
-Decoded = tuple[int, int, int, int]
-"""A value and the State after it."""
+Coded = tuple[int, State]
+"""A value and the state after it."""
+Rows = tuple[Array, Array, Array]
+"""Lengths int64 [R], token ids and counts int32 [K]."""
+F = TypeVar("F", bound=Callable[..., Any])
 
-MAX_ENTRY_BYTES = 64
-"""No entry and no row length takes more: 30 adaptive bits of at most 12 bits each, 31 plain ones, and an id."""
-
+OUT_OF_SPACE, INVALID = -1, -2
+MAX_ENTRY_BYTES = 128
+"""No entry or row length takes more: 66 adaptive bits of at most 11 bits each and 56 plain ones."""
 MAX_COUNT = (1 << 31) - 1
 
+_int = cast(Callable[[Any], int], np.int64)
+_at = cast(Callable[[int], int], np.uintp)
+"""An index that is not negative: spares numba's check for one that counts from the end."""
 _MASK = (1 << 48) - 1
 _LEAST_WIDTH = 1 << 32
 _UNSEEN = 32768 << 8
 _RATES = 0x5444444443333221
-"""By how often a context was seen, four bits each."""
+"""How fast a context adapts, by how often it was seen, four bits each."""
 
-# Layout of the adaptive contexts: of a value's bit length, and of the two bits below its top bit, for each use.
+# Layout of the adaptive contexts: a value's bit length, and the two bits below its top bit, for each use.
 _VALUE_CONTEXTS = 32 + 32 * 4
 _LENGTH, _EXCESS, _PLAIN = 0, _VALUE_CONTEXTS, 2 * _VALUE_CONTEXTS
 _HAS_MORE = 3 * _VALUE_CONTEXTS
 _TAKES_ALL = _HAS_MORE + 64
 _IS_TAIL = _TAKES_ALL + 64
-_NUM_CONTEXTS = _IS_TAIL + 4
+_GAP = _IS_TAIL + 4
+_NUM_CONTEXTS = _GAP + _VALUE_CONTEXTS
 
 _CLASS_OF = np.searchsorted(DRAW_CLASSES, np.arange(DRAW_CLASSES[-1] + 1), side="right").astype(np.uint8) - 1
 _LAST_CLASS = int(DRAW_CLASSES[-1])
@@ -51,45 +59,52 @@ _CONTEXT = np.array(
 ).ravel()
 
 
-@part
-def _at(index: int) -> Any:
-    """An index that is not negative: without the check for one that counts from the end."""
-    return np.uintp(index)
+def kernel(function: F) -> F:
+    """Compile at the first call; numba keeps the code on disk if it finds a writable folder (NUMBA_CACHE_DIR)."""
+    try:
+        return cast(F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    except RuntimeError:  # "no locator available": a read-only file system
+        return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
-@part
-def _int(number: Any) -> int:
-    """Signed, whatever the table's type is: numba makes floats of signed and unsigned together."""
-    return np.int64(number)  # type: ignore[return-value]
+def inlined(function: F) -> F:
+    """Compile into the kernels that call it, without numba's reference counts, whose atomic steps would cost more."""
+    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "_nrt": False}
+    return cast(F, numba.njit(**options)(function))
 
 
-@part
-def _put(out: Array, low: int, width: int, position: int, start: int, size: int) -> State:
-    """Narrow the interval to [start, start + size) of it, both already in the coder's units."""
+@inlined
+def _symbol(data: Array, at: State, start: int, size: int, decoding: bool) -> State:
+    """Narrow the interval to [start, start + size) of it, in the coder's units."""
+    low, _, position = at
+    shift = 16 if size < _LEAST_WIDTH else 0
+    if decoding:
+        following = (_int(data[_at(position)]) << 8) | _int(data[_at(position + 1)])
+        low = (((low - start) << shift) & _MASK) | (following if shift else 0)
+        return low, size << shift, min(position + (shift >> 3), len(data) - 2)
     low += start
     if low > _MASK:
         low &= _MASK
-        _carry(out, position - 1)
-    # Whether bytes are complete is as good as random after most symbols: no branch, they are written either way.
-    out[_at(position)] = low >> 40
-    out[_at(position + 1)] = (low >> 32) & 255
-    shift = 16 if size < _LEAST_WIDTH else 0
+        _carry(data, position - 1)
+    # Whether bytes are complete is as good as random: no branch, they are written either way.
+    data[_at(position)] = low >> 40
+    data[_at(position + 1)] = (low >> 32) & 255
     return (low << shift) & _MASK, size << shift, position + (shift >> 3)
 
 
-@part
-def _carry(out: Array, last: int) -> None:
-    while out[last] == 255:
-        out[last] = 0
+@inlined
+def _carry(data: Array, last: int) -> None:
+    while data[last] == 255:
+        data[last] = 0
         last -= 1
-    out[last] += 1
+    data[last] += 1
 
 
-@part
-def _finish(out: Array, low: int, width: int, position: int) -> int:
-    """The shortest number in [low, low + width), of no more than 16 bits; the reader appends zeros to it."""
-    num_bytes, step = 0, 1 << 48
-    number = 0
+@inlined
+def _finish(data: Array, at: State) -> int:
+    """Write the shortest number in the interval, at most 16 bits; the reader appends zeros to it."""
+    low, width, position = at
+    num_bytes, step, number = 0, 1 << 48, 0
     while number < low:
         num_bytes += 1
         step >>= 8
@@ -97,351 +112,208 @@ def _finish(out: Array, low: int, width: int, position: int) -> int:
         if number >= low + width:
             number = 0
     if number > _MASK:
-        _carry(out, position - 1)
+        _carry(data, position - 1)
     for i in range(num_bytes):
-        out[position + i] = (number >> (40 - 8 * i)) & 255
+        data[position + i] = (number >> (40 - 8 * i)) & 255
     return position + num_bytes
 
 
-@part
-def _put_bit(out: Array, low: int, width: int, position: int, contexts: Array, index: int, bit: int) -> State:
+@inlined
+def _bit(data: Array, at: State, contexts: Array, index: int, bit: int, decoding: bool) -> Coded:
     state = _int(contexts[_at(index)])
-    bound = (width >> 12) * (state >> 12)
-    contexts[_at(index)] = _adapted(state, bit)
-    low += bound if bit else 0
-    width = width - bound if bit else bound
-    if low > _MASK:
-        low &= _MASK
-        _carry(out, position - 1)
-    if width < _LEAST_WIDTH:
-        out[_at(position)] = low >> 40
-        out[_at(position + 1)] = (low >> 32) & 255
-        return (low << 16) & _MASK, width << 16, position + 2
-    return low, width, position
-
-
-@part
-def _adapted(state: int, bit: int) -> int:
     p0, seen = state >> 8, state & 15
+    bound = (at[1] >> 12) * (p0 >> 4)
+    if decoding:
+        bit = int(at[0] >= bound)
     rate = (_RATES >> (4 * seen)) & 15
     step = -(p0 >> rate) if bit else (65536 - p0) >> rate
-    return (min(max(p0 + step, 32), 65536 - 32) << 8) | min(seen + 1, 15)
+    contexts[_at(index)] = (min(max(p0 + step, 32), 65536 - 32) << 8) | min(seen + 1, 15)
+    return bit, _symbol(data, at, bound if bit else 0, at[1] - bound if bit else bound, decoding)
 
 
-@part
-def _put_plain(out: Array, low: int, width: int, position: int, value: int, num_bits: int) -> State:
-    """num_bits equiprobable bits, at most 16 at once."""
+@inlined
+def _quotient(a: int, b: int) -> int:
+    """Return a // b of numbers that are not negative, as one machine instruction."""
+    return _int(np.uint64(a) // np.uint64(b))
+
+
+@inlined
+def _plain(data: Array, at: State, value: int, num_bits: int, decoding: bool) -> Coded:
+    """Code num_bits equiprobable bits, at most 16 at once."""
+    coded = 0
     while num_bits > 0:
         part = min(num_bits, 16)
         num_bits -= part
-        unit = width >> part
-        low, width, position = _put(out, low, width, position, unit * ((value >> num_bits) & ((1 << part) - 1)), unit)
-    return low, width, position
+        unit = at[1] >> part
+        digit = min(_quotient(at[0], unit), (1 << part) - 1) if decoding else (value >> num_bits) & ((1 << part) - 1)
+        coded = (coded << part) | digit
+        at = _symbol(data, at, unit * digit, unit, decoding)
+    return coded, at
 
 
-@part
-def _put_value(out: Array, low: int, width: int, position: int, contexts: Array, base: int, value: int) -> State:
-    """A number below 2^31: its bit length in unary, the two bits below its top bit adaptively, the rest plainly."""
+@inlined
+def _value(data: Array, at: State, contexts: Array, base: int, value: int, decoding: bool) -> Coded:
+    """Code a number below 2^31: bit length in unary, the two bits below the top bit adaptively, the rest plainly."""
     length = 0
-    while value >> length:
-        low, width, position = _put_bit(out, low, width, position, contexts, base + length, 1)
-        length += 1
-    if length < 31:
-        low, width, position = _put_bit(out, low, width, position, contexts, base + length, 0)
-    left, node = length - 1, 1
-    while left > 0 and node < 4:
-        left -= 1
-        bit = (value >> left) & 1
-        low, width, position = _put_bit(out, low, width, position, contexts, base + 32 + 4 * length + node, bit)
-        node = 2 * node + bit
-    if left > 0:
-        low, width, position = _put_plain(out, low, width, position, value & ((1 << left) - 1), left)
-    return low, width, position
-
-
-@part
-def _more(data: Array, code: int, width: int, position: int) -> State:
-    """data: with zeros behind its end, where the position stays."""
-    is_short = width < _LEAST_WIDTH
-    following = (_int(data[_at(position)]) << 8) | _int(data[_at(position + 1)])
-    shift = 16 if is_short else 0
-    code = ((code << shift) & _MASK) | (following if is_short else 0)
-    return code, width << shift, min(position + (shift >> 3), len(data) - 2)
-
-
-@part
-def _get_bit(data: Array, code: int, width: int, position: int, contexts: Array, index: int) -> Decoded:
-    state = _int(contexts[_at(index)])
-    bound = (width >> 12) * (state >> 12)
-    bit = int(code >= bound)
-    code -= bound if bit else 0
-    width = width - bound if bit else bound
-    contexts[_at(index)] = _adapted(state, bit)
-    if width < _LEAST_WIDTH:
-        code, width, position = _more(data, code, width, position)
-    return bit, code, width, position
-
-
-@part
-def _get_plain(data: Array, code: int, width: int, position: int, num_bits: int) -> Decoded:
-    value = 0
-    while num_bits > 0:
-        part = min(num_bits, 16)
-        num_bits -= part
-        unit = width >> part
-        digit = min(_quotient(code, unit), (1 << part) - 1)
-        value = (value << part) | digit
-        code, width, position = _more(data, code - unit * digit, unit, position)
-    return value, code, width, position
-
-
-@part
-def _get_value(data: Array, code: int, width: int, position: int, contexts: Array, base: int) -> Decoded:
-    length = 0
-    bit = 1
     while length < 31:
-        bit, code, width, position = _get_bit(data, code, width, position, contexts, base + length)
-        if bit == 0:
+        more, at = _bit(data, at, contexts, base + length, int(value >> length > 0), decoding)
+        if not more:
             break
         length += 1
-    if length == 0:
-        return 0, code, width, position
-    left, node, value = length - 1, 1, 1
+    left, node, coded = length - 1, 1, int(length > 0)
     while left > 0 and node < 4:
         left -= 1
-        bit, code, width, position = _get_bit(data, code, width, position, contexts, base + 32 + 4 * length + node)
-        node = 2 * node + bit
-        value = 2 * value + bit
+        bit, at = _bit(data, at, contexts, base + 32 + 4 * length + node, (value >> left) & 1, decoding)
+        node, coded = 2 * node + bit, 2 * coded + bit
     if left > 0:
-        low_bits, code, width, position = _get_plain(data, code, width, position, left)
-        value = (value << left) | low_bits
-    return value, code, width, position
+        rest, at = _plain(data, at, value & ((1 << left) - 1), left, decoding)
+        coded = (coded << left) | rest
+    return coded, at
 
 
-@part
-def _quotient(a: int, b: int) -> int:
-    """a // b of numbers that are not negative, as one machine instruction."""
-    return int(_int(np.uint64(a) // np.uint64(b)))
+@inlined
+def _id(
+    data: Array, at: State, tables: IdTables, num_left: int, first: int, used: int, token_id: int, decoding: bool
+) -> tuple[int, State, int, int]:
+    """Code the id's bucket among those from `first` on, then its place among what is unused of the bucket.
 
-
-@part
-def _unit(width: int, tables: IdTables, bucket: int, total: int, used: int) -> int:
-    """width // (total - used), where nothing is used by an exact multiplication: width is below 2^48, total to 2^16."""
-    if used == 0:
-        return multiply_high(np.uint64(width), tables.reciprocal[_at(bucket)])
-    return _quotient(width, total - used)
-
-
-@part
-def _put_id(
-    out: Array,
-    low: int,
-    width: int,
-    position: int,
-    tables: IdTables,
-    num_left: int,
-    first: int,
-    used: int,
-    token_id: int,
-) -> tuple[int, int, int, int, int]:
-    """The id's bucket among those from `first` on, then its place among what is unused of the bucket.
-
-    The last two values are `first` and `used` of the next id, of which num_left - 1 are to come after this one.
+    The last two results are `first` and `used` of the next id, of which num_left - 1 are to come after this one.
     """
-    is_uniform = len(tables.bucket_of) == 0
-    bucket = token_id // int(tables.bucket_start[1]) if is_uniform else _int(tables.bucket_of[_at(token_id)])
-    draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
+    draws = _CLASS_OF[_at(min(num_left, _LAST_CLASS))]
     starts = tables.next_start[_at(first), _at(draws)]
-    unit = width >> NEXT_BITS
-    start, end = _int(starts[_at(bucket)]), _int(starts[_at(bucket + 1)])
-    low, width, position = _put(out, low, width, position, unit * start, unit * (end - start))
-    used = used if bucket == first else 0
-    total = _int(tables.inner_total[_at(bucket)])
-    is_last = token_id + 1 == tables.bucket_start[_at(bucket + 1)]
-    if is_uniform:
-        start = token_id - _int(tables.bucket_start[_at(bucket)])
-        end = start + 1
+    unit = at[1] >> NEXT_BITS
+    if decoding:
+        target = min(_quotient(at[0], unit), (1 << NEXT_BITS) - 1)
+        bucket = _int(tables.next_slot[_at(first), _at(draws), _at(target >> (NEXT_BITS - SLOT_BITS))])
+        while starts[_at(bucket + 1)] <= target:
+            bucket += 1
     else:
-        start = _int(tables.inner_start[_at(token_id)])
-        end = total if is_last else _int(tables.inner_start[_at(token_id + 1)])
-    if total - used > end - start:
-        unit = _unit(width, tables, bucket, total, used)
-        low, width, position = _put(out, low, width, position, unit * (start - used), unit * (end - start))
-    return low, width, position, bucket + 1 if is_last else bucket, 0 if is_last else end
-
-
-@part
-def _get_id(
-    data: Array, code: int, width: int, position: int, tables: IdTables, num_left: int, first: int, used: int
-) -> tuple[int, int, int, int, int, int]:
-    """The id that _put_id put, then the state, `first` and `used`."""
-    draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
-    starts = tables.next_start[_at(first), _at(draws)]
-    unit = width >> NEXT_BITS
-    target = min(_quotient(code, unit), (1 << NEXT_BITS) - 1)
-    bucket = _int(tables.next_slot[_at(first), _at(draws), _at(target >> (NEXT_BITS - SLOT_BITS))])
-    while _int(starts[_at(bucket + 1)]) <= target:
-        bucket += 1
+        bucket = _int(tables.bucket_of[_at(token_id)])
     start, end = _int(starts[_at(bucket)]), _int(starts[_at(bucket + 1)])
-    code, width, position = _more(data, code - unit * start, unit * (end - start), position)
-    _prefetch_next(tables, num_left - 1, bucket)
+    at = _symbol(data, at, unit * start, unit * (end - start), decoding)
     used = used if bucket == first else 0
-    total = _int(tables.inner_total[_at(bucket)])
-    token_id = _int(tables.bucket_start[_at(bucket)])
+    left = (1 << INNER_BITS) - used
+    unit = at[1] >> INNER_BITS if used == 0 else _quotient(at[1], left)
     last = _int(tables.bucket_start[_at(bucket + 1)]) - 1
-    if token_id == last:
-        return token_id, code, width, position, bucket + 1, 0
-    unit = _unit(width, tables, bucket, total, used)
-    target = min(_quotient(code, unit), total - used - 1) + used
-    if len(tables.bucket_of) == 0:
-        token_id += target
-        start, end = target, target + 1
-    else:
-        slot = _int(tables.slot_start[_at(bucket)]) + (target >> _int(tables.slot_shift[_at(bucket)]))
-        token_id += _int(tables.inner_slot[_at(slot)])
-        while token_id < last and _int(tables.inner_start[_at(token_id + 1)]) <= target:
+    if decoding:
+        token_id = _int(tables.bucket_start[_at(bucket)])
+        target = min(_quotient(at[0], unit), left - 1) + used
+        token_id += _int(tables.inner_slot[_at(bucket), _at(target >> (INNER_BITS - INNER_SLOT_BITS))])
+        while token_id < last and tables.inner_start[_at(token_id + 1)] <= target:
             token_id += 1
-        start = _int(tables.inner_start[_at(token_id)])
-        end = total if token_id == last else _int(tables.inner_start[_at(token_id + 1)])
-    if total - used > end - start:
-        code, width, position = _more(data, code - unit * (start - used), unit * (end - start), position)
-    if token_id == last:
-        return token_id, code, width, position, bucket + 1, 0
-    return token_id, code, width, position, bucket, end
+    start = _int(tables.inner_start[_at(token_id)])
+    end = 1 << INNER_BITS if token_id == last else _int(tables.inner_start[_at(token_id + 1)])
+    if end - start < left:
+        at = _symbol(data, at, unit * (start - used), unit * (end - start), decoding)
+    return token_id, at, bucket + int(token_id == last), 0 if token_id == last else end
 
 
-@part
-def _prefetch_next(tables: IdTables, num_left: int, first: int) -> None:
-    """What the next bucket will be looked up in, as nothing else can be done until it is there."""
-    draws = _int(_CLASS_OF[_at(min(num_left, _LAST_CLASS))])
-    starts, slots = tables.next_start[_at(first), _at(draws)], tables.next_slot[_at(first), _at(draws)]
-    for i in range(0, 2 * 32, 32):
-        prefetch(starts, first + i)
-    for i in range(0, 1 << SLOT_BITS, 64):
-        prefetch(slots, i)
+@inlined
+def _gap(
+    data: Array,
+    at: State,
+    contexts: Array,
+    vocab_size: int,
+    num_left: int,
+    previous: int,
+    token_id: int,
+    decoding: bool,
+) -> Coded:
+    """Code how far the id is behind the previous one: as a value in units near the mean gap, the rest plainly."""
+    mean, shift = _quotient(vocab_size - previous, num_left + 1), 0
+    while mean >> shift > 2:
+        shift += 1
+    gap = token_id - previous - 1
+    high, at = _value(data, at, contexts, _GAP, gap >> shift, decoding)
+    rest, at = _plain(data, at, gap & ((1 << shift) - 1), shift, decoding)
+    return previous + 1 + (high << shift) + rest, at
 
 
-@part
-def _put_count(
-    out: Array, low: int, width: int, position: int, contexts: Array, num_left: int, excess: int, count: int
-) -> State:
-    """A count of a row whose num_left entries, this one included, have `excess` more than one each; -1: of any row."""
+@inlined
+def _count(data: Array, at: State, contexts: Array, num_left: int, excess: int, count: int, decoding: bool) -> Coded:
+    """Code a count of a row whose num_left entries, this one included, have `excess` above 1 each; -1: of any row."""
     if excess < 0:
-        low, width, position = _put_bit(out, low, width, position, contexts, _IS_TAIL, int(count == 0))
-        if count > 0:
-            low, width, position = _put_value(out, low, width, position, contexts, _PLAIN, count - 1)
-    elif excess > 0 and num_left > 1:
-        context = _int(_CONTEXT[_at(256 * min(num_left, 31) + min(excess, 255))])
-        more = count - 1
-        low, width, position = _put_bit(out, low, width, position, contexts, _HAS_MORE + context, int(more > 0))
-        if more > 0:
-            takes_all = int(more == excess)
-            low, width, position = _put_bit(out, low, width, position, contexts, _TAKES_ALL + context, takes_all)
-            if not takes_all:
-                low, width, position = _put_value(out, low, width, position, contexts, _EXCESS, more - 1)
-    return low, width, position
-
-
-@part
-def _get_count(
-    data: Array, code: int, width: int, position: int, contexts: Array, num_left: int, excess: int
-) -> Decoded:
-    if excess < 0:
-        is_tail, code, width, position = _get_bit(data, code, width, position, contexts, _IS_TAIL)
+        is_tail, at = _bit(data, at, contexts, _IS_TAIL, int(count == 0), decoding)
         if is_tail:
-            return 0, code, width, position
-        more, code, width, position = _get_value(data, code, width, position, contexts, _PLAIN)
-        return more + 1, code, width, position
+            return 0, at
+        more, at = _value(data, at, contexts, _PLAIN, count - 1, decoding)
+        return 1 + more, at
     if excess == 0 or num_left == 1:
-        return 1 + excess, code, width, position
-    context = _int(_CONTEXT[_at(256 * min(num_left, 31) + min(excess, 255))])
-    more, code, width, position = _get_bit(data, code, width, position, contexts, _HAS_MORE + context)
-    if more:
-        takes_all, code, width, position = _get_bit(data, code, width, position, contexts, _TAKES_ALL + context)
-        if takes_all:
-            return 1 + excess, code, width, position
-        more, code, width, position = _get_value(data, code, width, position, contexts, _EXCESS)
-        more += 1
-    return 1 + more, code, width, position
+        return 1 + excess, at
+    context = _CONTEXT[_at(256 * min(num_left, 31) + min(excess, 255))]
+    more, at = _bit(data, at, contexts, _HAS_MORE + context, int(count > 1), decoding)
+    if not more:
+        return 1, at
+    takes_all, at = _bit(data, at, contexts, _TAKES_ALL + context, int(count == 1 + excess), decoding)
+    if takes_all:
+        return 1 + excess, at
+    more, at = _value(data, at, contexts, _EXCESS, count - 2, decoding)
+    return 2 + more, at
 
 
-@kernel
-def encode_block(out: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> int:
-    """One block's rows into `out`; row_sum: what the counts of each row sum to, or -1. The number of bytes written."""
-    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int32)
-    low, width, position, entry = 0, _MASK, 0, 0
+@inlined
+def _rows(
+    data: Array,
+    at: State,
+    contexts: Array,
+    rows: Rows,
+    row_sum: int,
+    vocab_size: int,
+    tables: IdTables,
+    decoding: bool,
+) -> int:
+    """Code all rows; return the bytes written (0 after decoding), OUT_OF_SPACE or INVALID."""
+    lengths, token_ids, counts = rows
+    num_buckets, entry = len(tables.bucket_start) - 1, 0
     for row in range(len(lengths)):
-        length = int(lengths[row])
-        low, width, position = _put_value(out, low, width, position, contexts, _LENGTH, length)
-        first, used, excess = 0, 0, row_sum - length if row_sum >= 0 else -1
-        for num_left in range(length, 0, -1):
-            token_id, count = int(token_ids[entry]), int(counts[entry])
-            low, width, position, first, used = _put_id(
-                out, low, width, position, tables, num_left, first, used, token_id
-            )
-            low, width, position = _put_count(out, low, width, position, contexts, num_left, excess, count)
-            if excess >= 0:
-                excess -= count - 1
-            entry += 1
-    return _finish(out, low, width, position)
-
-
-@kernel
-def row_kind(row_offsets: Array, token_ids: Array, counts: Array, vocab_size: int, row_sum: int) -> int:
-    """-1 where these are no rows of rising ids below vocab_size with counts; 1 where all counts are positive and those
-    of each row that has any sum to row_sum; else 0.
-    """
-    if len(row_offsets) < 1 or row_offsets[0] != 0 or len(counts) != len(token_ids):
-        return -1
-    for row in range(len(row_offsets) - 1):
-        if not row_offsets[row] <= row_offsets[row + 1] <= len(token_ids):
-            return -1
-    if row_offsets[-1] != len(token_ids):
-        return -1
-    sums_up = len(token_ids) > 0
-    for row in range(len(row_offsets) - 1):
-        previous, total = _int(-1), _int(0)
-        for i in range(row_offsets[row], row_offsets[row + 1]):
-            token_id, count = _int(token_ids[i]), _int(counts[i])
-            if token_id <= previous or count < 0:
-                return -1
-            sums_up = sums_up and count > 0
-            previous = token_id
-            total += count
-        if previous >= vocab_size:
-            return -1
-        sums_up = sums_up and (total == row_sum or previous < 0)
-    return int(sums_up)
-
-
-@kernel
-def decode_block(data: Array, lengths: Array, token_ids: Array, counts: Array, row_sum: int, tables: IdTables) -> bool:
-    """What encode_block wrote, into arrays as long as the rows and entries are; whether the bytes hold just that."""
-    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int32)
-    padded = np.zeros(len(data) + 8, np.uint8)
-    padded[: len(data)] = data
-    code, width, position, entry = 0, _MASK, 6, 0
-    for i in range(position):
-        code = (code << 8) | _int(padded[i])
-    for row in range(len(lengths)):
-        length, code, width, position = _get_value(padded, code, width, position, contexts, _LENGTH)
+        if not decoding and at[2] + MAX_ENTRY_BYTES > len(data):
+            return OUT_OF_SPACE
+        length, at = _value(data, at, contexts, _LENGTH, lengths[row], decoding)
         if length > len(token_ids) - entry or (row_sum >= 0 and length > row_sum):
-            return False
-        lengths[row] = length
-        first, used, excess = 0, 0, row_sum - length if row_sum >= 0 else -1
+            return INVALID
+        first, used, previous, excess = 0, 0, -1, row_sum - length if row_sum >= 0 else -1
         for num_left in range(length, 0, -1):
-            if first >= len(tables.inner_total):
-                return False
-            token_id, code, width, position, first, used = _get_id(
-                padded, code, width, position, tables, num_left, first, used
-            )
-            count, code, width, position = _get_count(padded, code, width, position, contexts, num_left, excess)
-            if excess >= 0:
-                excess -= count - 1
-                if excess < 0:
-                    return False
-            if count > MAX_COUNT:
-                return False
-            token_ids[entry], counts[entry] = token_id, count
+            token_id, count = _int(token_ids[entry]), _int(counts[entry])
+            if decoding and num_buckets and first >= num_buckets:
+                return INVALID
+            if not decoding and at[2] + MAX_ENTRY_BYTES > len(data):
+                return OUT_OF_SPACE
+            if not decoding and (token_id <= previous or token_id >= vocab_size or count < 0):
+                return INVALID
+            if num_buckets:
+                token_id, at, first, used = _id(data, at, tables, num_left, first, used, token_id, decoding)
+            else:
+                token_id, at = _gap(data, at, contexts, vocab_size, num_left, previous, token_id, decoding)
+            count, at = _count(data, at, contexts, num_left, excess, count, decoding)
+            excess -= count - 1 if row_sum >= 0 else 0
+            if token_id >= vocab_size or count > MAX_COUNT or (row_sum >= 0 and excess < 0):
+                return INVALID
+            if decoding:
+                token_ids[entry], counts[entry] = token_id, count
+            previous = token_id
             entry += 1
-    return entry == len(token_ids)
+        if decoding:
+            lengths[row] = length
+    if entry < len(token_ids):
+        return INVALID
+    return 0 if decoding else _finish(data, at)
+
+
+@kernel
+def encode_rows(data: Array, rows: Rows, row_sum: int, vocab_size: int, tables: IdTables) -> int:
+    """Encode rows into `data`; return the bytes written, OUT_OF_SPACE or INVALID.
+
+    row_sum: what the counts of each row sum to, or -1; tables: without buckets if there is no id model.
+    """
+    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int32)
+    return _rows(data, (0, _MASK, 0), contexts, rows, row_sum, vocab_size, tables, False)
+
+
+@kernel
+def decode_rows(data: Array, rows: Rows, row_sum: int, vocab_size: int, tables: IdTables) -> int:
+    """Decode what `encode_rows` wrote, and 8 zeros behind it, into arrays of the rows' and entries' number."""
+    code = 0
+    for i in range(6):
+        code = (code << 8) | _int(data[i])
+    contexts = np.full(_NUM_CONTEXTS, _UNSEEN, np.int32)
+    return _rows(data, (code, _MASK, 6), contexts, rows, row_sum, vocab_size, tables, True)

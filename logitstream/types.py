@@ -285,6 +285,17 @@ class SparseTargets:
 
     def validate(self) -> None:
         """Raise ValueError if the arrays do not form a CSR in range."""
+        self.validate_shape()
+        if self.num_entries == 0:
+            return
+        if self.token_ids.min() < 0 or self.token_ids.max() >= self.vocab_size or self.counts.min() < 0:
+            raise ValueError(f"token ids must lie in [0, {self.vocab_size}) and counts must not be negative")
+        rows = self.row_index()
+        if np.any((np.diff(self.token_ids) <= 0) & (np.diff(rows) == 0)):
+            raise ValueError("token ids must increase strictly within a row")
+
+    def validate_shape(self) -> None:
+        """Raise ValueError if a number is out of range or the rows do not fit the entries."""
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must lie in [1, {MAX_VOCAB_SIZE}], got {self.vocab_size}")
         if not 1 <= self.units <= FULL_UNITS or not 0 <= self.tail_units <= self.units:
@@ -293,13 +304,6 @@ class SparseTargets:
             raise ValueError("row_offsets must start at 0 and end at the number of entries")
         if np.any(np.diff(self.row_offsets) < 0) or len(self.counts) != self.num_entries:
             raise ValueError("row_offsets must not fall, and each entry needs one count")
-        if self.num_entries == 0:
-            return
-        if self.token_ids.min() < 0 or self.token_ids.max() >= self.vocab_size or self.counts.min() < 0:
-            raise ValueError(f"token ids must lie in [0, {self.vocab_size}) and counts must not be negative")
-        rows = self.row_index()
-        if np.any((np.diff(self.token_ids) <= 0) & (np.diff(rows) == 0)):
-            raise ValueError("token ids must increase strictly within a row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from logitstream.codec import EXAMPLE as CHECKED_AT_START
 from logitstream.codec import decode, encode
 from tests.unit.test_codec import assert_same, targets_of
 
@@ -24,7 +25,8 @@ def test_the_documented_example_decodes(version: int) -> None:
 
 
 def test_the_table_of_version_2_is_its_example() -> None:
-    """The first column's bytes, in order, without the optional ones."""
+    """The first column's bytes, in order, are the example's, and so are those that every program checks at start."""
+    assert encode(EXAMPLE) == CHECKED_AT_START
     text = DOCUMENT.read_text(encoding="utf-8")
     cells = re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)
     listed = bytes.fromhex("".join(re.findall(r"`([0-9a-f ]+)`", "".join(cells))))
