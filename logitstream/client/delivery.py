@@ -191,7 +191,7 @@ class Delivery:
             )
 
     def _fits(self, request: Request, info: TeacherInfo) -> bool:
-        """Whether a teacher can take a sequence at all; if not, it fails here, before it is sent."""
+        """Check that a teacher can take a sequence; if not, fail its future and return False."""
         sequence = request.sequence
         try:
             sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)

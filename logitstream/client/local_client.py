@@ -36,9 +36,6 @@ class LocalTeacherClient:
             self._executor.submit(self._answer, sequence, draw_set, future)
         return futures
 
-    def is_stale(self, received: ReceivedTargets) -> bool:
-        return False
-
     def close(self) -> None:
         self._closed = True
         self._executor.shutdown()

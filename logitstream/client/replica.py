@@ -1,4 +1,4 @@
-"""What is asked for, and one replica with what it has been asked for."""
+"""Requests, the batches and calls that they travel in, and the replica that answers them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RequestBatch:
 
     @property
     def suspect(self) -> bool:
-        """Whether they may be what breaks replicas: each is sent alone then, so that no other takes the blame."""
+        """True if they may be what breaks replicas. Each is sent alone then, so that no other takes the blame."""
         return self.losses >= SUSPECT_LOSSES
 
 
@@ -93,7 +93,7 @@ class Replica:
 
     @property
     def refused(self) -> bool:
-        """Whether it cannot be used as it is, unlike one that cannot be reached at the moment."""
+        """True if it cannot be used as it is, rather than not be reached at the moment."""
         away = isinstance(self.error, (TeacherUnavailable, ServerDraining))
         rotating = isinstance(self.error, AccessDenied) and self.info is not None  # our token file may follow soon
         return self.error is not None and not away and not rotating

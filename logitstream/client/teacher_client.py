@@ -57,10 +57,6 @@ class TeacherClient(Protocol):
         """
         ...
 
-    def is_stale(self, received: ReceivedTargets) -> bool:
-        """Whether these targets come from weights older than `max_teacher_lag` allows by now."""
-        ...
-
     def close(self) -> None:
         """Cancel what is in flight and close connections; idempotent."""
         ...
@@ -129,7 +125,7 @@ class GrpcTeacherClient:
 
     @property
     def known_info(self) -> TeacherInfo | None:
-        """As `info` if a replica has described itself by now; never waits."""
+        """The teacher, if a replica has been described by now; never waits."""
         return self._identity.info
 
     @property
@@ -138,7 +134,7 @@ class GrpcTeacherClient:
 
     @property
     def serving(self) -> dict[str, TeacherInfo]:
-        """What each replica that can be asked serves, by its address."""
+        """The description of each replica that can be asked, by address."""
         replicas = list(self._pool.replicas.values())
         return {one.address: one.info for one in replicas if one.connection is not None and one.info is not None}
 
@@ -152,9 +148,6 @@ class GrpcTeacherClient:
         requests = [Request(one, credit_tokens(one, self.spec, self._vocab_size)) for one in sequences]
         self._loop.call_soon_threadsafe(self._delivery.begin, RequestBatch(requests, draw_set, priority))
         return [request.future for request in requests]
-
-    def is_stale(self, received: ReceivedTargets) -> bool:
-        return self._identity.is_stale(received.weights_digest)
 
     def close(self) -> None:
         if self._closed.is_set():

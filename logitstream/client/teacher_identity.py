@@ -111,7 +111,7 @@ class OwnTokenizer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Student:
-    """What the student says of itself in every call."""
+    """The student, as it describes itself in every call."""
 
     client_id: str
     vocab_size: int
@@ -181,7 +181,7 @@ class TeacherIdentity:
         return self._fingerprints.get(digest)
 
     def is_news(self, digest: bytes, described: bytes) -> bool:
-        """Whether a replica must be described again because its answers come from later weights."""
+        """Return True if a replica must be described again because its answers come from later weights."""
         if digest not in self._numbers:
             return True
         return self._numbers[digest] > self._numbers.get(described, self._numbers[digest])

@@ -68,28 +68,28 @@ class TargetCache:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What the cache's first writer noted of its origin; empty if nothing can be read."""
+        """The origin that the cache's first writer noted; empty if nothing can be read."""
         return dict(self._reader.manifest.provenance) if self._reader is not None else {}
 
     @property
     def writable(self) -> bool:
-        """Whether what is received is kept; false while the disk hangs, and once it or the budget was full."""
+        """True while targets are kept: not while the disk hangs, nor once it or the budget was full."""
         return self._writer is not None and not (self._writer.disabled or self._disk.hangs)
 
     @property
     def hangs(self) -> bool:
-        """Whether the disk does not answer at present."""
+        """True while the disk does not answer."""
         return self._disk.hangs
 
     def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
         return request_key(self._digest, sequence, draw_set)
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether a look-up is worth it; the record may still turn out damaged."""
+        """Return True if a look-up is worth it; the record may still turn out damaged."""
         return self._reader is not None and key in self._reader and (self._alone or not self.hangs)
 
     def is_damaged(self, key: bytes) -> bool:
-        """Whether a look-up has found the record damaged."""
+        """Return True if a look-up has found the record damaged."""
         return self._reader is not None and key in self._reader.damaged
 
     def get(self, key: bytes) -> ReceivedTargets | None:
@@ -222,7 +222,7 @@ def _checked(
 
 
 def may_hold_targets(directory: str | Path) -> bool:
-    """Whether there is a cache; one out of reach counts as none, and its writer warns of it."""
+    """Return True if there is a cache; one out of reach counts as none, and its writer warns of it."""
     try:
         return has_manifest(directory)
     except OSError:

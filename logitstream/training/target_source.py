@@ -1,4 +1,4 @@
-"""Where one sequence's targets come from: the cache on disk first, then the teacher, whose answers are cached."""
+"""The source of an epoch's targets: the cache on disk first, then the teacher, whose answers are cached."""
 
 from __future__ import annotations
 
@@ -18,18 +18,12 @@ from logitstream.errors import (
     CorruptRecord,
     FingerprintMismatch,
     RequestError,
-    StaleTeacher,
 )
 from logitstream.id_model import IdModel
 from logitstream.training.target_cache import TargetCache
 from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TargetSpec, TokenSequence
 
 logger = logging.getLogger(__name__)
-
-LOOK_AGAIN_SECONDS = 2.0
-"""How often the cache is looked at while the teacher does not answer: another worker may have written to it."""
-MAX_FETCHES = 4
-"""How often targets that are damaged, or grew stale while they waited, are asked for before the stream ends."""
 
 
 @dataclass(slots=True)
@@ -130,60 +124,42 @@ class TargetSource:
         if self._cache is not None:
             self._cache.refresh()
 
-    def _fetch(self, part: Part, received: ReceivedTargets | None) -> SparseTargets:
-        """Decode the targets; ask for them again if they are damaged, or older than the client allows by now."""
-        for last in (False,) * (MAX_FETCHES - 1) + (True,):
-            received = received or self._receive(part)
-            part.future = None
-            stale = self._client is not None and not received.from_cache and self._client.is_stale(received)
+    def _fetch(self, part: Part, stored: ReceivedTargets | None) -> SparseTargets:
+        """Decode a part's targets. What the cache holds damaged, or has lost, is asked for; so is a damaged answer."""
+        if stored is None and part.future is None:
+            self._ask_again(part, "its record in the cache is damaged or gone")
+        for last in (False, True):
+            received = stored or self._answer(part)
             try:
-                if not stale or last:
-                    targets = self._decode(received, len(part.sequence))
-                    if self._cache is not None and not received.from_cache:
-                        self._cache.put(part.key, part.sequence, self._draw_set, received)
-                    return targets
+                targets = self._decode(received, len(part.sequence))
             except CodecError as error:
-                if self._client is None:
-                    raise CorruptRecord(
-                        f"its record in the cache cannot be decoded, and no teacher is asked in mode 'cache': {error}"
-                    ) from error
                 if last:
                     raise
-                logger.warning("damaged targets are asked for again: %s", error)
-            metrics.STUDENT_RETRIES.labels(reason=StaleTeacher.__name__ if stale else CodecError.__name__).inc()
-            received = None
-            self._submit([part])
-        raise AssertionError("the last fetch returns or raises")
+                stored = None
+                self._ask_again(part, f"its targets cannot be decoded: {error}")
+            else:
+                if self._cache is not None and stored is None:
+                    self._cache.put(part.key, part.sequence, self._draw_set, received)
+                return targets
+        raise AssertionError("the second try returns or raises")
 
-    def _receive(self, part: Part) -> ReceivedTargets:
-        """Wait for the teacher's answer; ask for a record that the cache should have held, and does not."""
-        cache = self._cache
-        if part.future is None:
-            if self._client is None and cache is not None and cache.is_damaged(part.key):
-                raise CorruptRecord("its record in the cache is damaged, and no teacher is asked in mode 'cache'")
-            if cache is not None and not cache.hangs:
-                logger.warning("a record of the cache is damaged or gone; its targets are asked for again")
-            self._submit([part])
+    def _answer(self, part: Part) -> ReceivedTargets:
+        """Wait for the teacher's answer and take it out of the part, so that it is freed as soon as it is decoded."""
         assert part.future is not None
-        received = self._wait(part, part.future)
-        if self._look_up and cache is not None and not received.from_cache:
-            self._check_teacher(received, cache)
+        received, part.future = part.future.result(), None
+        if self._look_up and self._cache is not None:
+            self._check_teacher(received, self._cache)
         return received
 
-    def _wait(self, part: Part, future: Future[ReceivedTargets]) -> ReceivedTargets:
-        """Return the teacher's answer, or what another process has written to the cache meanwhile."""
-        if self._cache is None or not self._look_up:
-            return future.result()
-        while True:
-            try:
-                return future.result(LOOK_AGAIN_SECONDS)
-            except TimeoutError:
-                if future.done():
-                    raise
-                self._cache.refresh()
-                if (stored := self._cache.get(part.key)) is not None:
-                    future.cancel()
-                    return stored
+    def _ask_again(self, part: Part, reason: str) -> None:
+        """Ask for targets that are no good. Without a teacher, raise CorruptRecord, or CacheMiss for a lost record."""
+        cache = self._cache
+        if self._client is None and cache is not None and (part.key in cache or cache.is_damaged(part.key)):
+            raise CorruptRecord(f"{reason}, and no teacher is asked in mode 'cache'")
+        if cache is None or not cache.hangs:
+            logger.warning("a sequence is asked for again: %s", reason)
+        metrics.STUDENT_RETRIES.labels(reason=CodecError.__name__).inc()
+        self._submit([part])
 
     def _submit(self, parts: Sequence[Part]) -> None:
         if self._client is None:

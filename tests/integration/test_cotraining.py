@@ -54,9 +54,6 @@ class Watched:
     def max_teacher_lag(self) -> int:
         return self.client.max_teacher_lag
 
-    def is_stale(self, received: ReceivedTargets) -> bool:
-        return self.client.is_stale(received)
-
     def close(self) -> None:
         self.client.close()
 

@@ -23,6 +23,7 @@ from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.documents import Batch
 from logitstream.errors import (
     CacheMiss,
+    CodecError,
     CorruptRecord,
     FingerprintMismatch,
     InvalidSequence,
@@ -46,7 +47,6 @@ class HandTeacher:
         self.asked: list[tuple[TokenSequence, int, int]] = []
         self.open: list[tuple[TokenSequence, int, Future[ReceivedTargets]]] = []
         self.damage = 0
-        self.stale = 0
         self.max_teacher_lag = 0
         self.info = INFO
         self.spec = SPEC
@@ -78,10 +78,6 @@ class HandTeacher:
         fingerprint = Fingerprint.of(self.info, SPEC).digest
         weights_digest = bytes.fromhex(self.info.weights_digest)[:8]
         future.set_result(ReceivedTargets(payload=payload, fingerprint=fingerprint, weights_digest=weights_digest))
-
-    def is_stale(self, received: ReceivedTargets) -> bool:
-        self.stale -= 1
-        return self.stale >= 0
 
     def close(self) -> None: ...
 
@@ -266,18 +262,14 @@ def test_a_closed_client_ends_the_stream_with_a_clear_error() -> None:
     cancelling.join()
 
 
-def test_damaged_and_stale_targets_are_asked_for_again() -> None:
-    batches = make_batches(4)
-    teacher = HandTeacher()
-    teacher.damage = 2
+def test_damaged_targets_are_asked_for_again_once() -> None:
+    batches, teacher = make_batches(4), HandTeacher()
+    teacher.damage = 1
     for got, source in zip(TargetStream(batches, teacher, prefetch_batches=1), batches, strict=True):
         assert_same(got["targets"], expected(source))
-    assert len(teacher.asked) == 8 + 2
-    teacher = HandTeacher()
-    teacher.stale = 3
-    for got, source in zip(TargetStream(batches, teacher), batches, strict=True):
-        assert_same(got["targets"], expected(source))
-    assert len(teacher.asked) == 8 + 3
+    assert len(teacher.asked) == 8 + 1
+    teacher.damage = 100
+    assert take_until(CodecError, TargetStream(batches, teacher, prefetch_batches=1)) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -353,27 +345,6 @@ def test_only_what_the_cache_lacks_is_asked_for(tmp_path: Path) -> None:
     cache.close()
 
 
-def test_what_another_worker_writes_while_the_teacher_is_silent_is_taken_from_the_cache(tmp_path: Path) -> None:
-    batches = make_batches(3)
-    mine = open_target_cache(tmp_path / "c", HandTeacher(), SPEC, writer_id="mine")
-    silent = HandTeacher(automatic=False)
-    stream = TargetStream(batches, silent, cache=mine, mode="cache_then_online", draw_set=0)
-
-    def write_like_another_worker() -> None:
-        wait_until(lambda: len(silent.asked) == 6)
-        other = open_target_cache(tmp_path / "c", HandTeacher(), SPEC, writer_id="other")
-        assert len(list(TargetStream(batches, HandTeacher(), cache=other, draw_set=0))) == 3
-        other.close()
-
-    thread = threading.Thread(target=write_like_another_worker)
-    thread.start()
-    for got, batch in zip(stream, batches, strict=True):
-        assert_same(got["targets"], expected(batch))
-    thread.join()
-    mine.close()
-    assert all(future.cancelled() for _, _, future in silent.open)
-
-
 def test_what_the_cache_alone_does_not_hold_is_an_error_that_says_so(tmp_path: Path) -> None:
     batches, teacher = make_batches(4), HandTeacher()
     cache = open_cache(tmp_path, teacher)
@@ -432,7 +403,9 @@ def test_damaged_records_are_left_out_of_the_loss_without_a_teacher(
     assert [int(batch["targets"].num_entries) for batch in got] == [12, 12, 0, 12]
     assert not got[2]["loss_mask"].any()
     assert REGISTRY.get_sample_value("logitstream_cache_corrupt_total") == corrupt + 2
-    assert sum("its record in the cache is damaged" in record.message for record in caplog.records) == 2
+    assert (
+        sum("is damaged or gone" in record.message and "left out" in record.message for record in caplog.records) == 2
+    )
     raising = TargetStream(batches, None, cache=cache, mode="cache", draw_set=1, on_refused="raise")
     assert take_until(CorruptRecord, raising) == 2
     cache.close()
