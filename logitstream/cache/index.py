@@ -66,9 +66,9 @@ def read_entries(path: Path, fingerprint_digest: str, start: int = 0) -> tuple[l
     """
     with path.open("rb") as file:
         file.seek(start)
-        content = file.read()
+        content = memoryview(file.read())
     position, entries = 0, []
-    if start == 0:
+    if start == 0 and content:  # a writer may be about to write its first bytes
         position = FILE_HEAD.size
         if content[:position] != file_head(fingerprint_digest):
             raise CacheError(f"{path} is damaged, or belongs to targets of another fingerprint")
@@ -107,6 +107,8 @@ def sealed_entries(shard: Path, manifest: Manifest, *, remote_bytes: int | None 
         problem = f"{index} is missing" if isinstance(error, FileNotFoundError) else str(error)
     schema = shard_schema(manifest)
     if not (start := head_bytes(shard, schema)):
+        if remote_bytes is None and not os.path.lexists(shard):  # pruned meanwhile
+            raise FileNotFoundError(shard)
         return [], 0, f"{problem}; {shard.name} is no shard of this cache, or its head is damaged"
     messages = scan(shard, schema, start)
     scanned = [Entry(m.start, m.start + m.content.size, 0, m.spans, -1) for m in messages]
@@ -125,9 +127,9 @@ class KeyIndex:
     place: npt.NDArray[np.uint64]
 
     @classmethod
-    def of(cls, spans: Spans, places: npt.NDArray[np.uint64]) -> KeyIndex:
-        """Return the keys of some spans, unsorted."""
-        halves = np.ascontiguousarray(spans["key"]).view(">u8").reshape(-1, 2)
+    def of(cls, keys: npt.NDArray[np.void], places: npt.NDArray[np.uint64]) -> KeyIndex:
+        """Return some keys (dtype V16), unsorted."""
+        halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
         return cls(halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64), places)
 
     @classmethod
@@ -182,9 +184,10 @@ def joined(entries: Iterable[Entry]) -> Spans:
 
 def places_of(number: int, entries: Sequence[Entry]) -> KeyIndex:
     """Return the keys of a shard's entries; those that a scan has found are placed one after the other."""
-    spans, row, offsets = joined(entries), 0, [np.zeros(0, np.uint64)]
+    row, keys, offsets = 0, [np.zeros(0, "V16")], [np.zeros(0, np.uint64)]
     for entry in entries:
         first = entry.offset if entry.offset >= 0 else SPAN.size * row
         offsets.append(np.arange(first, first + entry.spans.nbytes, SPAN.size, dtype=np.uint64))
+        keys.append(entry.spans["key"])
         row += len(entry.spans)
-    return KeyIndex.of(spans, np.concatenate(offsets) + np.uint64(number << 32))
+    return KeyIndex.of(np.concatenate(keys), np.concatenate(offsets) + np.uint64(number << 32))

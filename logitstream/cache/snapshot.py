@@ -157,7 +157,7 @@ def _read(known: Shard, is_sealed: bool, manifest: Manifest, remote_bytes: int |
     if problem:
         logger.warning(problem)
     scanned = joined(entries) if problem else None
-    return Shard(path, True, end, scanned), entries
+    return Shard(path, True, end if scanned is None else scanned.nbytes, scanned), entries
 
 
 @functools.cache

@@ -217,9 +217,9 @@ def seal_and_prune(writer: CacheWriter, directory: Path) -> None:
 def rewrite_shards(directory: Path) -> None:
     """Have all shards written anew: the last 8 bytes of each are damaged."""
     for path in directory.glob("*.arrow"):
-        content = path.read_bytes()
-        path.unlink()
-        path.write_bytes(content[:-1] + b"x")
+        damaged = directory / ".damaged"
+        damaged.write_bytes(path.read_bytes()[:-1] + b"x")
+        damaged.replace(path)
     prune(directory, damaged=True)
 
 

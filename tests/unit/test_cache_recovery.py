@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from logitstream.cache import CacheReader, CacheWriter, Record
 from logitstream.cache.index import KeyIndex, empty_index
-from logitstream.cache.shard import SPAN_DTYPE
 from logitstream.cache.tools.rewrite import prune
 from logitstream.cache.tools.verify import verify
 from logitstream.errors import CacheError, FingerprintMismatch
@@ -337,10 +336,8 @@ def test_keys_that_share_their_first_half_are_told_apart(data: st.DataObject) ->
     index, all_keys = empty_index(), []
     for _ in range(3):
         keys = data.draw(key_lists)
-        spans = np.zeros(len(keys), SPAN_DTYPE)
-        spans["key"] = np.frombuffer(b"".join(keys), "V16")
         places = np.arange(len(all_keys), len(all_keys) + len(keys), dtype=np.uint64)
-        index = KeyIndex.joined([index, KeyIndex.of(spans, places)])
+        index = KeyIndex.joined([index, KeyIndex.of(np.frombuffer(b"".join(keys), "V16"), places)])
         all_keys += keys
     for key in {*all_keys, b"12345678" + bytes(8)}:
         assert index.find(key) == [i for i, other in enumerate(all_keys) if other == key]
