@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,9 @@ class ProgressDisplay(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / "progress.jsonl"
         self.console = Console()
-        self.bar: Progress | None = None
+        text = TextColumn("step {task.completed:.0f}/{task.total:.0f} · {task.fields[shown]}")
+        self._bar = Progress(BarColumn(20), text, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("training", total=None, shown="starting")
         self._last_line = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,11 +73,8 @@ class ProgressDisplay(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in state.log_history if "loss" in row]  # a resumed run's checkpoint holds the earlier ones
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        if sys.stdout.isatty():
-            text = "step {task.completed:.0f}/{task.total:.0f} · {task.fields[shown]}"
-            self.bar = Progress(BarColumn(20), TextColumn(text), console=self.console)
-            self.bar.add_task("training", total=state.max_steps, shown="starting")
-            self.bar.start()
+        self._bar.update(self._task, total=state.max_steps)
+        self._bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         row = state.log_history[-1]
@@ -84,9 +82,8 @@ class ProgressDisplay(TrainerCallback):
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=row["step"], shown=describe(row))
-        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+        self._bar.update(self._task, completed=row["step"], shown=describe(row))
+        if not self.console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"step {row['step']}/{state.max_steps} · {describe(row)}")
 
@@ -95,9 +92,7 @@ class ProgressDisplay(TrainerCallback):
 
     def close(self) -> None:
         """Give the terminal back, also if training ended early."""
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        self._bar.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
