@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from logitstream import types
 from logitstream.errors import RequestError
 from logitstream.tokenizer import HasVocabulary
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
@@ -32,16 +31,6 @@ class EncodedTargets:
 
 ScoreResult = SparseTargets | EncodedTargets | RequestError
 """A request's targets, with a row for every token and those outside the loss mask empty, or its error."""
-
-
-def entries_bound(request: ScoreRequest, vocab_size: int) -> int:
-    """Return the largest number of entries that the request's targets can have."""
-    return types.entries_bound(request.sequence, request.spec, vocab_size)
-
-
-def cost_in_tokens(request: ScoreRequest, vocab_size: int) -> int:
-    """Return what a request counts against limits, in queues and in batches."""
-    return types.credit_tokens(request.sequence, request.spec, vocab_size)
 
 
 class TeacherBackend(Protocol):

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining
-from logitstream.types import TargetSpec, TeacherInfo
-from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
+from logitstream.types import TargetSpec, TeacherInfo, credit_tokens
+from teacher_server.backend import ScoreRequest, TeacherBackend
 from teacher_server.checkpoints import check_successor
 from teacher_server.disk import Disk
 from teacher_server.encoding import Encode, encode_all
@@ -125,7 +125,8 @@ class Scheduler:
         key = key_of(request)
         job = self._jobs.get(key)
         if job is None:
-            job = self._jobs[key] = Job(key, request, cost_in_tokens(request, self.info.vocab_size))
+            cost = credit_tokens(request.sequence, request.spec, self.info.vocab_size)
+            job = self._jobs[key] = Job(key, request, cost)
             if self._stored is not None and not self.disk.hangs and self._stored.holds(request, self.info):
                 job.running = True
                 reading = asyncio.ensure_future(self._read(self._stored, job, client_id, priority))

@@ -30,10 +30,10 @@ from logitstream.errors import (
 from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.tokenizer import Vocabulary
-from logitstream.types import TargetSpec, TeacherInfo
+from logitstream.types import TargetSpec, TeacherInfo, credit_tokens, entries_bound
 from teacher_server.access import caller
 from teacher_server.admission import Admission
-from teacher_server.backend import ScoreRequest, cost_in_tokens, entries_bound
+from teacher_server.backend import ScoreRequest
 from teacher_server.calls import SERVICE, Context, one_request
 from teacher_server.config import LimitSettings
 from teacher_server.scheduler import SLICE, Scheduler, Scored
@@ -95,7 +95,8 @@ class TeacherServicer:
         client_id = caller.get() or call.client_id
         spec = self._check(call)
         requests, refused = await self._parse(call, spec)
-        costs = [cost_in_tokens(request, self._scheduler.info.vocab_size) for _, request in requests]
+        vocab_size = self._scheduler.info.vocab_size
+        costs = [credit_tokens(request.sequence, request.spec, vocab_size) for _, request in requests]
         finished: asyncio.Queue[asyncio.Future[Scored]] = asyncio.Queue()
         waiting: dict[asyncio.Future[Scored], tuple[int, int]] = {}
         with self._admission.hold(client_id, costs) as hold:
@@ -159,7 +160,7 @@ class TeacherServicer:
                     one, vocab_size=vocab_size, max_sequence_tokens=self._limits.max_sequence_tokens
                 )
                 request = ScoreRequest(sequence=sequence, spec=spec, draw_set=call.draw_set)
-                if (entries := entries_bound(request, vocab_size)) > max_entries:
+                if (entries := entries_bound(request.sequence, request.spec, vocab_size)) > max_entries:
                     raise InvalidSequence(
                         f"{len(sequence)} tokens may give {entries} entries: the limit is {max_entries}; "
                         "ask for shorter sequences or fewer entries a row"

@@ -252,13 +252,7 @@ def engine_args(
     0: all of the head; logits_chunk_bytes: logits made at a time, whose float32 copies are taken off the KV cache.
     """
     options = options or {}
-    known = {f.name for f in fields(AsyncEngineArgs)}
-    for name in options:
-        if name in OUR_OPTIONS:
-            raise ValueError(f"engine option {name!r} cannot be set: {OUR_OPTIONS[name]}")
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
-            raise ValueError(f"vLLM {vllm.__version__} knows no engine option {name!r}; did you mean {near[0]!r}?")
+    _check_options(options)
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
     if current_platform.is_cpu():
         defaults["enforce_eager"] = True  # compiling takes minutes
@@ -291,3 +285,14 @@ def engine_args(
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     args.max_model_len = longest + 1
     return args
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an engine option that is ours to set, or that vLLM does not know."""
+    known = {f.name for f in fields(AsyncEngineArgs)}
+    for name in options:
+        if name in OUR_OPTIONS:
+            raise ValueError(f"engine option {name!r} cannot be set: {OUR_OPTIONS[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+            raise ValueError(f"vLLM {vllm.__version__} knows no engine option {name!r}; did you mean {near[0]!r}?")

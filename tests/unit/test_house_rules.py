@@ -62,7 +62,6 @@ ALLOWED: dict[str, int] = {
     "teacher_server/config.py": 3,
     "teacher_server/fair_queue.py": 1,
     "teacher_server/scheduler.py": 2,
-    "teacher_server/vllm_backend.py": 1,
     "tests/compose/test_compose.py": 1,
     "tests/distributed_training.py": 2,
     "tests/integration/test_cache_command.py": 1,

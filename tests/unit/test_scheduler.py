@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from logitstream.errors import RequestError, ScoringFailed, ServerDraining
-from logitstream.types import SparseTargets
-from teacher_server.backend import ScoreRequest, TeacherBackend, cost_in_tokens
+from logitstream.types import SparseTargets, credit_tokens
+from teacher_server.backend import ScoreRequest, TeacherBackend
 from teacher_server.encoding import encoder
 from teacher_server.retries import BackendBroken
 from teacher_server.scheduler import Scheduler
@@ -343,4 +343,4 @@ async def test_targets_that_cannot_be_encoded_fail_alone() -> None:
 @pytest.mark.parametrize(("sampler", "expected"), [("systematic", 10), ("top_k", 10), ("full", 10 * 1_000_000 // 1024)])
 def test_cost_counts_entries_where_they_are_the_larger_burden(sampler: str, expected: int) -> None:
     spec = type(SPEC)(sampler=sampler)
-    assert cost_in_tokens(ScoreRequest(sequence=sequence(*range(10)), spec=spec), 1_000_000) == expected
+    assert credit_tokens(sequence(*range(10)), spec, 1_000_000) == expected
