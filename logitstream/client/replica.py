@@ -119,7 +119,7 @@ class Replica:
     def expected_seconds(self, num_tokens: int, now: float) -> float:
         """Estimate when one more call would be answered; ties go to the emptier replica.
 
-        What is known of its speed counts half as much with every FORGET_SECONDS without work, so that a replica that
+        An idle replica's known speed counts half as much with every FORGET_SECONDS, so that one that
         was slow when it was asked last is asked again.
         """
         idle_seconds = 0.0 if self.calls else now - self.progress_at
