@@ -9,12 +9,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test: each of them and of what they start takes one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logitstream.rpc  # noqa: F401  # sets how grpc forks, before any test loads it
+
+hypothesis.settings.register_profile("house", deadline=None)  # no test asserts a duration
+hypothesis.settings.load_profile("house")
 
 MARK = "LOGITSTREAM_TEST_RUN"
 os.environ[MARK] = uuid.uuid4().hex  # which all that the tests start inherit
