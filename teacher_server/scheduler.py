@@ -1,7 +1,7 @@
 """Batches across all clients: formed in fair order, scored in the backend's threads, encoded beside the next forward.
 
 Everything but scoring and encoding happens on the event loop, so there are no locks. What waits is bounded by what
-clients may hold (`admission.py`).
+clients may hold (`admission.py`). The file is long because a batch's whole way, from queue to answer, is read together.
 """
 
 from __future__ import annotations
