@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from logitstream.errors import CodecError
 from logitstream.id_model import NO_TABLES, IdModel
-from logitstream.range_coder import MAX_ENTRY_BYTES, OUT_OF_SPACE, decode_rows, encode_rows
+from logitstream.range_coder import MAX_ENTRY_BYTES, OUT_OF_SPACE, Rows, decode_rows, encode_rows
 from logitstream.samplers import FULL_UNITS
 from logitstream.types import CODEC_VERSIONS, MAX_VOCAB_SIZE, SparseTargets, TargetSpec
 
@@ -67,6 +67,7 @@ def decode(
     """
     body = _checked(payload)
     version, flags, found_vocab_size, units, tail_units, found_rows, num_entries = _HEADER.unpack_from(body)
+    sums_to_units = bool(flags & _SUMS_TO_UNITS)
     if flags & ~(_HAS_MODEL | _SUMS_TO_UNITS) or (version == 1 and flags):
         raise CodecError(f"unknown flags {flags} in the header of version {version}")
     if vocab_size not in (None, found_vocab_size):
@@ -78,7 +79,7 @@ def decode(
     if not (1 <= found_vocab_size <= MAX_VOCAB_SIZE and 1 <= units <= FULL_UNITS and tail_units <= units):
         raise CodecError(f"vocabulary of {found_vocab_size}, {units} units or {tail_units} tail units out of bounds")
     most = found_vocab_size if spec is None else spec.max_entries(found_vocab_size)
-    most = min(most, units) if flags & _SUMS_TO_UNITS else most
+    most = min(most, units) if sums_to_units else most
     if num_entries > found_rows * most or num_entries > len(body) * MAX_ENTRIES_PER_BYTE:
         raise CodecError(f"{num_entries} entries in {len(body)} bytes and {found_rows} rows of at most {most}")
     content = memoryview(body)[_HEADER.size :]
@@ -88,12 +89,8 @@ def decode(
         if flags & _HAS_MODEL:
             _check_model(bytes(content[:_MODEL_DIGEST_BYTES]), found_vocab_size, id_model)
             content = content[_MODEL_DIGEST_BYTES:]
-        tables = id_model.tables if id_model is not None and flags & _HAS_MODEL else NO_TABLES
-        rows = np.zeros(found_rows, np.int64), np.zeros(num_entries, np.int32), np.zeros(num_entries, np.int32)
-        padded = np.zeros(len(content) + 8, np.uint8)
-        padded[: len(content)] = content
-        if decode_rows(padded, rows, units if flags & _SUMS_TO_UNITS else -1, found_vocab_size, tables):
-            raise CodecError(f"the bytes hold no {found_rows} rows of {num_entries} entries in all")
+        model = id_model if flags & _HAS_MODEL else None
+        rows = _coded_rows(content, found_rows, num_entries, units if sums_to_units else -1, found_vocab_size, model)
     lengths, token_ids, counts = rows
     if (longest := lengths.max(initial=0)) > most:
         raise CodecError(f"expected rows of at most {most} entries, got one of {longest}")
@@ -106,12 +103,7 @@ def decode(
         counts=counts,
         spec=spec,
     )
-    if version == 1:
-        try:
-            targets.validate()
-        except ValueError as error:
-            raise CodecError(f"not a valid CSR: {error}") from error
-    return targets
+    return _valid(targets) if version == 1 else targets
 
 
 def warm_up() -> None:
@@ -162,15 +154,32 @@ def _encode_rows(
         space *= 2
 
 
-def _plain_rows(
-    content: memoryview, num_rows: int, num_entries: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def _coded_rows(
+    content: memoryview, num_rows: int, num_entries: int, row_sum: int, vocab_size: int, id_model: IdModel | None
+) -> Rows:
+    rows = np.zeros(num_rows, np.int64), np.zeros(num_entries, np.int32), np.zeros(num_entries, np.int32)
+    padded = np.zeros(len(content) + 8, np.uint8)
+    padded[: len(content)] = content
+    if decode_rows(padded, rows, row_sum, vocab_size, NO_TABLES if id_model is None else id_model.tables):
+        raise CodecError(f"the bytes hold no {num_rows} rows of {num_entries} entries in all")
+    return rows
+
+
+def _plain_rows(content: memoryview, num_rows: int, num_entries: int) -> Rows:
     if len(content) != 4 * num_rows + 8 * num_entries:
         raise CodecError(f"{num_rows} rows and {num_entries} entries do not fit {len(content)} bytes")
     lengths, token_ids, counts = np.split(np.frombuffer(content, "<u4"), [num_rows, num_rows + num_entries])
     if num_entries and max(token_ids.max(), counts.max()) > np.iinfo(np.int32).max:
         raise CodecError("a token id or count exceeds 31 bits")
     return lengths.astype(np.int64), token_ids.astype(np.int32), counts.astype(np.int32)
+
+
+def _valid(targets: SparseTargets) -> SparseTargets:
+    try:
+        targets.validate()
+    except ValueError as error:
+        raise CodecError(f"not a valid CSR: {error}") from error
+    return targets
 
 
 def _checked(payload: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""From a scored batch's targets to the bytes that are sent, in threads beside the one that scores."""
+"""The encoding of a scored batch's targets, in threads beside the one that scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def encoder(id_model: bytes, max_bytes: int) -> Encode:
-    """Targets to bytes in the version that the spec names; targets larger than a message are refused."""
+    """Return a function that encodes targets in the spec's version and refuses those larger than a message."""
     model = IdModel.from_bytes(id_model) if id_model else None
 
     def encode(targets: SparseTargets, spec: TargetSpec) -> bytes:
@@ -36,7 +36,7 @@ def encoder(id_model: bytes, max_bytes: int) -> Encode:
 def encode_all(
     encode: Encode, results: Sequence[ScoreResult], specs: Sequence[TargetSpec]
 ) -> list[bytes | RequestError]:
-    """Runs in an encoder thread; targets that cannot be encoded fail alone."""
+    """Encode a batch; targets that cannot be encoded fail alone."""
     start = time.perf_counter()
     answers: list[bytes | RequestError] = []
     for result, spec in zip(results, specs, strict=True):

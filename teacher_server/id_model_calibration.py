@@ -29,10 +29,10 @@ class Tokenizes(Protocol):
 
 
 def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | None, backend: TeacherBackend) -> bytes:
-    """The id model in the file `path`, made from `text` where there is no such file yet; empty where neither is given.
+    """Return the id model in the file `path`, made from `text` if there is no such file; empty if neither is given.
 
     Replicas must share the file: models of two calibrations differ in a few levels, which the students would refuse.
-    Raises ValueError where a file cannot be read or was made for another vocabulary.
+    Raises ValueError if a file cannot be read or was made for another vocabulary.
     """
     if path is not None and path.exists():
         with of_setting(f"id_model {path}"):
@@ -52,7 +52,7 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
 
 
 def calibrate(backend: TeacherBackend, token_ids: list[int]) -> IdModel:
-    """The id model of what the teacher predicts at evenly spaced places of a text; ValueError where there is none."""
+    """Return the id model of the teacher's targets at evenly spaced places of a text; ValueError for an empty one."""
     length = min(SEQUENCE_TOKENS, backend.describe().max_sequence_tokens)
     sequences = _places(np.array(token_ids, np.int32), length)
     if not sequences:

@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.manifest import FORMAT, Manifest
 from logitstream.errors import CorruptRecord
+from logitstream.types import pack_mask, unpack_mask
 
 OPEN_SUFFIX = ".open"
 KEY_BYTES = 16
@@ -154,17 +155,9 @@ def read_parts(fd: int, span: Span) -> Parts:
     return parts
 
 
-def pack_mask(loss_mask: npt.NDArray[np.bool_] | None) -> bytes:
-    """Pack one bit a token, least significant first; empty if every row is wanted."""
-    return b"" if loss_mask is None or loss_mask.all() else np.packbits(loss_mask, bitorder="little").tobytes()
-
-
 def unpack_record(span: Span, parts: Parts, dtype: np.dtype[Any]) -> Record:
     token_ids = np.frombuffer(parts.tokens, dtype).astype(np.int32, copy=False)
-    mask = None
-    if parts.mask:
-        bits = np.frombuffer(parts.mask, np.uint8)
-        mask = np.unpackbits(bits, count=len(token_ids), bitorder="little").astype(bool)
+    mask = unpack_mask(parts.mask, len(token_ids))
     return Record(span.key, token_ids, mask, parts.payload, span.draw_set, span.teacher_version)
 
 

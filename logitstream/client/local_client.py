@@ -64,5 +64,5 @@ class LocalTeacherClient:
             payload=codec.encode(targets, version=self.spec.codec_version, id_model=self._id_model),
             fingerprint=self._fingerprint,
             teacher_version=self.info.teacher_version,
-            weights_digest=bytes.fromhex(self.info.weights_digest)[:8],
+            weights_digest=self.info.short_weights_digest,
         )

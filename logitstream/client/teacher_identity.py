@@ -241,4 +241,4 @@ def teacher_differences(expected: Fingerprint, found: Fingerprint, *, max_teache
 
 def wire_digest(info: TeacherInfo) -> bytes:
     """Return the part of the weights' digest that comes with every answer."""
-    return bytes.fromhex(info.weights_digest)[:8]
+    return info.short_weights_digest

@@ -14,6 +14,7 @@ from logitstream.types import (
     TargetSpec,
     TeacherInfo,
     TokenSequence,
+    pack_mask,
     unpack_mask,
     used_fields,
 )
@@ -65,10 +66,9 @@ def info_from_message(message: pb.DescribeResponse) -> TeacherInfo:
 
 
 def sequence_to_message(sequence: TokenSequence) -> pb.Sequence:
-    mask = sequence.loss_mask
     return pb.Sequence(
         token_bytes=sequence.token_ids.astype("<i4", copy=False).tobytes(),
-        loss_mask=b"" if mask is None or mask.all() else np.packbits(mask, bitorder="little").tobytes(),
+        loss_mask=pack_mask(sequence.loss_mask),
     )
 
 
