@@ -120,9 +120,8 @@ def prepare(
             **asdict(config.teacher),
         )
 
-    train_set, heldout_set = load_data(
-        config, arguments, tokenizer, limits=StudentLimits.of(model), checkpoint=checkpoint
-    )
+    limits = StudentLimits.of(model)
+    train_set, heldout_set = load_data(config, arguments, tokenizer, limits=limits, checkpoint=checkpoint)
     plan = make_plan(config, arguments, train_set, checkpoint=checkpoint, connect=connect)
     if is_main:
         write_resolved(plan.config, arguments)
