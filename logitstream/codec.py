@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.errors import CodecError
-from logitstream.id_model import NO_TABLES, IdModel
+from logitstream.id_model import NO_TABLES, IdModel, IdTables
 from logitstream.range_coder import MAX_ENTRY_BYTES, OUT_OF_SPACE, Rows, decode_rows, encode_rows
 from logitstream.samplers import FULL_UNITS
 from logitstream.types import CODEC_VERSIONS, MAX_VOCAB_SIZE, SparseTargets, TargetSpec
@@ -61,37 +61,32 @@ def decode(
 ) -> SparseTargets:
     """Return the targets that were encoded, with `spec`; what the reader expects bounds memory and time.
 
-    spec: how the targets were drawn, which bounds the entries of a row; vocab_size: of the teacher; num_rows: tokens of
-    the sequence. If one is None the format's own limit holds (64 entries a byte, 2^24 ids, MAX_ROWS). CodecError
-    if the bytes are damaged, of an unknown version, need another id model or hold anything but what is expected.
+    spec bounds the entries of a row, num_rows are the sequence's tokens; for None the format's own limit holds.
+    CodecError if the bytes are damaged, need another id model or hold anything but what is expected.
     """
     body = _checked(payload)
     version, flags, found_vocab_size, units, tail_units, found_rows, num_entries = _HEADER.unpack_from(body)
-    sums_to_units = bool(flags & _SUMS_TO_UNITS)
+    row_sum = units if flags & _SUMS_TO_UNITS else -1
     if flags & ~(_HAS_MODEL | _SUMS_TO_UNITS) or (version == 1 and flags):
         raise CodecError(f"unknown flags {flags} in the header of version {version}")
     if vocab_size not in (None, found_vocab_size):
         raise CodecError(f"expected targets over {vocab_size} ids, got {found_vocab_size}")
     if num_rows not in (None, found_rows):
         raise CodecError(f"expected {num_rows} rows, got {found_rows}")
-    if num_rows is None and found_rows > MAX_ROWS:
-        raise CodecError(f"expected at most {MAX_ROWS} rows, got {found_rows}")
-    if not (1 <= found_vocab_size <= MAX_VOCAB_SIZE and 1 <= units <= FULL_UNITS and tail_units <= units):
-        raise CodecError(f"vocabulary of {found_vocab_size}, {units} units or {tail_units} tail units out of bounds")
+    _check_size(found_vocab_size, units, tail_units, found_rows if num_rows is None else 0)
     most = found_vocab_size if spec is None else spec.max_entries(found_vocab_size)
-    most = min(most, units) if sums_to_units else most
+    most = min(most, units) if row_sum >= 0 else most
     if num_entries > found_rows * most or num_entries > len(body) * MAX_ENTRIES_PER_BYTE:
         raise CodecError(f"{num_entries} entries in {len(body)} bytes and {found_rows} rows of at most {most}")
     content = memoryview(body)[_HEADER.size :]
     if version == 1:
-        rows = _plain_rows(content, found_rows, num_entries)
+        lengths, token_ids, counts = _plain_rows(content, found_rows, num_entries)
     else:
         if flags & _HAS_MODEL:
             _check_model(bytes(content[:_MODEL_DIGEST_BYTES]), found_vocab_size, id_model)
             content = content[_MODEL_DIGEST_BYTES:]
-        model = id_model if flags & _HAS_MODEL else None
-        rows = _coded_rows(content, found_rows, num_entries, units if sums_to_units else -1, found_vocab_size, model)
-    lengths, token_ids, counts = rows
+        tables = id_model.tables if id_model is not None and flags & _HAS_MODEL else NO_TABLES
+        lengths, token_ids, counts = _coded_rows(content, found_rows, num_entries, row_sum, found_vocab_size, tables)
     if (longest := lengths.max(initial=0)) > most:
         raise CodecError(f"expected rows of at most {most} entries, got one of {longest}")
     targets = SparseTargets(
@@ -154,13 +149,20 @@ def _encode_rows(
         space *= 2
 
 
+def _check_size(vocab_size: int, units: int, tail_units: int, num_rows: int) -> None:
+    if num_rows > MAX_ROWS:
+        raise CodecError(f"expected at most {MAX_ROWS} rows, got {num_rows}")
+    if not (1 <= vocab_size <= MAX_VOCAB_SIZE and 1 <= units <= FULL_UNITS and tail_units <= units):
+        raise CodecError(f"vocabulary of {vocab_size}, {units} units or {tail_units} tail units out of bounds")
+
+
 def _coded_rows(
-    content: memoryview, num_rows: int, num_entries: int, row_sum: int, vocab_size: int, id_model: IdModel | None
+    content: memoryview, num_rows: int, num_entries: int, row_sum: int, vocab_size: int, tables: IdTables
 ) -> Rows:
     rows = np.zeros(num_rows, np.int64), np.zeros(num_entries, np.int32), np.zeros(num_entries, np.int32)
     padded = np.zeros(len(content) + 8, np.uint8)
     padded[: len(content)] = content
-    if decode_rows(padded, rows, row_sum, vocab_size, NO_TABLES if id_model is None else id_model.tables):
+    if decode_rows(padded, rows, row_sum, vocab_size, tables):
         raise CodecError(f"the bytes hold no {num_rows} rows of {num_entries} entries in all")
     return rows
 
