@@ -1,4 +1,4 @@
-"""Distributions of a chunk of rows, and the ids at points of their running sums, in plain torch on any device.
+"""Distributions of a chunk of rows, and the ids at points of their running sums: in torch, on the CPU in `cpu_rows.py`.
 
 A float32 running sum over a vocabulary would lose the tail behind the head. So the float64 running sums are taken over
 the sums of blocks and, for each point, within the one block that it falls into. Suffixes: R rows, V vocabulary rounded
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from logitstream import cpu_rows
+from logitstream.cpu_rows import BLOCK
 from logitstream.errors import NonFiniteLogits
 
-BLOCK = 64
-CPU_CHUNK = 1 << 19
+CPU_CHUNK = 1 << 20
 DEVICE_CHUNK = 1 << 26
 """Probabilities to hold at once: on the CPU few enough to stay in its cache."""
 GATHER_BYTES = 1 << 26
@@ -32,6 +33,11 @@ Float64s = npt.NDArray[np.float64]
 def chunk_rows(logits: Tensor) -> int:
     """Return how many rows of these logits to draw from at once."""
     return max(1, (CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK) // logits.shape[1])
+
+
+def scratch(logits: Tensor, max_rows: int) -> Tensor:
+    """Return zeroed memory for the values of at most so many of these rows, used chunk after chunk."""
+    return torch.zeros(min(len(logits), max_rows), -(-logits.shape[1] // BLOCK) * BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +53,32 @@ class Distribution:
 
     @classmethod
     def of_logits(
-        cls, logits: Tensor, temperature: float, *, row_names: Int64s | None = None, out: Tensor | None = None
+        cls, logits: Tensor, temperature: float, *, row_names: Int64s | None = None, memory: Tensor | None = None
     ) -> Distribution:
-        """Return the softmax of logits / temperature; NonFiniteLogits names a row with NaN, +inf or nothing finite.
+        """Return the distribution of exp(logits / temperature), up to a factor a row.
 
-        out: float32 of the logits' shape to put it into, as fresh memory's page faults take longer than exponentials.
+        NonFiniteLogits names a row that holds NaN, +inf or nothing finite. memory: from `scratch`, used on the CPU.
         """
+        if logits.device.type == "cpu":
+            blocks = -(-logits.shape[1] // BLOCK)
+            values = (scratch(logits, len(logits)) if memory is None else memory)[: len(logits)]
+            distribution = cls(values, torch.empty(len(values), blocks, dtype=torch.float64))
+            bad = cpu_rows.fill(logits, temperature, values, distribution.sums)
+        else:
+            distribution = cls.of_logits_plain(logits, temperature)
+            bad = int(next(iter(np.flatnonzero(~np.isfinite(distribution.total()))), -1))
+        if bad >= 0:
+            name = bad if row_names is None else row_names[bad]
+            raise NonFiniteLogits(f"logits of row {name} hold NaN, +inf or nothing finite")
+        return distribution
+
+    @classmethod
+    def of_logits_plain(cls, logits: Tensor, temperature: float) -> Distribution:
+        """Return the softmax of logits / temperature: the specification of `of_logits`."""
         if temperature != 1.0:
             logits = logits.float()
             logits = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
-        values = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
-        if num_missing := -values.shape[1] % BLOCK:
-            values = pad(values, (0, num_missing))
-        distribution = cls.of(values)
-        if len(bad := np.flatnonzero(~np.isfinite(distribution.total()))):
-            name = bad[0] if row_names is None else row_names[bad[0]]
-            raise NonFiniteLogits(f"logits of row {name} hold NaN, +inf or nothing finite")
-        return distribution
+        return cls.of(pad(torch.softmax(logits, dim=-1, dtype=torch.float32), (0, -logits.shape[1] % BLOCK)))
 
     def total(self) -> Float64s:
         return _host(self.sums.cumsum(dim=-1)[:, -1])
@@ -73,6 +88,8 @@ class Distribution:
 
         points: [R, P] in (0, 1], rising in each row.
         """
+        if self.values.device.type == "cpu":
+            return cpu_rows.locate(self.values, self.sums, points)
         return _host(locate(self.values, self.sums, torch.from_numpy(points).to(self.values.device)))
 
     def at_least(self, share: float) -> tuple[Int64s, Int64s, Float64s]:

@@ -1,7 +1,7 @@
 """Sparse targets of logits: uniforms keyed by what is drawn, chunks of rows, and the spec's row of the sampler table.
 
-Nothing depends on who draws or in which chunks, so replicas, retries and the local teacher agree. Plain torch on any
-device; the uniforms come from the host.
+Nothing depends on who draws or in which chunks, so replicas, retries and the local teacher agree. The uniforms are made
+on the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.distribution import Distribution, chunk_rows
+from logitstream.distribution import Distribution, chunk_rows, scratch
 from logitstream.samplers import Float64s, Int64s
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 
@@ -45,6 +45,11 @@ def sample(
     return scatter_rows(SparseTargets.concatenate(parts), rows - first_row, num_rows)
 
 
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile what draws from logits of this type on the CPU, at start instead of with the first request."""
+    Distribution.of_logits(torch.zeros(2, 2, dtype=dtype), 1.0).locate(np.ones((2, 1)))
+
+
 @torch.inference_mode()
 def draw(logits: Tensor, spec: TargetSpec, uniforms: Float64s, *, row_names: Int64s | None = None) -> SparseTargets:
     """Draw targets of logits [R, V] from uniforms [R, uniforms_per_row(spec)]; rows may be of many sequences.
@@ -56,10 +61,10 @@ def draw(logits: Tensor, spec: TargetSpec, uniforms: Float64s, *, row_names: Int
         raise ValueError(f"expected uniforms of shape {(num_rows, uniforms_per_row(spec))}, got {uniforms.shape}")
     names, step = np.arange(num_rows) if row_names is None else row_names, chunk_rows(logits)
     parts = [np.zeros((3, 0), np.int64)]
-    buffer = torch.empty(min(step, num_rows), vocab_size, device=logits.device)
+    memory = scratch(logits, step) if logits.device.type == "cpu" else None
     for i in range(0, num_rows, step):
         part, row_names = logits[i : i + step], names[i : i + step]
-        distribution = Distribution.of_logits(part, spec.temperature, row_names=row_names, out=buffer[: len(part)])
+        distribution = Distribution.of_logits(part, spec.temperature, row_names=row_names, memory=memory)
         rows, *drawn = spec.kind.draw(distribution, spec, uniforms[i : i + step])
         parts.append(np.stack([rows + i, *drawn]))
     rows, token_ids, counts = np.concatenate(parts, axis=1)

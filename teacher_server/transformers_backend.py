@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from logitstream import metrics
+from logitstream.sampling import warm_up
 from logitstream.split_model import SplitModel
 from logitstream.tokenizer import Vocabulary, load_tokenizer
 from logitstream.types import TeacherInfo
@@ -92,6 +93,7 @@ class TransformersBackend:
             if device == "cpu":  # move the weights out of the mapped files, which may be overwritten while they serve
                 for tensor in (*lm.parameters(), *lm.buffers()):
                     tensor.data = tensor.data.clone()
+                warm_up(lm.dtype)
         text_config = lm.config.get_text_config()
         info = TeacherInfo(
             model=model,

@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
+from logitstream.sampling import warm_up
 from teacher_server.vllm_draws import CHUNK_BYTES, SERVER_PID, VOCAB_SIZE, PromptDraws, hook
 
 if current_platform.is_cpu():
@@ -51,6 +52,8 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
             is_drawing=get_tp_group().rank_in_group == 0,
         )
         hook(runner, self.prompt_draws)
+        if self.prompt_draws.is_drawing and current_platform.is_cpu():
+            warm_up(self.model_config.dtype)
 
     @property
     def _chunk_bytes(self) -> int:

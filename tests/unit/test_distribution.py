@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logitstream.distribution import GATHER_BYTES, Distribution, locate, locate_plain
+from logitstream.distribution import GATHER_BYTES, Distribution, locate, locate_plain, scratch
+from logitstream.errors import NonFiniteLogits
 
 
 def points_of(num_rows: int, num_points: int, seed: int = 0) -> torch.Tensor:
@@ -52,20 +53,49 @@ def test_shares_are_those_of_the_exact_softmax(vocab_size: int, seed: int, scale
     logits[0, seed % vocab_size] = -torch.inf if vocab_size > 1 else 0.0
     exact = torch.softmax((logits.double() / temperature), dim=-1)
     distribution = Distribution.of_logits(logits, temperature)
-    values = distribution.values[:, :vocab_size].double()
+    values = distribution.values[:, :vocab_size].double() / torch.from_numpy(distribution.total())[:, None]
     seen = exact > 1e-30
     # Relative, in 10^-6: an exponent below 70 errs by roundings of the difference (at most 4.1), of the quotient (3.8)
     # and of the exponential.
     assert ((values / exact)[seen] - 1).abs().max() < 1.3e-5
     assert values[exact == 0].abs().sum() == 0
-    np.testing.assert_allclose(distribution.total(), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [1, 17, 64, 700, 50_257])
+def test_the_compiled_rows_are_those_of_plain_torch(vocab_size: int, dtype: torch.dtype) -> None:
+    """The first row's largest logit is far above its first 1,024, so that its exponentials are taken twice."""
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(3)) * 4
+    logits[0, -1] = 90.0
+    logits = logits.to(dtype)
+    compiled, plain = (make(logits, 0.7) for make in (Distribution.of_logits, Distribution.of_logits_plain))
+    for found, expected in ((compiled.values, plain.values), (compiled.sums, plain.sums)):
+        shares = found.double() / torch.from_numpy(compiled.total())[:, None]
+        torch.testing.assert_close(shares, expected.double(), rtol=1.5e-5, atol=1e-12)
+    points = points_of(5, 40)
+    located = torch.from_numpy(compiled.locate(points.numpy()))
+    assert (located != locate(compiled.values, compiled.sums, points)).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_first_row_without_finite_logits_is_named(bad: float, num_threads: int) -> None:
+    logits = torch.zeros(40, 100)
+    logits[[23, 37]] = bad
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with pytest.raises(NonFiniteLogits, match="row 123 "):
+            Distribution.of_logits(logits, 1.0, row_names=np.arange(100, 140))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab_size", [17, 700, 49_152, 50_257])
 def test_a_row_does_not_depend_on_the_rows_beside_it(vocab_size: int, temperature: float) -> None:
     logits = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(2)) * 4
-    together = Distribution.of_logits(logits, temperature, out=torch.empty_like(logits))
+    together = Distribution.of_logits(logits, temperature, memory=scratch(logits, 9))
     for row in range(9):
         alone = Distribution.of_logits(logits[row : row + 1], temperature)
         assert torch.equal(alone.values[0], together.values[row])
