@@ -262,11 +262,11 @@ def test_uniforms_are_made_for_wanted_rows_alone() -> None:
 def test_targets_larger_than_a_message_are_refused_where_they_are_encoded() -> None:
     requests = [make_request(30), make_request(1)]
     draws = make_draws(requests)
-    draws.configure_encoding(b"", 20)
+    draws.configure_encoding(b"", 60)
     step(draws, requests, [(0, 0, 30), (1, 0, 1)])
     refused, found = taken(draws, requests)
     assert isinstance(refused, InvalidSpec)
-    assert "a message holds 20" in str(refused)
+    assert "a message holds 60" in str(refused)
     assert_equal(found, requests[1])
 
 
