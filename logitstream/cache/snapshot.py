@@ -24,12 +24,12 @@ from logitstream.cache.index import (
 )
 from logitstream.cache.manifest import Manifest
 from logitstream.cache.open_shard import origin
-from logitstream.cache.shard import Spans
+from logitstream.cache.shard import OPEN_SUFFIX, Spans
 from logitstream.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 8
+LOOKS = 20
 """How often a folder is listed while its shards change."""
 SHARD_BITS = np.uint64(32)
 DRAW_SET_OFFSET = 40
@@ -80,6 +80,19 @@ class Snapshot:
             index = index.select((index.place & OFFSET_MASK) < limits[index.place >> SHARD_BITS])
         return index.distinct()
 
+    def without(self, gone: set[Path]) -> Snapshot:
+        """Return the records of the other shards, which are numbered anew."""
+        stays = np.array([shard.path not in gone for shard in self.shards], np.bool_)
+        numbers = (np.cumsum(stays) - 1).astype(np.uint64)
+
+        def renumbered(index: KeyIndex) -> KeyIndex:
+            index = index.select(stays[index.place >> SHARD_BITS])
+            places = numbers[index.place >> SHARD_BITS] << SHARD_BITS
+            return replace(index, place=places | (index.place & OFFSET_MASK))
+
+        shards = tuple(shard for shard in self.shards if shard.path not in gone)
+        return Snapshot(shards, renumbered(self.keys), renumbered(self.recent))
+
     def draw_sets(self, index: KeyIndex) -> npt.NDArray[np.uint64]:
         """Return the draw set of each record of an index; FileNotFoundError if a shard is gone."""
         found = np.zeros(len(index), np.uint64)
@@ -97,30 +110,36 @@ def survey(
 ) -> Snapshot:
     """Return what is readable now, reading only what is new since `before`.
 
-    The folder is listed until it stays the same, since shards are sealed and pruned meanwhile. remote: sizes of sealed
-    shards that can be fetched, whose indexes are in the folder already.
+    A prune writes a record's new shard before it removes the old one, and a listing of the folder may show neither. So
+    shards that one listing lacks are dropped once a later listing, which shows the new ones, has been read as a whole.
+    remote: sizes of sealed shards that can be fetched, whose indexes are in the folder already.
     """
-    remote = remote or {}
-    now, names = before, _listed(directory, remote)
-    for _ in range(LOOKS):
-        is_pruned = not {shard.path for shard in now.shards} <= names.keys()
-        now = _extended(Snapshot() if is_pruned else now, names, manifest, remote)
-        names, before_that = _listed(directory, remote), names
-        if names == before_that:
+    remote, now = remote or {}, before
+    gone: set[Path] = set()
+    for look in range(LOOKS):
+        names, previous = _listed(directory, remote), now
+        now, is_whole = _extended(previous, names, manifest, remote)
+        if is_whole and look > 0:
+            gone -= names.keys()
+            return now.without(gone) if gone else now
+        gone = {shard.path for shard in now.shards} - names.keys()
+        if is_whole and now is previous and not gone:
             break
     return now
 
 
 def _listed(directory: Path, remote: Mapping[Path, int]) -> dict[Path, bool]:
-    """Return the paths of all shards, and whether they are sealed."""
+    """Return the paths of all shards, and whether they are sealed. An index alone is no shard."""
     names = os.listdir(directory)
-    shards = {directory / f"{name.removesuffix('.index')}.arrow": False for name in names if name.endswith(".index")}
+    shards = {directory / name.removesuffix(OPEN_SUFFIX): False for name in names if name.endswith(OPEN_SUFFIX)}
     return shards | {directory / name: True for name in names if name.endswith(".arrow")} | dict.fromkeys(remote, True)
 
 
-def _extended(before: Snapshot, names: dict[Path, bool], manifest: Manifest, remote: Mapping[Path, int]) -> Snapshot:
-    """Return `before` with what was written since."""
-    shards, parts = list(before.shards), []
+def _extended(
+    before: Snapshot, names: dict[Path, bool], manifest: Manifest, remote: Mapping[Path, int]
+) -> tuple[Snapshot, bool]:
+    """Return `before` with what was written since, and whether all of these shards were still there."""
+    shards, parts, is_whole = list(before.shards), [], True
     numbers = {shard.path: number for number, shard in enumerate(shards)}
     for path in sorted(names, key=lambda path: (origin(path)[1], path.name)):
         number = numbers.get(path, len(shards))
@@ -129,16 +148,17 @@ def _extended(before: Snapshot, names: dict[Path, bool], manifest: Manifest, rem
             continue
         try:
             shard, entries = _read(known, names[path], manifest, remote.get(path))
-        except FileNotFoundError:  # gone again: the next listing shows it
+        except FileNotFoundError:
+            is_whole = False
             continue
         shards[number : number + 1] = [shard]
         parts.append(places_of(number, entries))
     if not any(map(len, parts)):
-        return before if shards == list(before.shards) else replace(before, shards=tuple(shards))
+        return (before if shards == list(before.shards) else replace(before, shards=tuple(shards))), is_whole
     recent = KeyIndex.joined([before.recent, *parts])
     if len(recent) * 8 > len(before.keys):
-        return Snapshot(tuple(shards), KeyIndex.joined([before.keys, recent]))
-    return Snapshot(tuple(shards), before.keys, recent)
+        return Snapshot(tuple(shards), KeyIndex.joined([before.keys, recent])), is_whole
+    return Snapshot(tuple(shards), before.keys, recent), is_whole
 
 
 def _read(known: Shard, is_sealed: bool, manifest: Manifest, remote_bytes: int | None) -> tuple[Shard, list[Entry]]:
