@@ -78,7 +78,7 @@ def decode(
     most = min(most, units) if row_sum >= 0 else most
     if num_entries > found_rows * most or num_entries > len(body) * MAX_ENTRIES_PER_BYTE:
         raise CodecError(f"{num_entries} entries in {len(body)} bytes and {found_rows} rows of at most {most}")
-    content = memoryview(body)[_HEADER.size :]
+    content = body[_HEADER.size :]
     if version == 1:
         lengths, token_ids, counts = _plain_rows(content, found_rows, num_entries)
     else:
@@ -184,11 +184,11 @@ def _valid(targets: SparseTargets) -> SparseTargets:
     return targets
 
 
-def _checked(payload: bytes) -> bytes:
-    """Return the payload without its checksum."""
+def _checked(payload: bytes) -> memoryview:
+    """Return the payload without its checksum, not copied: strangers' payloads may be large."""
     if len(payload) < _HEADER.size + _CHECKSUM.size:
         raise CodecError(f"{len(payload)} bytes are too few for encoded targets")
-    body = payload[: -_CHECKSUM.size]
+    body = memoryview(payload)[: -_CHECKSUM.size]
     if body[0] not in CODEC_VERSIONS:
         raise CodecError(f"unknown codec version {body[0]}: expected one of {CODEC_VERSIONS}")
     if _CHECKSUM.unpack(payload[-_CHECKSUM.size :])[0] != zlib.crc32(body):
