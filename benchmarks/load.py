@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from benchmarks.instant_teacher import MAX_MESSAGE_BYTES, VOCAB_SIZE
+from demo.assets import teacher_folder
 from logitstream.rpc.channel import open_channel
 from logitstream.rpc.remote_teacher import Caller, RemoteTeacher
 from logitstream.types import TargetSpec, TokenSequence
@@ -42,6 +43,20 @@ def process(*command: str) -> Iterator[tuple[str, psutil.Process]]:
 
 def instant(*options: str) -> contextlib.AbstractContextManager[tuple[str, psutil.Process]]:
     return process("-m", "benchmarks.instant_teacher", "ADDRESS_FILE", *options)
+
+
+def teacher(max_batch_tokens: int) -> contextlib.AbstractContextManager[tuple[str, psutil.Process]]:
+    """Start a server of the demo's teacher on the CPU, as `process` does."""
+    settings = {
+        "model.path": str(teacher_folder()),
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "server.address": "127.0.0.1:0",
+        "server.address_file": "ADDRESS_FILE",
+        "limits.max_batch_tokens": str(max_batch_tokens),
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    return process("-m", "teacher_server", *words)
 
 
 def random_sequences(lengths: Sequence[int], *, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> list[TokenSequence]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.instant_teacher import VOCAB_SIZE
-from benchmarks.load import Client, instant, process, random_sequences, tokens_per_second
+from benchmarks.load import Client, instant, random_sequences, teacher, tokens_per_second
 from benchmarks.machine import machine
 from benchmarks.serving_goodput import measure_goodput
 from benchmarks.serving_memory import measure_memory, measure_soak
@@ -64,16 +64,7 @@ def measure_teacher(args: argparse.Namespace) -> dict[str, Any]:
         rates.setdefault(name, []).append(asyncio.run(run))
         cpu.setdefault(name, []).append((sum(server.cpu_times()[:2]) - used) / num_tokens)
 
-    command = ["-m", "teacher_server", "--model.path", str(folder), "--model.dtype", "float32", "--model.device", "cpu"]
-    command += [
-        "--server.address",
-        "127.0.0.1:0",
-        "--server.address_file",
-        "ADDRESS_FILE",
-        "--limits.max_batch_tokens",
-        str(budget),
-    ]
-    with process(*command) as (address, server):
+    with teacher(budget) as (address, server):
         bare("warm up", shapes[:2])
         asyncio.run(tokens_per_second(address, random_sequences([64] * 4), num_clients=1, window=MANY_TOKENS))
         for repeat in range(args.repeats):

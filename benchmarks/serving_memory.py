@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.load import Client, instant, process, random_sequences
+from benchmarks.load import Client, instant, random_sequences, teacher
 
 TOKENS_IN_FLIGHT = 65_536
 """The tokens of all clients together: the credit of one."""
@@ -42,28 +42,8 @@ async def steady_rss(address: str, server: psutil.Process, *, num_clients: int, 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Resident bytes from 1 to 64 clients at the same load: of a real teacher, and of the server alone."""
-    from demo.assets import teacher_folder
-
-    command = [
-        "-m",
-        "teacher_server",
-        "--model.path",
-        str(teacher_folder()),
-        "--model.dtype",
-        "float32",
-        "--model.device",
-        "cpu",
-    ]
-    command += [
-        "--server.address",
-        "127.0.0.1:0",
-        "--server.address_file",
-        "ADDRESS_FILE",
-        "--limits.max_batch_tokens",
-        "1024",
-    ]
     found: dict[str, Any] = {}
-    for name, started in (("teacher", process(*command)), ("instant", instant())):
+    for name, started in (("teacher", teacher(1024)), ("instant", instant())):
         with started as (address, server):
             asyncio.run(steady_rss(address, server, num_clients=1, seconds=args.seconds / 2))
             rss = {
