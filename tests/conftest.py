@@ -15,6 +15,9 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test: each of them and of what they start takes one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if not list(Path("/dev").glob("nvidia[0-9]*")):  # before anything imports Triton, which reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import logitstream.rpc  # noqa: F401  # sets how grpc forks, before any test loads it
 
 hypothesis.settings.register_profile("house", deadline=None)  # no test asserts a duration

@@ -1,0 +1,27 @@
+"""Triton kernels for CUDA. Each has a twin in plain torch, which is its specification.
+
+The modules in here import Triton: import them where tensors are on CUDA and `are_usable` says so.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def are_usable(device: torch.device) -> bool:
+    """Tell if the kernels run on this device: it is CUDA, and Triton, which CUDA builds of torch bring, is here."""
+    return device.type == "cuda" and _has_triton()
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one: unlike torch's operations, Triton's launches go to the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
