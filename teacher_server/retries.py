@@ -103,7 +103,8 @@ def _try(backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreRe
             log.warning("batch of %d sequences, %d tokens, does not fit: %s", len(batch), _num_tokens(batch), error)
         else:
             log.exception("batch of %d sequences, %d tokens, failed", len(batch), _num_tokens(batch))
-        return error
+        error.__cause__ = error.__context__ = None  # a traceback's frames hold the batch's tensors, and the halves
+        return error.with_traceback(None)  # would be tried beside them
 
 
 def _failure(request: ScoreRequest, error: Exception) -> ScoringFailed:

@@ -42,7 +42,7 @@ class Build:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a kernel takes on sm_90: spills lie in stack_bytes, beside arrays that the compiler could not keep."""
+    """Describe a kernel built for sm_90: spills lie in stack_bytes, beside arrays that the compiler could not keep."""
 
     registers: int
     stack_bytes: int

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +56,23 @@ def test_a_batch_that_does_not_fit_is_split_until_it_does_and_later_ones_are_sma
     for _ in range(100):
         scorer.score(FakeBackend(), requests([1]))
     assert scorer.batch_tokens == 48
+
+
+def test_a_failed_batch_holds_no_memory_while_its_halves_are_tried() -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def full(batch: Sequence[ScoreRequest]) -> None:
+        assert not [one for one in held if one() is not None]
+        tensor = np.empty(len(batch))
+        held.append(weakref.ref(tensor))
+        try:
+            if len(tensor) > 1:
+                raise MemoryError("no room")
+        except MemoryError as error:
+            raise MemoryError("CUDA out of memory") from error
+
+    assert len(BatchScorer(1000).score(FakeBackend(fault=full), requests([1] * 8))) == 8
+    assert len(held) == 15
 
 
 def test_torch_out_of_memory_is_recognised_without_torch() -> None:
