@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 
 from logitstream.cache import CacheReader, CacheWriter, has_manifest
 from logitstream.cache.disk import DiskThread, cache_disk
-from logitstream.cache.manifest import tree_bytes
-from logitstream.cache.remote import is_remote, local_path
 from logitstream.client.teacher_client import TeacherClient
 from logitstream.errors import CacheError, DiskHangs, FingerprintMismatch
 from logitstream.tokenizer import HasVocabulary, Vocabulary
@@ -41,35 +39,26 @@ class TargetCache:
         *,
         id_model: bytes = b"",
         write: bool = True,
-        max_bytes: int = 0,
-        writer_id: str = "student",
-        provenance: dict[str, Any] | None = None,
         disk: DiskThread | None = None,
+        **options: Any,
     ) -> None:
         """Open the directory; fingerprint=None takes the one it holds. Raises FingerprintMismatch or a CacheError.
 
         With a fingerprint and write=True a disk that hangs raises nothing: it is used from when it answers.
+        options: CacheWriter's max_bytes, writer_id and provenance.
         """
-        self._directory = directory
-        self._alone = not write
+        self.directory, self._alone = directory, not write
         self._disk = disk or cache_disk(directory, "using", alone=self._alone)
         self._writer: CacheWriter | None = None
         self._reader: CacheReader | None = None
-        self._not_kept = 0
-        self._warned_of_others = False
+        self._num_lost = 0
+        self._warned = False
         if fingerprint is None:
-            reader = self._disk.call(lambda: CacheReader(directory))
-            fingerprint, id_model = reader.fingerprint, reader.id_model
-        self.fingerprint = fingerprint
+            found = self._disk.call(lambda: CacheReader(directory))
+            fingerprint, id_model = found.fingerprint, found.id_model
+        self.fingerprint, self.id_model = fingerprint, id_model
         self._digest = fingerprint.digest
-        self.id_model = id_model
-        options: Any = {"max_bytes": max_bytes, "writer_id": writer_id, "provenance": provenance}
         self._on_disk(lambda: self._open(options), None)
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """The origin that the cache's first writer noted; empty if nothing can be read."""
-        return dict(self._reader.manifest.provenance) if self._reader is not None else {}
 
     @property
     def writable(self) -> bool:
@@ -77,28 +66,21 @@ class TargetCache:
         return self._writer is not None and not (self._writer.disabled or self._disk.hangs)
 
     @property
-    def hangs(self) -> bool:
-        """True while the disk does not answer."""
-        return self._disk.hangs
+    def provenance(self) -> dict[str, Any]:
+        """The origin that the cache's first writer noted; empty if nothing can be read."""
+        return dict(self._reader.manifest.provenance) if self._reader is not None else {}
 
     def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
         return request_key(self._digest, sequence, draw_set)
 
     def __contains__(self, key: bytes) -> bool:
         """Return True if a look-up is worth it; the record may still turn out damaged."""
-        return self._reader is not None and key in self._reader and (self._alone or not self.hangs)
+        return self._reader is not None and key in self._reader and (self._alone or not self._disk.hangs)
 
-    def is_damaged(self, key: bytes) -> bool:
-        """Return True if a look-up has found the record damaged."""
-        return self._reader is not None and key in self._reader.damaged
-
-    def get(self, key: bytes) -> ReceivedTargets | None:
-        return self.get_many([key])[0]
-
-    def get_many(self, keys: Sequence[bytes]) -> list[ReceivedTargets | None]:
+    def get(self, keys: Sequence[bytes]) -> list[ReceivedTargets | None]:
         """Return the targets of each key as they were received, by what the last `refresh` found."""
-        nothing: list[bytes | None] = [None] * len(keys)
         reader = self._reader
+        nothing: list[bytes | None] = [None] * len(keys)
         payloads = nothing if reader is None else self._on_disk(lambda: [reader.get(key) for key in keys], nothing)
         return [
             None if payload is None else ReceivedTargets(payload=payload, fingerprint=self._digest, from_cache=True)
@@ -111,15 +93,15 @@ class TargetCache:
         if writer is None or writer.disabled:
             return False
         if received.fingerprint != self._digest:
-            if not self._warned_of_others:
-                self._warned_of_others = True
+            if not self._warned:
+                self._warned = True
                 logger.warning("the teacher serves other weights now: their targets are not kept in this cache")
             return False
-        if key in self and not self.is_damaged(key):
+        if key in self and self._reader is not None and key not in self._reader.damaged:
             return True
         parts = (key, sequence.token_ids, sequence.loss_mask, received.payload, draw_set)
         kept = self._on_disk(lambda: writer.put(*parts, teacher_version=received.teacher_version), None)
-        self._not_kept += kept is None
+        self._num_lost += kept is None
         return bool(kept)
 
     def refresh(self) -> None:
@@ -134,12 +116,9 @@ class TargetCache:
             self._disk.call(lambda: [opened.close() for opened in (writer, reader) if opened is not None])
         except DiskHangs:
             self._disk.held = (writer, reader)  # their finalizers would wait for the disk too
-            if writer is not None and (not_kept := self._not_kept + writer.unwritten):
-                logger.warning(
-                    "cache %s: the targets of %d sequences are not on disk, which did not answer",
-                    self._directory,
-                    not_kept,
-                )
+            if writer is not None and (lost := self._num_lost + writer.unwritten):
+                text = "cache %s: the targets of %d sequences are not on disk, which did not answer"
+                logger.warning(text, self.directory, lost)
         self._disk.close()
 
     def _on_disk(self, work: Callable[[], T], otherwise: T) -> T:
@@ -154,14 +133,14 @@ class TargetCache:
     def _open(self, options: dict[str, Any]) -> None:
         """Open for writing and reading; a cache that cannot be written, on a full disk for one, is still read."""
         if not self._alone:
-            self._writer = CacheWriter(self._directory, self.fingerprint, id_model=self.id_model, **options)
-        if self._writer is None or not self._writer.disabled:
-            self._reader = CacheReader(self._directory, self.fingerprint)
-            return
+            self._writer = CacheWriter(self.directory, self.fingerprint, id_model=self.id_model, **options)
         try:
-            self._reader = CacheReader(self._directory, self.fingerprint) if has_manifest(self._directory) else None
+            if self._writer is None or not self._writer.disabled or has_manifest(self.directory):
+                self._reader = CacheReader(self.directory, self.fingerprint)
         except (CacheError, OSError) as error:
-            logger.info("cache %s cannot be read either: %s", self._directory, error)  # the writer has warned
+            if self._writer is None or not self._writer.disabled:
+                raise
+            logger.info("cache %s cannot be read either: %s", self.directory, error)  # the writer has warned
 
     def _refresh(self) -> None:
         if self._writer is not None:
@@ -185,40 +164,33 @@ def open_target_cache(
 
     Without a client nothing is written. The teacher is asked only if it must be: for a new directory, or if `online`
     says that all targets come from it. Raises FingerprintMismatch, which names what differs, if the directory holds
-    targets of another teacher, tokenizer or spec.
+    targets of another teacher, of other weights than it serves now, or of another tokenizer or spec.
     """
     disk = cache_disk(directory, "using", alone=client is None)
-    options: Any = {"max_bytes": max_bytes, "writer_id": writer_id, "provenance": provenance, "disk": disk}
+    options: Any = {"max_bytes": max_bytes, "writer_id": writer_id, "disk": disk}
     if client is None:
-        return _checked(TargetCache(directory, write=False, **options), directory, spec, tokenizer)
+        return _checked(TargetCache(directory, write=False, **options), spec, tokenizer)
     with contextlib.suppress(DiskHangs):  # what is there cannot be known now: the teacher's targets are wanted
         if not online and disk.call(lambda: may_hold_targets(directory)):
-            return _checked(TargetCache(directory, **options), directory, spec, tokenizer)
-    info, top = client.info, directory
-    fingerprint = Fingerprint.of(info, spec)
-    with contextlib.suppress(DiskHangs):
-        directory = disk.call(lambda: _for_version(top, fingerprint, info.teacher_version))
-        options["max_bytes"] = disk.call(lambda: _bytes_left(max_bytes, top, directory))
-    options["provenance"] = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
-    return TargetCache(directory, fingerprint, id_model=info.id_model, **options)
+            return _checked(TargetCache(directory, **options), spec, tokenizer)
+    info = client.info
+    facts = {"teacher": info.model, "revision": info.revision, **(provenance or {})}
+    return TargetCache(directory, Fingerprint.of(info, spec), id_model=info.id_model, provenance=facts, **options)
 
 
-def _checked(
-    cache: TargetCache, directory: str | Path, spec: TargetSpec, tokenizer: HasVocabulary | Vocabulary | None
-) -> TargetCache:
+def _checked(cache: TargetCache, spec: TargetSpec, tokenizer: HasVocabulary | Vocabulary | None) -> TargetCache:
     """Return the cache if its targets are drawn by the spec and its tokenizer is the student's."""
-    found = cache.fingerprint
-    vocabulary = Vocabulary.of(tokenizer) if tokenizer is not None else None
+    found, hint = cache.fingerprint, ""
     wanted = replace(found, spec=spec.canonical())
+    vocabulary = Vocabulary.of(tokenizer) if tokenizer is not None else None
     if vocabulary is not None and not vocabulary.num_shared(found.tokenizer_digest):
         wanted = replace(wanted, tokenizer_digest=vocabulary.digest)
+        hint = f"; tokenize with the cache's tokenizer, {cache.provenance.get('tokenizer', 'that of its teacher')}"
     if wanted == found:
         return cache
     cache.close()
-    message = f"{directory} holds targets of another fingerprint (found against wanted): {found.differences(wanted)}"
-    if wanted.tokenizer_digest != found.tokenizer_digest:
-        message += f"; tokenize with the cache's tokenizer, {cache.provenance.get('tokenizer', 'that of its teacher')}"
-    raise FingerprintMismatch(message)
+    message = f"{cache.directory} holds targets of another fingerprint (found against wanted)"
+    raise FingerprintMismatch(f"{message}: {found.differences(wanted)}{hint}")
 
 
 def may_hold_targets(directory: str | Path) -> bool:
@@ -227,22 +199,3 @@ def may_hold_targets(directory: str | Path) -> bool:
         return has_manifest(directory)
     except OSError:
         return False
-
-
-def _for_version(directory: str | Path, fingerprint: Fingerprint, teacher_version: int) -> str | Path:
-    """Return the directory, or one inside it for newer weights of a teacher that replaced them while serving."""
-    if teacher_version == 0 or not may_hold_targets(directory):
-        return directory
-    found = CacheReader(directory).fingerprint
-    same_line = replace(found, weights_digest=fingerprint.weights_digest) == fingerprint
-    if found == fingerprint or not same_line:
-        return directory
-    return f"{str(directory).rstrip('/')}/versions/{fingerprint.digest[:16]}"
-
-
-def _bytes_left(max_bytes: int, top: str | Path, directory: str | Path) -> int:
-    """Return what the bound of the top directory leaves to a cache inside it; at least 1, as 0 means no bound."""
-    if not max_bytes or directory == top or is_remote(top):
-        return max_bytes
-    others = tree_bytes(local_path(top)) - tree_bytes(local_path(directory))
-    return max(1, max_bytes - others)

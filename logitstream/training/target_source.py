@@ -1,22 +1,26 @@
-"""The source of an epoch's targets: the cache on disk first, then the teacher, whose answers are cached."""
+"""The targets of one epoch: from the cache if they are there, else from the teacher, whose answers the cache keeps."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from logitstream import codec, metrics
 from logitstream.client.teacher_client import TeacherClient
-from logitstream.data.batches import Rows
+from logitstream.data.batches import Rows, blank_out, place_rows, split_batch
+from logitstream.data.documents import Batch
 from logitstream.errors import (
     CacheMiss,
     CodecError,
     CorruptRecord,
     FingerprintMismatch,
+    LogitstreamError,
     RequestError,
 )
 from logitstream.id_model import IdModel
@@ -24,6 +28,9 @@ from logitstream.training.target_cache import TargetCache
 from logitstream.types import Fingerprint, ReceivedTargets, SparseTargets, TargetSpec, TokenSequence
 
 logger = logging.getLogger(__name__)
+
+MIN_REFUSED = 8
+"""The stream ends once more sequences than this, and more than half of all, are refused or damaged."""
 
 
 @dataclass(slots=True)
@@ -52,6 +59,7 @@ class Part:
     """One sequence of a batch and the batch's rows that it covers.
 
     key: its key in the cache, if there is one. future: the teacher's answer; None: the targets are on disk.
+    payload_bytes: its targets, as encoded, once they are decoded.
     """
 
     rows: Rows
@@ -59,10 +67,14 @@ class Part:
     priority: int
     key: bytes = b""
     future: Future[ReceivedTargets] | None = None
+    payload_bytes: int = 0
 
 
 class TargetSource:
-    """The targets of one epoch. client=None: from the cache alone; look_up: try the cache before the teacher."""
+    """Asks for the targets of batches and adds them. client=None: from the cache alone; look_up: try the cache first.
+
+    raise_refused: a sequence that is refused or damaged is an error, otherwise it is left out of the loss.
+    """
 
     def __init__(
         self,
@@ -71,75 +83,105 @@ class TargetSource:
         *,
         look_up: bool,
         draw_set: int,
+        raise_refused: bool,
         stats: StreamStats,
     ) -> None:
         """Learn how to decode: from the cache if it may do without the teacher, else from the teacher."""
         self._client, self._cache, self._look_up = client, cache, look_up
-        self._draw_set = draw_set
-        self._stats = stats
-        self._replaced_weights: set[str] = set()
+        self._draw_set, self._raise_refused, self._stats = draw_set, raise_refused, stats
+        self._is_same_teacher = False
         self.closed = threading.Event()
-        self.payload_bytes = 0
         if cache is not None:
             cache.refresh()
         if cache is not None and look_up:
-            id_model, self.vocab_size = cache.id_model, cache.fingerprint.vocab_size
-            self.spec = TargetSpec.from_canonical(cache.fingerprint.spec)
+            id_model, self._vocab_size = cache.id_model, cache.fingerprint.vocab_size
+            self._spec = TargetSpec.from_canonical(cache.fingerprint.spec)
         else:
             assert client is not None
-            id_model, self.vocab_size, self.spec = client.info.id_model, client.info.vocab_size, client.spec
+            id_model, self._vocab_size, self._spec = client.info.id_model, client.info.vocab_size, client.spec
         self._id_model = IdModel.from_bytes(id_model) if id_model else None
+
+    def split(self, batch: Batch, priority: int) -> list[Part]:
+        """Return a batch's sequences, to be asked for; ValueError if it holds what the teacher cannot be told."""
+        parts = [Part(rows, sequence, priority) for rows, sequence in split_batch(batch)]
+        if self._cache is not None:
+            for part in parts:
+                part.key = self._cache.key(part.sequence, self._draw_set)
+        return parts
 
     def ask(self, parts: Sequence[Part]) -> None:
         """Ask the teacher for what the cache does not hold; never blocks. Raises CacheMiss if there is no teacher."""
-        wanted = []
-        for part in parts:
-            if self._cache is not None:
-                part.key = self._cache.key(part.sequence, self._draw_set)
-                if self._look_up:
-                    if part.key in self._cache:
-                        continue
-                    metrics.CACHE_MISSES.inc()
-            wanted.append(part)
-        if wanted:
-            self._submit(wanted)
+        cache = self._cache if self._look_up else None
+        wanted = [part for part in parts if cache is None or part.key not in cache]
+        if not wanted:
+            return
+        if cache is not None:
+            metrics.CACHE_MISSES.inc(len(wanted))
+        if self._client is None:
+            raise CacheMiss(
+                f"the cache does not hold a sequence of {len(wanted[0].sequence)} tokens for draw set "
+                f"{self._draw_set}, and no teacher is asked in mode 'cache'"
+            )
+        self._submit(self._client, wanted)
 
-    def fetch(self, parts: Sequence[Part]) -> Iterator[SparseTargets | RequestError | CorruptRecord]:
-        """Wait for the targets of each part and decode them; yield the error instead if its sequence has none.
+    def add_targets(self, batch: Batch, parts: Sequence[Part]) -> Batch:
+        """Wait for a batch's targets and return it with them.
 
-        Raises what else the client's futures do, CacheMiss, CodecError and FingerprintMismatch.
+        Raises what the client's futures do, and CodecError, FingerprintMismatch or LogitstreamError.
         """
-        stored: dict[Part, ReceivedTargets | None] = {}
-        on_disk = [part for part in parts if part.future is None]
-        if on_disk and self._cache is not None:
-            stored = dict(zip(on_disk, self._cache.get_many([part.key for part in on_disk]), strict=True))
+        keys = [part.key for part in parts if part.future is None]
+        stored = iter(self._cache.get(keys) if keys and self._cache is not None else [])
+        placed: list[tuple[Rows, SparseTargets]] = []
+        refused: list[Rows] = []
         for part in parts:
+            self._stats.sequences += 1
             try:
-                yield self._fetch(part, stored.pop(part, None))
+                targets = self._fetch(part, next(stored) if part.future is None else None)
+                placed.append((part.rows, targets))
             except (RequestError, CorruptRecord) as error:
-                yield error
+                self._count_refused(part, error)
+                refused.append(part.rows)
+        num_rows = int(np.prod(tuple(batch["input_ids"].shape)))
+        targets = place_rows(placed, num_rows=num_rows, vocab_size=self._vocab_size, spec=self._spec)
+        batch = batch | {"targets": targets}
+        if refused:
+            blank_out(batch, np.concatenate(refused))
+        return batch
 
     def flush(self) -> None:
         """Make what was written to the cache visible to other readers."""
         if self._cache is not None:
             self._cache.refresh()
 
+    def _submit(self, client: TeacherClient, parts: Sequence[Part]) -> None:
+        sequences = [part.sequence for part in parts]
+        futures = client.submit(sequences, draw_set=self._draw_set, priority=parts[0].priority)
+        for part, future in zip(parts, futures, strict=True):
+            part.future = future
+            if self.closed.is_set():  # while it was asked for, and too late to be seen by whoever closed
+                future.cancel()
+
     def _fetch(self, part: Part, stored: ReceivedTargets | None) -> SparseTargets:
-        """Decode a part's targets. What the cache holds damaged, or has lost, is asked for; so is a damaged answer."""
-        if stored is None and part.future is None:
-            self._ask_again(part, "its record in the cache is damaged or gone")
+        """Decode a part's targets; ask once more for those that are damaged, on disk or on the wire."""
+        fault = "its record in the cache is damaged or gone"
         for last in (False, True):
+            if stored is None and part.future is None:
+                if self._client is None:
+                    raise CorruptRecord(f"{fault}, and no teacher is asked in mode 'cache'")
+                logger.info("a sequence is asked for again: %s", fault)
+                metrics.STUDENT_RETRIES.labels(reason=CodecError.__name__).inc()
+                self._submit(self._client, [part])
             received = stored or self._answer(part)
             try:
                 targets = self._decode(received, len(part.sequence))
             except CodecError as error:
                 if last:
                     raise
-                stored = None
-                self._ask_again(part, f"its targets cannot be decoded: {error}")
+                stored, fault = None, f"its targets cannot be decoded: {error}"
             else:
                 if self._cache is not None and stored is None:
                     self._cache.put(part.key, part.sequence, self._draw_set, received)
+                part.payload_bytes = len(received.payload)
                 return targets
         raise AssertionError("the second try returns or raises")
 
@@ -147,56 +189,45 @@ class TargetSource:
         """Wait for the teacher's answer and take it out of the part, so that it is freed as soon as it is decoded."""
         assert part.future is not None
         received, part.future = part.future.result(), None
-        if self._look_up and self._cache is not None:
-            self._check_teacher(received, self._cache)
+        cache = self._cache
+        if self._look_up and cache is not None and received.fingerprint != cache.fingerprint.digest:
+            self._check_teacher(cache.fingerprint)
         return received
 
-    def _ask_again(self, part: Part, reason: str) -> None:
-        """Ask for targets that are no good. Without a teacher, raise CorruptRecord, or CacheMiss for a lost record."""
-        cache = self._cache
-        if self._client is None and cache is not None and (part.key in cache or cache.is_damaged(part.key)):
-            raise CorruptRecord(f"{reason}, and no teacher is asked in mode 'cache'")
-        if cache is None or not cache.hangs:
-            logger.warning("a sequence is asked for again: %s", reason)
-        metrics.STUDENT_RETRIES.labels(reason=CodecError.__name__).inc()
-        self._submit([part])
-
-    def _submit(self, parts: Sequence[Part]) -> None:
-        if self._client is None:
-            raise CacheMiss(
-                f"the cache holds no undamaged targets of a sequence of {len(parts[0].sequence)} tokens for draw set "
-                f"{self._draw_set}, and no teacher is asked in mode 'cache'"
-            )
-        sequences = [part.sequence for part in parts]
-        futures = self._client.submit(sequences, draw_set=self._draw_set, priority=parts[0].priority)
-        for part, future in zip(parts, futures, strict=True):
-            part.future = future
-            if self.closed.is_set():  # while it was asked for, and too late to be seen by whoever closed
-                future.cancel()
-
-    def _check_teacher(self, received: ReceivedTargets, cache: TargetCache) -> None:
-        """Raise FingerprintMismatch unless the teacher is the cache's, or has replaced its weights as it may."""
-        if received.fingerprint == cache.fingerprint.digest or received.fingerprint in self._replaced_weights:
-            return
+    def _check_teacher(self, cached: Fingerprint) -> None:
+        """Raise FingerprintMismatch unless the teacher is the cache's and has replaced its weights, as it may."""
         assert self._client is not None
+        if self._is_same_teacher:
+            return
         found = Fingerprint.of(self._client.info, self._client.spec)
-        replaced = replace(found, weights_digest=cache.fingerprint.weights_digest) == cache.fingerprint
+        replaced = replace(found, weights_digest=cached.weights_digest) == cached
         if self._client.max_teacher_lag == 0 or not replaced:
-            reason = cache.fingerprint.differences(found) or "weights that were replaced meanwhile"
+            reason = cached.differences(found) or "weights that were replaced meanwhile"
             raise FingerprintMismatch(f"not the teacher of the cache (its value first): {reason}")
-        self._replaced_weights.add(received.fingerprint)
+        self._is_same_teacher = True
 
     def _decode(self, received: ReceivedTargets, num_rows: int) -> SparseTargets:
         started = time.thread_time()  # wall-clock time would count a crowded machine's other work
         targets = codec.decode(
-            received.payload, spec=self.spec, vocab_size=self.vocab_size, id_model=self._id_model, num_rows=num_rows
+            received.payload, spec=self._spec, vocab_size=self._vocab_size, id_model=self._id_model, num_rows=num_rows
         )
-        seconds = time.thread_time() - started
-        self._stats.decoding_seconds += seconds
+        seconds, stats = time.thread_time() - started, self._stats
         metrics.STUDENT_DECODING_SECONDS.inc(seconds)
-        self.payload_bytes += len(received.payload)
-        self._stats.cached_sequences += received.from_cache
+        stats.decoding_seconds += seconds
+        stats.cached_sequences += received.from_cache
         if received.wire_bytes:
-            self._stats.received_bytes += received.wire_bytes
-            self._stats.received_rows += num_rows
+            stats.received_bytes += received.wire_bytes
+            stats.received_rows += num_rows
         return targets
+
+    def _count_refused(self, part: Part, error: LogitstreamError) -> None:
+        """Raise if refusals are errors, or if so many mean that something is wrong with the run."""
+        stats = self._stats
+        stats.refused_sequences += 1
+        if self._raise_refused:
+            raise error
+        logger.warning("a sequence of %d tokens is left out of the loss: %s", len(part.sequence), error)
+        if stats.refused_sequences > MIN_REFUSED and 2 * stats.refused_sequences > stats.sequences:
+            raise LogitstreamError(
+                f"{stats.refused_sequences} of {stats.sequences} sequences are refused or damaged; the last: {error}"
+            ) from error

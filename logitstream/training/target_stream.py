@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import queue
 import threading
 import time
@@ -13,26 +12,19 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 from accelerate.data_loader import DataLoaderDispatcher
 
 from logitstream import metrics
 from logitstream.client.teacher_client import TeacherClient
-from logitstream.data.batches import blank_out, place_rows, split_batch
 from logitstream.data.documents import Batch
-from logitstream.errors import LogitstreamError, TeacherUnavailable
+from logitstream.errors import TeacherUnavailable
 from logitstream.training.target_cache import TargetCache
 from logitstream.training.target_source import Part, StreamStats, TargetSource
-from logitstream.types import SparseTargets
-
-logger = logging.getLogger(__name__)
 
 Mode = Literal["online", "cache", "cache_then_online"]
 
 DECODED_BATCHES = 2
 """Batches decoded ahead of the caller. Those after them wait encoded, in about a tenth of the memory."""
-MIN_REFUSED = 8
-"""The stream ends once more sequences than this, and more than half of all, are refused or damaged."""
 
 
 class TargetStream:
@@ -114,10 +106,11 @@ class TargetStream:
             self.cache,
             look_up=self.mode != "online",
             draw_set=self.epoch if self.draw_set is None else self.draw_set,
+            raise_refused=self.on_refused == "raise",
             stats=self.stats,
         )
         self.epoch += 1
-        window = self._window = _Window(source, self.stats, raise_refused=self.on_refused == "raise")
+        window = self._window = _Window(source, self.stats)
         try:
             yield from window.run(batches, ahead=self.prefetch_batches, first_step=first_step)
         finally:
@@ -132,13 +125,11 @@ class TargetStream:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A batch whose targets are asked for, and what becomes of it: the batch with its targets."""
+    """A batch whose targets are asked for; `decoded` gives the batch with them."""
 
     batch: Batch
     parts: list[Part]
-    queued: bool = False
-    num_rows: int = 0
-    payload_bytes: int = 0
+    is_queued: bool = False
     decoded: Future[Batch] = field(default_factory=Future)
 
 
@@ -148,10 +139,8 @@ class _Window:
     `close` may be called from any thread, the rest is the caller's.
     """
 
-    def __init__(self, source: TargetSource, stats: StreamStats, *, raise_refused: bool) -> None:
-        self._source = source
-        self._stats = stats
-        self._raise_refused = raise_refused
+    def __init__(self, source: TargetSource, stats: StreamStats) -> None:
+        self._source, self._stats = source, stats
         self._asked: deque[_Asked] = deque()
         self._jobs: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._decode_all, name="target-stream-decode", daemon=True)
@@ -159,29 +148,28 @@ class _Window:
     def run(self, batches: Iterator[Batch], *, ahead: int, first_step: int) -> Iterator[Batch]:
         """Ask for so many batches ahead, in the caller's thread, as accelerate's dataloaders require."""
         self._thread.start()
-        error: Exception | None = None
-        steps: Iterator[int] | None = itertools.count(first_step)
+        failure: Exception | None = None
+        left, is_over = enumerate(batches, start=first_step), False
         while not self._source.closed.is_set():
             started = time.perf_counter()
-            while steps is not None and len(self._asked) <= ahead:
+            while not is_over and len(self._asked) <= ahead:
                 try:
-                    if not self._ask(next(batches, None), next(steps)):
-                        steps = None
-                except Exception as caught:  # raised after the batches before it
-                    error, steps = caught, None
+                    is_over = not self._ask_next(left)
+                except Exception as error:  # raised after the batches before it
+                    failure, is_over = error, True
             if not self._asked:
                 break
-            batch = self._first()
+            batch = self._take()
             if batch is None:
                 return
-            if not self._asked and error is None:
+            if not self._asked and failure is None:
                 self._source.flush()  # before another worker begins the next epoch, which may read it all from disk
             waited = time.perf_counter() - started
             self._stats.waiting_seconds += waited
             metrics.STUDENT_WAITING_SECONDS.inc(waited)
             yield batch
-        if error is not None and not self._source.closed.is_set():
-            raise error
+        if failure is not None and not self._source.closed.is_set():
+            raise failure
 
     def num_arrived(self) -> int:
         return sum(all(p.future is None or p.future.done() for p in asked.parts) for asked in list(self._asked))
@@ -189,10 +177,9 @@ class _Window:
     def close(self) -> None:
         """Cancel what is in flight and end the thread; idempotent."""
         self._source.closed.set()
-        for asked in list(self._asked):
-            for part in asked.parts:
-                if (future := part.future) is not None:
-                    future.cancel()
+        for part in (part for asked in list(self._asked) for part in asked.parts):
+            if (future := part.future) is not None:
+                future.cancel()
         self._jobs.put(None)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
@@ -200,80 +187,47 @@ class _Window:
         metrics.STUDENT_QUEUE_BATCHES.set(0)
         self._source.flush()
 
-    def _ask(self, batch: Batch | None, step: int) -> bool:
-        """Ask for a batch's targets; false if there is no batch."""
-        if batch is None:
-            return False
-        parts = [Part(rows, sequence, priority=step) for rows, sequence in split_batch(batch)]
-        self._asked.append(_Asked(batch, parts))  # before they are asked for, so that `close` finds them
-        try:
-            self._source.ask(parts)
-        except Exception:
-            self._asked.pop()
-            raise
-        return True
+    def _ask_next(self, batches: Iterator[tuple[int, Batch]]) -> bool:
+        """Ask for the next batch's targets; false if there is no batch."""
+        for step, batch in batches:
+            parts = self._source.split(batch, priority=step)
+            self._asked.append(_Asked(batch, parts))  # before they are asked for, so that `close` finds them
+            try:
+                self._source.ask(parts)
+            except Exception:
+                self._asked.pop()
+                raise
+            return True
+        return False
 
-    def _first(self) -> Batch | None:
+    def _take(self) -> Batch | None:
         """Wait for the first batch of the window and take it; None once the stream is closed."""
         for asked in itertools.islice(self._asked, 1 + DECODED_BATCHES):
-            if not asked.queued:
-                asked.queued = True
+            if not asked.is_queued:
+                asked.is_queued = True
                 self._jobs.put(asked)
         if self._source.closed.is_set():  # what was queued after that is not decoded any more
             return None
-        first = self._asked[0]
         try:
-            batch = first.decoded.result()
+            batch = self._asked[0].decoded.result()
         except CancelledError:
             if self._source.closed.is_set():
                 return None
             raise TeacherUnavailable("the teacher client was closed") from None
-        self._asked.popleft()
+        taken = self._asked.popleft()
         metrics.STUDENT_QUEUE_BATCHES.set(self.num_arrived())
         self._stats.batches += 1
-        self._stats.rows += first.num_rows
+        for part in taken.parts:
+            self._stats.rows += len(part.rows) if part.payload_bytes else 0
+            self._stats.payload_bytes += part.payload_bytes
         self._stats.entries += batch["targets"].num_entries
-        self._stats.payload_bytes += first.payload_bytes
         metrics.STUDENT_ENTRIES.inc(batch["targets"].num_entries)
         return batch
 
     def _decode_all(self) -> None:
         while (asked := self._jobs.get()) is not None:
             try:
-                asked.decoded.set_result(self._decode(asked))
+                asked.decoded.set_result(self._source.add_targets(asked.batch, asked.parts))
             except BaseException as error:
                 asked.decoded.set_exception(error)
             del asked  # a batch is not kept while the thread waits for the next one
-
-    def _decode(self, asked: _Asked) -> Batch:
-        """Wait for a batch's targets and place them; refused and damaged sequences are left out of the loss."""
-        bytes_before = self._source.payload_bytes
-        placed, refused = [], []
-        for part, found in zip(asked.parts, self._source.fetch(asked.parts), strict=True):
-            self._stats.sequences += 1
-            if isinstance(found, SparseTargets):
-                placed.append((part.rows, found))
-                asked.num_rows += found.num_rows
-            else:
-                self._count_refused(part, found)
-                refused.append(part.rows)
-        asked.payload_bytes = self._source.payload_bytes - bytes_before
-        batch = dict(asked.batch)
-        num_rows = int(np.prod(tuple(batch["input_ids"].shape)))
-        source = self._source
-        batch["targets"] = place_rows(placed, num_rows=num_rows, vocab_size=source.vocab_size, spec=source.spec)
-        if refused:
-            blank_out(batch, np.concatenate(refused))
-        return batch
-
-    def _count_refused(self, part: Part, error: LogitstreamError) -> None:
-        """Raise if refusals are errors, or if so many mean that something is wrong with the run."""
-        stats = self._stats
-        stats.refused_sequences += 1
-        if self._raise_refused:
-            raise error
-        logger.warning("a sequence of %d tokens is left out of the loss: %s", len(part.sequence), error)
-        if stats.refused_sequences > MIN_REFUSED and 2 * stats.refused_sequences > stats.sequences:
-            raise LogitstreamError(
-                f"{stats.refused_sequences} of {stats.sequences} sequences are refused or damaged; the last: {error}"
-            ) from error
