@@ -55,9 +55,7 @@ class ServerDraining(RequestError):
 
 
 class ScoringFailed(RequestError):
-    """The backend failed on this sequence after bounded tries; `lasting`: the same server would fail again."""
-
-    lasting = True
+    """The backend failed on this sequence after bounded tries."""
 
 
 class NonFiniteLogits(RequestError):

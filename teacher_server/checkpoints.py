@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from logitstream.types import TeacherInfo
 from teacher_server.backend import TeacherBackend
 from teacher_server.weights import (
     Stamp,
@@ -86,7 +85,7 @@ async def watch_checkpoints(
     *,
     every_seconds: float,
     load: LoadCheckpoint,
-    replace: Callable[[TeacherBackend], None],
+    replace: Callable[[TeacherBackend], Awaitable[None]],
     has_looked: asyncio.Event,
 ) -> None:
     """Load each newer checkpoint in a thread while the old one serves, and hand it to `replace`; until cancelled.
@@ -106,7 +105,7 @@ async def watch_checkpoints(
                 log.error("checkpoints cannot be looked for until this is mended: %s", trouble)
         if newest is not None:
             try:
-                replace(await asyncio.to_thread(_load, newest[1], load))
+                await replace(await asyncio.to_thread(_load, newest[1], load))
                 checkpoints.served = newest[0]
             except WeightsChanged as error:
                 log.warning("%s", error)
@@ -120,10 +119,3 @@ async def watch_checkpoints(
 def _load(path: Path, load: LoadCheckpoint) -> TeacherBackend:
     with loading_unchanged(path):
         return load(path)
-
-
-def check_successor(old: TeacherInfo, new: TeacherInfo) -> None:
-    """Raise ValueError if students that know the old weights could not go on with the new ones."""
-    for name in ("vocab_size", "tokenizer_digest", "dtype"):
-        if getattr(old, name) != getattr(new, name):
-            raise ValueError(f"{name} of the new weights is {getattr(new, name)}, expected {getattr(old, name)}")

@@ -89,7 +89,6 @@ class LimitSettings:
         "Connections that may be open at a time, silent ones included; 0: half of the files that the process may open.",
         0,
     )
-    client_weights: dict[str, float] = setting("Share of the teacher by client_id; 1 if not named.", factory=dict)
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "max_batch_tokens", "max_in_flight_tokens", "max_queue_tokens")
@@ -99,8 +98,6 @@ class LimitSettings:
                 f"max_message_bytes must lie in [{LEAST_MESSAGE_BYTES}, {MAX_MESSAGE_BYTES}], "
                 f"got {self.max_message_bytes}"
             )
-        if any(weight <= 0 for weight in self.client_weights.values()):
-            raise ValueError(f"client_weights must be positive, got {self.client_weights}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,27 +38,20 @@ def encode_all(
 ) -> list[bytes | RequestError]:
     """Encode a batch; targets that cannot be encoded fail alone."""
     start = time.perf_counter()
-    answers: list[bytes | RequestError] = []
-    for result, spec in zip(results, specs, strict=True):
-        if isinstance(result, RequestError):
-            answers.append(result)
-            continue
-        if isinstance(result, EncodedTargets):
-            answers.append(result.payload)
-            continue
-        try:
-            answers.append(encode(result, spec))
-        except RequestError as error:
-            answers.append(error)
-        except Exception:
-            log.exception("targets of %d rows could not be encoded", result.num_rows)
-            answers.append(ScoringFailed("the teacher's targets could not be encoded"))
+    answers = [_encoded(encode, result, spec) for result, spec in zip(results, specs, strict=True)]
     metrics.TEACHER_STAGE_SECONDS.labels("encode").observe(time.perf_counter() - start)
-    _count(results)
     return answers
 
 
-def _count(results: Sequence[ScoreResult]) -> None:
-    targets = [result for result in results if not isinstance(result, RequestError)]
-    metrics.TEACHER_TOKENS.inc(sum(target.num_rows for target in targets))
-    metrics.TEACHER_ENTRIES.inc(sum(target.num_entries for target in targets))
+def _encoded(encode: Encode, result: ScoreResult, spec: TargetSpec) -> bytes | RequestError:
+    if isinstance(result, RequestError):
+        return result
+    metrics.TEACHER_TOKENS.inc(result.num_rows)
+    metrics.TEACHER_ENTRIES.inc(result.num_entries)
+    try:
+        return result.payload if isinstance(result, EncodedTargets) else encode(result, spec)
+    except RequestError as error:
+        return error
+    except Exception:
+        log.exception("targets of %d rows could not be encoded", result.num_rows)
+        return ScoringFailed("the teacher's targets could not be encoded")

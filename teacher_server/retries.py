@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from logitstream.errors import ScoringFailed, ServerDraining
 from teacher_server.backend import ScoreRequest, ScoreResult, TeacherBackend
 
-ENGINE_DEAD = "EngineDeadError"
-"""vLLM's error when its engine died. The engine is restarted and may well survive the same sequence."""
 BROKE_DOWN = "the teacher broke down: ask another replica"
 
 log = logging.getLogger(__name__)
@@ -30,11 +27,11 @@ class BatchScorer:
 
     def __init__(self, max_batch_tokens: int, *, batches_at_once: int = 1) -> None:
         self.max_batch_tokens = self.batch_tokens = max_batch_tokens
+        self.is_stopped = False  # set to retry nothing any more
         self._slots = threading.Semaphore(batches_at_once)
         self._num_slots = batches_at_once
         self._retrying = threading.Lock()
         self._known_good: ScoreRequest | None = None
-        self._is_stopped = False
 
     def score(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Return one result per request, in order; one bad sequence costs a batch of n about log2(n) tries.
@@ -49,31 +46,26 @@ class BatchScorer:
             return results
         if _is_out_of_memory(results) and len(batch) > 1:
             self.batch_tokens = max(1, min(self.batch_tokens, _num_tokens(batch) // 2))
-            log.warning("batches hold at most %d tokens for now", self.batch_tokens)
-        with self._exclusive():
-            retried = self._retry(backend, batch, results)
-            if all(isinstance(result, ScoringFailed) for result in retried) and self._is_broken(backend):
-                self.stop()
-                raise BackendBroken("the backend fails on sequences that it has scored before")
-        return retried
-
-    def stop(self) -> None:
-        """Retry nothing from now on: refuse what fails, as a draining server does."""
-        self._is_stopped = True
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        with self._retrying:  # two threads that each hold some of the slots would wait for each other
+        with self._retrying:  # one thread at a time, as it waits for all slots
             for _ in range(self._num_slots):
                 self._slots.acquire()
-        try:
-            yield
-        finally:
-            self._slots.release(self._num_slots)
+            try:
+                return self._retry_all(backend, batch)
+            finally:
+                self._slots.release(self._num_slots)
 
-    def _retry(self, backend: TeacherBackend, batch: Sequence[ScoreRequest], error: Exception) -> list[ScoreResult]:
-        """Score a batch that failed with this error: in halves, or once more if it is a single sequence."""
-        if self._is_stopped:
+    def _retry_all(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        retried = self._retry(backend, batch)
+        if self._known_good is None or not all(isinstance(result, ScoringFailed) for result in retried):
+            return retried
+        if isinstance(_try(backend, [self._known_good]), list):
+            return retried
+        self.is_stopped = True
+        raise BackendBroken("the backend fails on sequences that it has scored before")
+
+    def _retry(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """Score a batch that failed: in halves, or once more if it is a single sequence."""
+        if self.is_stopped:
             return [ServerDraining(BROKE_DOWN) for _ in batch]
         middle = len(batch) // 2
         results: list[ScoreResult] = []
@@ -82,14 +74,11 @@ class BatchScorer:
             if isinstance(found, list):
                 results += found
             elif middle:
-                results += self._retry(backend, part, found)
+                results += self._retry(backend, part)
             else:
-                results.append(_failure(part[0], found))
+                why = "it does not fit into the teacher's memory" if _is_out_of_memory(found) else "the teacher failed"
+                results.append(ScoringFailed(f"sequence of {_num_tokens(part)} tokens, tried alone: {why}"))
         return results
-
-    def _is_broken(self, backend: TeacherBackend) -> bool:
-        """Return True if a request that the backend has answered before fails too: no sequence is to blame then."""
-        return self._known_good is not None and not isinstance(_try(backend, [self._known_good]), list)
 
 
 def _try(backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult] | Exception:
@@ -99,20 +88,12 @@ def _try(backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreRe
             raise RuntimeError(f"the backend gave {len(results)} results for {len(batch)} sequences")
         return results
     except Exception as error:
-        if _is_out_of_memory(error):
-            log.warning("batch of %d sequences, %d tokens, does not fit: %s", len(batch), _num_tokens(batch), error)
-        else:
-            log.exception("batch of %d sequences, %d tokens, failed", len(batch), _num_tokens(batch))
+        trace = None if _is_out_of_memory(error) else error
+        log.warning(
+            "batch of %d sequences, %d tokens, failed: %s", len(batch), _num_tokens(batch), error, exc_info=trace
+        )
         error.__cause__ = error.__context__ = None  # a traceback's frames hold the batch's tensors, and the halves
         return error.with_traceback(None)  # would be tried beside them
-
-
-def _failure(request: ScoreRequest, error: Exception) -> ScoringFailed:
-    out_of_memory = _is_out_of_memory(error)
-    reason = "it does not fit into the teacher's memory" if out_of_memory else "the teacher failed on it"
-    failure = ScoringFailed(f"sequence of {len(request.sequence)} tokens given up after 2 tries alone: {reason}")
-    failure.lasting = not out_of_memory and type(error).__name__ != ENGINE_DEAD
-    return failure
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -36,7 +36,7 @@ from teacher_server.preflight import check_access
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import TeacherServicer
 from teacher_server.stopping import WORKERS, in_thread, is_busy, stopping_signals
-from teacher_server.stored_targets import StoredTargets
+from teacher_server.stored_targets import CacheFolder, StoredTargets
 
 HOUSEKEEPING_SECONDS = 1.0
 DEFAULT_SEQUENCE_TOKENS = 8192
@@ -168,12 +168,12 @@ class TeacherServer:
 
     def _new_scheduler(self, backend: TeacherBackend, id_model: bytes) -> Scheduler:
         cache, limits = self._config.cache, self._config.limits
+        folder = CacheFolder(cache.path, id_model=id_model, max_bytes=cache.max_bytes) if cache.path else None
         return Scheduler(
             backend,
             self._loaders.get("make_encoder", encoder)(id_model, limits.max_message_bytes),
             max_batch_tokens=limits.max_batch_tokens,
-            client_weights=limits.client_weights,
-            stored=StoredTargets(cache.path, id_model=id_model, max_bytes=cache.max_bytes) if cache.path else None,
+            stored=StoredTargets(folder) if folder is not None else None,
         )
 
     async def _drain(self, scheduler: Scheduler) -> None:
@@ -201,7 +201,8 @@ class TeacherServer:
     async def _refresh_stored(self, scheduler: Scheduler) -> None:
         """Refresh the cache now and then; not in `_keep_house`, as a slow disk must not hold up health."""
         while True:
-            await scheduler.refresh_stored()
+            if scheduler.stored is not None:
+                await scheduler.stored.refresh()
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
 
     def _watch(self, scheduler: Scheduler, has_looked: asyncio.Event) -> list[asyncio.Future[Any]]:

@@ -328,9 +328,11 @@ async def test_new_weights_are_named_in_results_and_end_calls_that_expected_the_
         await asyncio.to_thread(old.entered.wait, 5)
         pinned = client.call(sequence(3), weights_digest="aa" * 32)
         await until(lambda: server.scheduler.num_unfinished == 3)
-        server.scheduler.replace_backend(FakeBackend(weights_digest="bb" * 32))
+        replacing = asyncio.ensure_future(server.scheduler.replace_backend(FakeBackend(weights_digest="bb" * 32)))
+        await asyncio.sleep(0)
         old.gate.set()
         assert {(result.teacher_version, result.weights_digest) async for result in free} == {(0, b"\xaa" * 8)}
+        await replacing
         (result,) = await client.score(sequence(1))
         assert (result.teacher_version, result.weights_digest) == (1, b"\xbb" * 8)
         assert (await client.describe()).weights_digest == "bb" * 32

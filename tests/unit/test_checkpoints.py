@@ -54,6 +54,9 @@ class Watched:
         self.while_loading(folder)
         return FakeBackend()
 
+    async def serve(self, backend: TeacherBackend) -> None:
+        self.served.append(backend)
+
     async def until_loaded(self, *values: float) -> None:
         """Wait for these loads and a few looks more, in which a wrong one would follow."""
         async with asyncio.timeout(20):
@@ -73,7 +76,7 @@ async def watching(
             folder,
             every_seconds=EVERY_SECONDS,
             load=watched.load,
-            replace=watched.served.append,
+            replace=watched.serve,
             has_looked=watched.has_looked,
         )
     )

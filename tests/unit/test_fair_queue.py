@@ -25,16 +25,16 @@ def test_a_flood_of_one_client_leaves_the_other_its_half() -> None:
     assert served(queue, 100).count("small") == 50
 
 
-def test_shares_follow_cost_and_weight() -> None:
-    queue: FairQueue[str] = FairQueue({"heavy": 3.0})
+def test_shares_follow_cost() -> None:
+    queue: FairQueue[str] = FairQueue()
     for _ in range(400):
-        queue.push("heavy", client_id="heavy", cost=20)
-        queue.push("light", client_id="light", cost=10)
-    counts = dict.fromkeys(("heavy", "light"), 0)
+        queue.push("large", client_id="large", cost=20)
+        queue.push("small", client_id="small", cost=10)
+    counts = dict.fromkeys(("large", "small"), 0)
     for _ in range(200):
         ticket = queue.pop()
         counts[ticket.item] += ticket.cost
-    assert counts["heavy"] / counts["light"] == pytest.approx(3.0, rel=0.05)
+    assert counts["large"] / counts["small"] == pytest.approx(1.0, rel=0.05)
 
 
 def test_within_a_client_the_smallest_priority_comes_first_then_the_earliest() -> None:
@@ -84,46 +84,35 @@ def test_costs_always_add_up_and_nothing_is_lost_or_served_twice(steps: list[tup
             assert ticket is peeked
             assert waiting.pop(ticket.item) == (ticket.client_id, ticket.cost)
         assert queue.cost == sum(cost for _, cost in waiting.values())
-        for client in "abcd":
-            assert queue.cost_of(client) == sum(cost for name, cost in waiting.values() if name == client)
     assert sorted(served(queue, len(waiting))) == sorted(waiting)
     assert queue.peek() is None
 
 
-@given(
-    st.dictionaries(st.sampled_from("abcde"), st.floats(0.25, 4.0), min_size=2),
-    st.lists(st.integers(1, 50), min_size=40, max_size=40),
-)
-def test_no_backlogged_client_falls_behind_by_more_than_two_items(weights: dict[str, float], costs: list[int]) -> None:
-    """Start-time fair queueing: served cost over weight of any two backlogged clients differs by at most the largest
-    item of each over its weight (Goyal et al., theorem 1)."""
-    queue: FairQueue[str] = FairQueue(weights)
-    for client in weights:
+@given(st.integers(2, 5), st.lists(st.integers(1, 50), min_size=40, max_size=40))
+def test_no_backlogged_client_falls_behind_by_more_than_two_items(num_clients: int, costs: list[int]) -> None:
+    """Start-time fair queueing: served cost of any two backlogged clients differs by at most the largest item of each
+    (Goyal et al., theorem 1)."""
+    queue: FairQueue[str] = FairQueue()
+    received = {f"client {number}": 0 for number in range(num_clients)}
+    for client in received:
         for cost in costs:
             queue.push(client, client_id=client, cost=cost)
-    received = dict.fromkeys(weights, 0.0)
-    bound = sum(sorted((max(costs) / weight for weight in weights.values()), reverse=True)[:2])
-    while all(queue.cost_of(client) for client in weights):
+    left = dict.fromkeys(received, len(costs))
+    while all(left.values()):
         ticket = queue.pop()
-        received[ticket.item] += ticket.cost / weights[ticket.item]
-        assert max(received.values()) - min(received.values()) <= bound + 1e-9
+        left[ticket.item] -= 1
+        received[ticket.item] += ticket.cost
+        assert max(received.values()) - min(received.values()) <= 2 * max(costs)
 
 
 def test_ten_thousand_clients_that_came_once_leave_nothing_behind() -> None:
-    queue: FairQueue[int] = FairQueue()
+    queue: FairQueue[Large] = FairQueue()
+    gone: weakref.WeakSet[Large] = weakref.WeakSet()
     for number in range(10_000):
-        queue.push(number, client_id=f"client {number}", cost=1)
+        gone.add(queue.push(Large(), client_id=f"client {number}", cost=1).item)
         queue.pop()
-    assert queue.size <= (1, 0)
-
-
-def test_a_client_that_cancels_all_it_asks_for_does_not_grow_the_queue() -> None:
-    queue: FairQueue[int] = FairQueue()
-    queue.push(-1, client_id="x", cost=1, priority=0)
-    for number in range(10_000):
-        queue.cancel(queue.push(number, client_id="x", cost=1, priority=5))
-    assert queue.size[1] < 200
-    assert queue.pop().item == -1
+    assert not gone
+    assert not queue._clients
 
 
 class Large:
@@ -139,6 +128,7 @@ def test_what_is_cancelled_behind_what_waits_is_forgotten_at_once() -> None:
         ticket = queue.push(Large(), client_id="x", cost=4096, priority=1)
         cancelled.add(ticket.item)
         queue.cancel(ticket)
-    assert queue.size[1] <= 2 * 500 + 2
+        queue.cancel(ticket)
+    del ticket
     assert not cancelled
     assert (queue.cost, len(served(queue, 500))) == (500, 500)

@@ -49,7 +49,6 @@ ALLOWED: dict[str, int] = {
     "student_worker/messages.py": 1,
     "student_worker/run.py": 1,
     "student_worker/run_plan.py": 1,
-    "teacher_server/scheduler.py": 2,
     "tests/compose/test_compose.py": 1,
     "tests/distributed_training.py": 2,
     "tests/integration/test_cache_command.py": 1,

@@ -88,7 +88,6 @@ def test_torch_out_of_memory_is_recognised_without_torch() -> None:
     (result,) = BatchScorer(1000).score(backend, requests([1]))
     assert isinstance(result, ScoringFailed)
     assert "memory" in str(result)
-    assert not result.lasting
     assert len(backend.batches) == 2
 
 
