@@ -22,7 +22,7 @@ from logitstream.types import TokenSequence
 from teacher_server.backend import ScoreRequest
 from teacher_server.calls import SERVICE
 from teacher_server.scheduler import Scored, key_of
-from teacher_server.servicer import result_message
+from teacher_server.servicer import results_message
 
 SCORE_METHOD = f"/{SERVICE}/Score"
 CALL_SEQUENCES = 8
@@ -136,7 +136,7 @@ def steps_alone(call: pb.ScoreRequest) -> dict[str, float]:
         "check_and_convert": lambda: [convert.sequence_from_message(one, **limits) for one in call.sequences],
         "key": lambda: [hash(key_of(ScoreRequest(sequence=one, spec=SPEC))) for one in sequences],
         "future": answer_one_future_each,
-        "serialize": lambda: [result_message(0, scored).SerializeToString() for _ in range(count)],
+        "serialize": lambda: results_message([(index, scored) for index in range(count)]),
         "encode": lambda: [codec.encode(targets) for _ in sequences],
     }
     alone = {name: 1e6 * min(timeit.repeat(step, number=20, repeat=5)) / 20 / count for name, step in steps.items()}

@@ -404,7 +404,7 @@ class ReceivedTargets:
     """Encoded targets of one sequence as they came over the wire or from disk, and the weights that made them.
 
     fingerprint: digest of the fingerprint with those weights; weights_digest: their TeacherInfo.short_weights_digest.
-    wire_bytes: size of the gRPC message; 0 if they are from a cache or a teacher in this process.
+    wire_bytes: size of their part of the gRPC message; 0 if they are from a cache or a teacher in this process.
     """
 
     payload: bytes

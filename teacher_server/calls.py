@@ -42,7 +42,8 @@ def one_request(kind: Any, answer: Callable[[Any, Context], Awaitable[None]]) ->
             await asyncio.sleep(GONE_SECONDS)
 
     return grpc.stream_stream_rpc_method_handler(
-        handle, response_serializer=lambda message: message.SerializeToString()
+        handle,
+        response_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
     )
 
 

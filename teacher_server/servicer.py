@@ -2,7 +2,7 @@
 
 A request's way: 1 interceptor (token) -> 2 `one_request` (read, parse) -> 3 `TeacherServicer.score` (check, admit) ->
 4 `Scheduler.submit` (fair queue) -> 5 `Scheduler.run` (batch) -> 6 backend thread -> 7 encoder thread -> 8 the call's
-queue of finished futures, from which `score` writes.
+list of finished futures, from which `score` writes what is ready.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo, credit_tokens, entries_bound
 from teacher_server.access import caller
-from teacher_server.admission import Admission
+from teacher_server.admission import Admission, Hold
 from teacher_server.backend import ScoreRequest
 from teacher_server.calls import SERVICE, Context, one_request
 from teacher_server.config import LimitSettings
@@ -42,12 +43,20 @@ MAX_CLIENT_ID_CHARS = 128
 MAX_CALL_SEQUENCES = 8192
 TOKENIZER_PART_BYTES = 32 << 10
 """Size of a message of `DescribeTokenizer`, below the least that max_message_bytes may be."""
+RESULTS_BYTES = 1 << 20
+"""Targets that share a message, at most: they count no more against the client that does not read them."""
 ENTRIES_PER_MESSAGE_BYTE = 4
 """Sequences whose targets could not fit into a message even at two bits an entry are refused before they are scored."""
 
 SEND_SECONDS = metrics.TEACHER_STAGE_SECONDS.labels("send")
 
+LENGTH_DELIMITED = 2
+RESULT_TAG = bytes([pb.ScoreResults.RESULTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED])
+TARGETS_TAG = bytes([pb.ScoreResult.TARGETS_FIELD_NUMBER << 3 | LENGTH_DELIMITED])
+
 T = TypeVar("T")
+Ready = tuple[int, int, Scored | RequestError]
+"""Index, cost and outcome of a sequence whose result is not sent yet."""
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +106,14 @@ class TeacherServicer:
         requests, refused = await self._parse(call, spec)
         vocab_size = self._scheduler.info.vocab_size
         costs = [credit_tokens(request.sequence, request.spec, vocab_size) for _, request in requests]
-        finished: asyncio.Queue[asyncio.Future[Scored]] = asyncio.Queue()
         waiting: dict[asyncio.Future[Scored], tuple[int, int]] = {}
+        finished: list[asyncio.Future[Scored]] = []
+        has_finished = asyncio.Event()
+
+        def finish(future: asyncio.Future[Scored]) -> None:
+            finished.append(future)
+            has_finished.set()
+
         with self._admission.hold(client_id, costs) as hold:
             try:
                 await self._scheduler.open_stored(spec)
@@ -109,17 +124,15 @@ class TeacherServicer:
                         refused.append((index, error))
                         continue
                     waiting[future] = index, cost
-                    future.add_done_callback(finished.put_nowait)
-                for index, refusal in refused:
-                    await self._write(context, index, refusal)
-                while waiting:
-                    future = await finished.get()
-                    index, cost = waiting.pop(future)
-                    hold.release(cost)
-                    outcome = _outcome(future)
-                    if isinstance(outcome, Scored):
-                        _check_weights(call.weights_digest, outcome.weights_digest)
-                    await self._write(context, index, outcome)
+                    future.add_done_callback(finish)
+                ready = deque[Ready]((index, 0, refusal) for index, refusal in refused)
+                while ready or waiting:
+                    if not ready and not finished:
+                        has_finished.clear()
+                        await has_finished.wait()
+                    ready.extend((*waiting.pop(future), _outcome(future)) for future in finished)
+                    finished.clear()
+                    await self._write(context, call, hold, ready)
             finally:
                 for future in waiting:
                     future.cancel()
@@ -171,17 +184,27 @@ class TeacherServicer:
                 requests.append((index, request))
         return requests, refused
 
-    async def _write(self, context: Context, index: int, outcome: Scored | RequestError) -> None:
-        if isinstance(outcome, RequestError):
-            name = type(outcome).__name__
-            metrics.TEACHER_REJECTS.labels(name).inc()
-            level = logging.WARNING if isinstance(outcome, ScoringFailed | NonFiniteLogits) else logging.DEBUG
-            log.log(level, "sequence refused, %s: %s", name, outcome, extra={"client": caller.get(), "sequence": index})
-        else:
-            metrics.TEACHER_SEQUENCES.inc()
-            metrics.TEACHER_PAYLOAD_BYTES.inc(len(outcome.payload))
+    async def _write(self, context: Context, call: pb.ScoreRequest, hold: Hold, ready: deque[Ready]) -> None:
+        """Take as many results as fit into a message, and send them."""
+        room = min(RESULTS_BYTES, self._limits.max_message_bytes)
+        taken: list[tuple[int, Scored | RequestError]] = []
+        payload_bytes = 0
+        while ready and len(taken) < SLICE:
+            index, cost, outcome = ready[0]
+            if isinstance(outcome, Scored):
+                if taken and payload_bytes + len(outcome.payload) > room:
+                    break
+                _check_weights(call.weights_digest, outcome.weights_digest)
+                payload_bytes += len(outcome.payload)
+                metrics.TEACHER_SEQUENCES.inc()
+            else:
+                _note_refusal(index, outcome)
+            ready.popleft()
+            hold.release(cost)
+            taken.append((index, outcome))
+        metrics.TEACHER_PAYLOAD_BYTES.inc(payload_bytes)
         start = time.perf_counter()
-        await context.write(result_message(index, outcome))  # waits while the client reads too slowly
+        await context.write(results_message(taken))  # waits while the client reads too slowly
         SEND_SECONDS.observe(time.perf_counter() - start)
 
 
@@ -198,15 +221,42 @@ def described(info: TeacherInfo, limits: LimitSettings, id_model: bytes, tokeniz
     )
 
 
-def result_message(index: int, outcome: Scored | RequestError) -> pb.ScoreResult:
-    if isinstance(outcome, RequestError):
-        return pb.ScoreResult(index=index, error=convert.error_to_message(outcome))
-    return pb.ScoreResult(
-        index=index,
-        targets=outcome.payload,
-        teacher_version=outcome.teacher_version,
-        weights_digest=bytes.fromhex(outcome.weights_digest)[: convert.WIRE_DIGEST_BYTES],
-    )
+def results_message(results: Sequence[tuple[int, Scored | RequestError]]) -> bytes:
+    """Serialize a ScoreResults, given (index, outcome) pairs.
+
+    Targets are framed here and copied once: protobuf would copy them into a message and out again, for twenty times
+    the time (https://protobuf.dev/programming-guides/encoding).
+    """
+    parts: list[bytes] = []
+    for index, outcome in results:
+        if isinstance(outcome, RequestError):
+            targets, head = (
+                b"",
+                pb.ScoreResult(index=index, error=convert.error_to_message(outcome)).SerializeToString(),
+            )
+        else:
+            targets, digest = outcome.payload, bytes.fromhex(outcome.weights_digest)[: convert.WIRE_DIGEST_BYTES]
+            rest = pb.ScoreResult(index=index, teacher_version=outcome.teacher_version, weights_digest=digest)
+            head = rest.SerializeToString() + TARGETS_TAG + varint(len(targets))
+        parts += RESULT_TAG, varint(len(head) + len(targets)), head, targets
+    return b"".join(parts)
+
+
+def varint(number: int) -> bytes:
+    """Encode a length as protobuf does: seven bits a byte, least significant first."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(0x80 | number & 0x7F)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+def _note_refusal(index: int, refusal: RequestError) -> None:
+    name = type(refusal).__name__
+    metrics.TEACHER_REJECTS.labels(name).inc()
+    level = logging.WARNING if isinstance(refusal, ScoringFailed | NonFiniteLogits) else logging.DEBUG
+    log.log(level, "sequence refused, %s: %s", name, refusal, extra={"client": caller.get(), "sequence": index})
 
 
 async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:

@@ -91,7 +91,7 @@ class FakeTeacher(TeacherServiceServicer):
         await asyncio.sleep(self.options.describe_seconds)
         return info_to_message(self.info)
 
-    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResult]:  # noqa: N802
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResults]:  # noqa: N802
         num_tokens = call_tokens([len(one.token_bytes) // 4 for one in request.sequences])
         try:
             self._check(request, num_tokens)
@@ -103,7 +103,7 @@ class FakeTeacher(TeacherServiceServicer):
                 if self.options.seconds:
                     async with self.device:
                         await asyncio.sleep(self.options.seconds)
-                yield self._result(index, request.sequences[index], request.draw_set)
+                yield pb.ScoreResults(results=[self._result(index, request.sequences[index], request.draw_set)])
         finally:
             self.num_tokens -= num_tokens
 

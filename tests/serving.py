@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -55,6 +56,30 @@ def sequence(*token_ids: int, mask: Sequence[bool] | None = None) -> TokenSequen
     return TokenSequence(token_ids=np.array(token_ids, np.int32), loss_mask=loss_mask)
 
 
+class ScoreCall:
+    """A call of Score whose results are read one by one; all else is the gRPC call's."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._ready: deque[pb.ScoreResult] = deque()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def read(self) -> Any:
+        """Return the next result; aio.EOF at the end."""
+        while not self._ready:
+            message = await self._call.read()
+            if message is aio.EOF:  # type: ignore[attr-defined]  # the stubs lack it
+                return message
+            self._ready.extend(message.results)
+        return self._ready.popleft()
+
+    async def __aiter__(self) -> AsyncIterator[pb.ScoreResult]:
+        while (result := await self.read()) is not aio.EOF:  # type: ignore[attr-defined]
+            yield result
+
+
 class WireClient:
     """Calls of one server, made from messages by hand."""
 
@@ -78,15 +103,14 @@ class WireClient:
         spec: TargetSpec | pb.TargetSpec = SPEC,
         seconds: float = 20.0,
         **fields: Any,
-    ) -> Any:
-        """Begin to score and return the call, an aio.UnaryStreamCall."""
+    ) -> ScoreCall:
         message = convert.spec_to_message(spec) if isinstance(spec, TargetSpec) else spec
         settings: dict[str, Any] = {"client_id": "test", "vocab_size": 1 << 24, "spec": message} | fields
         request = pb.ScoreRequest(**settings)
         request.sequences.extend(
             one if isinstance(one, pb.Sequence) else convert.sequence_to_message(one) for one in sequences
         )
-        return self.stub.Score(request, metadata=self.metadata, timeout=seconds)
+        return ScoreCall(self.stub.Score(request, metadata=self.metadata, timeout=seconds))
 
     async def score(self, *sequences: TokenSequence | pb.Sequence, **fields: Any) -> list[pb.ScoreResult]:
         """Return the results in the sequences' order."""

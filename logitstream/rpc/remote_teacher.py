@@ -18,7 +18,8 @@ from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
 
-GRPC_FRAMING_BYTES = 5
+FRAMING_BYTES = 5
+"""A result's tag and length in its message, and its share of gRPC's own five bytes."""
 MAX_TOKENIZER_BYTES = 32 << 20
 """Largest vocabulary taken from a teacher, deflated."""
 
@@ -27,7 +28,7 @@ MAX_TOKENIZER_BYTES = 32 << 20
 class Answer:
     """One sequence's encoded targets, or its error.
 
-    index: the sequence's place in the call; wire_bytes: size of the whole gRPC message; weights_digest: the first bytes
+    index: the sequence's place in the call; wire_bytes: its part of the gRPC message; weights_digest: the first bytes
     of the digest of the weights that scored it.
     """
 
@@ -114,18 +115,20 @@ class RemoteTeacher:
         call = self._stub.Score(request, timeout=deadline_seconds, metadata=self._metadata)
         try:
             with self._naming_errors():
-                async for result in call:
-                    if result.index not in missing:
-                        raise ProtocolViolation(f"an answer to sequence {result.index}, which none awaits")
-                    missing.remove(result.index)
-                    yield Answer(
-                        index=result.index,
-                        payload=result.targets,
-                        wire_bytes=result.ByteSize() + GRPC_FRAMING_BYTES,
-                        error=None if result.WhichOneof("outcome") == "targets" else error_from_message(result.error),
-                        teacher_version=result.teacher_version,
-                        weights_digest=result.weights_digest,
-                    )
+                async for message in call:
+                    for result in message.results:
+                        if result.index not in missing:
+                            raise ProtocolViolation(f"an answer to sequence {result.index}, which none awaits")
+                        missing.remove(result.index)
+                        refused = result.WhichOneof("outcome") != "targets"
+                        yield Answer(
+                            index=result.index,
+                            payload=result.targets,
+                            wire_bytes=result.ByteSize() + FRAMING_BYTES,
+                            error=error_from_message(result.error) if refused else None,
+                            teacher_version=result.teacher_version,
+                            weights_digest=result.weights_digest,
+                        )
                 if missing:
                     raise ProtocolViolation(f"the call ended well with {len(missing)} sequences unanswered")
         finally:

@@ -80,10 +80,12 @@ function ask(vocabSize) {
       metadata,
       { deadline: Date.now() + 30_000 },
     );
-    call.on("data", (result) => {
-      const numTokens = options.sequences[result.index].length;
-      outcomes[result.index] =
-        result.outcome === "targets" ? { rows: decode(result.targets, numTokens) } : { error: result.error };
+    call.on("data", ({ results }) => {
+      for (const result of results) {
+        const numTokens = options.sequences[result.index].length;
+        outcomes[result.index] =
+          result.outcome === "targets" ? { rows: decode(result.targets, numTokens) } : { error: result.error };
+      }
     });
     call.on("error", reject);
     call.on("end", () => resolve(outcomes));

@@ -142,8 +142,8 @@ def test_the_documented_example_is_what_goes_over_the_wire() -> None:
     )
     format_page = (Path(__file__).parents[2] / "docs" / "targets-format.md").read_text(encoding="utf-8")
     payload = bytes.fromhex(re.findall(r"```\n([0-9a-f\s]+)```", format_page)[0])
-    result = pb.ScoreResult(index=0, targets=payload, weights_digest=b"\xfa" * 8)
-    assert messages == {"request": request.SerializeToString(), "result": result.SerializeToString()}
+    results = pb.ScoreResults(results=[pb.ScoreResult(index=0, targets=payload, weights_digest=b"\xfa" * 8)])
+    assert messages == {"request": request.SerializeToString(), "result": results.SerializeToString()}
 
 
 @given(st.lists(st.tuples(st.integers(0, (1 << 24) - 1), st.booleans()), min_size=1, max_size=100), st.booleans())

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n logitstream/rpc/v1/teacher.proto\x12\x12logitstream.rpc.v1\"\xea\x01\n\x0cScoreRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.logitstream.rpc.v1.TargetSpec\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x16\n\x0eweights_digest\x18\x05 \x01(\t\x12\x10\n\x08\x64raw_set\x18\x06 \x01(\x04\x12\x10\n\x08priority\x18\x07 \x01(\x04\x12/\n\tsequences\x18\x08 \x03(\x0b\x32\x1c.logitstream.rpc.v1.Sequence\"2\n\x08Sequence\x12\x13\n\x0btoken_bytes\x18\x01 \x01(\x0c\x12\x11\n\tloss_mask\x18\x02 \x01(\x0c\"\x9e\x01\n\x0bScoreResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\x07targets\x18\x02 \x01(\x0cH\x00\x12\x31\n\x05\x65rror\x18\x03 \x01(\x0b\x32 .logitstream.rpc.v1.RequestErrorH\x00\x12\x17\n\x0fteacher_version\x18\x04 \x01(\x04\x12\x16\n\x0eweights_digest\x18\x05 \x01(\x0c\x42\t\n\x07outcome\"\x11\n\x0f\x44\x65scribeRequest\"\xf5\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x07 \x01(\r\x12\x1c\n\x14max_in_flight_tokens\x18\x08 \x01(\r\x12\x19\n\x11max_message_bytes\x18\t \x01(\r\x12\x10\n\x08samplers\x18\n \x03(\t\x12\x16\n\x0e\x63odec_versions\x18\x0b \x03(\r\x12\x10\n\x08id_model\x18\x0c \x01(\x0c\x12\x17\n\x0fteacher_version\x18\r \x01(\x04\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x0f \x01(\t\x12\x17\n\x0ftokenizer_rules\x18\x10 \x01(\t\"\x1a\n\x18\x44\x65scribeTokenizerRequest\"\x1d\n\rTokenizerPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xac\x01\n\nTargetSpec\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12\x13\n\x0bnum_samples\x18\x02 \x01(\r\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x1c\n\x14proposal_temperature\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x15\n\rcodec_version\x18\x08 \x01(\r\"@\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x32\x9d\x02\n\x0eTeacherService\x12U\n\x08\x44\x65scribe\x12#.logitstream.rpc.v1.DescribeRequest\x1a$.logitstream.rpc.v1.DescribeResponse\x12\x66\n\x11\x44\x65scribeTokenizer\x12,.logitstream.rpc.v1.DescribeTokenizerRequest\x1a!.logitstream.rpc.v1.TokenizerPart0\x01\x12L\n\x05Score\x12 .logitstream.rpc.v1.ScoreRequest\x1a\x1f.logitstream.rpc.v1.ScoreResult0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n logitstream/rpc/v1/teacher.proto\x12\x12logitstream.rpc.v1\"\xea\x01\n\x0cScoreRequest\x12\x11\n\tclient_id\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.logitstream.rpc.v1.TargetSpec\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x16\n\x0eweights_digest\x18\x05 \x01(\t\x12\x10\n\x08\x64raw_set\x18\x06 \x01(\x04\x12\x10\n\x08priority\x18\x07 \x01(\x04\x12/\n\tsequences\x18\x08 \x03(\x0b\x32\x1c.logitstream.rpc.v1.Sequence\"2\n\x08Sequence\x12\x13\n\x0btoken_bytes\x18\x01 \x01(\x0c\x12\x11\n\tloss_mask\x18\x02 \x01(\x0c\"@\n\x0cScoreResults\x12\x30\n\x07results\x18\x01 \x03(\x0b\x32\x1f.logitstream.rpc.v1.ScoreResult\"\x9e\x01\n\x0bScoreResult\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\x07targets\x18\x02 \x01(\x0cH\x00\x12\x31\n\x05\x65rror\x18\x03 \x01(\x0b\x32 .logitstream.rpc.v1.RequestErrorH\x00\x12\x17\n\x0fteacher_version\x18\x04 \x01(\x04\x12\x16\n\x0eweights_digest\x18\x05 \x01(\x0c\x42\t\n\x07outcome\"\x11\n\x0f\x44\x65scribeRequest\"\xf5\x02\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x16\n\x0eweights_digest\x18\x03 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x07 \x01(\r\x12\x1c\n\x14max_in_flight_tokens\x18\x08 \x01(\r\x12\x19\n\x11max_message_bytes\x18\t \x01(\r\x12\x10\n\x08samplers\x18\n \x03(\t\x12\x16\n\x0e\x63odec_versions\x18\x0b \x03(\r\x12\x10\n\x08id_model\x18\x0c \x01(\x0c\x12\x17\n\x0fteacher_version\x18\r \x01(\x04\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x0f \x01(\t\x12\x17\n\x0ftokenizer_rules\x18\x10 \x01(\t\"\x1a\n\x18\x44\x65scribeTokenizerRequest\"\x1d\n\rTokenizerPart\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xac\x01\n\nTargetSpec\x12\x0f\n\x07sampler\x18\x01 \x01(\t\x12\x13\n\x0bnum_samples\x18\x02 \x01(\r\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x1c\n\x14proposal_temperature\x18\x05 \x01(\x01\x12\x13\n\x0btemperature\x18\x06 \x01(\x01\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x15\n\rcodec_version\x18\x08 \x01(\r\"@\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x32\x9e\x02\n\x0eTeacherService\x12U\n\x08\x44\x65scribe\x12#.logitstream.rpc.v1.DescribeRequest\x1a$.logitstream.rpc.v1.DescribeResponse\x12\x66\n\x11\x44\x65scribeTokenizer\x12,.logitstream.rpc.v1.DescribeTokenizerRequest\x1a!.logitstream.rpc.v1.TokenizerPart0\x01\x12M\n\x05Score\x12 .logitstream.rpc.v1.ScoreRequest\x1a .logitstream.rpc.v1.ScoreResults0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +35,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST']._serialized_end=291
   _globals['_SEQUENCE']._serialized_start=293
   _globals['_SEQUENCE']._serialized_end=343
-  _globals['_SCORERESULT']._serialized_start=346
-  _globals['_SCORERESULT']._serialized_end=504
-  _globals['_DESCRIBEREQUEST']._serialized_start=506
-  _globals['_DESCRIBEREQUEST']._serialized_end=523
-  _globals['_DESCRIBERESPONSE']._serialized_start=526
-  _globals['_DESCRIBERESPONSE']._serialized_end=899
-  _globals['_DESCRIBETOKENIZERREQUEST']._serialized_start=901
-  _globals['_DESCRIBETOKENIZERREQUEST']._serialized_end=927
-  _globals['_TOKENIZERPART']._serialized_start=929
-  _globals['_TOKENIZERPART']._serialized_end=958
-  _globals['_TARGETSPEC']._serialized_start=961
-  _globals['_TARGETSPEC']._serialized_end=1133
-  _globals['_REQUESTERROR']._serialized_start=1135
-  _globals['_REQUESTERROR']._serialized_end=1199
-  _globals['_TEACHERSERVICE']._serialized_start=1202
-  _globals['_TEACHERSERVICE']._serialized_end=1487
+  _globals['_SCORERESULTS']._serialized_start=345
+  _globals['_SCORERESULTS']._serialized_end=409
+  _globals['_SCORERESULT']._serialized_start=412
+  _globals['_SCORERESULT']._serialized_end=570
+  _globals['_DESCRIBEREQUEST']._serialized_start=572
+  _globals['_DESCRIBEREQUEST']._serialized_end=589
+  _globals['_DESCRIBERESPONSE']._serialized_start=592
+  _globals['_DESCRIBERESPONSE']._serialized_end=965
+  _globals['_DESCRIBETOKENIZERREQUEST']._serialized_start=967
+  _globals['_DESCRIBETOKENIZERREQUEST']._serialized_end=993
+  _globals['_TOKENIZERPART']._serialized_start=995
+  _globals['_TOKENIZERPART']._serialized_end=1024
+  _globals['_TARGETSPEC']._serialized_start=1027
+  _globals['_TARGETSPEC']._serialized_end=1199
+  _globals['_REQUESTERROR']._serialized_start=1201
+  _globals['_REQUESTERROR']._serialized_end=1265
+  _globals['_TEACHERSERVICE']._serialized_start=1268
+  _globals['_TEACHERSERVICE']._serialized_end=1554
 # @@protoc_insertion_point(module_scope)

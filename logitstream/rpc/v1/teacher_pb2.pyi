@@ -97,6 +97,26 @@ class Sequence(_message.Message):
 Global___Sequence: _TypeAlias = Sequence  # noqa: Y015
 
 @_typing.final
+class ScoreResults(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreResult]: ...
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ScoreResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreResults: _TypeAlias = ScoreResults  # noqa: Y015
+
+@_typing.final
 class ScoreResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

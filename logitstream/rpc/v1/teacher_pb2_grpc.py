@@ -47,7 +47,7 @@ class TeacherServiceStub:
         self.Score = channel.unary_stream(
                 '/logitstream.rpc.v1.TeacherService/Score',
                 request_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
-                response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResult.FromString,
+                response_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResults.FromString,
                 _registered_method=True)
 
 
@@ -69,8 +69,9 @@ class TeacherServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
-        answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+        """Score a batch of sequences: one result each, in the order in which they are ready; those that are ready at the same
+        time share a message. What is wrong with one sequence is answered in-band for that sequence; the others go on.
+        Deadline, cancellation and flow control are the call's own.
         Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
         RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
         UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
@@ -95,7 +96,7 @@ def add_TeacherServiceServicer_to_server(servicer, server):
             'Score': grpc.unary_stream_rpc_method_handler(
                     servicer.Score,
                     request_deserializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.FromString,
-                    response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResult.SerializeToString,
+                    response_serializer=logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResults.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,7 +179,7 @@ class TeacherService:
             target,
             '/logitstream.rpc.v1.TeacherService/Score',
             logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreRequest.SerializeToString,
-            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResult.FromString,
+            logitstream_dot_rpc_dot_v1_dot_teacher__pb2.ScoreResults.FromString,
             options,
             channel_credentials,
             insecure,

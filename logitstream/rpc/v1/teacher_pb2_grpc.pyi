@@ -39,9 +39,10 @@ class TeacherServiceStub:
     """What this server serves; the student checks it before it sends the first sequence."""
     DescribeTokenizer: _grpc.UnaryStreamMultiCallable[_teacher_pb2.DescribeTokenizerRequest, _teacher_pb2.TokenizerPart]
     """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
-    Score: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResult]
-    """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
-    answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+    Score: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResults]
+    """Score a batch of sequences: one result each, in the order in which they are ready; those that are ready at the same
+    time share a message. What is wrong with one sequence is answered in-band for that sequence; the others go on.
+    Deadline, cancellation and flow control are the call's own.
     Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
     UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
@@ -54,9 +55,10 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     """What this server serves; the student checks it before it sends the first sequence."""
     DescribeTokenizer: _aio.UnaryStreamMultiCallable[_teacher_pb2.DescribeTokenizerRequest, _teacher_pb2.TokenizerPart]  # type: ignore[assignment]
     """The teacher's vocabulary, to say how it differs from the student's; asked for where the digests do."""
-    Score: _aio.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResult]  # type: ignore[assignment]
-    """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
-    answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+    Score: _aio.UnaryStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResults]  # type: ignore[assignment]
+    """Score a batch of sequences: one result each, in the order in which they are ready; those that are ready at the same
+    time share a message. What is wrong with one sequence is answered in-band for that sequence; the others go on.
+    Deadline, cancellation and flow control are the call's own.
     Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
     UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
@@ -84,9 +86,10 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _teacher_pb2.ScoreRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.ScoreResult], _abc.AsyncIterator[_teacher_pb2.ScoreResult]]:
-        """Score a batch of sequences: one result each, in the order in which they are ready. What is wrong with one sequence is
-        answered in-band for that sequence; the others go on. Deadline, cancellation and flow control are the call's own.
+    ) -> _typing.Union[_abc.Iterator[_teacher_pb2.ScoreResults], _abc.AsyncIterator[_teacher_pb2.ScoreResults]]:
+        """Score a batch of sequences: one result each, in the order in which they are ready; those that are ready at the same
+        time share a message. What is wrong with one sequence is answered in-band for that sequence; the others go on.
+        Deadline, cancellation and flow control are the call's own.
         Status codes: FAILED_PRECONDITION (another teacher, tokenizer or vocabulary than expected), INVALID_ARGUMENT,
         RESOURCE_EXHAUSTED (over this client's limit; the trailing metadata `retry-after-ms` says when to come again),
         UNAVAILABLE (loading or draining: ask another replica), UNAUTHENTICATED.
