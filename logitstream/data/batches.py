@@ -1,4 +1,4 @@
-"""A batch of tokens -> the sequences that the teacher is asked for, and their targets -> the rows of the batch."""
+"""Rows -> a batch of tokens -> the sequences that the teacher is asked for; their targets -> the rows of the batch."""
 
 from __future__ import annotations
 

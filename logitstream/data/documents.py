@@ -1,14 +1,9 @@
-"""The documents of a batch: which tokens belong to which, however the batch says so.
+"""The documents of a batch: which tokens belong to which.
 
 A row of a batch may hold several documents (packing). The teacher scores each alone, and the student sees each alone.
-Collators mark them in one of these ways; several ways in one batch have to agree:
-
-    position_ids                    [B, T]: count from 0 in each document
-    attention_mask                  [B, T] of numbers: one a document, 0 is padding (0 and 1 alone mark padding only)
-    seq_idx                         [B, T]: one number a document
-
-The cu_seq_lens and max_length of flash attention are passed over: it derives them from position_ids, which have to be
-there too. Anything in a batch that the teacher could not be told is refused by name.
+They are marked by position_ids [B, T] that count from 0 in each document, or by seq_idx [B, T], one number a document;
+attention_mask [B, T] is 0 on padding. The cu_seq_lens and max_length of flash attention are passed over: it derives
+them from position_ids. Anything in a batch that the teacher could not be told is refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +17,6 @@ import torch
 Batch = dict[str, Any]
 """input_ids [B, T] and, optionally, labels, masks and the marks of documents."""
 Numbers = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 ROW_MASK = "loss_mask"
 """[B, T]: entry t is about row t, which predicts token t + 1."""
@@ -32,7 +26,8 @@ FOR_THE_LOSS = ("labels", ROW_MASK, *TOKEN_MASKS, "targets")
 """Names that the model's forward does not get."""
 DERIVED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PACKING = ("position_ids", "seq_idx", *DERIVED[:2])
-KNOWN = ("input_ids", "attention_mask", *PACKING, *DERIVED[2:], *FOR_THE_LOSS)
+MARKS = ("attention_mask", "position_ids", "seq_idx")
+KNOWN = ("input_ids", *MARKS, *DERIVED, *FOR_THE_LOSS)
 
 
 def number_documents(batch: Batch) -> Numbers:
@@ -41,27 +36,26 @@ def number_documents(batch: Batch) -> Numbers:
     ValueError, by name, if the batch holds something that the teacher cannot be told.
     """
     shape = tuple(np.shape(batch["input_ids"]))
-    if len(shape) != 2:
-        raise ValueError(f"expected input_ids of shape [batch, tokens], got {list(shape)}")
     _check_names(batch, shape)
-    present, found = _from_attention_mask(batch.get("attention_mask"), shape)
-    for name in ("position_ids", "seq_idx"):
-        if batch.get(name) is None:
-            continue
-        values = to_numpy(batch[name])
-        if values.shape not in (shape, (1, shape[1])):  # one row may stand for all
-            raise ValueError(
-                f"expected {name} of shape {list(shape)}, got {list(values.shape)}: the teacher cannot be told"
-            )
-        values = np.broadcast_to(values, shape)
-        found[name] = _from_positions(values, present) if name == "position_ids" else _from_runs(name, values, present)
-    if batch.get("position_ids") is None and batch.get(DERIVED[0]) is not None:
+    marks = {name: _mark(name, batch[name], shape) for name in MARKS if batch.get(name) is not None}
+    mask, positions, seq_idx = (marks.get(name) for name in MARKS)
+    if positions is None and batch.get(DERIVED[0]) is not None:
         raise ValueError(f"{DERIVED[0]} in a batch without position_ids: mark documents by position_ids")
-    (first, numbers), *others = found.items() or [("input_ids", present.astype(np.int64))]
-    for name, other in others:
-        if (other != numbers).any():
-            row = int(np.flatnonzero((other != numbers).any(1))[0])
-            raise ValueError(f"row {row} of a batch: {first} and {name} say different documents")
+    present = np.ones(shape, bool) if mask is None else mask != 0
+    if mask is not None and not np.isin(mask, (0, 1)).all():
+        raise ValueError("expected an attention_mask of 0 (padding) and 1: mark documents by position_ids or seq_idx")
+    if seq_idx is not None:
+        begins = np.diff(np.where(present, seq_idx, -1), axis=1, prepend=-1) != 0
+    else:
+        begins = np.zeros(shape, bool) if positions is None else positions == 0
+    first = present & (np.cumsum(present, axis=1) == 1)
+    numbers: Numbers = np.where(present, np.cumsum(first | (begins & present), axis=1), 0)
+    if positions is not None and (wrong := present & (positions != positions_of(numbers))).any():
+        row, token = np.argwhere(wrong)[0].tolist()
+        raise ValueError(
+            f"row {row} of a batch, token {token}: its position is {positions[row, token]}, expected position_ids that "
+            "count from 0 in each document: the teacher cannot be told of others"
+        )
     return numbers
 
 
@@ -81,26 +75,22 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     take a row for one document. Padding on the left or inside does not move positions, if the model takes positions.
     ValueError as from `number_documents`, and for padding inside a document of a packed row.
     """
-    inputs = {name: value for name, value in batch.items() if name not in (*FOR_THE_LOSS, *DERIVED)}
-    _check_names(batch, tuple(np.shape(batch["input_ids"])))
-    if not any(batch.get(name) is not None for name in ("attention_mask", *PACKING)):
-        return inputs
     numbers = number_documents(batch)
-    present, positions = numbers > 0, positions_of(numbers)
+    inputs = {name: value for name, value in batch.items() if name not in (*FOR_THE_LOSS, *DERIVED, *MARKS[:2])}
     device = torch.as_tensor(batch["input_ids"]).device
-    inputs.pop("attention_mask", None)
-    inputs.pop("position_ids", None)
+    positions = positions_of(numbers)
+    position_ids = {"position_ids": torch.from_numpy(positions).to(device)}
     if numbers.max(initial=0) > 1:
         inside = (numbers[:, 1:] != numbers[:, :-1]) & (positions[:, 1:] > 0)
         if inside.any():
             row = np.argwhere(inside)[0, 0]
             raise ValueError(f"row {row} of a batch: padding inside a document of a row that holds several")
-        return inputs | {"position_ids": torch.from_numpy(positions).to(device)}
+        return inputs | position_ids
+    present = numbers > 0
     if not present.all():
         inputs["attention_mask"] = torch.from_numpy(present.astype(np.int64)).to(device)
-    if takes_positions and (positions != np.arange(numbers.shape[1]))[present].any():
-        inputs["position_ids"] = torch.from_numpy(positions).to(device)
-    return inputs
+    moved = (positions != np.arange(numbers.shape[1]))[present].any()
+    return inputs | position_ids if takes_positions and moved else inputs
 
 
 def to_numpy(values: Any) -> npt.NDArray[Any]:
@@ -112,6 +102,8 @@ def to_numpy(values: Any) -> npt.NDArray[Any]:
 
 def _check_names(batch: Batch, shape: tuple[int, ...]) -> None:
     """ValueError for a tensor that is none of KNOWN, unless it has one entry a row: the teacher would not get it."""
+    if len(shape) != 2:
+        raise ValueError(f"expected input_ids of shape [batch, tokens], got {list(shape)}")
     for name, value in batch.items():
         found = getattr(value, "shape", None)
         if name not in KNOWN and found is not None and tuple(found) not in ((), shape[:1]):
@@ -121,38 +113,8 @@ def _check_names(batch: Batch, shape: tuple[int, ...]) -> None:
             )
 
 
-def _from_attention_mask(mask: Any, shape: tuple[int, ...]) -> tuple[Mask, dict[str, Numbers]]:
-    """Return which tokens are not padding, and the documents if the mask numbers them."""
-    if mask is None:
-        return np.ones(shape, bool), {}
-    found = np.asarray(()) if isinstance(mask, dict) else to_numpy(mask)
-    if found.shape != shape or (found < 0).any() or (found != np.floor(found)).any():
-        raise ValueError(
-            "expected an attention_mask of shape [batch, tokens] that is 0 on padding, got "
-            f"{'a dict' if isinstance(mask, dict) else list(found.shape)}: mark documents by position_ids instead, the "
-            "teacher cannot be told"
-        )
-    present = found != 0
-    return present, {"attention_mask": _from_runs("attention_mask", found, present)} if (found > 1).any() else {}
-
-
-def _from_positions(positions: npt.NDArray[Any], present: Mask) -> Numbers:
-    numbers = np.where(present, np.cumsum(present & (positions == 0), axis=1), 0)
-    wrong = present & (positions_of(np.maximum(numbers, present)) != positions)
-    if wrong.any():
-        row, token = np.argwhere(wrong)[0].tolist()
-        raise ValueError(
-            f"row {row} of a batch, token {token}: its position is {positions[row, token]}, expected position_ids that "
-            "count from 0 in each document: the teacher cannot be told of others"
-        )
-    return numbers
-
-
-def _from_runs(name: str, values: npt.NDArray[Any], present: Mask) -> Numbers:
-    """Number the runs of equal values, padding aside."""
-    numbers = np.zeros(values.shape, np.int64)
-    for row, (own, kept) in enumerate(zip(values, present, strict=True)):
-        numbers[row, kept] = 1 + np.cumsum(np.diff(own[kept], prepend=own[kept][:1]) != 0)
-        if numbers[row].max(initial=0) > len(np.unique(own[kept])):
-            raise ValueError(f"row {row} of a batch: {name} gives one number to tokens that do not stand together")
-    return numbers
+def _mark(name: str, values: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    found = to_numpy(values)
+    if found.shape not in (shape, (1, shape[1])):  # one row may stand for all
+        raise ValueError(f"expected {name} of shape {list(shape)}, got {list(found.shape)}: the teacher cannot be told")
+    return np.broadcast_to(found, shape)

@@ -10,7 +10,6 @@ Row t of a batch predicts token t + 1. loss_mask is about rows; labels (transfor
 - the batch has targets, or the row has a label.
 
 Nothing crosses the border between two documents of a row: a document's last row has no label, as at the end of a row.
-It still counts for distillation if neither labels nor token masks are given, packed or not.
 """
 
 from __future__ import annotations
@@ -34,16 +33,15 @@ def counted_rows(like: Tensor, *, loss_mask: Tensor | None, labels: Tensor | Non
 
 def supervised_mask(batch: Batch, *, with_targets: bool | None = None) -> Tensor:
     """Return which rows count, bool [B, T]; with_targets None looks for targets in the batch."""
-    input_ids = torch.as_tensor(batch["input_ids"])
     numbers = _numbers(batch)
     labels = None if batch.get("labels") is None else _next(batch["labels"], numbers)
     loss_mask = None if batch.get(ROW_MASK) is None else torch.as_tensor(batch[ROW_MASK])
-    mask = counted_rows(input_ids, loss_mask=loss_mask, labels=labels)
+    mask = counted_rows(torch.as_tensor(batch["input_ids"]), loss_mask=loss_mask, labels=labels)
     if numbers is not None:
         mask = mask & (numbers > 0)
     for name in TOKEN_MASKS:
         if batch.get(name) is not None:
-            mask = mask & (_next(torch.as_tensor(batch[name]).long() - 1, numbers, padding=-1) >= 0)
+            mask = mask & (_next(batch[name], numbers, padding=0) > 0)
     if with_targets is None:
         with_targets = batch.get("targets") is not None
     return mask if with_targets else mask & (next_token_labels(batch) != IGNORED_LABEL)
@@ -51,12 +49,10 @@ def supervised_mask(batch: Batch, *, with_targets: bool | None = None) -> Tensor
 
 def next_token_labels(batch: Batch) -> Tensor:
     """Return the label of each row t, which is token t + 1: int64 [B, T], -100 if there is none."""
-    numbers = _numbers(batch)
-    labels = batch.get("labels")
+    numbers, labels = _numbers(batch), batch.get("labels")
     if labels is None:
         labels = torch.as_tensor(batch["input_ids"])
-        if numbers is not None:
-            labels = labels.masked_fill(numbers == 0, IGNORED_LABEL)
+        labels = labels if numbers is None else labels.masked_fill(numbers == 0, IGNORED_LABEL)
     return _next(labels, numbers)
 
 

@@ -84,7 +84,7 @@ def pack(
         whole = len(pending) // sequence_tokens * sequence_tokens
         for start in range(0, whole, sequence_tokens):
             ids = np.asarray(pending[start : start + sequence_tokens], dtype=np.int32)
-            limits.check_id(int(ids.max()), int(ids.min()), f"sequence {num_sequences} of the text")
+            limits.check_ids(ids, f"sequence {num_sequences} of the text")
             num_sequences += 1
             yield {"input_ids": ids}
         del pending[:whole]

@@ -9,8 +9,6 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-POSITIONS = ("max_position_embeddings", "max_seq_len")
-"""Names in configs for the number of positions that a model has."""
 PROBE_TOKENS = 4
 Before = Literal["documents", "padding"]
 
@@ -27,22 +25,25 @@ class StudentLimits:
         """Return the limits of a transformers model; another module has none."""
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        found = (getattr(config, name, None) for name in POSITIONS)
-        num_positions = next((number for number in found if isinstance(number, int) and number > 0), 0)
-        return cls(vocab_size=getattr(_embedding_of(model), "num_embeddings", 0), num_positions=num_positions)
+        num_positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+        return cls(
+            vocab_size=getattr(_embedding_of(model), "num_embeddings", 0),
+            num_positions=num_positions if isinstance(num_positions, int) else 0,
+        )
 
-    def check_id(self, highest: int, lowest: int, where: str) -> None:
+    def check_ids(self, input_ids: Any, where: str) -> None:
         """ValueError if an id has no row in the embedding; `where` names the place of the ids."""
-        if self.vocab_size and not 0 <= lowest <= highest < self.vocab_size:
-            bad = highest if highest >= self.vocab_size else lowest
+        lowest, highest = (int(end) for end in torch.aminmax(torch.as_tensor(input_ids)))
+        if lowest < 0 or highest >= (self.vocab_size or highest + 1):
             raise ValueError(
-                f"{where}: token id {bad} is outside the student's embedding of {self.vocab_size} ids: give the "
-                "student the tokenizer's ids (resize_token_embeddings) or take that token out of the text"
+                f"{where}: token id {lowest if lowest < 0 else highest} is outside the student's embedding of "
+                f"{self.vocab_size} ids: give the student the tokenizer's ids (resize_token_embeddings) or take that "
+                "token out of the text"
             )
 
     def check_length(self, num_tokens: int, where: str) -> None:
         """ValueError if a document has more tokens than the student has positions; `where` names its place."""
-        if self.num_positions and num_tokens > self.num_positions:
+        if num_tokens > (self.num_positions or num_tokens):
             raise ValueError(
                 f"{where}: {num_tokens} tokens, but the student has {self.num_positions} positions: shorten the "
                 "sequences (sequence_tokens), or raise max_position_embeddings in the student's config"
@@ -50,18 +51,11 @@ class StudentLimits:
 
     def check(self, inputs: dict[str, Any]) -> None:
         """Check the ids and the lengths of the forward's arguments."""
-        input_ids: Tensor = torch.as_tensor(inputs["input_ids"])
-        if not input_ids.numel():
-            return
-        lowest, highest = (int(end) for end in torch.aminmax(input_ids))
-        if not 0 <= lowest <= highest < (self.vocab_size or highest + 1):
-            bad = ((input_ids < 0) | (input_ids >= self.vocab_size)).any(1)
-            self.check_id(highest, lowest, f"row {int(bad.nonzero()[0])} of a batch")
-        positions = inputs.get("position_ids")
-        if positions is None:
-            self.check_length(input_ids.shape[1], "a batch's rows")
-        else:
-            self.check_length(int(torch.as_tensor(positions).max()) + 1, "a document of a batch")
+        if torch.as_tensor(inputs["input_ids"]).numel():
+            self.check_ids(inputs["input_ids"], "a batch")
+            positions = inputs.get("position_ids")
+            longest = inputs["input_ids"].shape[1] if positions is None else int(torch.as_tensor(positions).max()) + 1
+            self.check_length(longest, "a document of a batch")
 
 
 def takes_positions(model: Any) -> bool:
@@ -88,12 +82,11 @@ def hides(model: Any, before: Before, *, num_rows: int) -> bool:
     shape, half = (num_rows, 2 * PROBE_TOKENS), torch.arange(PROBE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     embedding = _embedding_of(model) or next(part for part in model.modules() if isinstance(part, nn.Embedding))
-    vocab_size = StudentLimits.of(model).vocab_size or model.config.vocab_size
-    options = {"input_ids": torch.randint(vocab_size, shape, generator=generator)}
+    inputs = {"input_ids": torch.randint(embedding.num_embeddings, shape, generator=generator)}
     if before == "documents":
-        options["position_ids"] = half.repeat(2).expand(shape)
+        inputs["position_ids"] = half.repeat(2).expand(shape)
     else:
-        options["attention_mask"] = torch.cat([torch.zeros_like(half), torch.ones_like(half)]).expand(shape)
+        inputs["attention_mask"] = torch.cat([torch.zeros_like(half), torch.ones_like(half)]).expand(shape)
     device = next(model.parameters()).device
     embedded: list[Tensor] = []
 
@@ -106,8 +99,8 @@ def hides(model: Any, before: Before, *, num_rows: int) -> bool:
     model.eval()
     try:
         with torch.enable_grad():
-            inputs = {name: values.to(device) for name, values in options.items()}
-            logits = model(use_cache=False, **inputs).logits[:, PROBE_TOKENS:].float()
+            arguments = {name: values.to(device) for name, values in inputs.items()}
+            logits = model(use_cache=False, **arguments).logits[:, PROBE_TOKENS:].float()
             weights = torch.randn(logits.shape, generator=generator).to(device)
             gradients = torch.autograd.grad((logits * weights).sum(), embedded)
         return not any(bool(gradient[:, :PROBE_TOKENS].any()) for gradient in gradients)

@@ -80,7 +80,7 @@ def cut(parts: Sequence[Part], sequence_tokens: int, limits: StudentLimits) -> I
                 continue
             ids = values["input_ids"][kept]
             positions = positions_of(numbers[None])[0, kept]
-            limits.check_id(int(ids.max()), int(ids.min()), where)
+            limits.check_ids(ids, where)
             limits.check_length(int(positions.max()) + 1, where)
             found = {name: values[name][kept] for name in ("input_ids", *LOSS_COLUMNS) if name in values}
             yield found | ({"position_ids": positions} if is_packed else {})

@@ -69,8 +69,7 @@ def two_rows(rows: list[Row]) -> Batch:
 def numbered(rows: list[Row]) -> Batch:
     batch = two_rows(rows)
     starts = (batch.pop("position_ids") == 0) & (batch["attention_mask"] == 1)
-    batch["attention_mask"] = starts.cumsum(1) * batch["attention_mask"]
-    return batch
+    return batch | {"seq_idx": starts.cumsum(1)}
 
 
 def with_lengths(rows: list[Row]) -> Batch:
@@ -260,7 +259,7 @@ def test_a_refused_sequence_never_reaches_the_student(tmp_path: Path, one_thread
 def test_ids_and_lengths_beyond_the_student_are_named_before_its_forward(tmp_path: Path, one_thread: None) -> None:
     trainer = trainer_of(tmp_path, tiny_model("gpt2"), None, collate)
     rows = [{"input_ids": [3, 4]}, {"input_ids": [5, VOCAB_SIZE]}]
-    with pytest.raises(ValueError, match=f"row 1 of a batch: token id {VOCAB_SIZE} is outside the student's .* of 96"):
+    with pytest.raises(ValueError, match=f"a batch: token id {VOCAB_SIZE} is outside the student's .* of 96"):
         trainer.evaluate(rows)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="65 tokens, but the student has 64 positions"):
         trainer.evaluate([{"input_ids": [3] * 65}])  # type: ignore[arg-type]

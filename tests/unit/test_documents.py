@@ -15,7 +15,7 @@ from logitstream.data.documents import for_the_model, number_documents, position
 from logitstream.data.loss_mask import next_token_labels, supervised_mask
 
 Lengths = list[list[int]]
-WAYS = ["position_ids", "numbers", "seq_idx"]
+WAYS = ["position_ids", "seq_idx"]
 
 
 def numbers_of(lengths: Lengths, num_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -35,7 +35,6 @@ def say(way: str, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, tor
     padding = {"attention_mask": torch.from_numpy((numbers > 0).astype(np.int64))}
     return {
         "position_ids": {"position_ids": positions} | padding,
-        "numbers": {"attention_mask": torch.from_numpy(numbers)},
         "seq_idx": {"seq_idx": torch.from_numpy(numbers).int() + 6} | padding,
     }[way]
 
@@ -151,15 +150,17 @@ CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
         ),
         ({"position_ids": torch.tensor([[0, 1, 5, 6]])}, "token 2: its position is 5"),
         ({"position_ids": torch.zeros(3, 1, 4, dtype=torch.int64)}, "position_ids of shape .1, 4., got .3, 1, 4."),
-        ({"attention_mask": CAUSAL[None, None]}, "got .1, 1, 4, 4.: mark documents by position_ids instead"),
-        ({"attention_mask": CAUSAL[None]}, "got .1, 4, 4.: mark documents by position_ids instead"),
-        ({"attention_mask": {"full_attention": CAUSAL}}, "got a dict"),
-        ({"attention_mask": torch.tensor([[1, 2, 1, 2]])}, "attention_mask gives one number to tokens that do not"),
+        ({"attention_mask": CAUSAL[None, None]}, "attention_mask of shape .1, 4., got .1, 1, 4, 4."),
+        ({"attention_mask": CAUSAL[None]}, "attention_mask of shape .1, 4., got .1, 4, 4."),
+        ({"attention_mask": {"full_attention": CAUSAL}}, "attention_mask of shape"),
+        (
+            {"attention_mask": torch.tensor([[1, 2, 1, 2]])},
+            "an attention_mask of 0 .padding. and 1: mark documents by position_ids or seq_idx",
+        ),
         ({"attention_mask": torch.tensor([[0.0, -1e9, 0.0, 0.0]])}, "expected an attention_mask"),
-        ({"seq_idx": torch.tensor([[0, 1, 0, 0]])}, "seq_idx gives one number"),
         (
             {"seq_idx": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.tensor([[0, 1, 2, 0]])},
-            "position_ids and seq_idx say different documents",
+            "row 0 of a batch, token 2: its position is 2, expected position_ids that",
         ),
     ],
 )
