@@ -18,12 +18,8 @@ from logitstream.types import SPEC_RANGES, SparseTargets, TargetSpec, TokenSeque
 
 Draw = Callable[[Sequence[TokenSequence], TargetSpec, int], Sequence[bytes]]
 """(sequences, spec, draw set) -> their encoded targets, in order: a teacher, however it is reached."""
-
 CLOSE_ENOUGH = 0.01
-"""Also the least that twice the samples must bring: where the text takes no more bytes, more samples buy nothing."""
-MAX_MEASUREMENTS = 12
-BYTES_EXPONENT, PRECISION_EXPONENT = 0.75, 1.5
-"""bytes ~ N^0.75 and 1/noise ~ N^1.5 on English text: only where to look next."""
+MAX_MEASUREMENTS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,24 +41,16 @@ class Choice:
 
 
 def measure(
-    draw: Draw,
-    sequences: Sequence[TokenSequence],
-    spec: TargetSpec,
-    *,
-    with_noise: bool,
-    id_model: IdModel | None = None,
-    vocab_size: int | None = None,
+    draw: Draw, sequences: Sequence[TokenSequence], spec: TargetSpec, *, with_noise: bool, **decoding: Any
 ) -> Measured:
     """Return bytes and entries per wanted row; noise from two independent draw sets, as E |t̂ - t̂'|² / 2.
 
-    id_model, vocab_size: the teacher's, to decode with.
+    decoding: the teacher's id_model and vocab_size for `codec.decode`.
     """
 
     def decoded(payloads: Sequence[bytes]) -> list[SparseTargets]:
-        return [
-            decode(payload, spec=spec, vocab_size=vocab_size, id_model=id_model, num_rows=len(sequence))
-            for payload, sequence in zip(payloads, sequences, strict=True)
-        ]
+        pairs = zip(payloads, sequences, strict=True)
+        return [decode(payload, spec=spec, num_rows=len(sequence), **decoding) for payload, sequence in pairs]
 
     payloads = draw(sequences, spec, 0)
     targets = decoded(payloads)
@@ -99,85 +87,61 @@ def choose(
     bytes_per_token: the largest size whose encoded targets take at most this; noise: the smallest whose MSE per
     position is at most this.
     """
-    sampler = spec.kind
-    if not sampler.size_field:
+    field = spec.kind.size_field
+    if not field:
         raise ValueError(f"{spec.sampler} targets have no size to choose: use another sampler")
-    if noise and not sampler.is_unbiased:
+    if noise and not spec.kind.is_unbiased:
         raise ValueError(f"a noise budget needs an unbiased sampler, not {spec.sampler}")
 
-    def measured(tried: TargetSpec, with_noise: bool) -> Measured:
-        return measure(draw, sequences, tried, with_noise=with_noise, id_model=id_model, vocab_size=vocab_size)
+    def measured(size: int, *, with_noise: bool) -> tuple[TargetSpec, Measured]:
+        changes: dict[str, Any] = {field: spec.kind.size_steps / size if spec.kind.size_steps else size}
+        sized = replace(spec, **changes)
+        return sized, measure(draw, sequences, sized, with_noise=with_noise, id_model=id_model, vocab_size=vocab_size)
 
-    def size_in_bytes(size: int) -> float:
-        return measured(_sized(spec, size), False).bytes_per_token
+    def share_of_budget(size: int) -> float:
+        found = measured(size, with_noise=not bytes_per_token)[1]
+        return found.bytes_per_token / bytes_per_token if bytes_per_token else noise / max(found.noise or 0.0, 1e-12)
 
-    def precision(size: int) -> float:
-        return 1.0 / max(measured(_sized(spec, size), True).noise or 0.0, 1e-12)
-
-    if bytes_per_token:
-        budget = f"at most {bytes_per_token:g} bytes a token"
-        size = _search(size_in_bytes, bytes_per_token, spec, BYTES_EXPONENT, from_below=True)
-        refusal = f"{bytes_per_token:g} bytes a token are too few for any {spec.sampler} targets of this text"
-    else:
-        budget = f"noise of at most {noise:g}"
-        size = _search(precision, 1.0 / noise, spec, PRECISION_EXPONENT, from_below=False)
-        refusal = f"no {spec.sampler} targets come within a noise of {noise:g}"
+    size = _search(share_of_budget, spec, from_below=bool(bytes_per_token))
+    budget = f"at most {bytes_per_token:g} bytes a token" if bytes_per_token else f"noise of at most {noise:g}"
     if size is None:
-        raise ValueError(refusal)
-    chosen = _sized(spec, size)
-    result = measured(chosen, sampler.is_unbiased)
-    return Choice(spec=chosen, measured=result, sentence=f"{budget}: {_sentence(chosen, result, sequences)}")
-
-
-def _sentence(spec: TargetSpec, measured: Measured, sequences: Sequence[TokenSequence]) -> str:
-    field = spec.kind.size_field
-    noise = "" if measured.noise is None else f", noise {measured.noise:.3g} a position"
-    return (
-        f"chose {spec.sampler} with {field} = {getattr(spec, field):.6g}, measured "
-        f"{measured.bytes_per_token:.2f} bytes and {measured.entries_per_token:.2f} entries a token{noise} "
+        raise ValueError(f"{budget}: no {field} of {spec.sampler} targets meets this on this text")
+    chosen, result = measured(size, with_noise=spec.kind.is_unbiased)
+    with_noise = "" if result.noise is None else f", noise {result.noise:.3g} a position"
+    sentence = (
+        f"{budget}: chose {spec.sampler} with {field} = {getattr(chosen, field):.6g}, measured "
+        f"{result.bytes_per_token:.2f} bytes and {result.entries_per_token:.2f} entries a token{with_noise} "
         f"on {len(sequences)} sequences of {sum(map(len, sequences))} tokens"
     )
+    return Choice(spec=chosen, measured=result, sentence=sentence)
 
 
-def _sized(spec: TargetSpec, size: int) -> TargetSpec:
-    steps = spec.kind.size_steps
-    fields: dict[str, Any] = {spec.kind.size_field: steps / size if steps else size}
-    return replace(spec, **fields)
+def _search(share_of_budget: Callable[[int], float], spec: TargetSpec, *, from_below: bool) -> int | None:
+    """Return the size whose (rising) share of the budget is next to 1: at most 1 from below, else at least 1.
 
-
-def _size_of(spec: TargetSpec, value: float) -> int:
-    steps = spec.kind.size_steps
-    return max(steps, round(steps / value)) if steps else int(value)
-
-
-def _search(
-    value_of: Callable[[int], float], target: float, spec: TargetSpec, exponent: float, *, from_below: bool
-) -> int | None:
-    """Return the size whose (rising) value is closest to target without exceeding it (from_below) or falling short.
-
-    Starts at the spec's size and follows a power law through the two ends known. Stops at neighbours, or within
-    CLOSE_ENOUGH on the right side.
+    Doubles or halves the spec's own size until a size lies on either side, then bisects. Stops at neighbours, within
+    CLOSE_ENOUGH, or where a doubling changes nothing.
     """
-    field = spec.kind.size_field
-    lowest, highest = sorted(_size_of(spec, bound) for bound in SPEC_RANGES[field])
-    size = _size_of(spec, getattr(spec, field))
-    below, above = (lowest - 1, 0.0), (highest + 1, math.inf)
+    steps = spec.kind.size_steps
+
+    def size_of(value: float) -> int:
+        return max(steps, round(steps / value)) if steps else int(value)
+
+    lowest, highest = sorted(size_of(bound) for bound in SPEC_RANGES[spec.kind.size_field][1:])
+    size, below, above, share_below = size_of(getattr(spec, spec.kind.size_field)), lowest - 1, highest + 1, 0.0
     for _ in range(MAX_MEASUREMENTS):
-        value = value_of(size)
-        is_known = below[1] > 0
-        if is_known and size >= 2 * below[0] and value <= min(target, below[1] * (1 + CLOSE_ENOUGH)):
+        share = share_of_budget(size)
+        if below >= lowest and above > highest and share <= min(1.0, share_below * (1 + CLOSE_ENOUGH)):
             break
-        below = (size, value) if value <= target else below
-        above = (size, value) if value >= target else above
-        is_close = abs(value / target - 1) <= CLOSE_ENOUGH and (value <= target if from_below else value >= target)
-        if is_close or above[0] - below[0] <= 1:
+        if share <= 1:
+            below, share_below = size, share
+        if share >= 1:
+            above = size
+        is_close = 1 - CLOSE_ENOUGH <= share <= 1 if from_below else 1 <= share <= 1 + CLOSE_ENOUGH
+        if is_close or above - below <= 1:
             break
-        if below[1] > 0 and above[1] < math.inf:
-            share = math.log(target / below[1]) / max(math.log(above[1] / below[1]), 1e-9)
-            guess = below[0] * (above[0] / below[0]) ** min(max(share, 0.05), 0.95)
-        else:
-            step = (target / max(value, 1e-9)) ** (1 / exponent) * (1.1 if value <= target else 0.9)
-            guess = size * min(max(step, 1 / 16), 16.0)
-        size = min(max(round(guess), below[0] + 1), above[0] - 1)
-    size, value = below if from_below else above
-    return size if 0 < value < math.inf else None
+        low, high = max(below, size // 2), min(above, 2 * size)
+        following = low if below < lowest else high if above > highest else round(math.sqrt(below * above))
+        size = min(max(following, below + 1), above - 1)
+    size = below if from_below else above
+    return size if lowest <= size <= highest else None

@@ -32,7 +32,7 @@ def encode(targets: SparseTargets, *, version: int = 2, id_model: IdModel | None
     """Return the targets as bytes; ValueError if they are no valid CSR or the id model is of another vocabulary."""
     if version not in CODEC_VERSIONS:
         raise ValueError(f"unknown codec version {version}: expected one of {CODEC_VERSIONS}")
-    targets.validate_shape()
+    targets.validate(shape_only=True)
     lengths = np.diff(targets.row_offsets)
     flags, digest = 0, b""
     if version == 1:

@@ -1,26 +1,4 @@
-"""The exception tree.
-
-LogitstreamError
-├── RequestError
-│   ├── InvalidSequence
-│   ├── InvalidSpec
-│   ├── TooManyInFlight
-│   ├── ServerDraining
-│   ├── ScoringFailed
-│   └── NonFiniteLogits
-├── CodecError
-├── FingerprintMismatch
-├── AccessDenied
-├── ProtocolViolation
-├── TeacherUnavailable
-├── StaleTeacher
-├── RanksDiffer
-└── CacheError
-    ├── CorruptRecord
-    ├── CacheMiss
-    ├── CacheFull
-    └── DiskHangs
-"""
+"""The exception tree: RequestError is about one sequence, CacheError about the cache, the others about a run."""
 
 
 class LogitstreamError(Exception):
@@ -60,6 +38,10 @@ class ScoringFailed(RequestError):
 
 class NonFiniteLogits(RequestError):
     """The teacher's logits hold NaN or +inf, or a row has no finite entry."""
+
+
+REQUEST_ERRORS: dict[str, type[RequestError]] = {cls.__name__: cls for cls in RequestError.__subclasses__()}
+"""In-band error codes, and the class that the student raises for each."""
 
 
 class CodecError(LogitstreamError):
@@ -113,10 +95,3 @@ class DiskHangs(CacheError):
 def one_line(error: BaseException) -> str:
     """Return the message of an error without line breaks, or the name of its class if there is none."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-REQUEST_ERRORS: dict[str, type[RequestError]] = {
-    cls.__name__: cls
-    for cls in (InvalidSequence, InvalidSpec, TooManyInFlight, ServerDraining, ScoringFailed, NonFiniteLogits)
-}
-"""In-band error codes, and the class that the student raises for each."""

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however it ends."""
+"""Processes that end with the one that started them, however it ends; on Linux, elsewhere they do not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; does nothing on other systems than Linux."""
+    """Have the kernel kill this process when its parent ends."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
@@ -26,12 +26,9 @@ def tied(arguments: Sequence[str]) -> list[str]:
     A small Python asks the kernel for that and becomes the command, because code between fork and exec (preexec_fn)
     may hang if the parent has threads.
     """
-    if sys.platform != "linux":
-        return [sys.executable, *arguments]
     become = (
         "import ctypes, os, sys\n"
-        f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
-        "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
-        "os.execv(sys.argv[2], sys.argv[2:])\n"
+        f"sys.platform == 'linux' and ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})\n"
+        "if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])\n"
     )
     return [sys.executable, "-I", "-S", "-c", become, str(os.getpid()), sys.executable, *arguments]

@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from difflib import SequenceMatcher
-from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,7 +43,7 @@ class Text(str):
 
 
 class Words(list[Any]):
-    """What follows an option on the command line: a list, or the value itself if it is one word."""
+    """The words after an option on the command line: a list, or the value itself if it is one word."""
 
 
 def setting(
@@ -54,7 +53,7 @@ def setting(
 
     later: imports the dataclass of a section that is slow to import; `parse` leaves the section as texts by name.
     """
-    metadata = {"help": help_text} | ({"later": later} if later else {})
+    metadata = {"help": help_text, "later": later}
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -80,17 +79,17 @@ def parse(cls: type[T], words: Sequence[str], *, command: str, description: str)
 
 def build(cls: type[T], tree: Mapping[str, Any], path: str = "", root: type | None = None) -> T:
     """Return an instance of a dataclass from texts or values by name, sections as mappings. Raises SettingsError."""
-    known = {one.name: (one, hint) for one, hint, _ in _sections(cls)}
+    known, hints = {one.name: one for one in fields(cls) if one.init}, get_type_hints(cls)  # type: ignore[arg-type]
     values: Tree = {}
     for name, value in tree.items():
         if name not in known:
-            names = list(_names(root)) if root else [path + one for one in _names(cls)]
+            everything = _walk(root or cls, "" if root else path, everything=True)
+            near = _nearest(path + name, [one for one, _, _, is_section in everything if not is_section])
             place = getattr(name, "where", "")
             where = f"in {place}" if place else "on the command line"
-            near = _nearest(path + name, names)
             raise SettingsError(f"unknown setting '{path}{name}' {where}; did you mean '{near}'?")
-        one, hint = known[name]
-        values[name] = value if "later" in one.metadata else _convert(hint, value, path + name, root or cls)
+        is_later = known[name].metadata.get("later")
+        values[name] = value if is_later else _convert(hints[name], value, path + name, root or cls)
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
@@ -98,54 +97,59 @@ def build(cls: type[T], tree: Mapping[str, Any], path: str = "", root: type | No
         raise SettingsError(f"{_place(*named[:1])}{path and path[:-1] + ': '}{error}") from error
 
 
+def _origin(hint: Any) -> Any:
+    return get_origin(hint) or hint
+
+
 def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
     """Return the value that a type makes of a text, a list or a mapping. Raises SettingsError: expected, came."""
     if isinstance(value, Words) and len(value) == 1:
         (value,) = value
-    kind, parts = get_origin(hint) or hint, get_args(hint)
-    text = "" if value is None else str(value).lower()
-    if kind in (Union, UnionType):
-        if text in NULL and NoneType in parts:
-            return None
-        for part in sorted(parts, key=lambda one: one in (str, NoneType)):  # any text is a str, so that comes last
-            if isinstance(value, list) or list not in (part, get_origin(part)):
-                try:
-                    return _convert(part, value, path, root)
-                except SettingsError:
-                    continue
-    elif is_dataclass(kind) and (text in NULL or isinstance(value, dict)):
-        return build(hint, {} if text in NULL else value, f"{path}.", root)
-    elif kind is Any:
-        return _plain(value)
-    elif kind is Literal and str(value) in parts:
-        return str(value)
-    elif kind is list and not isinstance(value, dict):
-        items = value if isinstance(value, list) else [value]
-        return [_convert(parts[0] if parts else Any, one, path, root) for one in items]
-    elif kind is dict and (isinstance(value, dict) or text.startswith("{")):
-        pairs = value if isinstance(value, dict) else json.loads(value)
-        return {str(key): _convert(parts[1] if parts else Any, one, path, root) for key, one in pairs.items()}
-    elif kind is bool and (value == [] or text in SWITCH):  # [] is an option without a value
-        return value == [] or SWITCH[text]
-    elif (kind in (int, float, str) and not isinstance(value, list | dict)) or _is_enum(kind):
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    last = {str: 1, list: 2}  # any text is a str, and any word a list of one
+    for kind in sorted(kinds, key=lambda one: last.get(_origin(one), 0)):
         try:
-            return kind(re.sub(r"^(-?)\.(inf|nan)$", r"\1\2", str(value)))  # as YAML spells them
-        except ValueError:
+            return _as(kind, value, path, root)
+        except SettingsError:
+            if len(kinds) == 1:
+                raise
+        except (ValueError, TypeError, LookupError):
             pass
     raise SettingsError(f"{_place(value)}{path}: expected {_expected(hint)}, got {_plain(value)!r}")
 
 
-def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Enum)
+def _as(kind: Any, value: Any, path: str, root: type) -> Any:
+    """Return the value of one kind, not a union; raise ValueError, TypeError or LookupError if it is of another."""
+    origin, parts = _origin(kind), get_args(kind)
+    text, is_null = str(value).lower(), value is None or str(value).lower() in NULL
+    if origin is NoneType and is_null:
+        return None
+    if is_dataclass(origin) and (is_null or isinstance(value, dict)):
+        return build(kind, {} if is_null else value, f"{path}.", root)
+    if origin is Any:
+        return _plain(value)
+    if origin is Literal:
+        return parts[parts.index(str(value))]
+    if origin is list and not isinstance(value, dict):
+        items = value if isinstance(value, list) else [value]
+        return [_convert(parts[0] if parts else Any, one, path, root) for one in items]
+    if origin is dict:
+        pairs = dict(value if isinstance(value, dict) else json.loads(value))
+        return {str(key): _convert(parts[1] if parts else Any, one, path, root) for key, one in pairs.items()}
+    if origin is bool:
+        return value == [] or SWITCH[text]  # [] is an option without a value
+    if isinstance(value, list | dict):
+        raise TypeError("expected one word")
+    return kind(re.sub(r"^(-?)\.(inf|nan)$", r"\1\2", str(value)))  # as YAML spells them
 
 
 def _expected(hint: Any) -> str:
-    kind, parts = get_origin(hint) or hint, get_args(hint)
+    kind, parts = _origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(_expected(part) for part in parts if part is not NoneType)
-    if kind is Literal or _is_enum(kind):
-        return f"one of {', '.join(parts or [str(one.value) for one in kind])}"
-    return KINDS.get(kind, "a mapping" if kind is dict else "a section of settings")
+    if kind is Literal:
+        return f"one of {', '.join(parts)}"
+    return KINDS.get(kind, "a section of settings" if is_dataclass(kind) else f"a {kind.__name__}")
 
 
 def _place(*values: Any) -> str:
@@ -190,25 +194,13 @@ class _Loader(yaml.BaseLoader):
         text.where = f"{self.name}, line {node.start_mark.line + 1}"
         return text
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line, name = key.start_mark.line + 1, str(key.value)
-            if lines.setdefault(name, line) != line:
-                raise SettingsError(f"{self.name}: {name} stands in line {lines[name]} and again in line {line}")
-        return super().construct_mapping(node, deep=deep)
-
 
 def _read_yaml(path: Path) -> Tree:
     try:
         with path.open(encoding="utf-8") as file:
             tree = yaml.load(file, _Loader)  # builds texts, lists and mappings alone
-    except RecursionError as error:
-        raise SettingsError(f"{path} holds lists in lists too deep to read") from error
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(str(error)) from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is no YAML: {error}") from error
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {error}") from error
     if not isinstance(tree, dict) and str(tree).lower() not in NULL:
         raise SettingsError(f"{path} must hold `name: value` pairs, got {tree!r}")
     return tree if isinstance(tree, dict) else {}
@@ -219,18 +211,16 @@ def _merged(below: Tree, above: Tree) -> Tree:
     return below | above | {name: _merged(below[name], above[name]) for name in both}
 
 
-def _sections(cls: Any, *, everything: bool = False) -> Iterator[tuple[Field[Any], Any, Any]]:
-    """Yield each field with its type and, if it is a section, the dataclass of the section."""
+def _walk(cls: Any, path: str = "", *, everything: bool = False) -> Iterator[tuple[str, Field[Any], Any, bool]]:
+    """Yield each setting's full name, field and type, and whether it is a section, whose settings follow."""
     hints = get_type_hints(cls)
     for one in fields(cls):
         later, hint = one.metadata.get("later"), hints[one.name]
+        section = hint if is_dataclass(hint) else later() if later and everything else None
         if one.init:
-            yield one, hint, hint if is_dataclass(hint) else later() if later and everything else None
-
-
-def _names(cls: Any) -> Iterator[str]:
-    for one, _, section in _sections(cls, everything=True):
-        yield from (f"{one.name}.{name}" for name in _names(section)) if section else (one.name,)
+            yield f"{path}{one.name}", one, hint, section is not None
+        if section is not None:
+            yield from _walk(section, f"{path}{one.name}.", everything=everything)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -245,15 +235,14 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return max(known, key=likeness)
 
 
-def _help(cls: Any, path: str = "", *, everything: bool) -> Iterator[str]:
-    for one, hint, section in _sections(cls, everything=everything):
+def _help(cls: Any, *, everything: bool) -> Iterator[str]:
+    for name, one, hint, is_section in _walk(cls, everything=everything):
         text = " ".join(str(one.metadata.get("help", "")).split())
-        if section:
-            yield f"\n{path}{one.name}: {text}"
-            yield from _help(section, f"{path}{one.name}.", everything=everything)
+        if is_section:
+            yield f"\n{name}: {text}"
             continue
         default = one.default if one.default_factory is MISSING else one.default_factory()
         choices = f" {{{','.join(get_args(hint))}}}" if get_origin(hint) is Literal else ""
         shown = "" if default in (MISSING, None, "", [], {}) else f" (default: {default})"
-        yield f"  --{path}{one.name}{choices}{shown}"
+        yield f"  --{name}{choices}{shown}"
         yield from textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)

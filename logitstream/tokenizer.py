@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,12 +16,7 @@ UNCHECKED_TOKENIZER = "unchecked"
 """In place of a student's tokenizer: the caller vouches that ids mean the same to student and teacher."""
 MAX_DESCRIPTION_BYTES = 128 << 20
 """The most bytes of a vocabulary as JSON; the largest known ones take a tenth."""
-MODEL = "model"
-"""The rule with a digest for its value: the model's merges and scores are too long to show."""
 SHOWN_TOKENS = 5
-SHOWN_CHARS = 160
-
-Pairs = list[tuple[int, str]]
 
 
 class HasVocabulary(Protocol):
@@ -35,7 +29,7 @@ class HasVocabulary(Protocol):
 class Vocabulary:
     """A tokenizer's (id, token) pairs by rising id, and its rules of cutting text by name; no rules if unknown."""
 
-    pairs: Pairs = field(repr=False)
+    pairs: list[tuple[int, str]] = field(repr=False)
     rules: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -79,14 +73,16 @@ class Vocabulary:
         """Undo `to_bytes` for bytes from a network; ValueError for anything else."""
         try:
             content = json.loads(zlib.decompressobj().decompress(data, MAX_DESCRIPTION_BYTES))
-            ids, tokens, rules = content["ids"], content["tokens"], content["rules"]
-            is_whole = len(ids) == len(tokens) and all(type(one) is int and 0 <= one < MAX_VOCAB_SIZE for one in ids)
-            is_whole &= all(isinstance(one, str) for one in (*tokens, *rules, *rules.values()))
+            pairs, rules = sorted(zip(content["ids"], content["tokens"], strict=True)), content["rules"]
+            is_fine = all(
+                type(one) is int and 0 <= one < MAX_VOCAB_SIZE and isinstance(token, str) for one, token in pairs
+            )
+            is_fine &= all(isinstance(name, str) and isinstance(rule, str) for name, rule in rules.items())
         except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no vocabulary: {error!r:.100}") from None
-        if not is_whole:
-            raise ValueError("no vocabulary: expected as many ids as tokens, and texts")
-        return cls(sorted(zip(ids, tokens, strict=True)), rules)
+        if not is_fine:
+            raise ValueError("no vocabulary: expected whole numbers and texts")
+        return cls(pairs, rules)
 
 
 def load_tokenizer(tokenizer: str, model: str) -> Any:
@@ -101,35 +97,20 @@ def load_tokenizer(tokenizer: str, model: str) -> Any:
 
 
 def vocabulary_differences(student: Vocabulary, teacher: Vocabulary) -> str:
-    """Say how many ids stand for other tokens, which the first are, and which only one side has."""
+    """Say how many ids up to the teacher's last stand for other tokens or for none, and which the first are."""
     mine, theirs = dict(student.pairs), dict(teacher.pairs)
     last = max(theirs, default=-1)
-    other = [one for one in sorted(mine.keys() & theirs.keys()) if mine[one] != theirs[one]]
-    lacking = [f"{one} {theirs[one]!r}" for one in sorted(theirs.keys() - mine.keys())]
-    own = sorted(mine.keys() - theirs.keys())
-    early, late = ([f"{one} {mine[one]!r}" for one in own if (one > last) == is_late] for is_late in (False, True))
-    swapped = [f"{one} is {mine[one]!r} here and {theirs[one]!r} there" for one in other]
-    parts = (
-        (swapped, f"of {len(theirs)} ids stand for other tokens"),
-        (lacking, "of the teacher's ids have no token of the student"),
-        (early, f"of the student's own tokens lie below the teacher's last id {last}"),
-        (late, "that it added after the teacher's last id would do no harm"),
-    )
-    return "; ".join(f"{len(told)} {text} ({_first(told)})" for told, text in parts if told)
+    other = [one for one in sorted(mine.keys() | theirs.keys()) if one <= last and mine.get(one) != theirs.get(one)]
+    told = [f"{one} is {mine.get(one)!r} here and {theirs.get(one)!r} there" for one in other[:SHOWN_TOKENS]]
+    told += ["…"] * (len(other) > SHOWN_TOKENS)
+    return f"{len(other)} of {len(theirs)} ids stand for other tokens ({', '.join(told)})"
 
 
 def rule_differences(student: Vocabulary, teacher: Vocabulary) -> str:
-    """Say which rules of cutting text differ; nothing if none do or one side's are unknown."""
+    """Name the rules of cutting text that differ; nothing if none do or one side's are unknown."""
     if not student.rules or not teacher.rules:
         return ""
-    parts = []
-    for name in sorted(student.rules.keys() | teacher.rules.keys()):
-        mine, theirs = student.rules.get(name, ""), teacher.rules.get(name, "")
-        if mine != theirs and name == MODEL:
-            parts.append("other merges, scores or options of the model")
-        elif mine != theirs:
-            parts.append(f"{name} {_short(mine)} here and {_short(theirs)} there")
-    return "; ".join(parts)
+    return ", ".join(sorted({name for name, _ in student.rules.items() ^ teacher.rules.items()}))
 
 
 def _line(token_id: int, token: str) -> bytes:
@@ -137,7 +118,7 @@ def _line(token_id: int, token: str) -> bytes:
 
 
 def _rules(tokenizer: Any) -> dict[str, str]:
-    """Return normalizer and pre-tokenizer as JSON, and the digest of the rest of the model (merges, scores)."""
+    """Return a digest each of normalizer, pre-tokenizer and the model without its vocabulary (merges, scores)."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         return {}
@@ -146,25 +127,16 @@ def _rules(tokenizer: Any) -> dict[str, str]:
     model["merges"] = [one if isinstance(one, str) else " ".join(one) for one in model.get("merges") or []]
     if isinstance(model.get("vocab"), dict):  # otherwise it holds scores
         del model["vocab"]
-    digest = hashlib.sha256(_canonical(model).encode()).hexdigest()
-    return {name: _canonical(parts.get(name)) for name in ("normalizer", "pre_tokenizer")} | {MODEL: digest}
-
-
-def _canonical(value: Any) -> str:
-    """Return JSON without empty values and options that are off, which other versions of `tokenizers` leave out."""
-    return json.dumps(_without_defaults(value), sort_keys=True, ensure_ascii=False)
+    texts = {
+        name: json.dumps(_without_defaults(parts.get(name)), sort_keys=True, ensure_ascii=False)
+        for name in ("normalizer", "pre_tokenizer", "model")
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def _without_defaults(value: Any) -> Any:
+    """Leave out empty values and options that are off, as other versions of `tokenizers` do."""
     if isinstance(value, dict):
         items = ((name, _without_defaults(one)) for name, one in value.items())
         return {name: one for name, one in items if one not in (None, False, "", [], {})}
     return [_without_defaults(one) for one in value] if isinstance(value, list) else value
-
-
-def _first(told: Sequence[str]) -> str:
-    return ", ".join([*told[:SHOWN_TOKENS], *(["…"] if len(told) > SHOWN_TOKENS else [])])
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"

@@ -1,17 +1,17 @@
 """The values that both sides share. They are frozen and hold numpy arrays; torch is not needed to handle them.
 
 Row `t` of a sequence's targets belongs to the prediction of token `t + 1`: a sequence of T tokens has T rows, and the
-last row predicts the token after its end. More than 300 lines, so that all values have one home.
+last row predicts the token after its end. Longer than 300 lines, so that all values have one home.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,17 @@ CODEC_VERSIONS = (1, 2)
 MAX_VOCAB_SIZE = 1 << 24
 MAX_MESSAGE_BYTES = 64 << 20
 """The most that a teacher's max_message_bytes may be: a client sets its channel's limit before it can ask."""
-SHORT_DIGEST_BYTES = 8
 COMMON_FIELDS = frozenset({"sampler", "temperature", "seed", "codec_version"})
-SPEC_RANGES: dict[str, tuple[float, float]] = {
-    "num_samples": (1, PROBABILITY_UNITS),
-    "threshold": (1 / PROBABILITY_UNITS, 1.0),
-    "top_k": (1, MAX_VOCAB_SIZE),
-    "proposal_temperature": (0.1, 4.0),
-    "temperature": (0.01, 100.0),
-    "seed": (0, (1 << 64) - 1),
+SPEC_RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "num_samples": (int, 1, PROBABILITY_UNITS),
+    "threshold": (float, 1 / PROBABILITY_UNITS, 1.0),
+    "top_k": (int, 1, MAX_VOCAB_SIZE),
+    "proposal_temperature": (float, 0.1, 4.0),
+    "temperature": (float, 0.01, 100.0),
+    "seed": (int, 0, (1 << 64) - 1),
+    "codec_version": (int, CODEC_VERSIONS[0], CODEC_VERSIONS[-1]),
 }
+"""A TargetSpec's numbers: type, least and greatest value."""
 
 
 def used_fields(sampler: str) -> frozenset[str]:
@@ -62,20 +63,17 @@ class TargetSpec:
 
     def __post_init__(self) -> None:
         """Check every field, and make numbers those of the field's type: 2 and 2.0 must not make two fingerprints."""
-        for one in fields(TargetSpec):
-            if one.name != "sampler":
-                value = _number(one.name, getattr(self, one.name), whole=one.type == "int")
-                object.__setattr__(self, one.name, value)
-        if self.sampler not in SAMPLERS:
+        if self.sampler not in tuple(SAMPLERS):
             raise InvalidSpec(f"unknown sampler {str(self.sampler)[:64]!r}: expected one of {', '.join(SAMPLERS)}")
-        for name, (low, high) in SPEC_RANGES.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise InvalidSpec(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
+        for name, (kind, low, high) in SPEC_RANGES.items():
+            value: Any = getattr(self, name)
+            is_number = isinstance(value, Real)
+            if not (is_number and low <= value <= high and kind(value) == value):
+                whole = " as a whole number" if kind is int else ""
+                raise InvalidSpec(f"{name} must lie in [{low:g}, {high:g}]{whole}, got {str(value)[:64]!r}")
+            object.__setattr__(self, name, kind(value))
         if self.proposal_temperature != 1.0 and "proposal_temperature" not in self.kind.other_fields:
             raise InvalidSpec(f"proposal_temperature is not a parameter of {self.sampler}: leave it at 1")
-        if self.codec_version not in CODEC_VERSIONS:
-            raise InvalidSpec(f"unknown codec_version {self.codec_version}: expected one of {CODEC_VERSIONS}")
 
     @property
     def kind(self) -> Sampler:
@@ -89,23 +87,14 @@ class TargetSpec:
 
     @classmethod
     def from_canonical(cls, values: object) -> TargetSpec:
-        """Undo `canonical` for values from a disk or a network; fields that they leave out are defaults.
-
-        Raises InvalidSpec where a name is unknown, missing or of another sampler, or a value has another type.
-        """
+        """Undo `canonical` for values from a disk or a network; InvalidSpec for anything that it does not return."""
         if not isinstance(values, dict):
             raise InvalidSpec(f"expected a target specification, got a {type(values).__name__}")
-        types = {one.name: {"str": str, "int": int, "float": float}[str(one.type)] for one in fields(cls)}
-        if unknown := sorted(str(name)[:64] for name in values if name not in types):
-            raise InvalidSpec(f"a target specification has no {', '.join(unknown[:8])}: expected {', '.join(types)}")
-        for name, value in values.items():
-            if type(value) is not types[name]:
-                raise InvalidSpec(f"{name} must be of type {types[name].__name__}, got {str(value)[:64]!r}")
+        if unknown := sorted(str(name)[:64] for name in values.keys() - {one.name for one in fields(cls)}):
+            raise InvalidSpec(f"a target specification has no {', '.join(unknown[:8])}")
         spec = cls(**values)
-        if values != spec.canonical():
-            raise InvalidSpec(
-                f"expected the parameters of {spec.sampler} ({', '.join(spec.canonical())}), got {', '.join(values)}"
-            )
+        if json.dumps(values, sort_keys=True) != json.dumps(spec.canonical(), sort_keys=True):  # as 1 equals 1.0
+            raise InvalidSpec(f"expected the parameters of {spec.sampler}, {spec.canonical()}, got {values}")
         return spec
 
     @property
@@ -116,17 +105,6 @@ class TargetSpec:
     def max_entries(self, vocab_size: int) -> int:
         """Return the most entries that a row of this sampler's targets can have."""
         return min(vocab_size, self.kind.entries(self, vocab_size))
-
-
-def _number(name: str, value: Any, *, whole: bool) -> int | float:
-    kind = int if whole else float
-    try:
-        number: int | float = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, str) or (whole and number != value):
-        raise InvalidSpec(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
-    return number
 
 
 def pack_mask(mask: npt.NDArray[np.bool_] | None) -> bytes:
@@ -167,10 +145,9 @@ class TokenSequence:
             raise InvalidSequence("empty sequence: expected at least one token")
         if num_tokens > max_sequence_tokens:
             raise InvalidSequence(f"sequence of {num_tokens} tokens: the limit is {max_sequence_tokens}")
-        low, high = int(self.token_ids.min()), int(self.token_ids.max())
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise InvalidSequence(f"token id {bad} is outside the teacher's vocabulary of {vocab_size}")
+        for bad in (int(self.token_ids.min()), int(self.token_ids.max())):
+            if not 0 <= bad < vocab_size:
+                raise InvalidSequence(f"token id {bad} is outside the teacher's vocabulary of {vocab_size}")
         if self.loss_mask is not None and len(self.loss_mask) != num_tokens:
             raise InvalidSequence(f"loss_mask of {len(self.loss_mask)} entries for a sequence of {num_tokens} tokens")
 
@@ -185,6 +162,8 @@ class TokenSequence:
 
 ENTRIES_PER_TOKEN = 1024
 """Entries that weigh as much as one token of forward in budgets: few samplers get near, `full` goes far beyond."""
+LEAST_CALL_TOKENS, LEAST_SEQUENCE_TOKENS = 512, 8
+"""The least that a call and a sequence count, for the bookkeeping that they cost."""
 
 
 def entries_bound(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
@@ -195,11 +174,6 @@ def entries_bound(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) ->
 def credit_tokens(sequence: TokenSequence, spec: TargetSpec, vocab_size: int) -> int:
     """Return what a sequence costs a teacher in tokens: its own, or its entries where those weigh more."""
     return max(len(sequence), entries_bound(sequence, spec, vocab_size) // ENTRIES_PER_TOKEN)
-
-
-LEAST_CALL_TOKENS = 512
-LEAST_SEQUENCE_TOKENS = 8
-"""What a call and a sequence count at least, for the bookkeeping that they cost."""
 
 
 def call_tokens(costs: Sequence[int]) -> int:
@@ -255,25 +229,14 @@ class SparseTargets:
     def slice_rows(self, start: int, stop: int) -> SparseTargets:
         """Return rows start to stop."""
         offsets = self.row_offsets[start : stop + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
-        return replace(
-            self,
-            row_offsets=offsets - first,
-            token_ids=self.token_ids[first:last],
-            counts=self.counts[first:last],
-        )
+        kept = slice(int(offsets[0]), int(offsets[-1]))
+        return replace(self, row_offsets=offsets - kept.start, token_ids=self.token_ids[kept], counts=self.counts[kept])
 
     @staticmethod
     def concatenate(parts: Sequence[SparseTargets]) -> SparseTargets:
         """Return all rows of several targets drawn alike; ValueError if vocabulary, units or spec differ."""
-        if len(shapes := {(part.vocab_size, part.units, part.tail_units) for part in parts}) != 1:
-            raise ValueError(
-                "expected targets of one vocabulary and one sampler, got (vocab_size, units, tail_units) = "
-                f"{sorted(shapes)}"
-            )
-        if len(specs := {part.spec for part in parts}) != 1:
-            drawn = " and ".join(sorted("unknown" if one is None else str(one.canonical()) for one in specs))
-            raise ValueError(f"expected targets drawn alike, got those of different specs: {drawn}")
+        if len(kinds := {(part.vocab_size, part.units, part.tail_units, part.spec) for part in parts}) != 1:
+            raise ValueError(f"expected targets drawn alike, got (vocab_size, units, tail_units, spec) = {kinds}")
         starts = np.cumsum([0] + [part.num_entries for part in parts])
         offsets = [part.row_offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
         return replace(
@@ -283,32 +246,29 @@ class SparseTargets:
             counts=np.concatenate([part.counts for part in parts]),
         )
 
-    def validate(self) -> None:
-        """Raise ValueError if the arrays do not form a CSR in range."""
-        self.validate_shape()
-        if self.num_entries == 0:
-            return
-        if self.token_ids.min() < 0 or self.token_ids.max() >= self.vocab_size or self.counts.min() < 0:
-            raise ValueError(f"token ids must lie in [0, {self.vocab_size}) and counts must not be negative")
-        rows = self.row_index()
-        if np.any((np.diff(self.token_ids) <= 0) & (np.diff(rows) == 0)):
-            raise ValueError("token ids must increase strictly within a row")
-
-    def validate_shape(self) -> None:
-        """Raise ValueError if a number is out of range or the rows do not fit the entries."""
+    def validate(self, *, shape_only: bool = False) -> None:
+        """Raise ValueError if the arrays do not form a CSR in range; shape_only: do not look at each entry."""
         if not 1 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must lie in [1, {MAX_VOCAB_SIZE}], got {self.vocab_size}")
         if not 1 <= self.units <= FULL_UNITS or not 0 <= self.tail_units <= self.units:
             raise ValueError(f"units {self.units} or tail_units {self.tail_units} out of bounds")
-        if len(self.row_offsets) < 1 or self.row_offsets[0] != 0 or self.row_offsets[-1] != self.num_entries:
-            raise ValueError("row_offsets must start at 0 and end at the number of entries")
-        if np.any(np.diff(self.row_offsets) < 0) or len(self.counts) != self.num_entries:
-            raise ValueError("row_offsets must not fall, and each entry needs one count")
+        lengths = np.diff(self.row_offsets, prepend=0, append=self.num_entries)
+        if lengths[0] or lengths[-1] or (lengths < 0).any() or len(self.counts) != self.num_entries:
+            raise ValueError("row_offsets must rise from 0 to the number of entries, and each entry needs one count")
+        if shape_only or not self.num_entries:
+            return
+        if self.token_ids.min() < 0 or self.token_ids.max() >= self.vocab_size or self.counts.min() < 0:
+            raise ValueError(f"token ids must lie in [0, {self.vocab_size}) and counts must not be negative")
+        if np.any((np.diff(self.token_ids) <= 0) & (np.diff(self.row_index()) == 0)):
+            raise ValueError("token ids must increase strictly within a row")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherInfo:
-    """A teacher's description of itself, as `Describe` gives it; digests are hex, limits in tokens and bytes."""
+    """A teacher's description of itself; digests are hex, limits in tokens and bytes.
+
+    More attributes than 12: they are those of the message `DescribeResponse`.
+    """
 
     model: str
     revision: str = ""
@@ -330,15 +290,10 @@ class TeacherInfo:
     @property
     def short_weights_digest(self) -> bytes:
         """The first bytes of the weights' digest, which travel with every result."""
-        return bytes.fromhex(self.weights_digest)[:SHORT_DIGEST_BYTES]
+        return bytes.fromhex(self.weights_digest)[:8]
 
 
-_FINGERPRINT_TEXTS = {
-    "weights_digest": re.compile("[0-9a-f]{2,128}"),
-    "tokenizer_digest": re.compile("[0-9a-f]{0,128}"),
-    "id_model_digest": re.compile("[0-9a-f]{0,128}"),
-    "dtype": re.compile("[a-z0-9_]{1,32}"),
-}
+_TEXT = re.compile("[0-9a-z_]{0,128}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,14 +323,11 @@ class Fingerprint:
         """Undo `asdict` for values read from a file; ValueError names what is missing, unknown or of another kind."""
         if not isinstance(values, dict):
             raise ValueError(f"expected a fingerprint, got a {type(values).__name__}")
-        names = {one.name for one in fields(cls)}
-        if wrong := sorted(str(name)[:64] for name in names ^ values.keys()):
-            raise ValueError(
-                f"a fingerprint has {', '.join(sorted(names))}: missing or unknown: {', '.join(wrong[:8])}"
-            )
-        for name, pattern in _FINGERPRINT_TEXTS.items():
-            if not isinstance(values[name], str) or not pattern.fullmatch(values[name]):
-                raise ValueError(f"{name} must match {pattern.pattern}, got {str(values[name])[:80]!r}")
+        if wrong := sorted(str(name)[:64] for name in {one.name for one in fields(cls)} ^ values.keys()):
+            raise ValueError(f"a fingerprint has other fields, missing or unknown: {', '.join(wrong[:8])}")
+        for name in ("weights_digest", "tokenizer_digest", "id_model_digest", "dtype"):
+            if not (isinstance(values[name], str) and _TEXT.fullmatch(values[name])):
+                raise ValueError(f"{name} must match {_TEXT.pattern}, got {str(values[name])[:80]!r}")
         vocab_size = values["vocab_size"]
         if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_size must be a whole number in [1, {MAX_VOCAB_SIZE}], got {str(vocab_size)[:64]}")

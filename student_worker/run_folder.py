@@ -19,7 +19,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from logitstream.errors import LogitstreamError
-from logitstream.files import remove_partial_files, write_whole
+from logitstream.files import write_whole
 from logitstream.training.checkpoints import STAGING
 from student_worker.config import StudentConfig
 
@@ -45,7 +45,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         shutil.rmtree(folder / STAGING, ignore_errors=True)
-        remove_partial_files(folder)
         yield
 
 

@@ -16,7 +16,7 @@ import grpc
 from grpc import aio
 
 from logitstream import metrics
-from logitstream.files import of_setting
+from logitstream.files import naming
 from logitstream.rpc.tokens import LastGood, checked_token
 from teacher_server.calls import HEALTH_SERVICE, aborting
 
@@ -77,7 +77,7 @@ def bearer_tokens(token_file: str, token_env: str) -> BearerTokens | None:
     given = {"token_file": token_file, "token_env": token_env}
     if not any(given.values()):
         return None
-    with of_setting(" and ".join(name for name, value in given.items() if value)):
+    with naming(" and ".join(name for name, value in given.items() if value)):
         return BearerTokens(path=Path(token_file) if token_file else None, variable=token_env or None)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream import codec
-from logitstream.files import of_setting, write_whole
+from logitstream.files import naming, write_whole
 from logitstream.id_model import IdModel
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from teacher_server.backend import EncodedTargets, ScoreRequest, TeacherBackend
@@ -35,7 +35,7 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
     Raises ValueError if a file cannot be read or was made for another vocabulary.
     """
     if path is not None and path.exists():
-        with of_setting(f"id_model {path}"):
+        with naming(f"id_model {path}"):
             found = IdModel.from_bytes(path.read_bytes())
         expected = backend.describe().vocab_size
         if found.vocab_size != expected:
@@ -43,7 +43,7 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
         return found.to_bytes()
     if text is None or tokenizer is None:
         return b""
-    with of_setting(f"calibration_text {text}"):
+    with naming(f"calibration_text {text}"):
         content = text.read_text(encoding="utf-8")
     encoded = calibrate(backend, tokenizer.encode(content)).to_bytes()
     if path is not None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitstream.files import of_setting
+from logitstream.files import naming
 from logitstream.rpc.addresses import check_exposure, is_unix, split_address
 from logitstream.rpc.channel import (
     KEEPALIVE_SECONDS,
@@ -32,11 +32,11 @@ def check_access(tls: TlsFiles | None, *, token: str = "", token_file: str = "")
     Raises ValueError, which names the setting, if one of them is invalid or its file cannot be read.
     """
     if tls is not None:
-        with of_setting("tls.ca, tls.cert or tls.key"):
+        with naming("tls.ca, tls.cert or tls.key"):
             client_credentials(tls)
     if token_file and not token:
         read = TokenFile(Path(token_file)).read
-        with of_setting("token_file"):
+        with naming("token_file"):
             read()
         return read
     known = token or os.environ.get(TOKEN_VARIABLE, "").strip()

@@ -115,5 +115,5 @@ def test_targets_keep_how_they_were_drawn_and_do_not_mix() -> None:
     assert place_rows([(np.arange(4), drawn)], num_rows=6, vocab_size=1000).spec == spec
     assert place_rows([], num_rows=6, vocab_size=1000, spec=spec).spec == spec
     for stranger in (replace(drawn, spec=other), replace(drawn, spec=None)):
-        with pytest.raises(ValueError, match="got those of different specs"):
+        with pytest.raises(ValueError, match="expected targets drawn alike"):
             SparseTargets.concatenate([drawn, stranger])

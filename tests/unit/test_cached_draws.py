@@ -119,12 +119,12 @@ def test_a_run_from_the_cache_alone_takes_its_spec_in_place_of_a_budget(tmp_path
         ({"output_dir": "/somewhere"}, "has no output_dir"),
         ({"target_seed": 1}, "has no target_seed"),
         ({"__class__": "x"}, "has no __class__"),
-        ({"num_samples": 9}, r"expected the parameters of threshold \(sampler, .*\), got .*num_samples"),
-        ({"threshold": "0.125"}, "threshold must be of type float, got '0.125'"),
-        ({"temperature": 1}, "temperature must be of type float, got '1'"),
-        ({"seed": True}, "seed must be of type int, got 'True'"),
+        ({"num_samples": 9}, r"expected the parameters of threshold, {.*}, got .*num_samples"),
+        ({"threshold": "0.125"}, "threshold must lie in"),
+        ({"temperature": 1}, "expected the parameters of threshold"),
+        ({"seed": True}, "expected the parameters of threshold"),
         ({"threshold": 7.0}, "threshold must lie in"),
-        ({"sampler": ["threshold"]}, "sampler must be of type str"),
+        ({"sampler": ["threshold"]}, "unknown sampler"),
     ],
 )
 def test_a_foreign_caches_manifest_sets_nothing_but_the_sampler(

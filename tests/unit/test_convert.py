@@ -60,7 +60,7 @@ def test_a_spec_needs_the_fields_that_its_sampler_uses_and_no_others(
         message.ClearField(name)  # type: ignore[arg-type]
         with pytest.raises(InvalidSpec, match=f"{name} must lie in"):
             convert.spec_from_message(message)
-    for unset, text in (("codec_version", "unknown codec_version 0"), ("sampler", "unknown sampler ''")):
+    for unset, text in (("codec_version", "codec_version must lie in"), ("sampler", "unknown sampler ''")):
         message = pb.TargetSpec(sampler=sampler, codec_version=1, **needed)
         message.ClearField(unset)  # type: ignore[arg-type]
         with pytest.raises(InvalidSpec, match=text):
