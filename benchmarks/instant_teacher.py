@@ -19,12 +19,10 @@ import numpy as np
 from grpc import aio
 
 from logitstream import codec
-from logitstream.errors import RequestError
 from logitstream.rpc.channel import server_options
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server import logs, server
-from teacher_server.backend import ScoreRequest
-from teacher_server.encoding import Encode, encoder
+from teacher_server.backend import EncodedTargets, ScoreRequest, ScoreResult
 from tests.flat_settings import teacher_config
 
 VOCAB_SIZE = 49_152
@@ -50,10 +48,12 @@ def typical_targets(num_rows: int, *, seed: int = 0) -> SparseTargets:
 class InstantBackend:
     """Rows of the same prepared targets for every sequence; `seconds_per_token` makes it a slow one."""
 
-    def __init__(self, prepared: SparseTargets, *, seconds_per_token: float) -> None:
+    def __init__(self, prepared: SparseTargets, *, seconds_per_token: float, encoded_before: bool) -> None:
+        """encoded_before: targets of each length are encoded once, and what is left is the server's own work."""
         self._prepared = prepared
         self._seconds_per_token = seconds_per_token
-        self._by_length: dict[int, SparseTargets] = {}
+        self._encoded_before = encoded_before
+        self._by_length: dict[int, SparseTargets | EncodedTargets] = {}
 
     def describe(self) -> TeacherInfo:
         return TeacherInfo(
@@ -66,16 +66,18 @@ class InstantBackend:
             backend="instant",
         )
 
-    def score(self, batch: Sequence[ScoreRequest]) -> list[SparseTargets | RequestError]:
+    def score(self, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
         if self._seconds_per_token:
             time.sleep(self._seconds_per_token * sum(len(request.sequence) for request in batch))
         return [self._of_length(len(request.sequence)) for request in batch]
 
-    def _of_length(self, length: int) -> SparseTargets:
+    def _of_length(self, length: int) -> SparseTargets | EncodedTargets:
         if length not in self._by_length:
             rows = self._prepared.num_rows
             repeated = SparseTargets.concatenate([self._prepared] * -(-length // rows))
-            self._by_length[length] = repeated.slice_rows(0, length)
+            targets = repeated.slice_rows(0, length)
+            encoded = EncodedTargets(codec.encode(targets), length, targets.num_entries)
+            self._by_length[length] = encoded if self._encoded_before else targets
         return self._by_length[length]
 
     def healthy(self) -> bool:
@@ -83,18 +85,6 @@ class InstantBackend:
 
     def close(self) -> None:
         """Nothing to free."""
-
-
-def encoded_before(_id_model: bytes, _max_bytes: int) -> Encode:
-    """An encoder that encodes targets of each length once: what is left is the server's own work."""
-    known: dict[int, bytes] = {}
-
-    def encode(targets: SparseTargets, spec: TargetSpec) -> bytes:
-        if targets.num_rows not in known:
-            known[targets.num_rows] = codec.encode(targets, version=spec.codec_version)
-        return known[targets.num_rows]
-
-    return encode
 
 
 class BareHandler(grpc.GenericRpcHandler):
@@ -133,7 +123,9 @@ def main() -> None:
         asyncio.run(serve_bare(args.address_file))
         return
     logs.configure(level="WARNING", as_json=False)
-    backend = InstantBackend(typical_targets(512), seconds_per_token=args.seconds_per_token)
+    backend = InstantBackend(
+        typical_targets(512), seconds_per_token=args.seconds_per_token, encoded_before=args.encoded_before
+    )
     config = teacher_config(
         model="instant",
         address="127.0.0.1:0",
@@ -144,7 +136,7 @@ def main() -> None:
         max_queue_tokens=1 << 23,
         drain_seconds=2.0,
     )
-    server.serve(config, lambda: backend, make_encoder=encoded_before if args.encoded_before else encoder)
+    server.serve(config, lambda: backend)
 
 
 if __name__ == "__main__":

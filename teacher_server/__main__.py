@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitstream.errors import one_line
-from teacher_server.stopping import stop_while_starting
+from teacher_server.process import stop_while_starting
 
 if TYPE_CHECKING:  # imported late: they take seconds, during which signals are already heeded
     from logitstream.tokenizer import Vocabulary
@@ -57,17 +57,18 @@ def check(config: TeacherConfig) -> None:
     """Load everything that serving needs, say what would be served, serve nothing; SystemExit says what is wrong."""
     from logitstream.errors import LogitstreamError
     from logitstream.rpc.certificates import certificate_expiry
-    from teacher_server.preflight import check_access, check_places
+    from teacher_server.access import BearerTokens, check_tls
     from teacher_server.server import limits_for
     from teacher_server.servicer import described
 
     try:
-        check_access(config)
-        check_places(config)
+        if config.server.token_file:
+            BearerTokens(Path(config.server.token_file))
+        if config.tls.cert:
+            check_tls(config.tls)
+            print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls.cert), UTC)}")
         backend = backend_factory(config)()
         id_model, rules = id_model_of(config, backend), vocabulary_of(config).rules_digest
-        if config.tls.cert:
-            print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls.cert), UTC)}")
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
     info = backend.describe()
@@ -107,9 +108,8 @@ def tokenizer_of(config: TeacherConfig) -> Any:
     from logitstream.tokenizer import load_tokenizer
     from teacher_server.weights import weights_folder
 
-    return load_tokenizer(
-        config.model.tokenizer, config.model.tokenizer or str(weights_folder(config.model.path, config.model.revision))
-    )
+    name = config.model.tokenizer
+    return load_tokenizer(name, name or str(weights_folder(config.model.path, config.model.revision)))
 
 
 def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
@@ -165,7 +165,6 @@ def load_vllm(config: TeacherConfig) -> TeacherBackend:
         args,
         weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.vllm.options),
         tokenizer_digest=Vocabulary.of(tokenizer).digest,
-        engine_restarts=config.vllm.restarts,
     )
 
 

@@ -41,7 +41,6 @@ class VllmSettings:
     """The vLLM engine, for the backend `vllm` (docs/vllm.md)."""
 
     options: dict[str, Any] = setting("Engine options by vLLM's own names.", factory=dict)
-    restarts: int = setting("How often an engine that died is started again before the server exits with status 70.", 3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,19 +55,15 @@ class ServerSettings:
     token_file: str = setting(
         "File of bearer tokens, one a line; read again when it changes. A word after a token names its client.", ""
     )
-    token_env: str = setting("Name of an environment variable that holds a bearer token.", "")
     drain_seconds: float = setting("After SIGTERM, how long what is in flight may take.", 30.0)
 
     def __post_init__(self) -> None:
-        for name in ("address", "health_address"):
-            address = getattr(self, name)
+        for name, address in (("address", self.address), ("health_address", self.health_address or "unix:")):
             try:
-                if address and not is_unix(address):
+                if not is_unix(address):
                     split_address(address)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        if not self.address:
-            raise ValueError("address is needed")
         require_at_least(self, 0, "drain_seconds")
 
 
@@ -86,7 +81,7 @@ class LimitSettings:
     )
     max_message_bytes: int = setting("Largest request, and largest targets of one sequence: 64 KiB to 64 MiB.", 4 << 20)
     max_connections: int = setting(
-        "Connections that may be open at a time, silent ones included; 0: half of the files that the process may open.",
+        "Connections that may be open at a time, silent ones included; 0: a quarter of the files that may be open.",
         0,
     )
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from logitstream import codec
 from logitstream.files import naming, write_whole
@@ -37,15 +36,13 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
     if path is not None and path.exists():
         with naming(f"id_model {path}"):
             found = IdModel.from_bytes(path.read_bytes())
-        expected = backend.describe().vocab_size
-        if found.vocab_size != expected:
-            raise ValueError(f"id_model {path} is of {found.vocab_size} ids, the teacher has {expected}: make another")
+            if found.vocab_size != (expected := backend.describe().vocab_size):
+                raise ValueError(f"it is of {found.vocab_size} ids, the teacher has {expected}: make another")
         return found.to_bytes()
     if text is None or tokenizer is None:
         return b""
     with naming(f"calibration_text {text}"):
-        content = text.read_text(encoding="utf-8")
-    encoded = calibrate(backend, tokenizer.encode(content)).to_bytes()
+        encoded = calibrate(backend, tokenizer.encode(text.read_text(encoding="utf-8"))).to_bytes()
     if path is not None:
         write_whole(path, encoded)
     return encoded
@@ -53,25 +50,20 @@ def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | N
 
 def calibrate(backend: TeacherBackend, token_ids: list[int]) -> IdModel:
     """Return the id model of the teacher's targets at evenly spaced places of a text; ValueError for an empty one."""
-    length = min(SEQUENCE_TOKENS, backend.describe().max_sequence_tokens)
-    sequences = _places(np.array(token_ids, np.int32), length)
-    if not sequences:
-        raise ValueError("the calibration text holds no token")
+    if not token_ids:
+        raise ValueError("the text holds no token")
+    info = backend.describe()
+    length = min(SEQUENCE_TOKENS, info.max_sequence_tokens)
+    num_places = min(MAX_SEQUENCES, -(-len(token_ids) // length))
+    starts = np.linspace(0, max(0, len(token_ids) - length), num_places).astype(int)
+    sequences = [TokenSequence(token_ids=np.array(token_ids[start : start + length], np.int32)) for start in starts]
+    requests = [ScoreRequest(sequence=sequence, spec=SPEC) for sequence in sequences]
     log.info("id model from %d sequences of the calibration text", len(sequences))
-    expected_counts = np.zeros(backend.describe().vocab_size)
-    for start in range(0, len(sequences), BATCH_SEQUENCES):
-        batch = [ScoreRequest(sequence=sequence, spec=SPEC) for sequence in sequences[start : start + BATCH_SEQUENCES]]
-        for targets in backend.score(batch):
+    expected_counts = np.zeros(info.vocab_size)
+    for start in range(0, len(requests), BATCH_SEQUENCES):
+        for targets in backend.score(requests[start : start + BATCH_SEQUENCES]):
             if isinstance(targets, EncodedTargets):
                 targets = codec.decode(targets.payload, spec=SPEC)
             if isinstance(targets, SparseTargets):
                 np.add.at(expected_counts, targets.token_ids, targets.weights())
     return IdModel.from_expected_counts(expected_counts)
-
-
-def _places(token_ids: npt.NDArray[np.int32], length: int) -> list[TokenSequence]:
-    if not len(token_ids):
-        return []
-    num_places = min(MAX_SEQUENCES, -(-len(token_ids) // length))
-    starts = np.linspace(0, max(0, len(token_ids) - length), num_places).astype(int)
-    return [TokenSequence(token_ids=token_ids[start : start + length]) for start in starts]

@@ -82,7 +82,7 @@ class Scheduler:
         self._backend = backend
         self._encode = encode
         self._queue = queue = FairQueue[Job]()
-        self._jobs: dict[Key, Job] = {}
+        self._jobs = jobs = dict[Key, Job]()
         self._wake = asyncio.Event()
         self._reading: set[asyncio.Task[None]] = set()  # the loop itself would not keep them alive
         self._num_slots: int = getattr(backend, "batches_at_once", 1)
@@ -93,6 +93,7 @@ class Scheduler:
         self._backend_threads = ThreadPoolExecutor(self._num_slots, thread_name_prefix="backend")
         self._encoders = ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder")
         metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
+        metrics.TEACHER_QUEUE_AGE.set_function(lambda: _oldest_age(list(jobs.values())))
 
     @property
     def is_healthy(self) -> bool:
@@ -149,11 +150,6 @@ class Scheduler:
         """Find what is stored for a spec before its first request, if the disk answers soon."""
         if self.stored is not None:
             await self.stored.open(spec, self.info)
-
-    def measure_age(self) -> None:
-        """Set the gauge of the oldest waiting request's age; called now and then."""
-        oldest = next((job.arrived for job in self._jobs.values() if job.ticket is not None), None)
-        metrics.TEACHER_QUEUE_AGE.set(0.0 if oldest is None else time.monotonic() - oldest)
 
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
@@ -264,3 +260,8 @@ class Scheduler:
             self._queue.cancel(job.ticket)
             job.ticket = None
             self._jobs.pop(job.key, None)
+
+
+def _oldest_age(jobs: list[Job]) -> float:
+    """Return the seconds since the arrival of the oldest job that waits."""
+    return next((time.monotonic() - job.arrived for job in jobs if job.ticket is not None), 0.0)

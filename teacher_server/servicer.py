@@ -256,7 +256,7 @@ def _note_refusal(index: int, refusal: RequestError) -> None:
     name = type(refusal).__name__
     metrics.TEACHER_REJECTS.labels(name).inc()
     level = logging.WARNING if isinstance(refusal, ScoringFailed | NonFiniteLogits) else logging.DEBUG
-    log.log(level, "sequence refused, %s: %s", name, refusal, extra={"client": caller.get(), "sequence": index})
+    log.log(level, "sequence %d of client %r refused, %s: %s", index, caller.get(), name, refusal)
 
 
 async def _in_turns(items: Sequence[T]) -> AsyncIterator[T]:

@@ -78,7 +78,7 @@ class TransformersBackend:
     ) -> TransformersBackend:
         """Load safetensors weights from a folder or the hub; code that comes with a model is never run.
 
-        Raises ValueError for an adapter or part of a model, WeightsChanged if the weights are being written to.
+        Raises ValueError for an adapter or part of a model, or if the weights are written to meanwhile.
         """
         folder = weights_folder(model, revision)
         device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

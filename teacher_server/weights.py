@@ -1,18 +1,14 @@
-"""A model's weights on disk: the digest that names them, and whether they are complete and at rest."""
+"""A model's weights on disk: the digest that names them, and when they were written."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from logitstream.files import naming
 
@@ -36,10 +32,6 @@ Stamp = tuple[int, int]
 """When the last of a folder's weight files was written, in ns since the epoch, and the bytes of all of them."""
 
 
-class WeightsChanged(ValueError):
-    """The weights were written to while they were loaded: what was loaded may be half of two models."""
-
-
 def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Path:
     """Return the folder with the safetensors: `model` itself, or the hub's snapshot, downloaded if missing.
 
@@ -52,24 +44,21 @@ def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Pat
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *["*.py"] * with_code]
         with naming("model", model):
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    refuse_adapter(folder)
-    if missing := sorted(name for name in _named_shards(folder) if not (folder / name).is_file()):
-        raise ValueError(f"{folder / INDEX} names {len(missing)} files that are not there: {', '.join(missing[:4])}")
+    _refuse_adapter(folder)
+    index = folder / INDEX
+    shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        raise ValueError(f"{index} names {len(missing)} files that are not there: {', '.join(missing[:4])}")
     return folder
 
 
-def refuse_adapter(folder: Path) -> None:
+def _refuse_adapter(folder: Path) -> None:
     """Raise ValueError if the folder holds an adapter: it would be served on a base that no digest names."""
-    adapter = next((name for name in ADAPTER_FILES if (folder / name).is_file()), "")
-    if not adapter:
+    if not (adapter := next((name for name in ADAPTER_FILES if (folder / name).is_file()), "")):
         return
-    try:
-        base = repr(json.loads((folder / ADAPTER_FILES[0]).read_bytes())["base_model_name_or_path"])[:200]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = "a model that is not named"
     load = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
     raise ValueError(
-        f"{folder} holds an adapter ({adapter}) on {base}, not a whole model. Merge it and serve that: "
+        f"{folder} holds an adapter ({adapter}), not a whole model. Merge it and serve that: "
         f"python -c \"{load}.merge_and_unload().save_pretrained('merged')\", with the tokenizer's files beside it; or "
         "move the adapter's files out, if the folder's own weights are meant"
     )
@@ -80,8 +69,8 @@ def weights_digest(folder: Path, *, with_code: bool = False) -> str:
 
     Only the values of config.json count, without VOLATILE_SETTINGS at any depth. Of a file over WHOLE_FILE_BYTES only
     its size, first, last and NUM_PIECES - 1 evenly spaced pieces count, so that hundreds of GB take seconds.
-    with_code: the folder's Python files count too, for an engine that runs them; ValueError if config.json takes code
-    from another repository. Raises FileNotFoundError if there is no safetensors file.
+    with_code: the folder's Python files count too, for an engine that runs them. Raises FileNotFoundError if there is
+    no safetensors file.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -95,8 +84,6 @@ def weights_digest(folder: Path, *, with_code: bool = False) -> str:
     if config.is_file():
         values = json.loads(config.read_bytes())
         h.update(f"{config.name}\0{_canonical(_lasting(values))}".encode())
-        if with_code and "--" in _canonical(values.get("auto_map", {})):
-            raise ValueError(f"{config} takes code from another repository: copy it into the folder, and name it there")
     for path in sorted(folder.rglob("*.py")) if with_code else ():
         h.update(f"{path.relative_to(folder)}\0".encode() + _file_digest(path))
     return h.hexdigest()
@@ -131,64 +118,17 @@ def _file_digest(path: Path) -> bytes:
         return h.digest()
 
 
-def _named_shards(folder: Path) -> set[str]:
-    """Return the files that the index names, if there is one; raise ValueError or KeyError if it is no index."""
-    index = folder / INDEX
-    return set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
-
-
-def is_complete(folder: Path) -> bool:
-    """Return True if a checkpoint is all there: a config, and every safetensors file as long as its header says.
-
-    Raises ValueError for a file that is no safetensors file and will not become one.
-    """
-    if not (folder / "config.json").is_file():
-        return False
-    try:
-        for name in _named_shards(folder) or {"model.safetensors"}:
-            with safe_open(folder / name, framework="numpy"):
-                pass
-    except SafetensorError as error:
-        if "invalid JSON" in str(error):
-            raise ValueError(f"{folder}: {error}") from error
-        return False
-    except (OSError, ValueError, KeyError):
-        return False
-    return True
-
-
 def weights_stamp(folder: Path) -> Stamp:
-    """Return a stamp that grows when weights are written, even over others, but not when other files are deleted."""
-    files = [path.stat() for path in folder.glob("*.safetensors")]
+    """Return a stamp that grows when weights are written, even over others; (0, 0) if there are none."""
+    paths = list(folder.glob("*.safetensors"))
+    files = [path.stat() for path in (*paths, folder / "config.json") if paths and path.exists()]
     return max((file.st_mtime_ns for file in files), default=0), sum(file.st_size for file in files)
 
 
 @contextlib.contextmanager
 def loading_unchanged(folder: Path) -> Iterator[None]:
-    """Raise WeightsChanged at the end if the weights have been written to meanwhile."""
+    """Raise ValueError at the end if the weights have been written to meanwhile: it may be half of two models."""
     stamp = weights_stamp(folder)
     yield
-    if weights_stamp(folder) != stamp or is_being_written(folder):
-        raise WeightsChanged(f"{folder} is written to while it is loaded: start again when its weights are whole")
-
-
-def is_being_written(folder: Path) -> bool:
-    """Return True if a process of this machine has a safetensors file open for writing; False if that is unknown.
-
-    A file that is overwritten in place has the right length while it is half old and half new.
-    """
-    return any(_has_writer(path) for path in folder.glob("*.safetensors"))
-
-
-def _has_writer(path: Path) -> bool:
-    """Ask for a read lease, which the kernel refuses while anyone has the file open for writing."""
-    try:
-        with path.open("rb") as file:
-            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # a signal that is ignored, if the lease is broken
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except BlockingIOError:
-        return True
-    except OSError:  # another user's file, or a file system without leases
-        return False
-    return False
+    if weights_stamp(folder) != stamp:
+        raise ValueError(f"{folder} was written to while it was loaded: start again when its weights are whole")

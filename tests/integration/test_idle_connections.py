@@ -15,14 +15,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from logitstream import metrics
-from teacher_server import health
 from teacher_server.calls import HEALTH_SERVICE, SERVICE
 from tests.deaf_client import PREFACE, SETTINGS, deaf_call, frame
 from tests.fakes import FakeBackend
@@ -137,35 +135,13 @@ async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_h
 async def test_calls_that_never_send_their_request_are_ended() -> None:
     async with serving(FakeBackend(), max_connections=5) as server:
         with ExitStack() as stack:
-            for method in ("Check", "Watch"):
-                stack.enter_context(deaf_call(server.address, f"/{HEALTH_SERVICE}/{method}", half_close=False))
+            for _ in range(2):
+                stack.enter_context(deaf_call(server.address, f"/{HEALTH_SERVICE}/Check", half_close=False))
             for method in ("Describe", "DescribeTokenizer", "Score"):
                 stack.enter_context(deaf_call(server.address, f"/{SERVICE}/{method}", half_close=False))
             await asyncio.sleep(0.2)
             assert not await gets_targets(server.address)
             await eventually(lambda: gets_targets(server.address))
-
-
-async def test_watchers_are_few_and_checks_are_answered_beside_them() -> None:
-    async with serving(FakeBackend()) as server, aio.insecure_channel(server.address) as channel:
-        stub = HealthStub(channel)
-        watching = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(health.MAX_WATCHERS)]
-        for watch in watching:
-            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        with pytest.raises(aio.AioRpcError) as refused:
-            await stub.Watch(health_pb2.HealthCheckRequest()).read()
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
-        for watch in watching:
-            watch.cancel()
-
-        async def may_watch() -> bool:
-            try:
-                return (await stub.Watch(health_pb2.HealthCheckRequest()).read()) is not aio.EOF  # type: ignore[attr-defined]
-            except aio.AioRpcError:
-                return False
-
-        await eventually(may_watch)
 
 
 def test_a_scrape_is_answered_beside_any_number_of_silent_connections() -> None:

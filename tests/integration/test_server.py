@@ -19,12 +19,9 @@ from logitstream.rpc import convert
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.types import SparseTargets, TargetSpec
 from teacher_server.backend import ScoreRequest
-from teacher_server.calls import HEALTH_SERVICE, SERVICE
+from teacher_server.calls import SERVICE
 from teacher_server.scheduler import SLICE
-from teacher_server.server import TeacherServer
-from tests.deaf_client import deaf_call
 from tests.fakes import FAKE_DIGEST, FakeBackend, fake_targets
-from tests.flat_settings import teacher_config
 from tests.serving import SPEC, WireClient, sequence, serving
 
 
@@ -285,40 +282,12 @@ async def test_health_is_per_service_and_says_not_serving_while_draining() -> No
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         call = client.call(sequence(1))
         await until(lambda: server.scheduler.num_unfinished == 1)
-        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
-        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         server.stop()
-        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await until(lambda: server.scheduler.is_draining)
         answer = await stub.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
         backend.gate.set()
         assert (await call.read()).targets
-
-
-async def test_a_watcher_that_does_not_read_holds_up_neither_the_start_nor_the_drain() -> None:
-    loaded = threading.Event()
-
-    def load() -> FakeBackend:
-        assert loaded.wait(20)
-        return FakeBackend()
-
-    server = TeacherServer(teacher_config(model="test", address="127.0.0.1:0", drain_seconds=1.0), load)
-    running = asyncio.ensure_future(server.run())
-    async with asyncio.timeout(10):
-        while not server.address:
-            await asyncio.sleep(0.01)
-        with deaf_call(server.address, f"/{HEALTH_SERVICE}/Watch", b"", half_close=True):
-            await asyncio.sleep(0.3)
-            loaded.set()
-            async with aio.insecure_channel(server.address) as channel:
-                stub = health_pb2_grpc.HealthStub(channel)
-                request = health_pb2.HealthCheckRequest()
-                while (await stub.Check(request)).status != health_pb2.HealthCheckResponse.SERVING:
-                    await asyncio.sleep(0.01)
-            server.stop()
-            await running
-    assert server.scheduler is not None
-    assert server.scheduler.is_draining
 
 
 async def test_new_weights_are_named_in_results_and_end_calls_that_expected_the_old() -> None:

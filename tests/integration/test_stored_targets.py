@@ -26,7 +26,7 @@ from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
 from teacher_server.encoding import encoder
 from teacher_server.scheduler import Scheduler
-from teacher_server.server import HOUSEKEEPING_SECONDS, TeacherServer
+from teacher_server.server import REFRESH_SECONDS, TeacherServer
 from teacher_server.stored_targets import LOOK_SECONDS, MAX_OPEN, CacheFolder, StoredTargets
 from tests.fakes import FakeBackend
 from tests.hanging_disk import freezing_disk, hanging_file
@@ -408,7 +408,7 @@ async def test_a_slow_disk_holds_up_neither_health_nor_the_bound_on_calls(tmp_pa
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(WireClient(server.address)) for _ in range(6)]
             calls = [asyncio.ensure_future(client.score(sequence(1, 2))) for client in clients]
-            await asyncio.sleep(HOUSEKEEPING_SECONDS * 1.1)  # refreshing waits for the disk by now
+            await asyncio.sleep(REFRESH_SECONDS * 1.1)  # refreshing waits for the disk by now
             backend.closed = True
             async with asyncio.timeout(5):
                 while await health(server.address) != health_pb2.HealthCheckResponse.NOT_SERVING:

@@ -22,12 +22,11 @@ from logitstream import codec
 from logitstream.id_model import IdModel
 from logitstream.rpc import convert
 from logitstream.types import TargetSpec
-from teacher_server.__main__ import backend_factory, check, id_model_of, main, tokenizer_of
+from teacher_server.__main__ import check, id_model_of, main, tokenizer_of
 from teacher_server.config import TeacherConfig
 from teacher_server.id_model_calibration import id_model_from
-from teacher_server.preflight import check_access, check_places
 from teacher_server.server import EXIT_STUCK, serve
-from teacher_server.weights import WeightsChanged, weights_digest
+from teacher_server.weights import weights_digest
 from tests.authority import Authority
 from tests.fakes import FakeBackend
 from tests.flat_settings import nested, teacher_config
@@ -125,7 +124,7 @@ def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
 ) -> None:
     path = tmp_path / "ids"
     path.write_bytes(IdModel.from_expected_counts(np.ones(128)).to_bytes())
-    with pytest.raises(SystemExit, match=r"teacher-server: id_model .*ids is of 128 ids, the teacher has 96"):
+    with pytest.raises(SystemExit, match=r"teacher-server: id_model .*ids: it is of 128 ids, the teacher has 96"):
         check(teacher_config(model=str(tiny_teacher), device="cpu", id_model=str(path)))
 
 
@@ -195,34 +194,14 @@ def test_a_device_that_is_none_and_weights_that_are_cut_off_end_in_a_line(tiny_t
     assert all("\n" not in str(stopped.value) for stopped in (device, weights))
 
 
-def test_weights_that_are_being_written_are_told_from_those_that_cannot_be_served(
-    tiny_teacher: Path, tmp_path: Path
-) -> None:
-    """As the watcher of new checkpoints does, who comes back to the former alone."""
-    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
-    config = teacher_config(model=str(folder), device="cpu")
-    with (folder / "model.safetensors").open("r+b"):
-        with pytest.raises(WeightsChanged, match="is written to while it is loaded"):
-            backend_factory(config)()
-        with pytest.raises(SystemExit, match=r"^teacher-server: .*is written to while it is loaded: start again when"):
-            check(config)
-
-
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"token_file": "{tmp}/nowhere"}, "token_file: .*nowhere"),
         ({"token_file": "{tmp}/empty"}, "token_file: no token in .*empty"),
-        ({"token_env": "LOGITSTREAM_UNSET"}, "token_env: no token in environment variable LOGITSTREAM_UNSET"),
-        (
-            {"tls_cert": "{tmp}/empty", "tls_key": "{tmp}/empty"},
-            "tls.cert .*empty and tls.key .*empty do not go together",
-        ),
-        ({"tls_cert": "{cert}", "tls_key": "{key}", "tls_ca": "{tmp}/empty"}, "tls.ca .*empty"),
-        ({"tls_cert": "{cert}", "tls_key": "{tmp}/nowhere"}, "tls.key .*nowhere is no file"),
-        ({"address": "192.0.2.1:0", "insecure": True}, "address 192.0.2.1:0 cannot be served"),
-        ({"metrics_port": 0, "metrics_address": "192.0.2.1"}, "metrics.address 192.0.2.1:0 cannot be served"),
-        ({"watch_folder": "{tmp}/nowhere"}, "watch.folder .*nowhere is no folder"),
+        ({"tls_cert": "{tmp}/empty", "tls_key": "{tmp}/empty"}, "tls.cert .*empty, tls.key .*empty, tls.ca none: "),
+        ({"tls_cert": "{cert}", "tls_key": "{key}", "tls_ca": "{tmp}/empty"}, "tls.ca .*empty: "),
+        ({"tls_cert": "{cert}", "tls_key": "{tmp}/nowhere"}, "tls.key .*nowhere, tls.ca none: .*No such file"),
     ],
 )
 def test_check_says_what_would_keep_the_server_from_working(
@@ -234,20 +213,6 @@ def test_check_says_what_would_keep_the_server_from_working(
     given = {name: value.format(**places) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(SystemExit, match=f"teacher-server: .*{text}"):
         check(teacher_config(model="/nowhere/at all", **given))
-
-
-def test_check_passes_where_a_server_runs_already(tmp_path: Path) -> None:
-    files = Authority(tmp_path).issue("server")
-    with socket.create_server(("127.0.0.1", 0)) as busy:
-        check_places(teacher_config(model="m", address=f"127.0.0.1:{busy.getsockname()[1]}", metrics_port=0))
-    check_access(
-        teacher_config(
-            model="m",
-            tls_cert=files.certificate or "",
-            tls_key=files.key or "",
-            tls_ca=files.authority or "",
-        )
-    )
 
 
 def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
@@ -297,7 +262,7 @@ def test_a_server_told_to_stop_while_it_loads_stops(tiny_teacher: Path) -> None:
     )
     time.sleep(1.0)
     process.terminate()
-    assert process.wait(timeout=20) in (0, -signal.SIGTERM)
+    assert process.wait(timeout=20) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # while Python itself starts
 
 
 async def test_a_batch_that_never_ends_does_not_hold_the_server_beyond_its_drain(tmp_path: Path) -> None:

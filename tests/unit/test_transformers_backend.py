@@ -19,7 +19,7 @@ from logitstream.split_model import SplitModel
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.backend import ScoreRequest
 from teacher_server.transformers_backend import TransformersBackend
-from teacher_server.weights import WeightsChanged, is_complete, weights_digest
+from teacher_server.weights import weights_digest
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_teacher, tiny_model
 
 INFO = TeacherInfo(
@@ -189,17 +189,10 @@ def test_a_saved_model_is_loaded_with_its_digests_and_its_limits(tmp_path: Path)
     assert weights_digest(again) == info.weights_digest != weights_digest(other)
 
 
-def test_weights_that_someone_writes_to_are_not_loaded(tmp_path: Path) -> None:
-    folder = save_tiny_teacher(tmp_path / "latest")
-    with (folder / "model.safetensors").open("r+b"), pytest.raises(WeightsChanged, match="start again when"):
-        TransformersBackend.load(str(folder), device="cpu")
-    TransformersBackend.load(str(folder), device="cpu")
-
-
 def test_an_adapter_is_no_teacher_even_beside_full_weights(tmp_path: Path) -> None:
     folder = save_tiny_teacher(tmp_path / "a")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(ValueError, match=r"adapter .* on 'org/base'.*Merge it"):
+    with pytest.raises(ValueError, match=r"holds an adapter .*Merge it"):
         TransformersBackend.load(str(folder), device="cpu")
 
 
@@ -242,16 +235,3 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises((OSError, FileNotFoundError)):
         TransformersBackend.load(str(folder), device="cpu")
-
-
-def test_a_checkpoint_is_complete_only_with_its_last_byte(tmp_path: Path) -> None:
-    folder = save_tiny_teacher(tmp_path / "a")
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    assert is_complete(folder)
-    for size in (0, 4, 100, len(whole) - 1):
-        weights.write_bytes(whole[:size])
-        assert not is_complete(folder)
-    weights.write_bytes(whole)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors", "b": "other"}}')
-    assert not is_complete(folder)

@@ -1,0 +1,97 @@
+"""A process that listens and ends well: its files, addresses that nobody else serves, signals, and daemon threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
+
+from logitstream.rpc.addresses import is_unix, split_address
+
+if TYPE_CHECKING:
+    import grpc
+    from grpc import aio
+
+LOADER = "loader"
+MANY_FILES = 1 << 20  # Linux's default bound if no limit is set
+
+T = TypeVar("T")
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may, a connection being one; return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return MANY_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+    """Have the server listen at HOST:PORT or unix:PATH; return the address with the port that port 0 became.
+
+    Raises OSError if it cannot, or if anybody listens there: gRPC alone would be content with a host's other addresses,
+    and would take a socket's path away from the server that owns it.
+    """
+    try:
+        if _is_served(address):
+            raise OSError("another server listens there")
+        port = (
+            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        )
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot serve on {address}: {error}") from error
+    return address if is_unix(address) else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _is_served(address: str) -> bool:
+    try:
+        if is_unix(address):
+            scheme, _, path = address.partition(":")
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(f"\0{path}" if scheme == "unix-abstract" else path.removeprefix("//"))
+        else:
+            host, port = split_address(address)
+            socket.create_connection((host or "localhost", port), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Return the signals to stop at: all, except a SIGHUP that the process was started to ignore, as by nohup."""
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    return [one for one in signals if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
+
+
+def stop_while_starting() -> None:
+    """End this process at each signal until a server takes them over: a container's first process would ignore them."""
+    for number in stopping_signals():
+        signal.signal(number, lambda number, _frame: os._exit(128 + number))
+
+
+def in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Run in a daemon thread, for which a process that is told to stop while it loads does not wait."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name=LOADER).start()
+    return asyncio.wrap_future(future)
+
+
+def is_loading() -> bool:
+    """Return True if a thread of `in_thread` still works, which would not survive the interpreter's end."""
+    return any(thread.name == LOADER for thread in threading.enumerate())
