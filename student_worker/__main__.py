@@ -6,26 +6,29 @@ import gc
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from logitstream.errors import LogitstreamError
 from logitstream.processes import end_with_parent
 from logitstream.settings import SettingsError
 from student_worker.config import StudentConfig, parse_student
-from student_worker.messages import fail, resuming, starting_over
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+SECONDS_FOR_THE_FIRST_PROCESS = 5.0
+"""How long the other processes of torchrun keep their error back: the first one's ends them meanwhile."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if under_torchrun:
         end_with_parent()  # a torchrun that is killed leaves nobody who trains on
     try:
-        config, arguments = parse_student(words)
+        config, arguments = parse_student(sys.argv[1:] if argv is None else argv)
     except SettingsError as error:
         fail(f"{error} (see student-worker --help)", status=2)
     import torch
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[StderrHandler()],
     )
-    train(config, arguments, words)
+    train(config, arguments)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Threads of a group that is still there when the interpreter ends abort the process now and then (torch 2.13);
         # the trainer, whose model holds the group, is garbage in cycles.
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.distributed.destroy_process_group()
 
 
-def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str]) -> None:
+def train(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Run, and end with one line if something failed that a user can mend, or if the run was told to end."""
     import torch
 
@@ -51,31 +54,41 @@ def train(config: StudentConfig, arguments: TrainingArguments, words: Sequence[s
     from logitstream.training.resumable import Stopped
     from student_worker.run import run
 
-    folder = Path(str(arguments.output_dir))
-
     def going_on() -> str:
-        newest = next(iter(checkpoints_in(folder)), None)
-        if newest is None:
-            return "no step was saved: the same command starts again"
-        return f"the steps so far are in {newest}, to go on: {resuming(words)}"
+        newest = next(iter(checkpoints_in(Path(str(arguments.output_dir)))), None)
+        return f"; to go on from {newest}, add --training.resume_from_checkpoint latest" if newest else ""
 
     try:
-        run(config, arguments, words)
+        run(config, arguments)
     except ResumeUndecided as error:
-        fail(f"{error}; to go on from it: {resuming(words)}; to start over: {starting_over(words, folder)}")
+        fail(f"{error}; delete it to start over{going_on()}")
     except Stopped as stopped:
-        told_elsewhere = not stopped.number or os.environ.get("RANK", "0") != "0"
+        is_told_elsewhere = not stopped.number or os.environ.get("RANK", "0") != "0"
         status = 128 + stopped.number if stopped.number else 1
-        fail(f"{stopped}; {going_on()}", status=status, quiet=told_elsewhere)
+        fail(f"{stopped}{going_on()}", status=status, quiet=is_told_elsewhere)
     except KeyboardInterrupt:
         fail("stopped before training began", status=130)
     except (LogitstreamError, OSError) as error:
-        fail(f"{error}; {going_on()}" if checkpoints_in(folder) else str(error))
+        fail(f"{error}{going_on()}")
     except RuntimeError as error:
         lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
         if not isinstance(error, torch.distributed.DistError) and not any(words in str(error) for words in lost):
             raise
-        fail(f"another process of this run is gone; {going_on()} ({error})")
+        fail(f"another process of this run is gone ({error}){going_on()}")
+
+
+def fail(message: str, *, status: int = 1, quiet: bool = False) -> NoReturn:
+    """End this process with one line on stderr, which the processes of one run do not repeat."""
+    rank = os.environ.get("RANK", "0")
+    sys.stdout.flush()
+    if not quiet:
+        if rank != "0":
+            time.sleep(SECONDS_FOR_THE_FIRST_PROCESS)
+        name = "student-worker" if rank == "0" else f"student-worker (process {rank})"
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a process group's threads may abort an interpreter that ends
+        os._exit(status)
+    raise SystemExit(status)
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]

@@ -36,10 +36,6 @@ class ModelSettings:
         if bool(self.path) == bool(self.config):
             raise ValueError("expected one of model.path (a checkpoint) and model.config (an untrained student)")
 
-    @property
-    def name(self) -> str:
-        return self.path or self.config
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
@@ -55,11 +51,7 @@ class DataSettings:
     document_start: str = setting(
         "Before each document of text: `auto` (what the tokenizer puts there, often a BOS), `none`, or a token.", "auto"
     )
-    document_end: str = setting(
-        "After each document of text: `auto` (what the tokenizer puts there, and the end of text of pretraining), "
-        "`none`, or a token.",
-        "auto",
-    )
+    document_end: str = setting("After each document: `auto` (an end of text), `none`, or a token.", "auto")
     max_sequences: int = setting("Use at most this many sequences of the text; 0: all.", 0)
     heldout_sequences: int = setting(
         "Sequences set apart by their content for evaluation, never trained on; the cache records and keeps them.", 32
@@ -81,19 +73,14 @@ class TeacherSettings:
     client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
     connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
     deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
-    stalled_seconds: float = setting(
-        "A replica that answers nothing for this long while others are up is given up; one that was slow before gets "
-        "longer, up to half of deadline_seconds.",
-        60.0,
-    )
     max_teacher_lag: int = setting(
-        "0: all targets come from the same weights; n: the teacher may learn meanwhile, and targets from weights more "
-        "than n versions older than the newest seen are asked for again; -1: any version.",
+        "0: all targets come from the same weights; n: the teacher may learn, and targets more than n versions old are "
+        "asked for again; -1: any version.",
         0,
     )
 
     def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "stalled_seconds", "connect_timeout_seconds"):
+        for name in ("deadline_seconds", "connect_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
@@ -112,14 +99,9 @@ class TargetSettings(TargetSpec):
         "Fresh draws each epoch, or the first epoch's again (also if the cache alone lacks an epoch's draws).", "fresh"
     )
     bytes_per_token: float = setting(
-        "Choose N, θ or k so that targets take about this many bytes a supervised token; 0: no. A cache that exists "
-        "keeps its own.",
-        0.0,
+        "Choose N, θ or k for about this many bytes a supervised token; 0: no. A cache that exists keeps its own.", 0.0
     )
-    noise: float = setting(
-        "Choose N or θ so that the targets' MSE per position is about this; 0: no. A cache that exists keeps its own.",
-        0.0,
-    )
+    noise: float = setting("Choose N or θ for about this MSE of the targets at a position; 0: no.", 0.0)
     prefetch_batches: int = setting("Batches asked for ahead of the one being trained on.", 8)
 
     def __post_init__(self) -> None:
@@ -162,7 +144,7 @@ class LossSettings:
 
 
 def training_arguments() -> type[TrainingArguments]:
-    """Import what takes seconds to import."""
+    """Return transformers' class, which takes seconds to import."""
     from transformers import TrainingArguments
 
     return TrainingArguments
@@ -170,7 +152,7 @@ def training_arguments() -> type[TrainingArguments]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentConfig:
-    """Where the student, its text and its targets come from."""
+    """The settings of a run, by section."""
 
     model: ModelSettings = setting("The student.", factory=ModelSettings)
     data: DataSettings = setting("The text.", factory=DataSettings)
@@ -200,7 +182,7 @@ class StudentConfig:
 
     @property
     def source(self) -> Source:
-        """Where targets come from."""
+        """The source of the targets, `auto` resolved."""
         if self.targets.source == "auto":
             return "cache_then_online" if self.cache.path else "online"
         return self.targets.source

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+import socket
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+import yaml
 from datasets import Dataset
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,39 +33,42 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
-from logitstream.cache.disk import from_disk
 from logitstream.client.access import check_access
 from logitstream.client.teacher_client import GrpcTeacherClient
-from logitstream.data.batches import split_batch
 from logitstream.data.corpus import CacheDataset, collate, load_sequences
 from logitstream.data.student_limits import StudentLimits
-from logitstream.errors import DiskHangs, LogitstreamError
+from logitstream.errors import LogitstreamError
 from logitstream.files import naming, refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary, load_tokenizer
-from logitstream.training.checkpoints import choose_checkpoint
-from logitstream.training.distributed import agree_on_teacher, expected_teacher, of_main_process, open_agreed_cache
+from logitstream.training.checkpoints import STAGING, choose_checkpoint
+from logitstream.training.distributed import agree_on_teacher, expected_teacher, open_agreed_cache
 from logitstream.training.first_choices import SPEC as FIRST_CHOICES_SPEC
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.report import ProgressDisplay, report
 from logitstream.training.resumable import Stopped
-from logitstream.training.split import split_cache, split_text
-from logitstream.training.target_cache import may_hold_targets, open_target_cache
+from logitstream.training.split import by_main_process, documents_of, split_cache, split_text
+from logitstream.training.target_cache import open_target_cache
 from logitstream.training.target_stream import TargetStream
 from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import TargetSpec
 from student_worker.config import StudentConfig
-from student_worker.messages import warn_of_refusals, what_came_of_it, what_runs
-from student_worker.run_folder import locked, save_student, write_resolved
 from student_worker.run_plan import RunPlan, make_plan
 
-Connect = Callable[[TargetSpec], GrpcTeacherClient]
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
-def run(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str] = ()) -> None:
-    """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`.
+class FolderInUse(LogitstreamError):
+    """Another run writes to the output folder."""
 
-    words: the command line, for the commands that the run suggests at its end.
-    """
+
+class CannotStart(LogitstreamError):
+    """Settings, files or the teacher do not allow the run to begin."""
+
+
+def run(config: StudentConfig, arguments: TrainingArguments) -> None:
+    """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
     folder, is_main = Path(str(arguments.output_dir)), arguments.process_index == 0
@@ -70,41 +78,56 @@ def run(config: StudentConfig, arguments: TrainingArguments, words: Sequence[str
         if (port := config.metrics.port) >= 0:
             port += arguments.local_process_index if port else 0
             metrics.serve(port, side="student", address=config.metrics.address)
-        with mendable():
-            tokenizer, plan, trainer = prepare(config, arguments, resources)
+        try:
+            plan, tokenizer, trainer = prepare(config, arguments, resources)
+        except (ValueError, SafetensorError) as error:  # what libraries refuse before training, users can mend
+            raise CannotStart(str(error)) from error
         display = ProgressDisplay(folder)
         trainer.add_callback(display)
         resources.callback(display.close)
         if is_main:
-            display.say(what_runs(plan.config, arguments, trainer, plan.checkpoint))
+            display.say(announcement(plan, trainer, folder))
         figures = train(trainer, plan.checkpoint)
         save_student(trainer, tokenizer, folder)
         if is_main:
             write_whole(folder / "report.json", json.dumps(figures, indent=2))
-            display.say(what_came_of_it(figures, config, folder, words))
-
-
-class CannotStart(LogitstreamError):
-    """Settings, files or the teacher do not allow the run to begin."""
+            losses = [figures["heldout_loss_before"], figures["heldout_loss_after"]]
+            loss = (
+                "no held-out loss" if None in losses else "held-out loss {:.3f} → {:.3f} nats a token".format(*losses)
+            )
+            display.say(f"{loss}; the student and report.json are in {folder}")
 
 
 @contextlib.contextmanager
-def mendable() -> Iterator[None]:
-    """Raise what libraries refuse before training as CannotStart: users can mend it, so it is said in one line."""
-    try:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the output folder and clear what a killed one left half-written. Raises FolderInUse.
+
+    The lock is the process's own: it ends with it, however it ends, and no child inherits it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
+            raise FolderInUse(f"{folder} is in use by {holder}: choose another --training.output_dir") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run there", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        shutil.rmtree(folder / STAGING, ignore_errors=True)
         yield
-    except (ValueError, SafetensorError) as error:
-        raise CannotStart(str(error)) from error
 
 
 def prepare(
     config: StudentConfig, arguments: TrainingArguments, resources: contextlib.ExitStack
-) -> tuple[PreTrainedTokenizerBase, RunPlan, DistillationTrainer]:
+) -> tuple[RunPlan, PreTrainedTokenizerBase, DistillationTrainer]:
     """Load the student and its data, plan the run, build the trainer; `resources` closes what has to be closed."""
-    folder, is_main = Path(str(arguments.output_dir)), arguments.process_index == 0
+    folder, is_online = Path(str(arguments.output_dir)), config.source != "cache"
     wanted, with_optimizer = arguments.resume_from_checkpoint, not arguments.save_only_model
-    checkpoint = of_main_process(choose_checkpoint(folder, wanted, with_optimizer=with_optimizer) if is_main else None)
-    if config.source != "cache":
+    checkpoint = by_main_process(lambda: choose_checkpoint(folder, wanted, with_optimizer=with_optimizer))
+    if is_online:
         check_access(config.tls.files(), token_file=config.teacher.token_file)  # before minutes of packing
     tokenizer, model = load_student(config, arguments)
     vocabulary = Vocabulary.of(tokenizer)
@@ -123,30 +146,28 @@ def prepare(
     limits = StudentLimits.of(model)
     train_set, heldout_set = load_data(config, arguments, tokenizer, limits=limits, checkpoint=checkpoint)
     plan = make_plan(config, arguments, train_set, checkpoint=checkpoint, connect=connect)
-    if is_main:
-        write_resolved(plan.config, arguments)
-    client = None
-    if config.source != "cache":
-        client = resources.enter_context(contextlib.closing(connect(plan.spec)))
-        if config.source == "online":
-            agree_on_teacher(client, plan.spec, folder)
-    first_choices = ask_first_choices(config, connect, heldout_set, resources) if client is not None else None
-    stream = target_stream(plan, client, vocabulary, arguments.process_index, resources)
-    if client is not None and is_main:
-        warn_of_refusals(client.known_info, config.data.sequence_tokens)
+    client = resources.enter_context(contextlib.closing(connect(plan.spec))) if is_online else None
+    if client is not None and config.source == "online":
+        agree_on_teacher(client, plan.spec, folder)
+    first_choices = None
+    if client is not None and not plan.has_cache and not config.teacher.max_teacher_lag and len(heldout_set):
+        other = resources.enter_context(contextlib.closing(connect(FIRST_CHOICES_SPEC)))
+        first_choices = FirstChoices(other, documents_of(heldout_set, range(len(heldout_set))))
     trainer = DistillationTrainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
         eval_dataset=heldout_set,
         data_collator=collate,
-        wrap_dataloader=stream,
+        wrap_dataloader=stream_maker(plan, client, vocabulary, arguments.process_index, resources),
         first_choices=first_choices,
         **asdict(config.loss),
     )
     for other_display in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other_display)
-    return tokenizer, plan, trainer
+    if arguments.process_index == 0:
+        write_resolved(plan.config, arguments)
+    return plan, tokenizer, trainer
 
 
 def load_student(
@@ -186,33 +207,13 @@ def load_data(
     return split_text(sequences, cache=cache, cached_only=config.source == "cache", **sizes)
 
 
-def ask_first_choices(
-    config: StudentConfig, connect: Connect, heldout_set: Dataset, resources: contextlib.ExitStack
-) -> FirstChoices | None:
-    """Ask the teacher for its first choices on the held-out text; None for a run that may have to do without it."""
-
-    def holds_targets() -> bool:
-        with contextlib.suppress(DiskHangs):  # a disk that hangs holds none
-            path = config.cache.path
-            return bool(path) and from_disk(path, lambda: may_hold_targets(path), alone=False)
-        return False
-
-    is_filled = of_main_process(holds_targets())  # of all: one of them will soon have made a new one
-    if is_filled or not len(heldout_set) or config.teacher.max_teacher_lag:
-        return None
-    client = resources.enter_context(contextlib.closing(connect(FIRST_CHOICES_SPEC)))
-    return FirstChoices(
-        client, (one for i in range(len(heldout_set)) for _, one in split_batch(collate([heldout_set[i]])))
-    )
-
-
-def target_stream(
+def stream_maker(
     plan: RunPlan,
     client: GrpcTeacherClient | None,
     vocabulary: Vocabulary,
     process_index: int,
     resources: contextlib.ExitStack,
-) -> Callable[[DataLoader[Any]], TargetStream]:
+) -> Any:
     """Open this process's view of the cache, and return what wraps the dataloader."""
     config, cache = plan.config, None
     if config.cache.path:
@@ -228,14 +229,27 @@ def target_stream(
             provenance=facts | config.cache.provenance,
         )
         resources.enter_context(contextlib.closing(cache))
-    return lambda dataloader: TargetStream(
-        dataloader,
-        client,
-        cache=cache,
-        mode=config.source,
-        prefetch_batches=config.targets.prefetch_batches,
-        draw_set=plan.draw_set,
-    )
+    options: Any = {"prefetch_batches": config.targets.prefetch_batches, "draw_set": plan.draw_set}
+    return lambda dataloader: TargetStream(dataloader, client, cache=cache, mode=config.source, **options)
+
+
+def announcement(plan: RunPlan, trainer: DistillationTrainer, folder: Path) -> str:
+    """Return one line: model, data, where targets come from, output."""
+    config, sizes = plan.config, (len(trainer.train_dataset), len(trainer.eval_dataset))  # type: ignore[arg-type]
+    student = config.model.path or f"an untrained {type(trainer.model).__name__}"
+    origins = {"online": "the teacher", "cache": "the cache", "cache_then_online": "the cache, else from the teacher"}
+    line = f"training {student} on {sizes[0]:,} sequences, {sizes[1]:,} held out; targets from {origins[config.source]}"
+    return f"{line}; output: {folder}" + (f", going on from {plan.checkpoint.name}" if plan.checkpoint else "")
+
+
+def write_resolved(config: StudentConfig, arguments: TrainingArguments) -> None:
+    """Write every setting as it is used to config.yaml; the file is a valid --config."""
+    folder = Path(str(arguments.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    training: dict[str, Any] = arguments.to_dict()  # type: ignore[no-untyped-call]
+    del training["hub_token"]
+    settings = asdict(config) | {"training": {name: value for name, value in training.items() if value is not None}}
+    write_whole(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
 
 
 def train(trainer: DistillationTrainer, checkpoint: Path | None) -> dict[str, Any]:
@@ -261,9 +275,22 @@ def evaluate(trainer: DistillationTrainer, when: str) -> dict[str, Any]:
 
     The loss is None, which JSON can hold, if no token is supervised or it is not finite.
     """
-    heldout: Any = trainer.eval_dataset
-    found = trainer.evaluate() if len(heldout) else {}
-    loss = found.get("eval_loss", math.nan)
-    agreement = found.get("eval_teacher_top1_agreement")
+    found = trainer.evaluate() if len(trainer.eval_dataset) else {}  # type: ignore[arg-type]
+    loss, agreement = found.get("eval_loss", math.nan), found.get("eval_teacher_top1_agreement")
     shown = {} if agreement is None else {f"heldout_teacher_top1_agreement_{when}": agreement}
     return {f"heldout_loss_{when}": loss if math.isfinite(loss) else None} | shown
+
+
+def save_student(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the student and its tokenizer, each file whole or as it was."""
+    staged = folder / STAGING / "student"
+    trainer.save_model(str(staged))
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.args.should_save:
+        return
+    tokenizer.save_pretrained(staged)
+    for path in staged.iterdir():
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    shutil.rmtree(staged.parent, ignore_errors=True)

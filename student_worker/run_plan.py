@@ -1,38 +1,49 @@
-"""What a run trains on, settled before anything is built from it: the spec, the draw set, the checkpoint to resume."""
+"""The plan of a run, settled before anything is built from it: the spec, the draw set, the checkpoint to resume."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from logitstream.budget import choose
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import from_disk, open_reader
-from logitstream.client.teacher_client import GrpcTeacherClient
-from logitstream.data.corpus import CacheDataset
-from logitstream.training.distributed import of_main_process
-from logitstream.types import TargetSpec
-from student_worker.budget_search import calibration_sequences, choose_spec
+from logitstream.client.teacher_client import TeacherClient
+from logitstream.data.batches import split_batch
+from logitstream.data.corpus import CacheDataset, collate
+from logitstream.errors import DiskHangs, RequestError
+from logitstream.id_model import IdModel
+from logitstream.training.split import by_main_process
+from logitstream.training.target_cache import may_hold_targets
+from logitstream.types import Fingerprint, TargetSpec, TokenSequence
 from student_worker.config import StudentConfig
 
 logger = logging.getLogger(__name__)
 
+CALIBRATION_SEQUENCES = 16
+"""Sequences of the run's own text on which a budget is measured."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """The settings as the run uses them, and what follows from its data and cache; the same on every process."""
+    """The settings as the run uses them, and what follows from its data and cache; the same on every process.
+
+    draw_set: the one that every epoch trains on; None: each epoch its own. has_cache: a cache was there before the run.
+    """
 
     config: StudentConfig
     spec: TargetSpec
     draw_set: int | None
-    """The one that every epoch trains on; None: each epoch its own."""
+    has_cache: bool
     checkpoint: Path | None
 
 
@@ -42,34 +53,44 @@ def make_plan(
     train_set: Dataset | CacheDataset,
     *,
     checkpoint: Path | None,
-    connect: Callable[[TargetSpec], GrpcTeacherClient],
+    connect: Callable[[TargetSpec], TeacherClient],
 ) -> RunPlan:
     """Settle what the cache and a budget decide: the sampler's parameters, and which draws there are."""
-    spec = config.targets.spec()
-    if isinstance(train_set, CacheDataset):
-        spec = spec_of_cache(config.cache.path)
-    elif config.targets.bytes_per_token or config.targets.noise:
-        spec = choose_spec(
-            connect if config.source != "cache" else None,
-            calibration_sequences(train_set),
-            spec,
-            bytes_per_token=config.targets.bytes_per_token,
-            noise=config.targets.noise,
-            cache=config.cache.path,
+
+    def plan() -> RunPlan:
+        targets, is_alone = config.targets, config.source == "cache"
+        held = held_fingerprint(config.cache.path, alone=is_alone) if config.cache.path else None
+        spec = targets.spec()
+        if isinstance(train_set, CacheDataset):
+            spec = TargetSpec.from_canonical(train_set.cache.fingerprint.spec)
+            logger.info("targets of the cache %s were drawn by %s", config.cache.path, spec.canonical())
+        elif targets.bytes_per_token or targets.noise:
+            budget = {"bytes_per_token": targets.bytes_per_token, "noise": targets.noise}
+            sequences = calibration_sequences(train_set)
+            spec = choose_spec(None if is_alone else connect, sequences, spec, **budget, held=held)
+        corpus = train_set.cache if isinstance(train_set, CacheDataset) else None
+        draw_set = choose_draw_set(config, arguments, len(train_set), cache=corpus)
+        used: Any = {"source": config.source, "draws": "fresh" if draw_set is None else "reuse"}
+        resolved = replace(config, targets=replace(targets, **asdict(spec) | used, bytes_per_token=0.0, noise=0.0))
+        has_cache = held is not None
+        return RunPlan(config=resolved, spec=spec, draw_set=draw_set, has_cache=has_cache, checkpoint=checkpoint)
+
+    return by_main_process(plan)  # which looks at the cache before another process makes it
+
+
+def held_fingerprint(cache: str, *, alone: bool) -> Fingerprint | None:
+    """Return the fingerprint of a cache; None if there is none or its disk hangs.
+
+    alone: the run has nothing but the cache, so a disk that hangs raises DiskHangs.
+    """
+    try:
+        return from_disk(
+            cache, lambda: CacheReader(cache).fingerprint if may_hold_targets(cache) else None, alone=alone
         )
-    corpus = train_set.cache if isinstance(train_set, CacheDataset) else None
-    draw_set = of_main_process(choose_draw_set(config, arguments, len(train_set), cache=corpus))
-    used = {"source": config.source, "draws": "fresh" if draw_set is None else "reuse"}
-    targets = replace(config.targets, **asdict(spec), **used, bytes_per_token=0.0, noise=0.0)  # type: ignore[arg-type]
-    return RunPlan(config=replace(config, targets=targets), spec=spec, draw_set=draw_set, checkpoint=checkpoint)
-
-
-def spec_of_cache(path: str) -> TargetSpec:
-    """Return how the targets of a cache were drawn, which a run on that cache alone takes over."""
-    with open_reader(path) as cache:
-        spec = TargetSpec.from_canonical(cache.fingerprint.spec)
-    logger.info("targets of the cache %s were drawn by %s", path, spec.canonical())
-    return spec
+    except DiskHangs:
+        if alone:
+            raise
+        return None
 
 
 def choose_draw_set(
@@ -90,13 +111,8 @@ def choose_draw_set(
     if fresh and all(held.get(epoch, 0) >= held.get(first, 1) for epoch in range(num_epochs)):
         return None
     if fresh:
-        logger.info(
-            "the cache holds no whole draw set for each of %d epochs (records by draw set: %s): every epoch trains on "
-            "draw set %d (targets.draws: reuse)",
-            num_epochs,
-            held,
-            first,
-        )
+        text = "the cache holds no whole draw set for each of %d epochs (records by draw set: %s): all train on set %d"
+        logger.info(text, num_epochs, held, first)
     return first
 
 
@@ -108,3 +124,63 @@ def count_epochs(arguments: TrainingArguments, num_sequences: int) -> int:
     num_batches = num_sequences // batch_size if arguments.dataloader_drop_last else -(-num_sequences // batch_size)
     steps_an_epoch: int = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
     return math.ceil(arguments.max_steps / steps_an_epoch)
+
+
+def calibration_sequences(train_set: Dataset | CacheDataset) -> list[TokenSequence]:
+    """Return sequences from all over the training set, with their masks, as training will send them."""
+    spread = np.linspace(0, len(train_set) - 1, min(CALIBRATION_SEQUENCES, len(train_set))).astype(np.int64)
+    return [sequence for i in spread for _, sequence in split_batch(collate([train_set[int(i)]]))]
+
+
+def choose_spec(
+    connect: Callable[[TargetSpec], TeacherClient] | None,
+    sequences: Sequence[TokenSequence],
+    spec: TargetSpec,
+    *,
+    bytes_per_token: float,
+    noise: float,
+    held: Fingerprint | None = None,
+) -> TargetSpec:
+    """Return the spec that meets the budget on these sequences, measured through the teacher.
+
+    held: a cache of the sampler has had its budget: its size is taken, and no teacher is asked. connect: None if no
+    teacher may be asked, which leaves the spec as it is. Raises ValueError if there is no sequence, RequestError if the
+    teacher refuses every one.
+    """
+    if held is not None and held.spec["sampler"] == spec.sampler:
+        field = spec.kind.size_field
+        size: dict[str, Any] = {field: held.spec[field]} if field else {}
+        logger.info("the cache holds targets already: %s in place of the budget", size)
+        return replace(spec, **size)
+    if connect is None:
+        return spec
+    if not sequences:
+        raise ValueError("the sequences that a budget is measured on have no supervised token: set num_samples instead")
+
+    def draw(wanted: Sequence[TokenSequence], tried: TargetSpec, draw_set: int) -> list[bytes]:
+        with contextlib.closing(connect(tried)) as client:
+            return [future.result().payload for future in client.submit(wanted, draw_set=draw_set)]
+
+    with contextlib.closing(connect(spec)) as client:
+        content, vocab_size = client.info.id_model, client.info.vocab_size
+        sequences = _accepted(client, sequences)
+    id_model = IdModel.from_bytes(content) if content else None
+    budget = {"bytes_per_token": bytes_per_token, "noise": noise}
+    choice = choose(draw, sequences, spec, **budget, id_model=id_model, vocab_size=vocab_size)
+    logger.info("%s", choice.sentence)
+    return choice.spec
+
+
+def _accepted(client: TeacherClient, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Leave out the sequences that the teacher refuses, as training does; raise its error if it refuses all."""
+    accepted: list[TokenSequence] = []
+    refusal: RequestError | None = None
+    for sequence, future in zip(sequences, client.submit(sequences), strict=True):
+        try:
+            future.result()
+            accepted.append(sequence)
+        except RequestError as error:
+            refusal = error
+    if refusal is not None and not accepted:
+        raise refusal
+    return accepted

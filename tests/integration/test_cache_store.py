@@ -22,7 +22,7 @@ from logitstream.client.local_client import LocalTeacherClient
 from logitstream.data.corpus import collate
 from logitstream.training.target_cache import open_target_cache
 from logitstream.training.target_stream import TargetStream
-from student_worker.budget_search import choose_spec
+from student_worker.run_plan import held_fingerprint
 from tests.integration.crashing_writer import FINGERPRINT, record
 from tests.integration.test_cache_training import INFO, SPEC, make_sequences, score
 
@@ -89,8 +89,7 @@ def test_a_store_out_of_reach_leaves_a_student_to_its_teacher(mode: Any, caplog:
 
 
 def test_a_budget_is_chosen_without_a_store_that_is_out_of_reach() -> None:
-    budget = {"bytes_per_token": 0.0, "noise": 0.5}
-    assert choose_spec(None, [], SPEC, cache="unreachable://bucket/cache", **budget) == SPEC
+    assert held_fingerprint("unreachable://bucket/cache", alone=False) is None
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from logitstream.training.checkpoints import SEAL, STAGING, ResumeUndecided, choose_checkpoint, fault_of, seal
 from logitstream.training.trainer import DistillationTrainer
-from student_worker.run_folder import FolderInUse, lock, locked
+from student_worker.run import FolderInUse, locked
 from tests.distributed_training import make_model
 
 FILES = (
@@ -160,7 +159,7 @@ def test_a_named_checkpoint_is_taken_if_it_is_whole(out: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from student_worker.run_folder import locked
+from student_worker.run import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -178,14 +177,6 @@ def test_a_second_run_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_pa
         holder.kill()
     with locked(tmp_path / "out"):
         pass
-
-
-def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    unlockable = os.open(tmp_path, os.O_PATH)
-    with caplog.at_level(logging.WARNING):
-        lock(unlockable, tmp_path)
-    os.close(unlockable)
-    assert f"{tmp_path} cannot be locked" in caplog.messages[0]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 from student_worker.config import StudentConfig
 from student_worker.run import load_data
-from student_worker.run_plan import choose_draw_set, count_epochs, make_plan, spec_of_cache
+from student_worker.run_plan import choose_draw_set, count_epochs, held_fingerprint, make_plan
 from tests.flat_settings import student_config
 
 NO_TOKENIZER: Any = None  # nothing is tokenized
@@ -78,7 +78,7 @@ def test_draws_are_fresh_only_where_each_epoch_has_a_whole_draw_set(
     config = student(cache_with(tmp_path, records), text=text)
     with caplog.at_level(logging.INFO):
         assert choose_draw_set(config, arguments(num_train_epochs=epochs), 3) == draw_set
-    assert ("draws: reuse" in caplog.text) == (draw_set is not None)
+    assert ("no whole draw set for each" in caplog.text) == (draw_set is not None)
 
 
 def test_reused_draws_are_the_caches_first_or_the_teachers_draw_set_0(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_foreign_caches_manifest_sets_nothing_but_the_sampler(
     manifest |= {"fingerprint": asdict(forged), "fingerprint_digest": forged.digest}
     (tmp_path / MANIFEST).write_bytes(render(manifest))
     with pytest.raises(CacheError, match=named):
-        spec_of_cache(cache)
+        held_fingerprint(cache, alone=True)
 
 
 @pytest.mark.parametrize(

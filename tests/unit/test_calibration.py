@@ -16,7 +16,7 @@ from logitstream.client.local_client import LocalTeacherClient
 from logitstream.errors import InvalidSequence
 from logitstream.sampling import sample
 from logitstream.types import Fingerprint, SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from student_worker.budget_search import CALIBRATION_SEQUENCES, calibration_sequences, choose_spec
+from student_worker.run_plan import CALIBRATION_SEQUENCES, calibration_sequences, choose_spec, held_fingerprint
 
 VOCAB_SIZE = 200
 INFO = TeacherInfo(
@@ -44,9 +44,9 @@ def sequences(*first_ids: int) -> list[TokenSequence]:
     return [TokenSequence(token_ids=np.array([first, *range(31)], np.int32)) for first in first_ids]
 
 
-def cache_of(folder: Path, spec: TargetSpec) -> str:
+def cache_of(folder: Path, spec: TargetSpec) -> Fingerprint | None:
     CacheWriter(folder, Fingerprint.of(INFO, spec), provenance={}).close()
-    return str(folder)
+    return held_fingerprint(str(folder), alone=True)
 
 
 @pytest.mark.parametrize("budget", [{"bytes_per_token": 20.0, "noise": 0.0}, {"bytes_per_token": 0.0, "noise": 0.01}])
@@ -88,14 +88,14 @@ def test_a_cache_of_the_sampler_has_had_its_budget_and_no_teacher_is_asked(tmp_p
         raise AssertionError("no teacher is to be asked")
 
     asked = replace(drawn, num_samples=50, threshold=0.02, top_k=3)
-    chosen = choose_spec(refuse, sequences(3), asked, bytes_per_token=9.0, noise=0.0, cache=cache_of(tmp_path, drawn))
+    chosen = choose_spec(refuse, sequences(3), asked, bytes_per_token=9.0, noise=0.0, held=cache_of(tmp_path, drawn))
     assert chosen.canonical() == drawn.canonical()
 
 
 def test_a_cache_of_another_sampler_leaves_the_budget_to_the_teacher_if_there_is_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"bytes_per_token": 20.0, "noise": 0.0}
-    cache = cache_of(tmp_path, replace(SPEC, sampler="top_k"))
-    assert choose_spec(None, sequences(3), SPEC, **options, cache=cache) == SPEC
-    assert choose_spec(connect, sequences(3), SPEC, **options, cache=cache) == choose_spec(
+    held = cache_of(tmp_path, replace(SPEC, sampler="top_k"))
+    assert choose_spec(None, sequences(3), SPEC, **options, held=held) == SPEC
+    assert choose_spec(connect, sequences(3), SPEC, **options, held=held) == choose_spec(
         connect, sequences(3), SPEC, **options
     )

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from logitstream.settings import SettingsError, build, parse, setting
 from student_worker.__main__ import main as student_main
 from student_worker.config import StudentConfig, parse_student
-from student_worker.run_folder import write_resolved
+from student_worker.run import write_resolved
 from teacher_server.__main__ import main as teacher_main
 from teacher_server.config import LimitSettings, TeacherConfig
 
