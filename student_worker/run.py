@@ -176,8 +176,7 @@ def load_student(
     """Return the tokenizer, and the student from its checkpoint or untrained from its config at the run's seed."""
     named = config.model
     auto: Any = AutoModelForCausalLM
-    for name in ("path", "config", "tokenizer"):
-        refuse_missing_folder(f"model.{name}", getattr(named, name))
+    refuse_missing_folder("model.tokenizer", named.tokenizer)
     tokenizer = load_tokenizer(named.tokenizer, named.path)
     set_seed(arguments.seed)
     if named.path:

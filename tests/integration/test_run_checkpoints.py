@@ -181,7 +181,6 @@ def test_a_second_run_is_refused_until_the_first_has_ended_even_by_a_kill(tmp_pa
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
     (tmp_path / STAGING / "checkpoint-5").mkdir(parents=True)
-    (tmp_path / f".teacher.json.{'0' * 32}").touch()
     (tmp_path / ".keep").touch()
     with locked(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".keep", ".lock"]
