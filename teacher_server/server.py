@@ -76,10 +76,12 @@ class TeacherServer:
                 limits.max_message_bytes, max_connections=limits.max_connections or max(1, num_files // 4)
             ),
         )
-        health_connections = min(max(1, num_files // 8), MAX_HEALTH_CONNECTIONS)
-        self._health_server = aio.server(  # whatever fills the teacher's port leaves it its files
-            options=server_options(HEALTH_MESSAGE_BYTES, max_connections=health_connections)
-        )
+        self._health_server: aio.Server | None = None
+        if server.health_address:  # whatever fills the teacher's port leaves it its files
+            health_connections = min(max(1, num_files // 8), MAX_HEALTH_CONNECTIONS)
+            self._health_server = aio.server(
+                options=server_options(HEALTH_MESSAGE_BYTES, max_connections=health_connections)
+            )
         self.admission = Admission(
             max_in_flight_tokens=limits.max_in_flight_tokens, max_queue_tokens=limits.max_queue_tokens
         )
@@ -107,7 +109,8 @@ class TeacherServer:
                 await self._serve(*loading.result(), stopping)
         finally:
             await self._server.stop(STOP_SECONDS)
-            await self._health_server.stop(0)
+            if self._health_server is not None:
+                await self._health_server.stop(0)
 
     def _load(self) -> tuple[TeacherBackend, bytes, Vocabulary | None]:
         codec.warm_up()
@@ -134,9 +137,9 @@ class TeacherServer:
             HEALTH_SERVICE, {"Check": one_request(health_pb2.HealthCheckRequest, self._check_health)}
         )
         self._server.add_generic_rpc_handlers((health, self._when_loaded))
-        self._health_server.add_generic_rpc_handlers((health,))
         self.address = bind(self._server, config.server.address, credentials)
-        if config.server.health_address:
+        if self._health_server is not None:
+            self._health_server.add_generic_rpc_handlers((health,))
             bind(self._health_server, config.server.health_address)
             await self._health_server.start()
         await self._server.start()
