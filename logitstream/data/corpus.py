@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import Hasher
 
@@ -24,17 +22,21 @@ from logitstream.cache import CacheReader
 from logitstream.cache.disk import cache_disk
 from logitstream.data import documents, packing, token_rows
 from logitstream.data.loss_mask import IGNORED_LABEL
-from logitstream.data.packing import TextFile, frame_of, pack
 from logitstream.data.student_limits import StudentLimits
-from logitstream.data.token_rows import COLUMNS, LOSS_COLUMNS, cut, known_columns, warn_of_cuts
+from logitstream.data.token_rows import COLUMNS, LOSS_COLUMNS
 from logitstream.errors import CorruptRecord
 from logitstream.types import TokenSequence, request_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_FILES = (".txt", ".md", ".rst")
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TEXT = {"sample_by": "document", "encoding": "utf-8-sig"}
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **dict.fromkeys((".txt", ".md", ".rst"), ("text", TEXT)),
+    **dict.fromkeys((".json", ".jsonl"), ("json", {})),
+    ".parquet": ("parquet", {}),
+}
+"""Builder of the datasets library and its options, by a file's ending."""
 
 
 def load_sequences(
@@ -50,32 +52,27 @@ def load_sequences(
     """Return a dataset with `input_ids` and, if the input has them, `labels`, masks and `position_ids`.
 
     A text file is one document, and so is a row of text; each gets the tokenizer's ids of the whole, framed as
-    `frame_of` says. Documents are joined and cut into sequences of `sequence_tokens`; the incomplete last one is
-    dropped. Rows that hold input_ids already are used as they are, without their padding (attention_mask 0) and cut to
-    `sequence_tokens`.
-
-    ValueError if the student of these limits cannot take them, or the input is of another kind; OSError if the datasets
-    library cannot keep its files.
+    `packing.frame_of` says. Documents are joined and cut into sequences of `sequence_tokens`; the incomplete last one
+    is dropped. Rows that hold input_ids already are used as they are, without their padding (attention_mask 0) and cut
+    to `sequence_tokens`. ValueError if the student of these limits cannot take them, or the input is of another kind.
     """
-    check_datasets_cache(HF_DATASETS_CACHE)
     limits = limits or StudentLimits(vocab_size=0)
-    parts = {path: _load(path, text_column) for path in dict.fromkeys(paths)}
-    if _token_columns(parts):
-        rows = tuple((path, parts[path]) for path in paths)
-        warn_of_cuts(rows, sequence_tokens)
-        arguments: dict[str, Any] = {"parts": rows, "sequence_tokens": sequence_tokens, "limits": limits}
-        return _generate(cut, arguments, f"no row holds a token: {', '.join(paths)}")
+    parts = tuple(_load(Path(path), text_column) for path in paths)  # datasets would split lists among processes
+    kinds = {tuple(sorted(part.column_names)): path for path, part in zip(paths, parts, strict=True)}
+    if len(kinds) > 1:
+        told = "; ".join(f"{path} has {', '.join(names)}" for names, path in kinds.items())
+        raise ValueError(f"expected the same of {', '.join((text_column, *COLUMNS))} in every file: {told}")
+    arguments: dict[str, Any] = {"parts": parts, "sequence_tokens": sequence_tokens, "limits": limits}
+    if "input_ids" in parts[0].column_names:
+        return _generate(
+            token_rows.cut, arguments | {"paths": tuple(paths)}, f"no row holds a token: {', '.join(paths)}"
+        )
     limits.check_length(sequence_tokens, "sequence_tokens")
-    arguments = {
-        "parts": tuple(parts[path] for path in paths),
-        "column": text_column,
-        "tokenizer": tokenizer,
-        "sequence_tokens": sequence_tokens,
-        "frame": frame_of(tokenizer, start=document_start, end=document_end),
-        "limits": limits,
-    }
+    frame = packing.frame_of(tokenizer, start=document_start, end=document_end)
     return _generate(
-        pack, arguments, f"the text holds less than one sequence of {sequence_tokens} tokens: {', '.join(paths)}"
+        packing.pack,
+        arguments | {"column": text_column, "tokenizer": tokenizer, "frame": frame},
+        f"the text holds less than one sequence of {sequence_tokens} tokens: {', '.join(paths)}",
     )
 
 
@@ -94,61 +91,35 @@ def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dic
         raise error.__cause__ or error from None
 
 
-def check_datasets_cache(folder: str | Path) -> None:
-    """Raise OSError, which names HF_HOME, if the datasets library could not write its files to the folder."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(
-            f"the datasets cache {folder} cannot be written ({error}): set HF_HOME to a folder that can be"
-        ) from error
-
-
-def _load(path: str, text_column: str) -> TextFile | Dataset:
-    """Return a text file, or the token columns or the text of one file or of a folder that `datasets` saved."""
-    file = Path(path)
-    if file.is_file() and file.suffix.lower() in TEXT_FILES:
-        return TextFile(path, file.stat().st_size, file.stat().st_mtime_ns)
-    rows = _read(file)
+def _load(file: Path, text_column: str) -> Dataset:
+    """Return the token columns, or the text, of one file or of a folder that `datasets` saved."""
+    rows = _read(file, text_column)
     if "input_ids" in rows.column_names:
-        return known_columns(rows, path)
+        return token_rows.known_columns(rows, str(file))
     if text_column not in rows.column_names:
         names = ", ".join(rows.column_names)
-        raise ValueError(f"{path}: expected a column {text_column!r} or 'input_ids', got {names}")
+        raise ValueError(f"{file}: expected a column {text_column!r} or 'input_ids', got {names}")
     feature = rows.features[text_column]
     if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
-        raise ValueError(f"{path}: expected a text in each row of {text_column!r}, got {feature}")
+        raise ValueError(f"{file}: expected a text in each row of {text_column!r}, got {feature}")
     return rows.select_columns([text_column])
 
 
-def _read(file: Path) -> Dataset:
+def _read(file: Path, text_column: str) -> Dataset:
     if file.is_dir():
         loaded = load_from_disk(str(file))
         if isinstance(loaded, DatasetDict) and "train" not in loaded:
             raise ValueError(f"{file}: expected a dataset or a split 'train', got the splits {', '.join(loaded)}")
         return (loaded["train"] if isinstance(loaded, DatasetDict) else loaded).with_format(None)
-    builder = BUILDERS.get(file.suffix.lower())
-    if builder is None or not file.exists():
-        kinds = ", ".join((*TEXT_FILES, *BUILDERS))
-        raise ValueError(f"cannot read {file}: expected an existing {kinds} file or a datasets folder")
+    if file.suffix.lower() not in BUILDERS or not file.exists():
+        raise ValueError(f"cannot read {file}: expected an existing {', '.join(BUILDERS)} file or a datasets folder")
+    builder, options = BUILDERS[file.suffix.lower()]
     try:
-        return load_dataset(builder, data_files=str(file), split="train")
+        rows: Dataset = load_dataset(builder, data_files=str(file), split="train", **options)
     except (DatasetsError, ValueError, StopIteration) as error:  # an empty file ends the library's own iterator
         reason = str(error.__cause__ or error) or "no row"
         raise ValueError(f"{file}: expected rows in {builder}, got something else ({reason})") from error
-
-
-def _token_columns(parts: dict[str, TextFile | Dataset]) -> tuple[str, ...]:
-    """Return the token columns of all files, none for text; ValueError if some files have columns that others lack."""
-    paths: dict[tuple[str, ...], str] = {}
-    for path, part in parts.items():
-        names = part.column_names if isinstance(part, Dataset) else ()
-        paths.setdefault(tuple(name for name in COLUMNS if name in names), path)
-    if len(paths) > 1:
-        kinds = "; ".join(f"{path} has {', '.join(names) or 'text'}" for names, path in paths.items())
-        raise ValueError(f"expected the same of {', '.join(COLUMNS)} in every file: {kinds}")
-    return next(iter(paths))
+    return rows.rename_column("text", text_column) if builder == "text" and text_column != "text" else rows
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -161,8 +132,6 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     names = [name for name in ("input_ids", *LOSS_COLUMNS, "position_ids") if name in rows[0]]
     batch = {name: stack(name, [row[name] for row in rows]) for name in names}
-    if "loss_mask" in batch:
-        batch["loss_mask"] = batch["loss_mask"].bool()
     mask = stack("attention_mask", [[1] * len(row["input_ids"]) for row in rows])
     return batch if bool(mask.all()) else batch | {"attention_mask": mask}
 

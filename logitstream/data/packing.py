@@ -1,20 +1,17 @@
 """Documents of text -> sequences of equally many token ids, cut from the joined documents.
 
-A long document is tokenized window by window, in bounded memory, to the ids of the whole. Tokenizers work from left to
-right and look a few characters ahead, but only they know where a text can be cut without changing its ids: a blank line
-belongs to the word before or after it, SentencePiece puts a space before whatever it is given, digits are grouped in
-threes from the first. So windows overlap, and two are joined only in the middle of the overlap, away from both cuts,
-where both found the same tokens at the same places and these are no monotonous run (of blanks, of one digit), on which
-windows may agree by chance. Otherwise the window is doubled.
+A long document is tokenized window by window, to the ids of the whole. Only the tokenizer knows where
+a text can be cut without changing its ids: a blank line belongs to the word before or after it, SentencePiece puts a
+space before whatever it is given, digits are grouped in threes from the first. So windows overlap, and two are joined
+only in the middle of the overlap, away from both cuts, where both found the same tokens at the same places and these
+are no monotonous run (of blanks, of one digit), on which windows may agree by chance. Otherwise the window is doubled.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +27,9 @@ logger = logging.getLogger(__name__)
 WINDOW_CHARS = 1 << 18
 """The most characters in one call of the tokenizer, which takes about 1 kB of memory for each."""
 OVERLAP_CHARS = 1 << 12
-AGREED_TOKENS = 16
-MIN_DISTINCT = 8
-"""Distinct ids among the agreed tokens before a cut; a monotonous run has one or two."""
+AGREED_TOKENS, MIN_DISTINCT = 16, 8
+"""Tokens before a cut on which both windows agree, and distinct ids among them; a monotonous run has one or two."""
 ROWS_AT_ONCE = 32
-MAX_TRIED = 1000
-"""Tokens to try in the search for a text that the tokenizer has an id for."""
 END_OF_TEXT = (
     *("<|endoftext|>", "<|end_of_text|>", "<|endofdocument|>", "</s>", "<eos>", "<EOS_TOKEN>"),
     *("<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>"),
@@ -46,14 +40,6 @@ Tokens = npt.NDArray[np.int64]
 """[tokens, 3]: id, first character in the document, character after the last."""
 
 
-class TextFile(NamedTuple):
-    """A file that is one document; its size and time tell a changed file from the old one."""
-
-    path: str
-    num_bytes: int
-    modified_ns: int
-
-
 class Frame(NamedTuple):
     """The ids before and after each document."""
 
@@ -61,12 +47,8 @@ class Frame(NamedTuple):
     end: tuple[int, ...] = ()
 
 
-Part: TypeAlias = TextFile | Dataset
-"""A document, or rows of one document each."""
-
-
 def pack(
-    parts: Sequence[Part],
+    parts: Sequence[Dataset],
     column: str,
     tokenizer: PreTrainedTokenizerBase,
     sequence_tokens: int,
@@ -91,38 +73,23 @@ def pack(
 
 
 def _all_ids(
-    parts: Sequence[Part], column: str, tokenizer: PreTrainedTokenizerBase, frame: Frame
+    parts: Sequence[Dataset], column: str, tokenizer: PreTrainedTokenizerBase, frame: Frame
 ) -> Iterator[Sequence[int]]:
     """Yield every document's ids, framed: short documents in batches, on several threads, long ones by windows."""
     for part in parts:
-        if isinstance(part, TextFile):
-            if part.num_bytes:
-                yield from itertools.chain((frame.start,), _file_ids(part, tokenizer), (frame.end,))
-            continue
         for rows in part.iter(batch_size=ROWS_AT_ONCE):
             texts = [text for text in rows[column] if text is not None]
             short = [text for text in texts if len(text) * ROWS_AT_ONCE <= WINDOW_CHARS]
             encoded = iter(tokenizer(short, add_special_tokens=False, verbose=False)["input_ids"] if short else ())
             for text in texts:
                 yield frame.start
-                if len(text) * ROWS_AT_ONCE <= WINDOW_CHARS:
-                    yield next(encoded)
-                else:
-                    yield from document_ids(io.StringIO(text), tokenizer)
+                is_short = len(text) * ROWS_AT_ONCE <= WINDOW_CHARS
+                yield from (next(encoded),) if is_short else document_ids(text, tokenizer)
                 yield frame.end
 
 
-def _file_ids(file: TextFile, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[int]]:
-    """Read a file as Python reads text: UTF-8, without a byte order mark, every line end a newline."""
-    try:
-        with open(file.path, encoding="utf-8-sig") as document:
-            yield from document_ids(document, tokenizer)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.path}: expected text in UTF-8, got other bytes ({error})") from error
-
-
 def document_ids(
-    document: TextIO,
+    text: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     window_chars: int = WINDOW_CHARS,
@@ -130,55 +97,52 @@ def document_ids(
 ) -> Iterator[list[int]]:
     """Yield a document's ids in parts, without special tokens; together they are the ids of the whole document.
 
-    A tokenizer that does not tell the places of its tokens gets the whole document at once. RuntimeError if text far
-    behind changes the ids of a text's beginning; no such tokenizer is known.
+    A tokenizer that does not tell the places of its tokens gets the whole document at once.
     """
     if not tokenizer.is_fast:
-        yield list(tokenizer(document.read(), add_special_tokens=False, verbose=False)["input_ids"])
+        yield list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return
-    begin, first, text = 0, 0, document.read(window_chars)
-    tokens = _encode(tokenizer, text, begin)
-    overlap, num_chars = overlap_chars, window_chars
-    while more := document.read(num_chars):
-        overlapping = text[-overlap:]
-        start, quarter = begin + len(text) - len(overlapping), len(overlapping) // 4
-        following = _encode(tokenizer, overlapping + more, start)
-        cut = _agreement(tokens, following, start + quarter, start + len(overlapping) - quarter)
-        if cut is not None and cut[0] >= first:
-            yield tokens[first : cut[0], 0].tolist()
-            begin, first, text, tokens = start, cut[1], overlapping + more, following
-            overlap, num_chars = overlap_chars, window_chars
+    begin, done, end, overlap = 0, 0, window_chars, overlap_chars
+    tokens = _encode(tokenizer, text, begin, end)
+    while end < len(text):
+        start = max(begin, end - overlap)
+        following = _encode(tokenizer, text, start, end + window_chars)
+        quarter = (end - start) // 4
+        cut = _agreement(tokens, following, max(done, start + quarter), end - quarter)
+        if cut is None:
+            end += end - begin
+            overlap = max(overlap_chars, (end - begin) // 4)  # so that each character is seen a few times
+            tokens = _encode(tokenizer, text, begin, end)
         else:
-            text += more
-            overlap, num_chars = max(overlap_chars, len(text) // 4), len(text)  # so each character is seen a few times
-            longer = _encode(tokenizer, text, begin)
-            if not np.array_equal(longer[:first], tokens[:first]):
-                raise RuntimeError("the tokenizer changes the ids of a text's beginning for text far behind it")
-            tokens = longer
-    yield tokens[first:, 0].tolist()
+            yield _between(tokens, done, cut)[:, 0].tolist()
+            begin, done, end, overlap, tokens = start, cut, end + window_chars, overlap_chars, following
+    yield _between(tokens, done, len(text) + 1)[:, 0].tolist()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, begin: int) -> Tokens:
-    """Tokenize a text that begins at character `begin` of the document."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, begin: int, end: int) -> Tokens:
+    encoded = tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) + begin
     return np.column_stack([np.asarray(encoded["input_ids"], np.int64), offsets])
 
 
-def _agreement(one: Tokens, other: Tokens, low: int, high: int) -> tuple[int, int] | None:
-    """Return the index in each window of one token where both can be cut; None if they differ from `low` to `high`.
+def _between(tokens: Tokens, low: int, high: int) -> Tokens:
+    """Return the tokens that start from character `low` on and before `high`."""
+    return tokens[np.searchsorted(tokens[:, 1], low) : np.searchsorted(tokens[:, 1], high)]
 
-    The token begins a character, and the tokens before it are varied.
+
+def _agreement(one: Tokens, other: Tokens, low: int, high: int) -> int | None:
+    """Return a character at which both windows can be cut; None if they differ from `low` to `high`.
+
+    A token begins there, and the tokens before it are varied.
     """
-    mine, theirs = (np.flatnonzero((tokens[:, 1] >= low) & (tokens[:, 1] < high)) for tokens in (one, other))
-    is_whole = all((np.diff(index) == 1).all() for index in (mine, theirs))
-    if not is_whole or not np.array_equal(one[mine], other[theirs]):
+    agreed = _between(one, low, high)
+    if not np.array_equal(agreed, _between(other, low, high)):
         return None
-    ids, starts, ends = one[mine].T
+    ids, starts, ends = agreed.T
     begins = np.flatnonzero((starts[1:] > starts[:-1]) & (starts[1:] >= ends[:-1])) + 1
-    for place in sorted(begins.tolist(), key=lambda place: abs(2 * place - len(ids))):  # the nearest to the middle
+    for place in begins[len(begins) // 2 :].tolist():
         if place >= AGREED_TOKENS and len(np.unique(ids[place - AGREED_TOKENS : place])) >= MIN_DISTINCT:
-            return int(mine[place]), int(theirs[place])
+            return int(starts[place])
     return None
 
 
@@ -188,37 +152,28 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, *, start: str = "auto", end: st
     "auto" takes what the tokenizer itself puts there, followed by the end of text that models of its kind were
     pretrained with. "none" takes nothing. Anything else names one token.
     """
-    before, after = _added(tokenizer)
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    own = np.flatnonzero(np.equal(encoded["special_tokens_mask"], 0))
+    ids = tuple(encoded["input_ids"])
+    before, after = (ids[: own[0]], ids[own[-1] + 1 :]) if len(own) else ((), ())
     separator = _end_of_text(tokenizer)
     if separator is not None and after[-1:] != (separator,):
         after = (*after, separator)
-    before = before if start == "auto" else _named(tokenizer, "document_start", start)
-    after = after if end == "auto" else _named(tokenizer, "document_end", end)
-    names = ["".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in (before, after)]
+    frame = Frame(
+        before if start == "auto" else _named(tokenizer, "document_start", start),
+        after if end == "auto" else _named(tokenizer, "document_end", end),
+    )
+    names = ["".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in frame]
     message = "each document is packed as %s (document_start: %s, document_end: %s)"
     logger.info(message, f"{names[0]}text{names[1]}", start, end)
-    return Frame(before, after)
-
-
-def _added(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """Return the ids that the tokenizer itself puts around a text: the first text that it has an id for."""
-    own = sorted(set(range(min(len(tokenizer), MAX_TRIED))) - set(tokenizer.all_special_ids))
-    for text in itertools.chain("a1.", (tokenizer.decode([index]) for index in own)):
-        plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        whole: list[int] = tokenizer(text)["input_ids"]
-        for place in range(len(whole) - len(plain) + 1):
-            if plain and whole[place : place + len(plain)] == plain:
-                return Frame(tuple(whole[:place]), tuple(whole[place + len(plain) :]))
-    return Frame()
+    return frame
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> tuple[int, ...]:
-    if token == "none":
-        return ()
     vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
+    if token != "none" and token not in vocabulary:
         raise ValueError(f"{setting}: expected auto, none or one of the tokenizer's tokens, got {token!r}")
-    return (vocabulary[token],)
+    return () if token == "none" else (vocabulary[token],)
 
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:

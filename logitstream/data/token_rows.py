@@ -7,9 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Value
 
 from logitstream.data.documents import ROW_MASK, TOKEN_MASKS, number_documents, positions_of
@@ -21,11 +18,7 @@ LOSS_COLUMNS = ("labels", ROW_MASK, *TOKEN_MASKS)
 DOCUMENTS = ("position_ids", "seq_idx", "seq_lengths")
 """Columns that mark the documents of a packed row; seq_lengths (TRL's) has one entry a document."""
 COLUMNS = ("input_ids", *LOSS_COLUMNS, "attention_mask", *DOCUMENTS)
-ROWS_AT_ONCE = 1000
 ROWS_LOOKED_AT = 100
-
-Part = tuple[str, Dataset]
-"""A path, and the columns of COLUMNS that it has."""
 
 
 def known_columns(rows: Dataset, path: str) -> Dataset:
@@ -64,86 +57,49 @@ def per_token(rows: Dataset, names: Sequence[str]) -> list[str]:
     return found
 
 
-def cut(parts: Sequence[Part], sequence_tokens: int, limits: StudentLimits) -> Iterator[dict[str, Any]]:
+def cut(
+    parts: Sequence[Dataset], paths: Sequence[str], sequence_tokens: int, limits: StudentLimits
+) -> Iterator[dict[str, Any]]:
     """Yield the first `sequence_tokens` tokens of each row without its padding; rows of padding alone are left out.
 
     If any row may hold several documents, all rows come with position_ids. ValueError, with path and row, if columns do
-    not belong together or the student cannot take an id or a document.
+    not belong together or the student cannot take an id or a document. Logs how much the cut ends hold.
     """
-    is_packed = any(_may_be_packed(rows) for _, rows in parts)
-    for path, rows in parts:
+    is_packed = any(name in rows.column_names for rows in parts for name in DOCUMENTS)
+    lengths = []
+    for path, rows in zip(paths, parts, strict=True):
         for index, row in enumerate(rows):
-            where = f"{path}: row {index}"
-            values, numbers = _row(row, where)
+            try:
+                values = _values(row)
+                numbers = number_documents({name: one[None] for name, one in values.items()})[0]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: row {index}: {error}") from error
             kept = np.flatnonzero(numbers)[:sequence_tokens]
-            if not len(kept):
-                continue
-            ids = values["input_ids"][kept]
-            positions = positions_of(numbers[None])[0, kept]
-            limits.check_ids(ids, where)
-            limits.check_length(int(positions.max()) + 1, where)
-            found = {name: values[name][kept] for name in ("input_ids", *LOSS_COLUMNS) if name in values}
-            yield found | ({"position_ids": positions} if is_packed else {})
-
-
-def _row(row: dict[str, Any], where: str) -> tuple[dict[str, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-    """Return a row's columns, and the number of each token's document, 0 for padding."""
-    lengths = {name: None if values is None else len(values) for name, values in row.items()}
-    if None in lengths.values() or len({number for name, number in lengths.items() if name != "seq_lengths"}) > 1:
-        raise ValueError(f"{where}: expected lists of one length, one entry a token, got lengths {lengths}")
-    if empty := [name for name, column in row.items() if None in column]:
-        raise ValueError(f"{where}: expected whole numbers, got an entry of {empty[0]} that is null")
-    values = {name: np.asarray(column, np.int64) for name, column in row.items()}
-    marks = ("input_ids", "attention_mask", "position_ids", "seq_idx")
-    batch = {name: values[name][None] for name in marks if name in values}
-    try:
-        if "seq_lengths" in values:
-            batch["seq_idx"] = np.repeat(np.arange(len(row["seq_lengths"])), values["seq_lengths"])[None]
-        return values, number_documents(batch)[0]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def warn_of_cuts(parts: Sequence[Part], sequence_tokens: int) -> None:
-    """Log how many rows are longer than `sequence_tokens`, and the share of all tokens that is lost with their ends."""
-    lengths = np.concatenate([_lengths(rows) for _, rows in parts])
-    lost = int((lengths - sequence_tokens).clip(min=0).sum())
-    if lost:
+            lengths.append(np.count_nonzero(numbers))
+            if len(kept):
+                positions = positions_of(numbers[None])[0, kept]
+                limits.check_ids(values["input_ids"][kept], f"{path}: row {index}")
+                limits.check_length(int(positions.max()) + 1, f"{path}: row {index}")
+                found = {name: values[name][kept] for name in ("input_ids", *LOSS_COLUMNS) if name in values}
+                yield found | ({"position_ids": positions} if is_packed else {})
+    lost = np.subtract(lengths, sequence_tokens).clip(min=0)
+    if lost.any():
         logger.warning(
             "%d of %d rows are longer than sequence_tokens = %d: their ends, %d tokens (%.1f %% of all), are not "
             "trained on; the longest has %d",
-            int((lengths > sequence_tokens).sum()),
-            len(lengths),
-            sequence_tokens,
-            lost,
-            100 * lost / int(lengths.sum()),
-            int(lengths.max()),
+            *(np.count_nonzero(lost), len(lengths), sequence_tokens),
+            *(lost.sum(), 100 * lost.sum() / np.sum(lengths), max(lengths)),
         )
 
 
-def _lengths(rows: Dataset) -> npt.NDArray[np.int64]:
-    """Return how many tokens of each row are not padding."""
-    has_mask = "attention_mask" in rows.column_names
-    found = [np.zeros(0, np.int64)]
-    for lists in _arrays(rows, "attention_mask" if has_mask else "input_ids"):
-        owners = pc.list_parent_indices(lists).to_numpy()
-        present = _values(lists) != 0 if has_mask else slice(None)
-        found.append(np.bincount(owners[present], minlength=len(lists)))
-    return np.concatenate(found)
-
-
-def _may_be_packed(rows: Dataset) -> bool:
-    """Tell whether some row may hold several documents: marked by a column of its own, or by the attention_mask."""
-    if any(name in rows.column_names for name in DOCUMENTS):
-        return True
-    masks = _arrays(rows, "attention_mask") if "attention_mask" in rows.column_names else ()
-    return any((_values(lists) > 1).any() for lists in masks)
-
-
-def _arrays(rows: Dataset, name: str) -> Iterator[pa.Array]:
-    for table in rows.select_columns([name]).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-        yield table[name].combine_chunks()
-
-
-def _values(lists: pa.Array) -> npt.NDArray[Any]:
-    return np.asarray(pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False))
+def _values(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's columns as arrays of one length, with seq_idx in place of seq_lengths."""
+    if empty := [name for name, column in row.items() if column is None or None in column]:
+        raise ValueError(f"expected whole numbers, got an entry of {empty[0]} that is null")
+    values = {name: np.asarray(column, np.int64) for name, column in row.items()}
+    if (ends := values.pop("seq_lengths", None)) is not None:
+        values["seq_idx"] = np.repeat(np.arange(len(ends)), ends)
+    if len({len(column) for column in values.values()}) > 1:
+        lengths = {name: len(column) for name, column in values.items()}
+        raise ValueError(f"expected lists of one length, one entry a token, got lengths {lengths}")
+    return values

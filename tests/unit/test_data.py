@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from logitstream.data.batches import split_batch
-from logitstream.data.corpus import check_datasets_cache, collate, load_sequences
+from logitstream.data.corpus import collate, load_sequences
 from logitstream.data.packing import frame_of, pack
 from logitstream.data.student_limits import StudentLimits
 
@@ -80,7 +80,10 @@ def test_padding_of_rows_of_tokens_is_dropped_and_their_loss_mask_kept(tmp_path:
     ("rows", "message"),
     [
         ([{"input_ids": [2, 3], "loss_mask": [1]}], "row 0: .*one length.*'input_ids': 2, 'loss_mask': 1"),
-        ([{"input_ids": [2], "labels": [2]}, {"input_ids": [3]}], "row 1: .*'labels': None"),
+        (
+            [{"input_ids": [2], "labels": [2]}, {"input_ids": [3]}],
+            "row 1: expected whole numbers, got an entry of labels that is null",
+        ),
         ([{"input_ids": [[2, 3]]}], "rows.jsonl: expected input_ids to hold a list of whole numbers a row"),
         ([{"input_ids": [0.5]}], "rows.jsonl: expected input_ids to hold a list of whole numbers a row"),
         ([{"input_ids": []}], "no row holds a token"),
@@ -131,7 +134,7 @@ def test_columns_say_which_rows_count_and_which_tokens_are_one_document(
         ({"offset_mapping": [[0, 1]] * 6}, "the column 'offset_mapping' has an entry for each token"),
         ({"weights": [0.5] * 6}, "the column 'weights' has an entry for each token"),
         ({"position_ids": [3, 4, 5, 6, 7, 8]}, "rows.jsonl: row 0: .*its position is 3"),
-        ({"seq_lengths": [3, 4]}, "rows.jsonl: row 0: expected seq_idx of shape .1, 6., got .1, 7."),
+        ({"seq_lengths": [3, 4]}, "rows.jsonl: row 0: expected lists of one length.*'seq_idx': 7"),
         (
             {"labels": [5, None, 7, 8, 9, 10]},
             "rows.jsonl: row 0: expected whole numbers, got an entry of labels that is",
@@ -160,7 +163,7 @@ def test_an_unknown_column_of_tokens_is_refused_though_some_rows_lack_it(tmp_pat
 def test_documents_that_some_rows_do_not_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"input_ids": [5, 6, 7], "seq_lengths": one}) for one in ([1, 2], None)))
-    with pytest.raises(ValueError, match=r"row 1: expected lists of one length.*'seq_lengths': None"):
+    with pytest.raises(ValueError, match=r"row 1: expected whole numbers, got an entry of seq_lengths that is null"):
         load_sequences([str(path)], tokenizer(), sequence_tokens=8)
 
 
@@ -200,7 +203,7 @@ def test_files_with_and_without_token_columns_are_not_mixed(tmp_path: Path, othe
     (tmp_path / "a.jsonl").write_text(json.dumps({"input_ids": [2], "labels": [2]}))
     (tmp_path / "b.jsonl").write_text(json.dumps(other))
     with pytest.raises(
-        ValueError, match=r"same of input_ids.*a.jsonl has input_ids, labels; .*b.jsonl has (text|input)"
+        ValueError, match=r"same of text, input_ids.*a.jsonl has input_ids, labels; .*b.jsonl has (text|input)"
     ):
         load_sequences([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], tokenizer(), sequence_tokens=1)
 
@@ -212,13 +215,6 @@ def test_files_of_several_kinds_share_a_text_column_and_rows_without_text_are_le
     files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
     packed = load_sequences(files, tokenizer(), sequence_tokens=2, text_column="content")
     assert packed["input_ids"] == [[2, 3], [4, 0], [5, 0], [6, 0]]
-
-
-def test_a_datasets_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path: Path) -> None:
-    check_datasets_cache(tmp_path / "home" / "datasets")
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/datasets cannot be written .*set HF_HOME"):
-        check_datasets_cache(tmp_path / "file" / "datasets")
 
 
 def test_splits_without_one_to_train_on_are_named(tmp_path: Path) -> None:
