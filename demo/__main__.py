@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 
-from demo.assets import MODEL_LICENCE, MODEL_NAME, TEXT_LICENCE, TEXT_NAME, teacher_folder, text_file
-from demo.processes import ChildFailed, child, stop, wait_for
+from demo.assets import MODEL_NAME, TEXT_NAME, teacher_folder, text_file
+from logitstream.processes import tied
 
-NUM_WORKERS = 2
-SEQUENCE_TOKENS = 128
-SEQUENCES_PER_STEP = 8
-START_SECONDS = 600.0
-EPOCH_SECONDS = 1800.0
-LINE_SECONDS = 10.0
-STUDENT = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.02,
-}
+HERE = Path(__file__).parent
+NUM_WORKERS, SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 2, 128, 8
+START_SECONDS, EPOCH_SECONDS, STOP_SECONDS, LINE_SECONDS = 600.0, 1800.0, 20.0, 10.0
+Processes = dict[str, tuple[subprocess.Popen[bytes], Path]]
+"""By name: the process and its log."""
+
+
+class ChildFailed(RuntimeError):
+    """A child process ended with an error, or too early."""
 
 
 def main() -> None:
@@ -58,8 +55,7 @@ def main() -> None:
         print("\nstopped; teacher and students have ended")
         sys.exit(130)
     except ChildFailed as error:
-        print(f"the demo failed: {error}")
-        sys.exit(1)
+        sys.exit(f"the demo failed: {error}")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -68,20 +64,15 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, evaluate, report; everything that was started has ended when this returns or raises."""
-    from transformers.utils import logging
-
     from demo.report import evaluate_heldout, write_report
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
     teacher, text, output = teacher_folder(), text_file(), options.output
-    size = text.stat().st_size / 1e6
-    print(f"teacher {MODEL_NAME} ({MODEL_LICENCE}); text: {TEXT_NAME} ({TEXT_LICENCE}, {size:.1f} MB)")
+    print(f"teacher: {MODEL_NAME} (Apache-2.0); text: {TEXT_NAME} (PSF-2.0, {text.stat().st_size / 1e6:.1f} MB)")
     if output.exists() and any(output.iterdir()) and not (output / "student.yaml").exists():
         raise ChildFailed(f"{output} is not empty and no earlier demo's: choose another --output")
     shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    metrics_port = write_configs(options, teacher, text)
+    metrics_port = write_settings(options, teacher, text)
     report = train(output, metrics_port, num_steps=options.sequences // SEQUENCES_PER_STEP)
     print("evaluating on held-out text …")
     report |= json.loads((output / "student" / "report.json").read_text())
@@ -91,92 +82,67 @@ def run(options: argparse.Namespace) -> None:
     write_report(report, read_progress(output), output)
 
 
-def write_configs(options: argparse.Namespace, teacher: Path, text: Path) -> int:
-    """Write the two commands' YAML files, as a user would; return the port of the teacher's metrics."""
+def write_settings(options: argparse.Namespace, teacher: Path, text: Path) -> int:
+    """Write the two commands' YAML files; return the port of the teacher's metrics."""
     import torch
-    from transformers import AutoConfig
 
-    output, metrics_port, address = options.output, _free_port(), f"127.0.0.1:{_free_port()}"
-    student = STUDENT | {"vocab_size": AutoConfig.from_pretrained(teacher).vocab_size}
-    (output / "student-config").mkdir()
-    (output / "student-config" / "config.json").write_text(json.dumps(student, indent=2))
-    fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    settings: dict[str, dict[str, Any]] = {
-        "teacher": {
-            "model": {"path": str(teacher), "dtype": "bfloat16" if fast_bfloat16 else "float32"},
-            "backend": options.backend,
-            "server": {"address": address},
-            "limits": {"max_batch_tokens": 2048},
-            "id_model": {"text": str(text)},
-            "metrics": {"port": metrics_port},
-        },
-        "student": {
-            "model": {"config": str(output / "student-config" / "config.json"), "tokenizer": str(teacher)},
-            "data": {
-                "text": [str(text)],
-                "sequence_tokens": SEQUENCE_TOKENS,
-                "max_sequences": options.sequences,
-                "heldout_sequences": options.heldout_sequences,
-            },
-            "teacher": {"addresses": [address]},
-            "targets": {"source": "cache_then_online", "draws": "reuse", "seed": options.seed},
-            "cache": {"path": str(output / "cache")},
-            "loss": {"overhead_every": 5},
-            "training": {
-                "output_dir": str(output / "student"),
-                "per_device_train_batch_size": SEQUENCES_PER_STEP // NUM_WORKERS,
-                "num_train_epochs": 2,
-                "learning_rate": 3.0e-3,
-                "warmup_steps": 5,
-                "lr_scheduler_type": "cosine",
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "seed": options.seed,
-            },
-        },
+    output, address, metrics_port = options.output, f"127.0.0.1:{_free_port()}", _free_port()
+    given: dict[str, Any] = {
+        name: yaml.safe_load((HERE / f"{name}.yaml").read_text()) for name in ("teacher", "student")
     }
-    for name, part in settings.items():
-        (output / f"{name}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
+    is_fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    given["teacher"] |= {
+        "model": {"path": str(teacher), "dtype": "bfloat16" if is_fast else "float32"},
+        "backend": options.backend,
+        "server": {"address": address},
+        "id_model": {"text": str(text)},
+        "metrics": {"port": metrics_port},
+    }
+    student = given["student"]
+    student["data"] |= {"text": [str(text)], "max_sequences": options.sequences}
+    student["data"]["heldout_sequences"] = options.heldout_sequences
+    student["targets"]["seed"] = student["training"]["seed"] = options.seed
+    student["training"]["output_dir"] = str(output / "student")
+    student |= {
+        "model": {"config": str(HERE.parent / "docker" / "student-model.json"), "tokenizer": str(teacher)},
+        "teacher": {"addresses": [address]},
+        "cache": {"path": str(output / "cache")},
+    }
+    output.mkdir(parents=True)
+    for name, settings in given.items():
+        (output / f"{name}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return metrics_port
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def train(output: Path, metrics_port: int, *, num_steps: int) -> dict[str, Any]:
     """Train two epochs of `num_steps`, the second with the teacher stopped; return the teacher's figures."""
     teacher_log, student_log = output / "teacher.log", output / "student.log"
-    teacher_command = ["-m", "teacher_server", "--config", str(output / "teacher.yaml")]
+    serve = ["-m", "teacher_server", "--config", str(output / "teacher.yaml")]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_WORKERS}"]
-    student_command = [*launcher, "-m", "student_worker", "--config", str(output / "student.yaml")]
-    last_line, last_step = time.monotonic(), 0
+    study = [*launcher, "-m", "student_worker", "--config", str(output / "student.yaml")]
+    next_line = time.monotonic() + LINE_SECONDS
 
     def steps_done() -> int:
-        nonlocal last_line, last_step
+        nonlocal next_line
         rows = read_progress(output)
-        if rows and rows[-1]["step"] > last_step and time.monotonic() - last_line >= LINE_SECONDS:
-            row = rows[-1]
-            last_line, last_step = time.monotonic(), row["step"]
-            print(
-                f"{row['step']}/{2 * num_steps} steps · loss {row['loss']:.3f} nats · {row['tokens_per_second']:,.0f} "
-                f"tokens/s · waited {row['waiting_seconds']:.1f} s for targets",
-                flush=True,
-            )
+        if rows and time.monotonic() >= next_line:
+            next_line = time.monotonic() + LINE_SECONDS
+            rate = f"{rows[-1]['tokens_per_second']:,.0f} tokens/s"
+            print(f"{rows[-1]['step']}/{2 * num_steps} steps · loss {rows[-1]['loss']:.3f} nats · {rate}", flush=True)
         return int(rows[-1]["step"]) if rows else 0
 
-    with child("teacher server", teacher_command, teacher_log) as teacher:
-        running = {"teacher server": (teacher, teacher_log)}
+    with child(serve, teacher_log) as teacher:
+        running: Processes = {"teacher server": (teacher, teacher_log)}
         print("loading the teacher …", flush=True)
         serves = "serving on"
         wait_for(lambda: serves in teacher_log.read_text(errors="replace"), running, seconds=START_SECONDS, what=serves)
-        with child("student workers", student_command, student_log, env={"OMP_NUM_THREADS": "1"}) as student:
-            students = {"student workers": (student, student_log)}
+        with child(study, student_log, OMP_NUM_THREADS="1") as student:
+            students: Processes = {"student workers": (student, student_log)}
             end = "the end of the online epoch"
             wait_for(lambda: steps_done() >= num_steps, students | running, seconds=EPOCH_SECONDS, what=end)
             figures = teacher_figures(metrics_port)
@@ -196,14 +162,63 @@ def read_progress(output: Path) -> list[dict[str, Any]]:
 
 def teacher_figures(metrics_port: int) -> dict[str, Any]:
     """Return the teacher's throughput while it scored, from its own metrics."""
-    from prometheus_client.parser import text_string_to_metric_families
-
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
-    samples = {(s.name, s.labels.get("stage")): s.value for family in families for s in family.samples}
-    seconds = sum(samples[("logitstream_teacher_stage_seconds_sum", stage)] for stage in ("forward", "draw"))
-    tokens = samples[("logitstream_teacher_tokens_total", None)]
+        samples = dict(re.findall(r"^logitstream_teacher_(\S+) (\S+)$", response.read().decode(), re.MULTILINE))
+    seconds = sum(float(samples[f'stage_seconds_sum{{stage="{stage}"}}']) for stage in ("forward", "draw"))
+    tokens = float(samples["tokens_total"])
     return {"teacher_tokens_scored": int(tokens), "teacher_tokens_per_second": tokens / seconds if seconds else None}
+
+
+@contextmanager
+def child(arguments: Sequence[str], log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `python ARGUMENTS` with its output in `log`; on exit it and its children are ended, whatever happened.
+
+    The kernel ends it if this process is killed; its own children see to themselves.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            tied(arguments),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which then stops the groups in order
+            env=os.environ | env,
+        )
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group: SIGTERM, a bounded wait, SIGKILL."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what a child of the child may have left
+    process.wait()
+
+
+def wait_for(ready: Callable[[], bool], processes: Processes, *, seconds: float, what: str) -> None:
+    """Poll until `ready()`. Raises ChildFailed with the log's end if a child stops first or time runs out."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        for name, (process, log) in processes.items():
+            if process.poll() is not None and not ready():  # it may have ended as expected meanwhile
+                raise ChildFailed(f"{name} ended with status {process.returncode} before {what}:\n{tail(log)}")
+        if time.monotonic() > deadline:
+            logs = ", ".join(str(log) for _, log in processes.values())
+            raise ChildFailed(f"no {what} within {seconds:.0f} s; see {logs}")
+        time.sleep(0.2)
+
+
+def tail(log: Path, num_lines: int = 15) -> str:
+    """Return the log's last lines, without what torchrun adds after a worker's own error."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = list(itertools.takewhile(lambda line: "torch/distributed/elastic" not in line, lines))
+    return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (whole log: {log})"])
 
 
 if __name__ == "__main__":

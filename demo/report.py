@@ -56,7 +56,7 @@ def evaluate_heldout(
     sums: dict[str, float] = {}
     for ids in heldout["input_ids"]:
         input_ids = torch.tensor([ids])
-        student_TV, teacher_TV = (F.log_softmax(model(input_ids).logits[0, :-1], dim=-1) for model in models)
+        student_TV, teacher_TV = (model(input_ids).logits[0, :-1].log_softmax(-1) for model in models)
         shared_TV, teacher_probs_TV = student_TV[:, : teacher_TV.shape[1]], teacher_TV.exp()
         found = {
             "heldout_loss_after": F.nll_loss(student_TV, input_ids[0, 1:], reduction="sum"),
@@ -79,9 +79,7 @@ def write_report(report: dict[str, Any], progress: list[dict[str, Any]], output:
     for row in rows(report):
         table.add_row(*row)
     Console().print(table)
-    print(
-        f"report: {output}/report.html · student: {output}/student · logs: {output}/teacher.log, {output}/student.log"
-    )
+    print(f"report: {output}/report.html · student: {output}/student · logs: {output}/*.log")
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from demo.processes import ChildFailed, child, tail, wait_for
+from demo.__main__ import ChildFailed, child, tail, wait_for
 from demo.report import plot_loss, rows, write_html
 
 GRANDCHILD = (
@@ -43,7 +43,7 @@ def test_a_child_and_its_children_are_ended_when_something_fails(tmp_path: Path)
     mark = str(tmp_path / "mark")
 
     def fail_beside_a_child() -> None:
-        with child("parent", ["-c", GRANDCHILD, mark], tmp_path / "log"):
+        with child(["-c", GRANDCHILD, mark], tmp_path / "log"):
             deadline = time.monotonic() + 30
             while len(processes_naming(mark)) < 2:
                 assert time.monotonic() < deadline
@@ -58,8 +58,8 @@ def test_a_child_and_its_children_are_ended_when_something_fails(tmp_path: Path)
 PARENT = """
 import sys
 from pathlib import Path
-from demo.processes import child
-with child("parent", ["-c", sys.argv[1], sys.argv[2]], Path(sys.argv[3])) as process:
+from demo.__main__ import child
+with child(["-c", sys.argv[1], sys.argv[2]], Path(sys.argv[3])) as process:
     process.wait()
 """
 TIED_GRANDCHILD = """
@@ -110,7 +110,7 @@ def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     log = tmp_path / "log"
     program = "print('the reason'); print('x torch/distributed/elastic/y'); raise SystemExit(3)"
     with (
-        child("worker", ["-c", program], log) as process,
+        child(["-c", program], log) as process,
         pytest.raises(ChildFailed, match=r"worker ended with status 3 before serving:\n  the reason\n  \(whole log"),
     ):
         wait_for(lambda: False, {"worker": (process, log)}, seconds=60, what="serving")
@@ -118,7 +118,7 @@ def test_a_child_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
 
 
 def test_a_child_that_ends_as_expected_while_it_is_looked_at_has_not_failed(tmp_path: Path) -> None:
-    with child("worker", ["-c", "pass"], tmp_path / "log") as process:
+    with child(["-c", "pass"], tmp_path / "log") as process:
         process.wait()
         answers = iter([False])  # it was still running then
         wait_for(lambda: next(answers, True), {"worker": (process, tmp_path / "log")}, seconds=60, what="its end")
