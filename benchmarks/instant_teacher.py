@@ -21,8 +21,9 @@ from grpc import aio
 from logitstream import codec
 from logitstream.rpc.channel import server_options
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
-from teacher_server import logs, server
+from teacher_server import server
 from teacher_server.backend import EncodedTargets, ScoreRequest, ScoreResult
+from teacher_server.process import log_to_stderr
 from tests.flat_settings import teacher_config
 
 VOCAB_SIZE = 49_152
@@ -122,7 +123,7 @@ def main() -> None:
     if args.bare:
         asyncio.run(serve_bare(args.address_file))
         return
-    logs.configure(level="WARNING", as_json=False)
+    log_to_stderr(level="WARNING", as_json=False)
     backend = InstantBackend(
         typical_targets(512), seconds_per_token=args.seconds_per_token, encoded_before=args.encoded_before
     )
@@ -136,7 +137,7 @@ def main() -> None:
         max_queue_tokens=1 << 23,
         drain_seconds=2.0,
     )
-    server.serve(config, lambda: backend)
+    server.serve(config, lambda: server.Served(backend))
 
 
 if __name__ == "__main__":

@@ -111,11 +111,11 @@ def prefill(backend: VllmBackend, sequences: list[TokenSequence], **params: Any)
 @contextlib.contextmanager
 def serving(backend: VllmBackend, folder: Path) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """The address of a server around this engine, and the loop that it runs on."""
-    from teacher_server.server import TeacherServer
+    from teacher_server.server import Served, TeacherServer
 
     async def start() -> TeacherServer:
         server = TeacherServer(
-            teacher_config(model=str(folder), address="127.0.0.1:0", backend="vllm"), lambda: backend
+            teacher_config(model=str(folder), address="127.0.0.1:0", backend="vllm"), lambda: Served(backend)
         )
         running.append(asyncio.ensure_future(server.run()))
         while server.scheduler is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitstream.errors import one_line
-from teacher_server.process import stop_while_starting
+from teacher_server.process import log_to_stderr, stop_while_starting
 
 if TYPE_CHECKING:  # imported late: they take seconds, during which signals are already heeded
-    from logitstream.tokenizer import Vocabulary
     from teacher_server.backend import TeacherBackend
     from teacher_server.config import TeacherConfig
+    from teacher_server.server import Served
 
 DESCRIPTION = "Score sequences with a large language model and stream sparse targets to student workers."
 
@@ -25,7 +25,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None:  # as a command
         stop_while_starting()
     from logitstream.settings import SettingsError, parse
-    from teacher_server import logs
     from teacher_server.config import TeacherConfig
 
     words = sys.argv[1:] if argv is None else argv
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         print(f"teacher-server: {one_line(error)} (see teacher-server --help)", file=sys.stderr)
         sys.exit(2)
-    logs.configure(level=config.log.level, as_json=config.log.json)
+    log_to_stderr(level=config.log.level, as_json=config.log.json)
     if config.check:
         check(config)
         return
@@ -42,15 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def load_checkpoint(folder: Path) -> TeacherBackend:
         model = replace(config.model, path=str(folder), tokenizer=config.model.tokenizer or config.model.path)
-        return backend_factory(replace(config, model=model))()
+        return load_transformers(replace(config, model=model))
 
-    serve(
-        config,
-        backend_factory(config),
-        load_checkpoint=load_checkpoint if config.backend == "transformers" else None,
-        make_id_model=lambda backend: id_model_of(config, backend),
-        load_vocabulary=lambda: vocabulary_of(config),
-    )
+    serve(config, partial(load, config), load_checkpoint=load_checkpoint)
 
 
 def check(config: TeacherConfig) -> None:
@@ -67,40 +60,31 @@ def check(config: TeacherConfig) -> None:
         if config.tls.cert:
             check_tls(config.tls)
             print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls.cert), UTC)}")
-        backend = backend_factory(config)()
-        id_model, rules = id_model_of(config, backend), vocabulary_of(config).rules_digest
+        backend, id_model, vocabulary = load(config)
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
-    info = backend.describe()
+    info, rules = backend.describe(), vocabulary.rules_digest if vocabulary is not None else ""
     for name, value in asdict(described(info, limits_for(config, info), id_model, rules)).items():
         print(f"{name}: {len(value)} bytes" if isinstance(value, bytes) else f"{name}: {value}")
     backend.close()
     print("the settings and the model are good")
 
 
-def id_model_of(config: TeacherConfig, backend: TeacherBackend) -> bytes:
-    """Return codec version 2's id model; empty if the settings name none.
-
-    Raises ValueError if it does not fit into the message that tells students of it.
-    """
+def load(config: TeacherConfig) -> Served:
+    """Load the teacher and what students are told of it. Raises ValueError if an id model does not fit in a message."""
+    from logitstream.tokenizer import Vocabulary
     from teacher_server.id_model_calibration import id_model_from
+    from teacher_server.server import Served
 
-    path = Path(config.id_model.file) if config.id_model.file else None
-    text = Path(config.id_model.text) if config.id_model.text else None
-    content = id_model_from(path, text, tokenizer_of(config) if text is not None else None, backend)
-    if len(content) > config.limits.max_message_bytes:
+    backend = load_vllm(config) if config.backend == "vllm" else load_transformers(config)
+    tokenizer = tokenizer_of(config)
+    id_model = id_model_from(config.id_model, tokenizer, backend)
+    if len(id_model) > config.limits.max_message_bytes:
         raise ValueError(
-            f"limits.max_message_bytes must be at least {len(content)}, the size of the id model, "
+            f"limits.max_message_bytes must be at least {len(id_model)}, the size of the id model, "
             f"got {config.limits.max_message_bytes}"
         )
-    return content
-
-
-def vocabulary_of(config: TeacherConfig) -> Vocabulary:
-    """Load the vocabulary, which a student with another tokenizer is told."""
-    from logitstream.tokenizer import Vocabulary
-
-    return Vocabulary.of(tokenizer_of(config))
+    return Served(backend, id_model, Vocabulary.of(tokenizer))
 
 
 def tokenizer_of(config: TeacherConfig) -> Any:
@@ -112,34 +96,28 @@ def tokenizer_of(config: TeacherConfig) -> Any:
     return load_tokenizer(name, name or str(weights_folder(config.model.path, config.model.revision)))
 
 
-def backend_factory(config: TeacherConfig) -> Callable[[], TeacherBackend]:
-    """Return a function that loads the teacher, to be called in a thread while health checks are answered."""
-    return partial(load_vllm if config.backend == "vllm" else load_transformers, config)
-
-
 def load_transformers(config: TeacherConfig) -> TeacherBackend:
     import torch
     from safetensors import SafetensorError
 
     from teacher_server.transformers_backend import TransformersBackend
 
-    if config.model.num_threads:
-        torch.set_num_threads(config.model.num_threads)
+    model = config.model
+    if model.num_threads:
+        torch.set_num_threads(model.num_threads)
     try:
         return TransformersBackend.load(
-            config.model.path,
-            revision=config.model.revision,
-            tokenizer=config.model.tokenizer,
-            dtype=config.model.dtype,
-            device=config.model.device,
-            vocab_size=config.model.vocab_size,
+            model.path,
+            revision=model.revision,
+            tokenizer=model.tokenizer,
+            dtype=model.dtype,
+            device=model.device,
+            vocab_size=model.vocab_size,
             max_padded_tokens=config.limits.max_batch_tokens,
-            logits_chunk_bytes=config.model.logits_chunk_bytes,
+            logits_chunk_bytes=model.logits_chunk_bytes,
         )
     except (RuntimeError, AssertionError, SafetensorError) as error:  # such as an unknown device or a file cut off
-        raise ValueError(
-            f"model {config.model.path} cannot be loaded on device {config.model.device!r}: {error}"
-        ) from error
+        raise ValueError(f"model {model.path} cannot be loaded on device {model.device!r}: {error}") from error
 
 
 def load_vllm(config: TeacherConfig) -> TeacherBackend:
@@ -148,22 +126,23 @@ def load_vllm(config: TeacherConfig) -> TeacherBackend:
     from teacher_server.vllm_backend import VllmBackend, engine_args
     from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
-    with_code = bool(config.vllm.options.get("trust_remote_code"))
-    folder = weights_folder(config.model.path, config.model.revision, with_code=with_code)
+    model, options = config.model, config.vllm.options
+    with_code = bool(options.get("trust_remote_code"))
+    folder = weights_folder(model.path, model.revision, with_code=with_code)
     tokenizer = tokenizer_of(config)
-    check_vocab_size(config.model.vocab_size, tokenizer)
+    check_vocab_size(model.vocab_size, tokenizer)
     args = engine_args(
         str(folder),
-        dtype=config.model.dtype,
-        revision=config.model.revision,
+        dtype=model.dtype,
+        revision=model.revision,
         max_sequence_tokens=config.limits.max_sequence_tokens,
-        vocab_size=config.model.vocab_size,
-        logits_chunk_bytes=config.model.logits_chunk_bytes,
-        options=config.vllm.options,
+        vocab_size=model.vocab_size,
+        logits_chunk_bytes=model.logits_chunk_bytes,
+        options=options,
     )
     return VllmBackend(
         args,
-        weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), config.vllm.options),
+        weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), options),
         tokenizer_digest=Vocabulary.of(tokenizer).digest,
     )
 

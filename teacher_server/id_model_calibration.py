@@ -13,6 +13,7 @@ from logitstream.files import naming, write_whole
 from logitstream.id_model import IdModel
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from teacher_server.backend import EncodedTargets, ScoreRequest, TeacherBackend
+from teacher_server.config import IdModelSettings
 
 SEQUENCE_TOKENS = 256
 MAX_SEQUENCES = 40
@@ -27,23 +28,25 @@ class Tokenizes(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def id_model_from(path: Path | None, text: Path | None, tokenizer: Tokenizes | None, backend: TeacherBackend) -> bytes:
-    """Return the id model in the file `path`, made from `text` if there is no such file; empty if neither is given.
+def id_model_from(settings: IdModelSettings, tokenizer: Tokenizes, backend: TeacherBackend) -> bytes:
+    """Return the id model in the settings' file, made from their text if there is none; empty if neither is given.
 
     Replicas must share the file: models of two calibrations differ in a few levels, which the students would refuse.
     Raises ValueError if a file cannot be read or was made for another vocabulary.
     """
-    if path is not None and path.exists():
-        with naming(f"id_model {path}"):
+    path = Path(settings.file)
+    if settings.file and path.exists():
+        with naming(f"id_model.file {path}"):
             found = IdModel.from_bytes(path.read_bytes())
             if found.vocab_size != (expected := backend.describe().vocab_size):
                 raise ValueError(f"it is of {found.vocab_size} ids, the teacher has {expected}: make another")
         return found.to_bytes()
-    if text is None or tokenizer is None:
+    if not settings.text:
         return b""
-    with naming(f"calibration_text {text}"):
-        encoded = calibrate(backend, tokenizer.encode(text.read_text(encoding="utf-8"))).to_bytes()
-    if path is not None:
+    with naming(f"id_model.text {settings.text}"):
+        text = Path(settings.text).read_text(encoding="utf-8")
+        encoded = calibrate(backend, tokenizer.encode(text)).to_bytes()
+    if settings.file:
         write_whole(path, encoded)
     return encoded
 

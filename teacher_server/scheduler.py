@@ -149,7 +149,7 @@ class Scheduler:
     async def open_stored(self, spec: TargetSpec) -> None:
         """Find what is stored for a spec before its first request, if the disk answers soon."""
         if self.stored is not None:
-            await self.stored.open(spec, self.info)
+            await self.stored.ask(self.stored.folder.open, spec, self.info)
 
     async def run(self) -> None:
         """Score until cancelled; raises BackendBroken."""
@@ -233,7 +233,7 @@ class Scheduler:
     async def _read(self, stored: StoredTargets, job: Job, client_id: str, priority: int) -> None:
         """Answer a job from the disk; queue it if the record is damaged or does not come soon."""
         info = self.info
-        payload = await stored.get(job.request, info)
+        payload = await stored.ask(stored.folder.get, job.request, info)
         if payload is not None or not job.waiters:
             self._settle(job, payload or b"", info)
         else:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict, Unpack
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 from grpc import aio
@@ -50,37 +50,36 @@ HEALTH_MESSAGE_BYTES = 64 << 10
 log = logging.getLogger(__name__)
 
 
-class Loaders(TypedDict, total=False):
-    """How to load what is served beside the backend."""
+class Served(NamedTuple):
+    """A loaded teacher; vocabulary: for students whose tokenizer differs, None: they are told the digests alone."""
 
-    load_checkpoint: LoadCheckpoint | None
-    make_id_model: Callable[[TeacherBackend], bytes]
-    load_vocabulary: Callable[[], Vocabulary | None]
+    backend: TeacherBackend
+    id_model: bytes = b""
+    vocabulary: Vocabulary | None = None
 
 
 class TeacherServer:
-    """One process's server: `run` takes it from loading to the end."""
+    """One process's server: `run` takes it from loading to the end. load is called in a thread."""
 
     def __init__(
-        self, config: TeacherConfig, make_backend: Callable[[], TeacherBackend], **loaders: Unpack[Loaders]
+        self, config: TeacherConfig, load: Callable[[], Served], *, load_checkpoint: LoadCheckpoint | None = None
     ) -> None:
-        self._config, self._make_backend, self._loaders = config, make_backend, loaders
+        self._config, self._load, self._load_checkpoint = config, load, load_checkpoint
         self._stopping = asyncio.Event()
         self._when_loaded = WhenLoaded()
         server, limits, num_files = config.server, config.limits, raise_file_limit()
         log.info("up to %d files and connections may be open", num_files)
+        max_connections = limits.max_connections or max(1, num_files // 4)
         self._server = aio.server(
             maximum_concurrent_rpcs=MAX_CALLS,
             interceptors=[TokenInterceptor(BearerTokens(Path(server.token_file)))] if server.token_file else [],
-            options=server_options(
-                limits.max_message_bytes, max_connections=limits.max_connections or max(1, num_files // 4)
-            ),
+            options=server_options(limits.max_message_bytes, max_connections=max_connections),
         )
         self._health_server: aio.Server | None = None
         if server.health_address:  # whatever fills the teacher's port leaves it its files
-            health_connections = min(max(1, num_files // 8), MAX_HEALTH_CONNECTIONS)
+            max_connections = min(max(1, num_files // 8), MAX_HEALTH_CONNECTIONS)
             self._health_server = aio.server(
-                options=server_options(HEALTH_MESSAGE_BYTES, max_connections=health_connections)
+                options=server_options(HEALTH_MESSAGE_BYTES, max_connections=max_connections)
             )
         self.admission = Admission(
             max_in_flight_tokens=limits.max_in_flight_tokens, max_queue_tokens=limits.max_queue_tokens
@@ -103,25 +102,22 @@ class TeacherServer:
         try:
             await self._listen()
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-            loading = in_thread(self._load)
+            loading = in_thread(self._load_all)
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
-                await self._serve(*loading.result(), stopping)
+                await self._serve(loading.result(), stopping)
         finally:
             await self._server.stop(STOP_SECONDS)
             if self._health_server is not None:
                 await self._health_server.stop(0)
 
-    def _load(self) -> tuple[TeacherBackend, bytes, Vocabulary | None]:
+    def _load_all(self) -> Served:
         codec.warm_up()
-        backend = self._make_backend()
-        make_id_model = self._loaders.get("make_id_model")
-        id_model = make_id_model(backend) if make_id_model else b""
-        configure_encoding = getattr(backend, "configure_encoding", None)
+        served = self._load()
+        configure_encoding = getattr(served.backend, "configure_encoding", None)
         if configure_encoding is not None:  # the backend encodes its targets itself
-            configure_encoding(id_model, self._config.limits.max_message_bytes)
-        load_vocabulary = self._loaders.get("load_vocabulary")
-        return backend, id_model, load_vocabulary() if load_vocabulary else None
+            configure_encoding(served.id_model, self._config.limits.max_message_bytes)
+        return served
 
     async def _listen(self) -> None:
         config, credentials = self._config, None
@@ -151,33 +147,36 @@ class TeacherServer:
         response = health_pb2.HealthCheckResponse
         await context.write(response(status=response.SERVING if self.serving else response.NOT_SERVING))
 
-    async def _serve(
-        self, backend: TeacherBackend, id_model: bytes, vocabulary: Vocabulary | None, stopping: asyncio.Future[Any]
-    ) -> None:
-        config, cache = self._config, self._config.cache
-        folder = CacheFolder(cache.path, id_model=id_model, max_bytes=cache.max_bytes) if cache.path else None
-        stored = StoredTargets(folder) if folder is not None else None
-        scheduler = self.scheduler = Scheduler(
-            backend,
-            encoder(id_model, config.limits.max_message_bytes),
-            max_batch_tokens=config.limits.max_batch_tokens,
-            stored=stored,
-        )
-        limits = limits_for(config, backend.describe())
-        servicer = TeacherServicer(scheduler, self.admission, limits, id_model=id_model, vocabulary=vocabulary)
+    async def _serve(self, served: Served, stopping: asyncio.Future[Any]) -> None:
+        config, (backend, id_model, vocabulary) = self._config, served
+        cache, limits, watch = config.cache, limits_for(config, backend.describe()), config.watch
+        stored = None
+        if cache.path:
+            stored = StoredTargets(CacheFolder(cache.path, id_model=id_model, max_bytes=cache.max_bytes))
+        encode = encoder(id_model, limits.max_message_bytes)
+        scheduler = Scheduler(backend, encode, max_batch_tokens=limits.max_batch_tokens, stored=stored)
+        self.scheduler = scheduler
         running = asyncio.ensure_future(scheduler.run())
         tasks: list[asyncio.Future[Any]] = [running]
         try:
             if stored is not None:
                 tasks.append(asyncio.ensure_future(_refresh(stored)))
-            if config.watch.folder:
-                has_looked = asyncio.Event()
-                tasks.append(asyncio.ensure_future(self._watch(scheduler, has_looked)))
-                tasks.append(looking := asyncio.ensure_future(has_looked.wait()))
+            if watch.folder and self._load_checkpoint is not None:
+                watching = watch_checkpoints(
+                    Path(watch.folder),
+                    every_seconds=watch.seconds,
+                    load=self._load_checkpoint,
+                    replace=scheduler.replace_backend,
+                    has_looked=(has_looked := asyncio.Event()),
+                )
+                tasks += [asyncio.ensure_future(watching), looking := asyncio.ensure_future(has_looked.wait())]
                 await asyncio.wait({stopping, running, looking}, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
+                servicer = TeacherServicer(scheduler, self.admission, limits, id_model=id_model, vocabulary=vocabulary)
                 self._when_loaded.handler = servicer.handler
-                self._announce()
+                if config.server.address_file:
+                    write_whole(Path(config.server.address_file), self.address + "\n")
+                print(f"serving on {self.address}", flush=True)
             await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()
@@ -186,17 +185,6 @@ class TeacherServer:
             for task in tasks:
                 task.cancel()
             await scheduler.close()
-
-    async def _watch(self, scheduler: Scheduler, has_looked: asyncio.Event) -> None:
-        watch, load = self._config.watch, self._loaders.get("load_checkpoint")
-        assert load is not None, "TeacherConfig refuses watch.folder for a backend that cannot replace its weights"
-        await watch_checkpoints(
-            Path(watch.folder),
-            every_seconds=watch.seconds,
-            load=load,
-            replace=scheduler.replace_backend,
-            has_looked=has_looked,
-        )
 
     async def _drain(self, scheduler: Scheduler) -> None:
         """Answer the calls that run, within drain_seconds; new ones are refused."""
@@ -208,19 +196,14 @@ class TeacherServer:
         log.info("drained: %d calls left unanswered", self.admission.num_calls)
         await self._server.stop(STOP_SECONDS)
 
-    def _announce(self) -> None:
-        if self._config.server.address_file:
-            write_whole(Path(self._config.server.address_file), self.address + "\n")
-        print(f"serving on {self.address}", flush=True)
-
 
 async def _refresh(stored: StoredTargets) -> None:
     while True:
-        await stored.refresh()
+        await stored.ask(stored.folder.refresh)
         await asyncio.sleep(REFRESH_SECONDS)
 
 
-def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend], **loaders: Unpack[Loaders]) -> None:
+def serve(config: TeacherConfig, load: Callable[[], Served], *, load_checkpoint: LoadCheckpoint | None = None) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns when everything is drained.
 
     drain_seconds is a bound: a batch or a disk that cannot be stopped ends the process with EXIT_STUCK, the loading of
@@ -233,7 +216,7 @@ def serve(config: TeacherConfig, make_backend: Callable[[], TeacherBackend], **l
         if config.metrics.port >= 0:
             port = metrics.serve(config.metrics.port, side="teacher", address=config.metrics.address)
             log.info("metrics on %s:%d", config.metrics.address, port)
-        server = TeacherServer(config, make_backend, **loaders)
+        server = TeacherServer(config, load, load_checkpoint=load_checkpoint)
         for number in stopping_signals():
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         try:

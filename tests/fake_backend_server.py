@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from teacher_server import logs
-from teacher_server.server import serve
+from teacher_server.process import log_to_stderr
+from teacher_server.server import Served, serve
 from tests.fakes import FAKE_DIGEST, FakeBackend
 from tests.flat_settings import teacher_config
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--metrics-port", type=int, default=-1)
     parser.add_argument("--log-level", default="WARNING")
     args = parser.parse_args()
-    logs.configure(level=args.log_level, as_json=False)
+    log_to_stderr(level=args.log_level, as_json=False)
     config = teacher_config(
         model="fake",
         address=args.address,
@@ -39,12 +39,14 @@ def main() -> None:
     )
     serve(
         config,
-        lambda: FakeBackend(
-            vocab_size=args.vocab_size,
-            entries_per_row=args.entries_per_row,
-            delay_seconds=args.delay_seconds,
-            seconds_per_token=args.seconds_per_token,
-            weights_digest=args.weights_digest,
+        lambda: Served(
+            FakeBackend(
+                vocab_size=args.vocab_size,
+                entries_per_row=args.entries_per_row,
+                delay_seconds=args.delay_seconds,
+                seconds_per_token=args.seconds_per_token,
+                weights_digest=args.weights_digest,
+            )
         ),
     )
 

@@ -22,7 +22,7 @@ from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TokenSequence
 from teacher_server.backend import TeacherBackend
 from teacher_server.checkpoints import LoadCheckpoint
-from teacher_server.server import TeacherServer
+from teacher_server.server import Served, TeacherServer
 from tests.flat_settings import teacher_config
 
 SPEC = TargetSpec(num_samples=8, codec_version=1)
@@ -40,7 +40,7 @@ async def serving(
 ) -> AsyncIterator[TeacherServer]:
     """A server that is healthy on entry and drained on exit; what its `run` raises is raised here."""
     config = teacher_config(**{"model": "test", "address": "127.0.0.1:0", "drain_seconds": 5.0} | settings)
-    server = TeacherServer(config, lambda: backend, load_checkpoint=load_checkpoint, load_vocabulary=lambda: vocabulary)
+    server = TeacherServer(config, lambda: Served(backend, vocabulary=vocabulary), load_checkpoint=load_checkpoint)
     running = asyncio.ensure_future(server.run())
     while not server.serving and not running.done():
         await asyncio.sleep(0.005)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from logitstream.errors import RequestError
 from logitstream.types import SparseTargets, TeacherInfo
 from teacher_server.backend import ScoreRequest
-from teacher_server.server import serve
+from teacher_server.server import Served, serve
 from tests.fake_teacher import expected_targets, fake_info
 from tests.flat_settings import teacher_config
 
@@ -32,4 +32,4 @@ def run_real_server(port: int) -> None:
     config = teacher_config(
         model="fake", address=f"127.0.0.1:{port}", max_in_flight_tokens=4096, max_batch_tokens=1024, drain_seconds=1.0
     )
-    serve(config, CheckableBackend)
+    serve(config, lambda: Served(CheckableBackend()))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from logitstream import metrics
-from teacher_server.server import TeacherServer
+from teacher_server.server import Served, TeacherServer
 from tests.fakes import FakeBackend
 from tests.flat_settings import student_config, teacher_config
 from tests.serving import COMMAND, ENVIRONMENT, WireClient, sequence, serving
@@ -51,7 +51,7 @@ async def test_a_second_server_at_an_address_that_is_served_says_so_and_ends(
     theirs: dict[str, Any] = {name: value.format(**places) for name, value in first.items()}
     async with serving(FakeBackend(), **theirs) as server:
         settings = {"model": "m", "address": "127.0.0.1:0"} | {name: wanted}
-        other = TeacherServer(teacher_config(**settings), FakeBackend)
+        other = TeacherServer(teacher_config(**settings), lambda: Served(FakeBackend()))
         with pytest.raises(OSError, match=f"^cannot serve on {wanted}: .*(in use|listens there)"):
             await other.run()
         async with WireClient(server.address) as client:  # the first one is not harmed
@@ -93,7 +93,7 @@ def test_metrics_are_for_this_machine_alone_unless_told_otherwise() -> None:
 SLOW_LOAD = """
 import sys, time
 from tests.flat_settings import teacher_config
-from teacher_server.server import serve
+from teacher_server.server import Served, serve
 
 def load():
     print("loading", flush=True)

@@ -119,7 +119,9 @@ async def test_a_client_made_from_the_documents_gets_what_the_python_client_gets
         for sampler, parameters in SPECS.items():
             spec = TargetSpec(sampler=sampler, codec_version=1, **parameters)
             expected = await asked_in_python(server, spec, sequences, tls)
-            await server.scheduler.stored.refresh()
+            stored = server.scheduler.stored
+            assert stored is not None
+            await stored.ask(stored.folder.refresh)
             answer = await run_node(
                 node_client,
                 server.address,

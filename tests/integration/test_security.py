@@ -27,7 +27,7 @@ from logitstream.rpc.channel import TlsFiles
 from logitstream.rpc.tokens import TokenFile
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.access import REFUSALS_LOG_SECONDS, BearerTokens, TokenInterceptor
-from teacher_server.server import TeacherServer, serve
+from teacher_server.server import Served, TeacherServer, serve
 from tests.authority import Authority
 from tests.fakes import FakeBackend
 from tests.flat_settings import teacher_config
@@ -213,7 +213,9 @@ def test_a_token_file_that_no_client_could_match_is_an_error_at_first_and_change
         BearerTokens(token_file)
     assert "good" not in str(caught.value)
     with pytest.raises(SystemExit, match=f"^teacher-server: token_file: {text}"):
-        serve(teacher_config(model="m", address="127.0.0.1:0", token_file=str(token_file)), FakeBackend)
+        serve(
+            teacher_config(model="m", address="127.0.0.1:0", token_file=str(token_file)), lambda: Served(FakeBackend())
+        )
     token_file.write_text("first team a\n")
     tokens, client = BearerTokens(token_file), TokenFile(tmp_path / "token")
     (tmp_path / "token").write_text("first\n")

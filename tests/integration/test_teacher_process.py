@@ -22,10 +22,10 @@ from logitstream import codec
 from logitstream.id_model import IdModel
 from logitstream.rpc import convert
 from logitstream.types import TargetSpec
-from teacher_server.__main__ import check, id_model_of, main, tokenizer_of
-from teacher_server.config import TeacherConfig
+from teacher_server.__main__ import check, main, tokenizer_of
+from teacher_server.config import IdModelSettings, TeacherConfig
 from teacher_server.id_model_calibration import id_model_from
-from teacher_server.server import EXIT_STUCK, serve
+from teacher_server.server import EXIT_STUCK, Served, serve
 from teacher_server.weights import weights_digest
 from tests.authority import Authority
 from tests.fakes import FakeBackend
@@ -116,7 +116,9 @@ async def test_an_id_model_is_made_once_and_then_shared(tiny_teacher: Path, tmp_
             payload = (await client.score(sequence(*range(30)), spec=TargetSpec()))[0].targets
         targets = codec.decode(payload, id_model=IdModel.from_bytes(encoded))
         assert targets.num_rows == 30
-    assert id_model_from(tmp_path / "ids", None, None, FakeBackend(vocab_size=96)) == encoded
+    assert (
+        id_model_from(IdModelSettings(file=str(tmp_path / "ids")), Characters(), FakeBackend(vocab_size=96)) == encoded
+    )
 
 
 def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
@@ -124,23 +126,20 @@ def test_an_id_model_of_another_vocabulary_is_refused_before_anything_is_served(
 ) -> None:
     path = tmp_path / "ids"
     path.write_bytes(IdModel.from_expected_counts(np.ones(128)).to_bytes())
-    with pytest.raises(SystemExit, match=r"teacher-server: id_model .*ids: it is of 128 ids, the teacher has 96"):
+    with pytest.raises(SystemExit, match=r"teacher-server: id_model.file .*ids: it is of 128 ids, the teacher has 96"):
         check(teacher_config(model=str(tiny_teacher), device="cpu", id_model=str(path)))
 
 
-def test_files_that_an_id_model_cannot_be_made_of_are_named_with_their_settings(tmp_path: Path) -> None:
+def test_files_that_an_id_model_cannot_be_made_of_are_named_with_their_settings(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
     (tmp_path / "odd").write_bytes(b"\xff\xfe")
     backend = FakeBackend(vocab_size=70_000)
-    with pytest.raises(ValueError, match=r"^id_model .*odd: not an id model"):
-        id_model_of(teacher_config(model="m", id_model=str(tmp_path / "odd")), backend)
+    with pytest.raises(ValueError, match=r"^id_model.file .*odd: not an id model"):
+        id_model_from(IdModelSettings(file=str(tmp_path / "odd")), Characters(), backend)
     for name in ("odd", "nowhere"):
-        with pytest.raises(ValueError, match=f"^calibration_text .*{name}: "):
-            id_model_from(None, tmp_path / name, Characters(), backend)
-    (tmp_path / "ids").write_bytes(IdModel.from_expected_counts(np.ones(70_000)).to_bytes())
-    settings = {"model": "m", "id_model": str(tmp_path / "ids")}
-    assert len(id_model_of(teacher_config(**settings), backend)) == 70_001
-    with pytest.raises(ValueError, match="max_message_bytes must be at least 70001, the size of the id model, got 65"):
-        id_model_of(teacher_config(**settings, max_message_bytes=64 << 10), backend)  # Describe could not be answered
+        with pytest.raises(ValueError, match=f"^id_model.text .*{name}: "):
+            id_model_from(IdModelSettings(text=str(tmp_path / name)), Characters(), backend)
     with pytest.raises(ValueError, match=r"^tokenizer: there is no folder /nowhere/at all"):
         tokenizer_of(teacher_config(model="m", tokenizer="/nowhere/at all"))
 
@@ -224,7 +223,7 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
             ({"address": "127.0.0.1:0", "metrics_port": taken}, "Address already in use"),
         ):
             with pytest.raises(SystemExit, match=f"^teacher-server: .*{text}"):
-                serve(teacher_config(model="m", **arguments), FakeBackend)
+                serve(teacher_config(model="m", **arguments), lambda: Served(FakeBackend()))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +287,7 @@ SLOW_LOADS = """
 import sys, time
 from dataclasses import asdict
 from pathlib import Path
-from teacher_server.server import serve
+from teacher_server.server import Served, serve
 from tests.authority import Authority
 from tests.flat_settings import teacher_config
 from tests.fakes import FakeBackend
@@ -299,7 +298,7 @@ def load(folder):
 
 serve(
     teacher_config(model="fake", address="127.0.0.1:0", drain_seconds=0.5, watch_folder=sys.argv[1]),
-    FakeBackend,
+    lambda: Served(FakeBackend()),
     load_checkpoint=load,
 )
 """
