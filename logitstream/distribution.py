@@ -35,6 +35,10 @@ def chunk_rows(logits: Tensor) -> int:
     return max(1, (CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK) // logits.shape[1])
 
 
+def bad_row(row: int) -> NonFiniteLogits:
+    return NonFiniteLogits(f"logits of row {row} hold NaN, +inf or nothing finite")
+
+
 def scratch(logits: Tensor, max_rows: int) -> Tensor:
     """Return zeroed memory for the values of at most so many of these rows, used chunk after chunk."""
     return torch.zeros(min(len(logits), max_rows), -(-logits.shape[1] // BLOCK) * BLOCK)
@@ -68,8 +72,7 @@ class Distribution:
             distribution = cls.of_logits_plain(logits, temperature)
             bad = int(next(iter(np.flatnonzero(~np.isfinite(distribution.total()))), -1))
         if bad >= 0:
-            name = bad if row_names is None else row_names[bad]
-            raise NonFiniteLogits(f"logits of row {name} hold NaN, +inf or nothing finite")
+            raise bad_row(bad if row_names is None else int(row_names[bad]))
         return distribution
 
     @classmethod

@@ -46,6 +46,7 @@ class Sampler:
     entries: the most entries of a row, from the spec and the vocabulary's size.
     draw: entries from distributions of R rows and their uniforms [R, uniforms].
     has_ghost: the loss puts what a row leaves of 1 into a bucket of its own.
+    on_gpu: the function of `kernels.draw` that draws it there; empty: none does.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Sampler:
     draw: Callable[[Distribution, TargetSpec, Float64s], Entries]
     is_unbiased: bool
     has_ghost: bool = False
+    on_gpu: str = ""
 
 
 def _systematic(distribution: Distribution, spec: TargetSpec, uniforms: Float64s) -> Entries:
@@ -173,6 +175,7 @@ _ROWS = (
         uniforms=lambda spec: 1,
         entries=lambda spec, vocab_size: spec.num_samples,
         draw=_systematic,
+        on_gpu="draw_systematic",
         is_unbiased=True,
     ),
     Sampler(
@@ -183,6 +186,7 @@ _ROWS = (
         uniforms=lambda spec: spec.num_samples + (spec.proposal_temperature != 1.0),
         entries=lambda spec, vocab_size: spec.num_samples,
         draw=_multinomial,
+        on_gpu="draw_multinomial",
         is_unbiased=True,
     ),
     Sampler(
@@ -194,6 +198,7 @@ _ROWS = (
         uniforms=lambda spec: 3,
         entries=lambda spec, vocab_size: 2 * math.ceil(1 / spec.threshold) + 1,
         draw=_threshold,
+        on_gpu="draw_threshold",
         is_unbiased=True,
     ),
     Sampler(
@@ -203,6 +208,7 @@ _ROWS = (
         uniforms=lambda spec: 0,
         entries=lambda spec, vocab_size: min(spec.top_k, vocab_size),
         draw=partial(_top_k, has_ghost=False),
+        on_gpu="draw_top_k",
         is_unbiased=False,
     ),
     Sampler(
@@ -212,6 +218,7 @@ _ROWS = (
         uniforms=lambda spec: 0,
         entries=lambda spec, vocab_size: min(spec.top_k, vocab_size),
         draw=partial(_top_k, has_ghost=True),
+        on_gpu="draw_top_k",
         is_unbiased=False,
         has_ghost=True,
     ),

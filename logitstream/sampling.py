@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from logitstream.distribution import Distribution, chunk_rows, scratch
+from logitstream import kernels
+from logitstream.distribution import Distribution, bad_row, chunk_rows, scratch
 from logitstream.samplers import Float64s, Int64s
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 
@@ -40,9 +41,42 @@ def sample(
     key, step = draw_key(spec, sequence, draw_set), rows_at_once(spec, logits.shape[1])
     parts = []
     for i in range(0, max(1, len(rows)), step):
-        names = rows[i : i + step]
-        parts.append(draw(logits[i : i + step], spec, row_uniforms(spec, key, names), row_names=names))
+        part, names = logits[i : i + step], rows[i : i + step]
+        if kernels.are_usable(logits.device) and spec.kind.on_gpu:
+            parts.append(_draw_on_gpu(part, spec, key, names))
+        else:
+            parts.append(draw(part, spec, row_uniforms(spec, key, names), row_names=names))
     return scatter_rows(SparseTargets.concatenate(parts), rows - first_row, num_rows)
+
+
+@torch.inference_mode()
+def _draw_on_gpu(logits: Tensor, spec: TargetSpec, key: bytes, rows: Int64s) -> SparseTargets:
+    from logitstream.kernels import draw as on_gpu
+
+    words, names = (torch.from_numpy(one).to(logits.device) for one in (on_gpu.key_words([key]), rows.astype(np.int32)))
+    drawn = on_gpu.draw(logits, spec, on_gpu.RowNames(words, torch.zeros_like(names), names))
+    targets, is_bad = unpack(drawn.cpu().numpy(), spec, logits.shape[1])
+    if is_bad.any():
+        raise bad_row(int(rows[is_bad.argmax()]))
+    return targets
+
+
+def unpack(
+    packed: npt.NDArray[np.int32], spec: TargetSpec, vocab_size: int
+) -> tuple[SparseTargets, npt.NDArray[np.bool_]]:
+    """Return the targets of what `kernels.draw` packed, [2, R, W], and which rows are bad, [R]."""
+    ids, counts = packed
+    is_used = counts >= 0
+    targets = SparseTargets(
+        vocab_size=vocab_size,
+        units=spec.kind.units(spec),
+        tail_units=spec.kind.tail_units,
+        row_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(is_used.sum(axis=1))]),
+        token_ids=ids[is_used],
+        counts=counts[is_used],
+        spec=spec,
+    )
+    return targets, counts[:, 0] == kernels.BAD
 
 
 def warm_up(dtype: torch.dtype) -> None:

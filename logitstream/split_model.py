@@ -151,8 +151,8 @@ class SplitModel:
         return self._head is not None
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor) -> Tensor:
-        """Return [B, T, H] for int64 [B, T], padded on the right.
+    def hidden(self, token_ids: Tensor, **options: Any) -> Tensor:
+        """Return [B, T, H] for int64 [B, T], padded on the right; options: more arguments of the model's forward.
 
         Needs no attention mask: a causal model's real positions never see what is to their right (`pads_safely` checks
         that), and without a mask the fast attention kernels apply.
@@ -162,10 +162,10 @@ class SplitModel:
             raise _HeadReachedError(args[0])
 
         if self._head is None:
-            return self._model(input_ids=token_ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return self._model(input_ids=token_ids, use_cache=False, **options).logits  # type: ignore[no-any-return]
         hook = self._layer.register_forward_pre_hook(leave)
         try:
-            self._model(input_ids=token_ids, use_cache=False)
+            self._model(input_ids=token_ids, use_cache=False, **options)
         except _HeadReachedError as reached:
             return reached.hidden
         finally:

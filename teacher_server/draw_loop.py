@@ -9,111 +9,135 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from logitstream.errors import NonFiniteLogits
-from logitstream.sampling import draw, draw_key, row_uniforms, rows_at_once, scatter_rows, uniforms_per_row
-from logitstream.types import SparseTargets, TargetSpec
-from teacher_server.backend import ScoreRequest
+from logitstream.samplers import Int64s
+from logitstream.sampling import draw, row_uniforms, rows_at_once
+from logitstream.types import TargetSpec
+from teacher_server.drawings import Drawn, Launched, Packed, Part, Piece
+from teacher_server.gpu import Gpu
 
-Int64s = npt.NDArray[np.int64]
 Project = Callable[[Tensor], Tensor | None]
 """Hidden states [R, H] -> logits [R, V]; None on a rank that helps to project and leaves the draw to another rank."""
 
 
-@dataclass(slots=True, eq=False)
-class Drawing:
-    """One request while its wanted rows are drawn; bad logits end it with an error."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Pieces of one spec to draw together, and their rows in the chunk's logits."""
 
-    request: ScoreRequest
-    error: NonFiniteLogits | None = None
-    rows: Int64s = field(init=False)
-    key: bytes = field(init=False)
-    _parts: list[SparseTargets] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        sequence = self.request.sequence
-        mask = sequence.loss_mask
-        self.rows = np.arange(len(sequence)) if mask is None else np.flatnonzero(mask)
-        self.key = draw_key(self.request.spec, sequence, self.request.draw_set)
-
-    def piece(self, first_row: int, stop_row: int, *, offset: int) -> Piece:
-        """Return the wanted rows from first_row on; first_row itself is at `offset` in the hidden states."""
-        low, high = np.searchsorted(self.rows, [first_row, stop_row])
-        rows = self.rows[low:high]
-        return Piece(self, rows, rows - first_row + offset)
-
-    def add(self, drawn: SparseTargets) -> None:
-        """Append the next rows."""
-        if self.error is None:
-            self._parts.append(drawn)
-
-    def fail(self, error: NonFiniteLogits) -> None:
-        """Keep the first error and drop what was drawn."""
-        self.error = self.error or error
-        self._parts = []
-
-    def forget_from(self, row: int) -> None:
-        """Drop the rows from `row` on: they are computed again."""
-        if self._parts:
-            kept = SparseTargets.concatenate(self._parts).slice_rows(0, int(np.searchsorted(self.rows, row)))
-            self._parts = [kept] if kept.num_rows else []
-
-    def result(self, vocab_size: int) -> SparseTargets | NonFiniteLogits:
-        """Return the drawn rows among all rows of the sequence, or the error."""
-        if self.error is not None:
-            return self.error
-        spec, parts = self.request.spec, self._parts
-        if not parts:
-            parts = [draw(torch.empty(0, vocab_size), spec, np.empty((0, uniforms_per_row(spec))))]
-        return scatter_rows(SparseTargets.concatenate(parts), self.rows, len(self.request.sequence))
+    spec: TargetSpec
+    pieces: list[Piece]
+    rows: Int64s
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows of one request and their places in the hidden states, both ascending."""
+class Chunk:
+    """Places in the hidden states to project together, ascending, and what to draw from their logits."""
 
-    drawing: Drawing
-    rows: Int64s
     places: Int64s
+    groups: list[Group]
 
-    def cut(self, start: int, stop: int | None = None) -> Piece:
-        """Return the piece's rows from start to stop."""
-        return Piece(self.drawing, self.rows[start:stop], self.places[start:stop])
+
+def plan(num_places: int, pieces: Iterable[Piece], *, vocab_size: int, max_rows: int) -> Iterator[Chunk]:
+    """Yield chunks of at most max_rows places that hold each wanted row once, whoever wants it, in order."""
+    # By the place of the next row, so that a chunk looks only at the pieces that it touches.
+    pending = [(int(piece.places[0]), number, piece) for number, piece in enumerate(pieces) if len(piece.rows)]
+    heapq.heapify(pending)
+    is_wanted = np.zeros(num_places, bool)
+    for _, _, piece in pending:
+        is_wanted[piece.places] = True
+    wanted = np.flatnonzero(is_wanted)
+    for first in range(0, len(wanted), max_rows):
+        places = wanted[first : first + max_rows]
+        by_spec: dict[TargetSpec, list[Piece]] = {}
+        for piece in _take_until(pending, int(places[-1])):
+            by_spec.setdefault(piece.drawing.request.spec, []).append(piece)
+        yield Chunk(
+            places,
+            [
+                Group(spec, group, np.searchsorted(places, np.concatenate([piece.places for piece in group])))
+                for spec, same_spec in by_spec.items()
+                for group in _bounded(same_spec, min(max_rows, rows_at_once(spec, vocab_size)))
+            ],
+        )
 
 
 def draw_pieces(
     hidden_RH: Tensor, pieces: Iterable[Piece], project: Project, *, vocab_size: int, max_rows: int
 ) -> float:
-    """Draw every piece's rows; return the seconds spent drawing, without those of `project`.
-
-    Each wanted row is projected once, whoever wants it, max_rows rows at a time in the order of their places.
-    """
-    # By the place of the next row, so that a chunk looks only at the pieces that it touches.
-    pending = [(int(piece.places[0]), number, piece) for number, piece in enumerate(pieces) if len(piece.rows)]
-    heapq.heapify(pending)
-    is_wanted = np.zeros(len(hidden_RH), bool)
-    for _, _, piece in pending:
-        is_wanted[piece.places] = True
-    wanted = np.flatnonzero(is_wanted)
+    """Draw every piece's rows; return the seconds spent drawing, without those of `project`."""
     seconds = 0.0
-    for first in range(0, len(wanted), max_rows):
-        places = wanted[first : first + max_rows]
-        logits = project(_select(hidden_RH, places))
+    for chunk in plan(len(hidden_RH), pieces, vocab_size=vocab_size, max_rows=max_rows):
+        logits = project(_select(hidden_RH, chunk.places))
         if logits is None:
             continue
-        if logits.shape != (len(places), vocab_size):
-            raise RuntimeError(f"expected logits of shape {(len(places), vocab_size)}, got {tuple(logits.shape)}")
+        _check_shape(logits, (len(chunk.places), vocab_size))
         start = time.perf_counter()
-        _draw_chunk(logits, places, _take_until(pending, int(places[-1])), max_rows)
+        for group in chunk.groups:
+            _draw_group(logits, group.rows, group.spec, group.pieces)
         del logits  # before the next chunk's logits, which can then reuse the memory
         seconds += time.perf_counter() - start
     return seconds
+
+
+@torch.inference_mode()
+def launch_pieces(
+    hidden_RH: Tensor, pieces: Iterable[Piece], project: Project, gpu: Gpu, *, vocab_size: int, max_rows: int
+) -> Launched:
+    """Do what `draw_pieces` does on a GPU, without waiting for it: the parts that drawings get are on their way."""
+    from logitstream.kernels.draw import RowNames, draw, key_words
+
+    launched, keys, numbers = Launched(), dict[bytes, int](), list[Int64s]()
+    chunks = list(plan(len(hidden_RH), pieces, vocab_size=vocab_size, max_rows=max_rows))
+    for chunk in chunks:
+        numbers.append(chunk.places)
+        for group in chunk.groups:
+            sequences = [keys.setdefault(piece.drawing.key, len(keys)) for piece in group.pieces]
+            numbers.append(group.rows)
+            numbers.append(np.repeat(sequences, [len(piece.rows) for piece in group.pieces]))
+            numbers.append(np.concatenate([piece.rows for piece in group.pieces]))
+    if not chunks:
+        return launched
+    words, outputs, first = gpu.send(key_words(list(keys))), list[Tensor](), 0
+    sent = iter(gpu.send(np.concatenate(numbers).astype(np.int32)).split([len(one) for one in numbers]))  # type: ignore[no-untyped-call]
+    for chunk in chunks:
+        logits = project(_select(hidden_RH, chunk.places, next(sent)))
+        if logits is not None:
+            _check_shape(logits, (len(chunk.places), vocab_size))
+        start = gpu.mark()
+        for group in chunk.groups:
+            rows, *names = (next(sent) for _ in range(3))
+            if logits is None:
+                continue
+            if not group.spec.kind.on_gpu:
+                _draw_group(logits, group.rows, group.spec, group.pieces)
+                continue
+            packed = draw(_select(logits, group.rows, rows), group.spec, RowNames(words, *names), launch=gpu.launch)
+            _deliver(Packed(launched, first, packed.shape, group.spec, vocab_size), group.pieces)
+            outputs.append(packed.flatten())
+            first += packed.numel()
+        launched.marks.append((start, gpu.mark()))
+        del logits
+    if outputs:
+        launched.fetched = gpu.fetch(torch.cat(outputs))
+    return launched
+
+
+def _deliver(drawn: Drawn | Packed, pieces: Iterable[Piece]) -> None:
+    start = 0
+    for piece in pieces:
+        piece.drawing.add(Part(drawn, start, start + len(piece.rows)))
+        start += len(piece.rows)
+
+
+def _check_shape(logits: Tensor, expected: tuple[int, int]) -> None:
+    if logits.shape != expected:
+        raise RuntimeError(f"expected logits of shape {expected}, got {tuple(logits.shape)}")
 
 
 def _take_until(pending: list[tuple[int, int, Piece]], last_place: int) -> Iterator[Piece]:
@@ -124,16 +148,6 @@ def _take_until(pending: list[tuple[int, int, Piece]], last_place: int) -> Itera
         if stop < len(piece.places):
             heapq.heappush(pending, (int(piece.places[stop]), number, piece.cut(stop)))
         yield piece.cut(0, stop)
-
-
-def _draw_chunk(logits_RV: Tensor, places: Int64s, pieces: Iterable[Piece], max_rows: int) -> None:
-    """Draw requests of the same spec together, at most max_rows rows at a time and no more than the spec allows."""
-    by_spec: dict[TargetSpec, list[Piece]] = {}
-    for piece in pieces:
-        by_spec.setdefault(piece.drawing.request.spec, []).append(piece)
-    for spec, same_spec in by_spec.items():
-        for group in _bounded(same_spec, min(max_rows, rows_at_once(spec, logits_RV.shape[1]))):
-            _draw_group(logits_RV, places, spec, group)
 
 
 def _bounded(pieces: Iterable[Piece], max_rows: int) -> Iterator[list[Piece]]:
@@ -151,27 +165,23 @@ def _bounded(pieces: Iterable[Piece], max_rows: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def _draw_group(logits_RV: Tensor, places: Int64s, spec: TargetSpec, group: Sequence[Piece]) -> None:
+def _draw_group(logits_RV: Tensor, rows: Int64s, spec: TargetSpec, pieces: Sequence[Piece]) -> None:
     """Draw all pieces at once; if that fails, each by itself, so that bad logits fail only their own request."""
-    logits_NV = _select(logits_RV, np.searchsorted(places, np.concatenate([piece.places for piece in group])))
-    uniforms = np.concatenate([row_uniforms(spec, piece.drawing.key, piece.rows) for piece in group])
+    uniforms = np.concatenate([row_uniforms(spec, piece.drawing.key, piece.rows) for piece in pieces])
+    names = np.concatenate([piece.rows for piece in pieces])
     try:
-        drawn = draw(logits_NV, spec, uniforms, row_names=np.concatenate([piece.rows for piece in group]))
+        _deliver(Drawn(draw(_select(logits_RV, rows), spec, uniforms, row_names=names)), pieces)
     except NonFiniteLogits as error:
-        if len(group) == 1:
-            group[0].drawing.fail(error)
-        else:
-            for piece in group:
-                _draw_group(logits_RV, places, spec, [piece])
-        return
-    start = 0
-    for piece in group:
-        piece.drawing.add(drawn.slice_rows(start, start + len(piece.rows)))
-        start += len(piece.rows)
+        if len(pieces) == 1:
+            pieces[0].drawing.fail(error)
+            return
+        for piece in pieces:
+            _draw_group(logits_RV, rows[: len(piece.rows)], spec, [piece])
+            rows = rows[len(piece.rows) :]
 
 
-def _select(tensor: Tensor, rows: Int64s) -> Tensor:
+def _select(tensor: Tensor, rows: Int64s, on_device: Tensor | None = None) -> Tensor:
     """Return these rows of a tensor [R, ...], as a view if they are consecutive."""
     if (np.diff(rows) == 1).all():
         return tensor[int(rows[0]) : int(rows[-1]) + 1]
-    return tensor[torch.from_numpy(rows).to(tensor.device)]
+    return tensor[torch.from_numpy(rows).to(tensor.device) if on_device is None else on_device]

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from logitstream.errors import RequestError, ScoringFailed
 from teacher_server.backend import EncodedTargets, ScoreResult
-from teacher_server.draw_loop import Drawing, Piece, draw_pieces
+from teacher_server.draw_loop import draw_pieces
+from teacher_server.drawings import Drawing, Piece
 from teacher_server.encoding import encode_all, encoder
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")

@@ -11,6 +11,11 @@ from importlib.util import find_spec
 
 import torch
 
+UNUSED = -1
+"""The count of a place without an entry in what the draw packs."""
+BAD = -2
+"""The first count of a row whose logits hold NaN, +inf or nothing finite."""
+
 
 def are_usable(device: torch.device) -> bool:
     """Tell if the kernels run on this device: it is CUDA, and Triton, which CUDA builds of torch bring, is here."""

@@ -15,18 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from logitstream.kernels import draw_rows, launching_on
+from logitstream.kernels import BAD, UNUSED, draw_rows, launching_on
 from logitstream.kernels.arithmetic import LOG2_E
 from logitstream.samplers import MAX_COUNT, PROBABILITY_UNITS, STEPS_PER_SAMPLE
 from logitstream.types import TargetSpec
 
-BLOCK, TILE, GROUP, BAD = (one.value for one in (draw_rows.BLOCK, draw_rows.TILE, draw_rows.GROUP, draw_rows.BAD))
-UNUSED = -1
-"""The count of a place without an entry."""
+BLOCK, TILE, GROUP = (one.value for one in (draw_rows.BLOCK, draw_rows.TILE, draw_rows.GROUP))
 BEYOND = MAX_COUNT
 """An id after all ids."""
-DRAWN = frozenset({"systematic", "multinomial", "threshold", "top_k", "top_k_ghost"})
-"""The samplers that are drawn here."""
 
 
 class RowNames(NamedTuple):
@@ -56,20 +52,14 @@ def draw(logits: Tensor, spec: TargetSpec, names: RowNames, *, launch: Callable[
     A row's entries are in the order of their ids; places with the count UNUSED are none, and a row that holds NaN, +inf
     or nothing finite begins with the count BAD.
     """
-    assert spec.sampler in DRAWN
     assert logits.stride(1) == 1
     if not len(logits):
         return torch.empty(2, 0, 1, dtype=torch.int32, device=logits.device)
     with launching_on(logits.device):
         uniforms = _uniforms(names, spec.kind.uniforms(spec), launch)
         rows = _Rows.of(logits, LOG2_E / spec.temperature, launch)
-        if spec.sampler == "systematic":
-            return rows.sample(spec.num_samples, uniforms)
-        if spec.sampler == "multinomial":
-            return _multinomial(rows, spec, uniforms)
-        if spec.sampler == "threshold":
-            return _threshold(rows, spec, uniforms)
-        return _top_k(rows, spec)
+        drawn: Tensor = globals()[spec.kind.on_gpu](rows, spec, uniforms)
+        return drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +93,7 @@ class _Rows:
         num_blocks = self.maxima.shape[1]
         self.launch(
             draw_rows.totals_kernel, (len(peaks),), self.maxima, self.sums, peaks, totals, num_blocks, self.scale,
-            BLOCKS_2=triton.next_power_of_2(num_blocks),
+            BLOCKS_2=_padded(num_blocks),
         )  # fmt: skip
         return peaks.double()[:, None], totals[:, None]
 
@@ -144,7 +134,7 @@ class _Rows:
         """
         device, num_rows, num_blocks = self.logits.device, len(self.logits), self.maxima.shape[1]
         packed = torch.full((2, num_rows, width), UNUSED, dtype=torch.int32, device=device)
-        blocks_2 = triton.next_power_of_2(num_blocks)
+        blocks_2 = _padded(num_blocks)
         starts = torch.empty(num_rows, blocks_2 + 1, dtype=torch.float64, device=device)
         if nums is None:
             nums = torch.full((num_rows,), width, dtype=torch.int32, device=device)
@@ -160,6 +150,10 @@ class _Rows:
         return packed
 
 
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def _uniforms(names: RowNames, per_row: int, launch: Callable[..., None]) -> Tensor:
     """Return float64 [R, per_row], what `sampling.row_uniforms` returns for these rows."""
     num_rows = len(names.rows)
@@ -170,7 +164,11 @@ def _uniforms(names: RowNames, per_row: int, launch: Callable[..., None]) -> Ten
     return uniforms
 
 
-def _multinomial(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
+def draw_systematic(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
+    return rows.sample(spec.num_samples, uniforms)
+
+
+def draw_multinomial(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
     points = (1.0 - uniforms[:, : spec.num_samples]).sort(dim=1).values
     if spec.proposal_temperature == 1.0:
         return rows.sample(spec.num_samples, uniforms, points=points)
@@ -182,7 +180,7 @@ def _multinomial(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
     return torch.stack([ids, torch.where(counts < 0, counts, torch.where(units > 0, units, UNUSED))])
 
 
-def _threshold(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
+def draw_threshold(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
     units = spec.kind.units(spec)
     theta = STEPS_PER_SAMPLE / units
     values, ids = rows.largest(int(1 / theta) + 1)  # every entry of θ or more, and the largest one below
@@ -213,7 +211,7 @@ def _tail_points(left: Tensor, largest_tail: Tensor, tail_share: Tensor, uniform
     return torch.where(tail_share > 0, limited, 0.0)
 
 
-def _top_k(rows: _Rows, spec: TargetSpec) -> Tensor:
+def draw_top_k(rows: _Rows, spec: TargetSpec, uniforms: Tensor) -> Tensor:
     values, ids = rows.largest(spec.top_k)
     ids, order = ids.sort(dim=1)
     peaks, totals = rows.totals()
@@ -229,7 +227,7 @@ def _round_rows(weights: Tensor, v: Tensor, grid: int, launch: Callable[..., Non
     units = torch.empty(num_rows, width, dtype=torch.int32, device=weights.device)
     launch(
         draw_rows.round_rows_kernel, (num_rows,), weights, v, v.stride(0), units, width, grid, MAX_COUNT,
-        WIDTH_2=triton.next_power_of_2(width),
+        WIDTH_2=_padded(width),
     )  # fmt: skip
     return units
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from logitstream.kernels import BAD
 from logitstream.kernels.arithmetic import HAS_PTX, exp2
 
 BLOCK = tl.constexpr(128)
@@ -17,8 +18,7 @@ TILE = tl.constexpr(4096)
 BLOCKS_A_TILE = tl.constexpr(4096 // 128)
 GROUP = tl.constexpr(16)
 """Blocks that a row looks into at once."""
-BAD = tl.constexpr(-2)
-"""The first count of a row whose logits hold NaN, +inf or nothing finite."""
+BAD_ROW = tl.constexpr(BAD)
 
 
 @triton.jit
@@ -243,4 +243,4 @@ def sample_rows_kernel(
             tl.store(counts + r * width + at, count, is_entry & (at < width))
             length += tl.sum(by_block, 0)
     elif not IS_TAIL:
-        tl.store(counts + r * width, BAD)
+        tl.store(counts + r * width, BAD_ROW)
