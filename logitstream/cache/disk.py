@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -41,46 +40,41 @@ class DiskThread:
     warned of once, counted (`cache_hangs_total`) and used again as soon as it answers.
     """
 
-    def __init__(
-        self, what: str, *, then: str, patience_seconds: float = HANGS_SECONDS, hangs_seconds: float = HANGS_SECONDS
-    ) -> None:
-        """what, then: subject of the warning, logged after hangs_seconds, and its consequence for the run."""
+    def __init__(self, what: str, *, then: str, patience_seconds: float = HANGS_SECONDS) -> None:
+        """what, then: subject of the warning, logged after HANGS_SECONDS at most, and its consequence for the run."""
         self._what, self._then = what, then
-        self._patience, self._warn_seconds = patience_seconds, min(hangs_seconds, patience_seconds)
-        self._lock = threading.Lock()
-        self._warned = False
+        self._patience, self._warn_seconds = patience_seconds, min(HANGS_SECONDS, patience_seconds)
         self.held: object = None
         """Objects that must not be freed while the disk hangs: freeing them would wait for it."""
         self._begin()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        build = functools.partial(
-            DiskThread, then=self._then, patience_seconds=self._patience, hangs_seconds=self._warn_seconds
-        )
-        return build, (self._what,)
-
     def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._thread: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._idle_since: float | None = None
-        self._cpu_seconds = 0.0
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._jobs: queue.SimpleQueue[Job | None] | None = None
+        self._thread_id = 0
+        self._stands_since: float | None = None
+        self._cpu_seconds, self._warned = 0.0, False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(DiskThread, self._what, then=self._then, patience_seconds=self._patience), ()
 
     @property
     def hangs(self) -> bool:
         """True while one operation has made no progress for as long as callers have patience."""
-        since = self._idle_since
+        if self._pid != os.getpid():  # threads stay with the parent when a process forks
+            self._begin()
+        since = self._stands_since
         return since is not None and time.monotonic() - since >= self._patience
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` after everything submitted before it."""
+        if self._pid != os.getpid():
+            self._begin()
         future: Future[T] = Future()
         with self._lock:
-            if self._pid != os.getpid():  # threads stay with the parent when a process forks
-                self._begin()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, args=(self._jobs,), name="disk", daemon=True)
-                self._thread.start()
+            if self._jobs is None:
+                self._jobs = queue.SimpleQueue()
+                threading.Thread(target=self._run, args=(self._jobs,), name="disk", daemon=True).start()
             self._jobs.put((future, work))
         return future
 
@@ -89,36 +83,14 @@ class DiskThread:
 
         An operation that has begun by then goes on in the thread; one that has not never will.
         """
-        if self.hangs and self._pid == os.getpid():
-            raise self.error()
-        future = self.submit(work)
-        while not self.hangs:
+        future: Future[T] = Future() if self.hangs else self.submit(work)
+        while not future.done() and not self.hangs:
             wait([future], timeout=min(LOOK_SECONDS, self._patience / 4))
-            if future.done():
-                return future.result()
-            self.look()
-        if not future.cancel():
-            if future.done():
-                return future.result()
-            future.add_done_callback(self._report)
-        raise self.error()
-
-    def error(self) -> DiskHangs:
-        return DiskHangs(f"{self._what} has not answered for {self._patience:g} s: {self._then}")
-
-    def look(self) -> None:
-        """Check whether the current operation makes progress; warn, once, if it has stood still for too long."""
-        with self._lock:
-            since, thread, cpu_seconds = self._idle_since, self._thread, 0.0
-            with contextlib.suppress(OSError):  # the thread has ended
-                if thread is not None and thread.ident is not None:
-                    cpu_seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-            if since is None:
-                return
-            if cpu_seconds != self._cpu_seconds:
-                self._cpu_seconds, self._idle_since = cpu_seconds, time.monotonic()
-            elif time.monotonic() - since >= self._warn_seconds:
-                self.warn()
+            self._look()
+        if not future.done():
+            future.cancel()
+            raise DiskHangs(f"{self._what} has not answered for {self._patience:g} s: {self._then}")
+        return future.result()
 
     def warn(self) -> None:
         if not self._warned:
@@ -126,23 +98,29 @@ class DiskThread:
             metrics.CACHE_HANGS.inc()
             logger.warning("%s has not answered for %g s: %s", self._what, self._warn_seconds, self._then)
 
-    def _report(self, future: Future[Any]) -> None:
-        """Log the failure of an operation that nobody waits for any more."""
-        if (error := future.exception()) is not None:
-            logger.warning("%s failed once it answered: %s", self._what, error)
+    def _look(self) -> None:
+        """Check whether the current operation makes progress; warn, once, if it has stood still for too long."""
+        with self._lock:
+            if self._stands_since is None:
+                return
+            cpu_seconds = time.clock_gettime(time.pthread_getcpuclockid(self._thread_id))
+            if cpu_seconds != self._cpu_seconds:
+                self._cpu_seconds, self._stands_since = cpu_seconds, time.monotonic()
+            elif time.monotonic() - self._stands_since >= self._warn_seconds:
+                self.warn()
 
     def _run(self, jobs: queue.SimpleQueue[Job | None]) -> None:
         while (job := jobs.get()) is not None:
             future, work = job
             if future.set_running_or_notify_cancel():
-                self._idle_since = time.monotonic()
+                self._thread_id, self._stands_since = threading.get_ident(), time.monotonic()
                 try:
                     future.set_result(work())
                 except BaseException as error:
                     future.set_exception(error)
             del job, future, work
             with self._lock:
-                self._idle_since = None
+                self._stands_since = None
                 if self._warned:
                     self._warned = False
                     logger.warning("%s answers again", self._what)
@@ -150,17 +128,16 @@ class DiskThread:
     def close(self) -> None:
         """Let the thread end after what was submitted; a later call starts a new one."""
         with self._lock:
-            if self._thread is not None and self._pid == os.getpid():
+            if self._jobs is not None:
                 self._jobs.put(None)
-                self._thread, self._jobs = None, queue.SimpleQueue()
+                self._jobs = None
 
 
 @functools.cache
 def _disk_of(directory: str, doing: str, alone: bool) -> DiskThread:
+    what, patience = f"the disk, {doing} the cache {directory},", ALONE_SECONDS if alone else HANGS_SECONDS
     if is_remote(directory):
         what, patience = f"{doing} the cache {directory}", STORE_SECONDS
-    else:
-        what, patience = f"the disk, {doing} the cache {directory},", ALONE_SECONDS if alone else HANGS_SECONDS
     then = "a run without a teacher (targets: cache) cannot go on without it" if alone else "the run goes on without it"
     return DiskThread(what, then=then, patience_seconds=patience)
 

@@ -26,12 +26,12 @@ def read_heldout(directory: str | Path) -> list[TokenSequence]:
     """
     path = f"{str(directory).rstrip('/')}/{FILE}"
     try:
-        content = _in_store(path) if is_remote(directory) else (local_path(directory) / FILE).read_bytes()
+        content = _in_store(path) if is_remote(directory) else local_path(path).read_bytes()
     except FileNotFoundError:
         return []
     try:
-        found = [_sequence(entry) for entry in parse(content, Path(path))["sequences"]]
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, InvalidSequence) as error:
+        found = [_sequence(**entry) for entry in parse(content, Path(path))["sequences"]]
+    except (KeyError, TypeError, ValueError, OverflowError, InvalidSequence) as error:
         raise CacheError(f"{path} is damaged: expected a list of sequences ({error})") from error
     return sorted(found, key=TokenSequence.digest)
 
@@ -41,26 +41,23 @@ def add_heldout(directory: str | Path, sequences: Iterable[TokenSequence]) -> No
 
     Several runs may do so at once, except in a store, which knows no locks.
     """
-    more = {sequence.digest(): sequence for sequence in sequences}
+    more, path = {sequence.digest(): sequence for sequence in sequences}, f"{str(directory).rstrip('/')}/{FILE}"
     if more.keys() <= {sequence.digest() for sequence in read_heldout(directory)}:
         return
     with contextlib.nullcontext() if is_remote(directory) else alone(local_path(directory) / LOCK):
         added = {sequence.digest(): sequence for sequence in read_heldout(directory)} | more
         content = render({"sequences": [_entry(added[digest]) for digest in sorted(added)]})
         if is_remote(directory):
-            _in_store(f"{str(directory).rstrip('/')}/{FILE}", content)
+            _in_store(path, content)
         else:
-            write_whole(local_path(directory) / FILE, content)
+            write_whole(local_path(path), content)
 
 
 def _in_store(path: str, content: bytes | None = None) -> bytes:
     """Read a file in a store, or write it; whatever the store raises becomes OSError."""
     try:
         with fsspec.open(path, "rb" if content is None else "wb") as file:
-            if content is None:
-                return bytes(file.read())
-            file.write(content)
-            return content
+            return bytes(file.read()) if content is None else bytes(file.write(content))
     except OSError:
         raise
     except Exception as error:
@@ -72,8 +69,8 @@ def _entry(sequence: TokenSequence) -> dict[str, list[int]]:
     return {"token_ids": sequence.token_ids.tolist()} | mask
 
 
-def _sequence(entry: dict[str, list[int]]) -> TokenSequence:
-    mask = None if entry.get("loss_mask") is None else np.asarray(entry["loss_mask"], np.int64).astype(bool)
-    found = TokenSequence(token_ids=np.asarray(entry["token_ids"], np.int32), loss_mask=mask)
+def _sequence(token_ids: list[int], loss_mask: list[int] | None = None) -> TokenSequence:
+    mask = None if loss_mask is None else np.asarray(loss_mask, np.int64).astype(bool)
+    found = TokenSequence(token_ids=np.asarray(token_ids, np.int32), loss_mask=mask)
     found.validate(vocab_size=MAX_VOCAB_SIZE, max_sequence_tokens=1 << 24)
     return found

@@ -1,25 +1,22 @@
-"""The index of a shard, a log of where its records lie, and the keys of many shards in memory.
+"""The index of a shard: a log of where its records lie.
 
 A writer appends an entry to `<shard>.index` after each record batch: a header with the batch's place and checksum, and
-one span a record. Readers follow the log; a torn or damaged entry ends it. The first entry is that of the schema.
+one span a record. Readers follow the log; a torn or damaged entry ends it. The first entry is that of the schema. The
+shard alone is enough to make its index again, byte for byte.
 """
 
 from __future__ import annotations
 
-import os
 import struct
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.manifest import Manifest
-from logitstream.cache.shard import END_OF_STREAM, SPAN, SPAN_DTYPE, Message, Spans, head_bytes, scan, shard_schema
+from logitstream.cache.shard import END_OF_STREAM, NO_SPANS, SPAN, SPAN_DTYPE, Spans, scan, shard_schema
 from logitstream.errors import CacheError
 
 FILE_HEAD = struct.Struct("<8s32s")
@@ -30,11 +27,10 @@ ENTRY_HEAD = struct.Struct("<III")
 ENTRY_SUMS = struct.Struct("<QQ")
 """XXH3 of the message, XXH3 of the entry without this."""
 ENTRY_BYTES = ENTRY_HEAD.size + ENTRY_SUMS.size
-HALVES = struct.Struct(">QQ")
 
 
 class Entry(NamedTuple):
-    """A message at the bytes [start, end) of its shard; `offset`: where its spans lie in the index, -1 if nowhere."""
+    """A message at the bytes [start, end) of its shard, and its records' spans, which lie at `offset` of the index."""
 
     start: int
     end: int
@@ -43,151 +39,87 @@ class Entry(NamedTuple):
     offset: int
 
 
+class Log(NamedTuple):
+    """Entries and where they end in their index; what the index should hold and why, if it is damaged."""
+
+    entries: list[Entry]
+    end: int
+    rebuilt: bytes = b""
+    problem: str = ""
+
+    @property
+    def spans(self) -> Spans:
+        return np.concatenate([NO_SPANS, *(entry.spans for entry in self.entries)])
+
+
 def index_path(shard: Path) -> Path:
-    """Return the path of a shard's index, whether the shard is sealed or open."""
-    return shard.with_name(shard.name.removesuffix(".open").removesuffix(".arrow") + ".index")
+    """Return the path of the index of a shard, given by its sealed name."""
+    return shard.with_suffix(".index")
 
 
-def file_head(fingerprint_digest: str) -> bytes:
-    return FILE_HEAD.pack(MAGIC, bytes.fromhex(fingerprint_digest))
+def file_head(manifest: Manifest) -> bytes:
+    return FILE_HEAD.pack(MAGIC, bytes.fromhex(manifest.fingerprint.digest))
 
 
-def pack_entry(message: Message) -> bytes:
-    content, spans = memoryview(message.content), message.spans.tobytes()
-    head = ENTRY_HEAD.pack(len(message.spans), message.start, message.start + len(content))
-    own = xxh3(spans, xxh3(head, content_sum := xxh3(content)))
-    return head + ENTRY_SUMS.pack(content_sum, own) + spans
+def pack_entry(start: int, content: pa.Buffer, spans: Spans) -> bytes:
+    message, span_bytes = memoryview(content), spans.tobytes()
+    head = ENTRY_HEAD.pack(len(spans), start, start + len(message))
+    content_sum = xxh3(message)
+    return head + ENTRY_SUMS.pack(content_sum, xxh3(span_bytes, xxh3(head, content_sum))) + span_bytes
 
 
-def read_entries(path: Path, fingerprint_digest: str, start: int = 0) -> tuple[list[Entry], int]:
-    """Read the whole entries from byte `start` of an index on; return them and where they end.
-
-    Raises FileNotFoundError if there is no index, CacheError if it is damaged at its head or of another fingerprint.
-    """
-    with path.open("rb") as file:
-        file.seek(start)
-        content = memoryview(file.read())
-    position, entries = 0, []
-    if start == 0 and content:  # a writer may be about to write its first bytes
-        position = FILE_HEAD.size
-        if content[:position] != file_head(fingerprint_digest):
-            raise CacheError(f"{path} is damaged, or belongs to targets of another fingerprint")
-    while position + ENTRY_BYTES <= len(content):
-        head = content[position : position + ENTRY_HEAD.size]
+def parse_index(content: bytes, start: int = 0) -> Log:
+    """Return the whole entries in the content of an index from byte `start` on."""
+    view, entries = memoryview(content), list[Entry]()
+    position = 0 if start else min(FILE_HEAD.size, len(view))
+    while (body := position + ENTRY_BYTES) <= len(view):
+        head = view[position : position + ENTRY_HEAD.size]
         count, first, end = ENTRY_HEAD.unpack(head)
-        content_sum, own = ENTRY_SUMS.unpack_from(content, position + ENTRY_HEAD.size)
-        body = position + ENTRY_BYTES
+        content_sum, own = ENTRY_SUMS.unpack_from(view, position + ENTRY_HEAD.size)
         stop = body + SPAN.size * count
-        spans = content[body:stop]
-        if stop > len(content) or own != xxh3(spans, xxh3(head, content_sum)):
+        spans = view[body:stop]
+        if stop > len(view) or own != xxh3(spans, xxh3(head, content_sum)):
             break
         entries.append(Entry(first, end, content_sum, np.frombuffer(spans, SPAN_DTYPE), start + body))
         position = stop
-    return entries, start + position
+    return Log(entries, start + position)
 
 
-def sealed_entries(shard: Path, manifest: Manifest, *, remote_bytes: int | None = None) -> tuple[list[Entry], int, str]:
-    """Return the entries of a sealed shard, where they end in its index, and what is wrong with the index.
+def read_index(shard: Path, manifest: Manifest, start: int = 0) -> Log:
+    """Read the whole entries from byte `start` of a shard's index on.
 
-    An index that is missing or damaged gives way to a scan of the shard. remote_bytes: its size in a store, from which
-    it need not have been fetched. Raises FileNotFoundError if the shard is gone.
+    Raises OSError if it cannot be read, CacheError if it is damaged at its head or of another fingerprint.
     """
-    index, entries, end = index_path(shard), list[Entry](), 0
-    if remote_bytes is None and not shard.is_file():
-        if not os.path.lexists(shard):
-            raise FileNotFoundError(shard)
-        return [], 0, f"{shard.name} is no regular file"
+    with index_path(shard).open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    if start == 0 and content and content[: FILE_HEAD.size] != file_head(manifest):
+        raise CacheError(f"{index_path(shard)} is damaged, or belongs to targets of another fingerprint")
+    log = parse_index(content, start)
+    return log if log.end == start + len(content) else log._replace(problem=f"{index_path(shard)} is damaged")
+
+
+def rebuild_index(path: Path, manifest: Manifest) -> bytes:
+    """Make the index of a shard's file from that alone; empty if it is no shard of this cache."""
+    entries = [pack_entry(*message) for message in scan(path, shard_schema(manifest))]
+    return b"".join([file_head(manifest), *entries]) if entries else b""
+
+
+def sealed_index(shard: Path, manifest: Manifest, start: int = 0, *, shard_bytes: int | None = None) -> Log:
+    """Read the entries of a sealed shard's index, which is made again if it is missing or damaged.
+
+    shard_bytes: the shard's size in a store, from which it need not have been fetched. Raises OSError if the shard is
+    gone or cannot be read.
+    """
+    size = shard.stat().st_size if shard_bytes is None else shard_bytes
+    problem = f"{index_path(shard)} is damaged"
     try:
-        entries, end = read_entries(index, manifest.fingerprint.digest)
-        size = shard.stat().st_size if remote_bytes is None else remote_bytes
-        if end == index.stat().st_size and entries and entries[-1].end + len(END_OF_STREAM) >= size:
-            return entries, end, ""
-        problem = f"{index} is damaged"
+        log = read_index(shard, manifest, start)
+        is_whole = log.entries[-1].end + len(END_OF_STREAM) >= size if log.entries else start > 0
+        if is_whole and not log.problem:
+            return log
     except (CacheError, OSError) as error:
-        problem = f"{index} is missing" if isinstance(error, FileNotFoundError) else str(error)
-    schema = shard_schema(manifest)
-    if not (start := head_bytes(shard, schema)):
-        if remote_bytes is None and not os.path.lexists(shard):  # pruned meanwhile
-            raise FileNotFoundError(shard)
-        return [], 0, f"{problem}; {shard.name} is no shard of this cache, or its head is damaged"
-    messages = scan(shard, schema, start)
-    scanned = [Entry(m.start, m.start + m.content.size, 0, m.spans, -1) for m in messages]
-    return scanned, 0, f"{problem}; {shard.name} is scanned instead"
-
-
-@dataclass(frozen=True, slots=True)
-class KeyIndex:
-    """Keys as two 64-bit halves in rising order, and where each one's record lies: 24 bytes a record; keys may repeat.
-
-    A place is the number of a shard and, in its lower 32 bits, an offset in the shard's index.
-    """
-
-    high: npt.NDArray[np.uint64]
-    low: npt.NDArray[np.uint64]
-    place: npt.NDArray[np.uint64]
-
-    @classmethod
-    def of(cls, keys: npt.NDArray[np.void], places: npt.NDArray[np.uint64]) -> KeyIndex:
-        """Return some keys (dtype V16), unsorted."""
-        halves = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
-        return cls(halves[:, 0].astype(np.uint64), halves[:, 1].astype(np.uint64), places)
-
-    @classmethod
-    def joined(cls, parts: Iterable[KeyIndex]) -> KeyIndex:
-        """Sort several into one; of equal keys those of earlier parts come first."""
-        parts = [*parts]
-        high, low, place = (
-            np.concatenate([np.zeros(0, np.uint64), *(getattr(part, name) for part in parts)])
-            for name in ("high", "low", "place")
-        )
-        order = np.argsort(high, kind="stable")
-        high = high[order]
-        if (high[1:] == high[:-1]).any():
-            order = np.lexsort((low, high_unsorted := np.concatenate([part.high for part in parts])))
-            high = high_unsorted[order]
-        return cls(high, low[order], place[order])
-
-    def __len__(self) -> int:
-        return len(self.high)
-
-    def find(self, key: bytes) -> list[int]:
-        """Return the places of a key's records."""
-        high, low = HALVES.unpack(key)
-        highs, found = memoryview(self.high), list[int]()  # type: ignore[arg-type]
-        position = bisect_left(highs, high)
-        while position < len(highs) and highs[position] == high:
-            if self.low[position] == low:
-                found.append(int(self.place[position]))
-            position += 1
-        return found
-
-    def select(self, chosen: npt.NDArray[np.bool_]) -> KeyIndex:
-        return self if chosen.all() else KeyIndex(self.high[chosen], self.low[chosen], self.place[chosen])
-
-    def distinct(self) -> KeyIndex:
-        """Keep the first record of each key."""
-        repeats = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
-        return self.select(np.concatenate([np.ones(min(len(self), 1), bool), ~repeats]))
-
-    def key(self, position: int) -> bytes:
-        return HALVES.pack(int(self.high[position]), int(self.low[position]))
-
-
-def empty_index() -> KeyIndex:
-    return KeyIndex.joined([])
-
-
-def joined(entries: Iterable[Entry]) -> Spans:
-    """Return the spans of some entries."""
-    return np.concatenate([np.zeros(0, SPAN_DTYPE), *(entry.spans for entry in entries)])
-
-
-def places_of(number: int, entries: Sequence[Entry]) -> KeyIndex:
-    """Return the keys of a shard's entries; those that a scan has found are placed one after the other."""
-    row, keys, offsets = 0, [np.zeros(0, "V16")], [np.zeros(0, np.uint64)]
-    for entry in entries:
-        first = entry.offset if entry.offset >= 0 else SPAN.size * row
-        offsets.append(np.arange(first, first + entry.spans.nbytes, SPAN.size, dtype=np.uint64))
-        keys.append(entry.spans["key"])
-        row += len(entry.spans)
-    return KeyIndex.of(np.concatenate(keys), np.concatenate(offsets) + np.uint64(number << 32))
+        problem = str(error)
+    rebuilt = rebuild_index(shard, manifest)
+    found = "its records are found by a scan" if rebuilt else "it is no shard of this cache, or its head is damaged"
+    return parse_index(rebuilt[start:], start)._replace(rebuilt=rebuilt, problem=f"{shard.name}: {problem}; {found}")

@@ -23,8 +23,6 @@ from logitstream.types import Fingerprint
 FORMAT = "logitstream-cache/3"
 MANIFEST = "manifest.json"
 ID_MODEL = "id_model.bin"
-VERSIONS = "versions"
-"""Folder of the caches of newer weights, inside the cache of the first."""
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}$")
 LEFTOVER_SECONDS = 3600.0
 
@@ -48,14 +46,12 @@ def create_manifest(
     """
     Fingerprint.from_json(asdict(fingerprint))  # otherwise nobody could open the cache again
     directory.mkdir(parents=True, exist_ok=True)
+    is_new = not (directory / MANIFEST).exists()
     digest = hashlib.sha256(id_model).hexdigest() if id_model else ""
-    if id_model and digest != fingerprint.id_model_digest:
-        raise ValueError(f"id model of SHA-256 {digest}, the fingerprint names {fingerprint.id_model_digest or 'none'}")
-    if not (directory / MANIFEST).exists():
-        if fingerprint.id_model_digest and not id_model:
-            raise ValueError(
-                "a new cache of this fingerprint needs the teacher's id model: pass id_model=info.id_model"
-            )
+    if digest != fingerprint.id_model_digest and (id_model or is_new):
+        expected = f"{fingerprint.id_model_digest or 'none'} as the fingerprint names it, got {digest or 'none'}"
+        raise ValueError(f"expected the teacher's id model (id_model=info.id_model) of SHA-256 {expected}")
+    if is_new:
         if id_model:  # before the manifest, so that nobody finds one without its id model
             write_whole(directory / ID_MODEL, id_model, replace=False)
         content = {
@@ -79,13 +75,7 @@ def create_manifest(
 def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> Manifest:
     """Read and check the manifest; FingerprintMismatch spells out every field that differs from `fingerprint`."""
     path = directory / MANIFEST
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CacheError(f"{directory} is no cache: expected {MANIFEST} in it") from error
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error}") from error
-    manifest = parse_manifest(content, path)
+    manifest = parse_manifest(_read(path, f"{directory} is no cache: expected {MANIFEST} in it"), path)
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         differences = fingerprint.differences(manifest.fingerprint)
         raise FingerprintMismatch(
@@ -108,27 +98,30 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
         raise CacheError(f"{path} holds no fingerprint of ours: {error}") from error
     if fingerprint.digest != found.get("fingerprint_digest"):
         raise CacheError(
-            f"{path} is damaged: its fingerprint {asdict(fingerprint)} has digest {fingerprint.digest}, "
-            f"it names {found.get('fingerprint_digest')!r}"
+            f"{path} is damaged: its fingerprint has the digest {fingerprint.digest}, not the one that it names"
         )
     return Manifest(fingerprint=fingerprint, provenance=provenance, created=created)
 
 
 def read_id_model(directory: Path, fingerprint: Fingerprint) -> bytes:
     """Read and check the id model that decodes the payloads; empty if the fingerprint names none."""
-    if not fingerprint.id_model_digest:
+    expected, path = fingerprint.id_model_digest, directory / ID_MODEL
+    if not expected:
         return b""
-    path = directory / ID_MODEL
+    content = _read(path, f"{path} is missing: its SHA-256 should be {expected}")
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise CacheError(f"{path} is damaged: expected SHA-256 {expected}, got {found}")
+    return content
+
+
+def _read(path: Path, missing: str) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing: its SHA-256 should be {fingerprint.id_model_digest}") from error
+        raise CacheError(missing) from error
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != fingerprint.id_model_digest:
-        raise CacheError(f"{path} is damaged: expected SHA-256 {fingerprint.id_model_digest}, got {found}")
-    return content
 
 
 def render(content: dict[str, Any]) -> bytes:
@@ -152,11 +145,6 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
     return rest
 
 
-def caches_in(directory: Path) -> list[Path]:
-    """List the folder of a cache and those of newer weights in it."""
-    return [directory, *sorted(path.parent for path in directory.glob(f"{VERSIONS}/*/{MANIFEST}"))]
-
-
 def remove_leftovers(directory: Path) -> None:
     """Remove the partial files of killed processes that nobody has touched for an hour."""
     for path in directory.glob(".*"):
@@ -166,7 +154,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def tree_bytes(directory: Path) -> int:
-    """Return the bytes of a cache and of those in its `versions` folder."""
+    """Return the bytes of all files in a folder and below it."""
     return sum(file_bytes(Path(folder, name)) for folder, _, names in os.walk(directory) for name in names)
 
 

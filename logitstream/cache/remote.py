@@ -13,8 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,14 @@ from typing import Any, TypeVar
 import fsspec
 
 from logitstream import metrics
-from logitstream.cache.manifest import ID_MODEL, MANIFEST, parse_manifest, read_manifest, remove_leftovers
+from logitstream.cache.manifest import (
+    ID_MODEL,
+    MANIFEST,
+    file_bytes,
+    parse_manifest,
+    read_manifest,
+    remove_leftovers,
+)
 from logitstream.errors import CacheError
 
 ATTEMPTS = 8
@@ -55,7 +61,7 @@ def has_manifest(directory: str | Path) -> bool:
         return (local_path(directory) / MANIFEST).exists()
     fs, root = fsspec.core.url_to_fs(str(directory))
     fs.invalidate_cache()
-    return bool(_retried(root, lambda: fs.exists(f"{root}/{MANIFEST}"), LIST_ATTEMPTS))
+    return bool(_retried(lambda: fs.exists(f"{root}/{MANIFEST}"), LIST_ATTEMPTS))
 
 
 def staging_folder(url: str) -> Path:
@@ -82,9 +88,9 @@ def downloaded(directory: str) -> Iterator[Path]:
 
 
 class Mirror:
-    """A remote directory and its staging folder; its methods may be called from any thread.
+    """A folder in a store and its staging folder here; its methods may be called from any thread.
 
-    Raises OSError once all attempts have failed.
+    Raises OSError once all attempts have failed. More attributes than 12 because a forked process begins some anew.
     """
 
     def __init__(
@@ -99,40 +105,38 @@ class Mirror:
         self.staging.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.staging)
         self.sizes: dict[str, int] = {}
-        self._staging_bytes = staging_bytes
-        self._listed = 0.0
-        self.url, self._storage_options = url, storage_options or {}
-        self._connect()
-
-    def _connect(self) -> None:
-        """Start the threads and connections of this process."""
-        self._pid = os.getpid()
-        self._fs, self._root = fsspec.core.url_to_fs(self.url, **self._storage_options)
+        self._staging_bytes, self._listed = staging_bytes, 0.0
+        self._replaced: set[Path] = set()
+        self._uploads: list[Future[None]] = []
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="cache-mirror")
-        self._lock = threading.Lock()
-        self._moving: dict[tuple[str, str], Future[None]] = {}
+        self._url, self._options, self._pid = url, storage_options or {}, -1
+        self._reconnect_if_forked()
+
+    def _reconnect_if_forked(self) -> None:
+        """Begin connections of this process: a loader's worker cannot use its parent's."""
+        if self._pid != os.getpid():
+            self._pid, self._lock = os.getpid(), threading.Lock()
+            self._fs, self._root = fsspec.core.url_to_fs(self._url, **self._options)
 
     def pull_head(self) -> None:
         """List the store and fetch its manifest and id model; CacheError if another cache is staged here."""
         self.list()
-        if MANIFEST in self.sizes and (self.staging / MANIFEST).exists():
-            content = self._try(lambda: self._fs.cat_file(f"{self._root}/{MANIFEST}"))
-            found = mine = parse_manifest(content, self.staging / MANIFEST).fingerprint
-            with suppress(CacheError):  # a staged one that is damaged is replaced
-                mine = read_manifest(self.staging).fingerprint
-            if mine != found:
-                raise CacheError(
-                    f"{self.staging} holds the staged shards of another cache than {self._root} (there against "
-                    f"here): {mine.differences(found)}: remove it or choose another staging folder"
-                )
+        staged = None
+        with suppress(CacheError):  # none, or a damaged one, which is replaced
+            staged = read_manifest(self.staging).fingerprint
+        if staged is not None and MANIFEST in self.sizes:
+            content = _retried(lambda: self._fs.cat_file(f"{self._root}/{MANIFEST}"))
+            if staged != parse_manifest(content, Path(self._root, MANIFEST)).fingerprint:
+                raise CacheError(f"{self.staging} holds the staged shards of another cache than {self._url}: remove it")
         for name in (ID_MODEL, MANIFEST):
             if name in self.sizes:
                 self._download(name)
 
     def list(self) -> None:
         """Look up what is there now, and fetch the indexes of new shards."""
+        self._reconnect_if_forked()
         self._listed = time.monotonic()
-        self.sizes = self._try(self._list, attempts=LIST_ATTEMPTS)
+        self.sizes = _retried(self._list, LIST_ATTEMPTS)
         for shard in self.shards():
             index = shard.with_suffix(".index").name
             if index in self.sizes and not self._is_staged(index):
@@ -158,44 +162,22 @@ class Mirror:
         """Return the paths in the staging folder of the store's shards, and their sizes."""
         return {self.staging / name: size for name, size in self.sizes.items() if name.endswith(".arrow")}
 
-    def fetch(self, path: Path, *ahead: Path) -> None:
-        """Wait until a shard is in the staging folder, and begin to fetch the ones that are read after it."""
-        futures = [self._move("down", one, self._fetch, self._is_staged(one.name)) for one in (path, *ahead)]
-        futures[0].result()
+    def fetch(self, path: Path, *, again: bool = False) -> bool:
+        """Bring a shard of the store to the staging folder if it is not there, or once again because it is damaged.
 
-    def _fetch(self, name: str) -> None:
-        if not self._is_staged(name):
-            self._make_room(self.sizes.get(name, 0))
-            self._download(name)
-
-    def fetch_again(self, path: Path) -> bool:
-        """Replace a damaged staged shard by the store's, once; return False if the store does not have it."""
-        if path.name not in self.sizes:  # not uploaded yet: the only copy
-            return False
-        self._move("again", path, self._download, True).result()
-        return True
-
-    def _move(self, how: str, path: Path, work: Callable[[str], None], is_done: bool) -> Future[None]:
-        """Have a file moved by a thread, unless that is under way or has been done."""
-        if self._pid != os.getpid():  # a loader's forked worker: threads and connections stayed with its parent
-            self._connect()
+        Returns False if the store does not have it: it is not uploaded yet.
+        """
+        self._reconnect_if_forked()
         with self._lock:
-            found = self._moving.get((how, path.name))
-            if found is None or (found.done() and not is_done):
-                found = self._moving[how, path.name] = self._pool.submit(work, path.name)
-            return found
-
-    def _is_staged(self, name: str) -> bool:
-        """Return whether a file is here, as long as in the store."""
-        try:
-            size = (self.staging / name).stat().st_size
-        except FileNotFoundError:
-            return False
-        return self.sizes.get(name, size) == size
+            if path.name in self.sizes and (not self._is_staged(path.name) or (again and path not in self._replaced)):
+                self._make_room(self.sizes[path.name])
+                self._download(path.name)
+                self._replaced.update([path] if again else [])
+        return path.name in self.sizes
 
     def push_later(self, path: Path) -> None:
         """Upload a sealed shard in the background."""
-        self._move("up", path, self._push, False)
+        self._uploads.append(self._pool.submit(self._push, path.name))
 
     def push_missing(self) -> None:
         """Upload the manifest of a new cache, and the shards that an earlier run has not uploaded."""
@@ -217,58 +199,56 @@ class Mirror:
         self._make_room(0)
 
     def close(self) -> None:
-        """Wait for uploads."""
-        with self._lock:
-            moving = [future for (how, _), future in self._moving.items() if how == "up"]
-        unfinished = wait_for(moving, timeout=CLOSE_SECONDS).not_done
+        """Wait for what is under way."""
+        unfinished = wait(self._uploads, timeout=CLOSE_SECONDS).not_done
         if unfinished:
             logger.warning("%d shards of %s are not uploaded yet: open the cache again", len(unfinished), self._root)
         self._pool.shutdown(wait=not unfinished, cancel_futures=True)
 
+    def _is_staged(self, name: str) -> bool:
+        """Return whether a file is here, as long as in the store."""
+        path = self.staging / name
+        return path.exists() and file_bytes(path) == self.sizes[name]
+
     def _make_room(self, more: int) -> None:
         """Drop the shards that were staged longest ago and are in the store, to keep to the bound."""
-        with self._lock:
-            staged = [(path.stat().st_mtime, path, path.stat().st_size) for path in self.staging.glob("*.arrow")]
-            total = sum(size for *_, size in staged) + more
-            for _, path, size in sorted(staged):
-                if total > self._staging_bytes and self.sizes.get(path.name) == size:
-                    path.unlink(missing_ok=True)
-                    total -= size
+        staged = sorted(self.staging.glob("*.arrow"), key=lambda path: path.stat().st_mtime)
+        total = more + sum(map(file_bytes, staged))
+        for path in staged:
+            size = file_bytes(path)
+            if total > self._staging_bytes and self.sizes.get(path.name) == size:
+                path.unlink(missing_ok=True)
+                total -= size
 
     def _download(self, name: str) -> None:
         partial = self.staging / f".{name}.{uuid.uuid4().hex}"
         try:
-            self._try(lambda: self._get(name, partial))
+            _retried(lambda: self._get(name, partial))
             partial.replace(self.staging / name)
         finally:
             partial.unlink(missing_ok=True)
 
     def _get(self, name: str, partial: Path) -> None:
         self._fs.get_file(f"{self._root}/{name}", str(partial))
-        if partial.stat().st_size != self.sizes.get(name):
-            raise OSError(f"{name} came with {partial.stat().st_size} bytes, expected {self.sizes.get(name)}")
+        if (size := partial.stat().st_size) != self.sizes.get(name):
+            raise OSError(f"{name} came with {size} bytes, expected {self.sizes.get(name)}")
 
     def _upload(self, name: str) -> None:
         path = self.staging / name
-        self._try(lambda: self._fs.put_file(str(path), f"{self._root}/{name}"))
+        _retried(lambda: self._fs.put_file(str(path), f"{self._root}/{name}"))
         self.sizes[name] = path.stat().st_size
 
-    def _try(self, operation: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-        return _retried(self._root, operation, attempts)
 
-
-def _retried(root: str, operation: Callable[[], T], attempts: int) -> T:
+def _retried(operation: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """Try an operation on a store several times, with growing pauses; then raise OSError."""
-    pause = FIRST_PAUSE_SECONDS
-    for left in reversed(range(attempts)):
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(min(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), LONGEST_PAUSE_SECONDS))
         try:
             return operation()
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:
-            if not left:
-                raise OSError(f"{root}: {error}") from error
-            logger.info("%s: %s; trying again", root, error)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-    raise AssertionError("the last attempt returns or raises")
+            logger.info("%s; attempt %d of %d", error, attempt + 1, attempts)
+            failure = error
+    raise OSError(str(failure)) from failure

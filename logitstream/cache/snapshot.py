@@ -1,60 +1,78 @@
-"""The records of a cache folder at one moment: which shards there are, and where each key's records lie in them."""
+"""The records of a cache folder at one moment: which shards there are, and where each key's records lie in them.
+
+Keys are an array uint64 [3, N] in rising order: the key's two halves, and the place of its record, which is the number
+of a shard and, in the lower 32 bits, an offset in the shard's index: 24 bytes a record. Keys may repeat.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-from collections.abc import Mapping
+import struct
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.cache.index import (
-    Entry,
-    KeyIndex,
-    empty_index,
-    index_path,
-    joined,
-    places_of,
-    read_entries,
-    sealed_entries,
-)
+from logitstream.cache.index import Log, index_path, parse_index, read_index, sealed_index
 from logitstream.cache.manifest import Manifest
-from logitstream.cache.open_shard import origin
-from logitstream.cache.shard import OPEN_SUFFIX, Spans
+from logitstream.cache.shard import OPEN_SUFFIX, SPAN, age
 from logitstream.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 LOOKS = 20
 """How often a folder is listed while its shards change."""
+HALVES = struct.Struct(">QQ")
 SHARD_BITS = np.uint64(32)
-DRAW_SET_OFFSET = 40
-"""Place of the draw set in a span."""
 OFFSET_MASK = np.uint64((1 << 32) - 1)
+Keys = npt.NDArray[np.uint64]
+
+
+def sorted_keys(parts: Sequence[Keys]) -> Keys:
+    """Sort several arrays of keys into one; of equal keys those of earlier parts come first."""
+    keys = np.concatenate([np.zeros((3, 0), np.uint64), *parts], axis=1)
+    return keys.take(np.lexsort((keys[1], keys[0])), axis=1)
+
+
+def keys_of(number: int, log: Log) -> Keys:
+    """Return the keys that a shard's index names, unsorted."""
+    halves = np.ascontiguousarray(log.spans["key"]).view(">u8").reshape(-1, 2).T
+    offsets = [np.arange(e.offset, e.offset + e.spans.nbytes, SPAN.size, dtype=np.uint64) for e in log.entries]
+    return np.stack([*halves.astype(np.uint64), np.concatenate([halves[0, :0], *offsets]) | np.uint64(number << 32)])
+
+
+def find(keys: Keys, key: bytes) -> list[int]:
+    """Return the places of a key's records."""
+    high, low = HALVES.unpack(key)
+    highs, found = memoryview(keys[0]), list[int]()
+    position = bisect_left(highs, high)
+    while position < len(highs) and highs[position] == high:
+        if keys[1, position] == low:
+            found.append(int(keys[2, position]))
+        position += 1
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard by its sealed name; `end`: how much of its index was read; `scanned`: its spans if that is damaged."""
+    """A shard by its sealed name, how much of its index was read, and the index if its file is damaged."""
 
     path: Path
     is_sealed: bool = False
     end: int = 0
-    scanned: Spans | None = field(default=None, compare=False)
+    rebuilt: bytes = b""
 
-    def content(self) -> bytes:
-        """Return the bytes that places are offsets in."""
-        return self.scanned.tobytes() if self.scanned is not None else index_path(self.path).read_bytes()
+    def index(self) -> bytes:
+        """Return what is read by now of the content of its index; FileNotFoundError if the shard is gone."""
+        return self.rebuilt or index_path(self.path).read_bytes()[: self.end]
 
-    def spans(self, fingerprint_digest: str) -> Spans:
-        """Return the spans of all records that the index names by now."""
-        if self.scanned is not None:
-            return self.scanned
-        return joined(read_entries(index_path(self.path), fingerprint_digest)[0])
+    def log(self) -> Log:
+        return parse_index(self.index())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,119 +83,96 @@ class Snapshot:
     """
 
     shards: tuple[Shard, ...] = ()
-    keys: KeyIndex = field(default_factory=empty_index)
-    recent: KeyIndex = field(default_factory=empty_index)
+    keys: Keys = field(default_factory=lambda: sorted_keys([]))
+    recent: Keys = field(default_factory=lambda: sorted_keys([]))
 
     def places(self, key: bytes) -> list[int]:
         """Return the places of a key's records."""
-        return [*self.keys.find(key), *self.recent.find(key)]
+        return [*find(self.keys, key), *find(self.recent, key)]
 
-    def ordered(self, ends: Mapping[str, int] | None = None) -> KeyIndex:
-        """Return each key once, in rising order; ends: only records before these offsets of the named shards."""
-        index = KeyIndex.joined([self.keys, self.recent]) if len(self.recent) else self.keys
+    def distinct(self, ends: Mapping[str, int] | None = None) -> Keys:
+        """Return each key once; ends: only records before these offsets of the named shards' indexes."""
+        keys = sorted_keys([self.keys, self.recent]) if self.recent.size else self.keys
         if ends is not None:
             limits = np.array([ends.get(shard.path.name, 0) for shard in self.shards], np.uint64)
-            index = index.select((index.place & OFFSET_MASK) < limits[index.place >> SHARD_BITS])
-        return index.distinct()
+            keys = keys.compress((keys[2] & OFFSET_MASK) < limits[keys[2] >> SHARD_BITS], axis=1)
+        is_first = np.ones(keys.shape[1], bool)
+        is_first[1:] = (keys[:2, 1:] != keys[:2, :-1]).any(axis=0)
+        return keys if is_first.all() else keys.compress(is_first, axis=1)
 
-    def without(self, gone: set[Path]) -> Snapshot:
-        """Return the records of the other shards, which are numbered anew."""
-        stays = np.array([shard.path not in gone for shard in self.shards], np.bool_)
-        numbers = (np.cumsum(stays) - 1).astype(np.uint64)
+    def only(self, paths: Mapping[Path, bool]) -> Snapshot:
+        """Return the records of these shards, which are numbered anew."""
+        stays = np.array([shard.path in paths for shard in self.shards], bool)
+        if stays.all():
+            return self
+        numbers = (np.cumsum(stays) - 1).astype(np.uint64) << SHARD_BITS
+        parts = [keys.compress(stays[keys[2] >> SHARD_BITS], axis=1) for keys in (self.keys, self.recent)]
+        for keys in parts:
+            keys[2] = numbers[keys[2] >> SHARD_BITS] | (keys[2] & OFFSET_MASK)
+        return Snapshot(tuple(shard for shard in self.shards if shard.path in paths), *parts)
 
-        def renumbered(index: KeyIndex) -> KeyIndex:
-            index = index.select(stays[index.place >> SHARD_BITS])
-            places = numbers[index.place >> SHARD_BITS] << SHARD_BITS
-            return replace(index, place=places | (index.place & OFFSET_MASK))
-
-        shards = tuple(shard for shard in self.shards if shard.path not in gone)
-        return Snapshot(shards, renumbered(self.keys), renumbered(self.recent))
-
-    def draw_sets(self, index: KeyIndex) -> npt.NDArray[np.uint64]:
-        """Return the draw set of each record of an index; FileNotFoundError if a shard is gone."""
-        found = np.zeros(len(index), np.uint64)
-        at = np.arange(8, dtype=np.uint64) + np.uint64(DRAW_SET_OFFSET)
+    def draw_sets(self, keys: Keys) -> npt.NDArray[np.uint64]:
+        """Return the draw set of each key's record; FileNotFoundError if a shard is gone."""
+        found, in_span = np.zeros(keys.shape[1], np.uint64), np.arange(40, 48, dtype=np.uint64)
         for number, shard in enumerate(self.shards):
-            mine = np.flatnonzero(index.place >> SHARD_BITS == number)
+            mine = np.flatnonzero(keys[2] >> SHARD_BITS == number)
             if len(mine):
-                content = np.frombuffer(shard.content(), np.uint8)
-                found[mine] = content[(index.place[mine] & OFFSET_MASK)[:, None] + at].view("<u8")[:, 0]
+                content = np.frombuffer(shard.index(), np.uint8)
+                found[mine] = content[(keys[2, mine] & OFFSET_MASK)[:, None] + in_span].view("<u8")[:, 0]
         return found
 
 
-def survey(
-    directory: Path, manifest: Manifest, before: Snapshot, *, remote: Mapping[Path, int] | None = None
-) -> Snapshot:
+def shards_in(directory: Path) -> dict[Path, bool]:
+    """Return the sealed names of the shards in a folder, and if they are sealed."""
+    names = os.listdir(directory)
+    found = {directory / name.removesuffix(OPEN_SUFFIX): False for name in names if name.endswith(OPEN_SUFFIX)}
+    return found | {directory / name: True for name in names if name.endswith(".arrow")}
+
+
+def survey(directory: Path, manifest: Manifest, before: Snapshot, remote: Mapping[Path, int]) -> Snapshot:
     """Return what is readable now, reading only what is new since `before`.
 
-    A prune writes a record's new shard before it removes the old one, and a listing of the folder may show neither. So
-    shards that one listing lacks are dropped once a later listing, which shows the new ones, has been read as a whole.
-    remote: sizes of sealed shards that can be fetched, whose indexes are in the folder already.
+    A prune writes a record's new shard before it removes the old one, and one listing of the folder may show neither:
+    so shards are dropped only by two equal listings in a row. remote: sizes of sealed shards that can be fetched, whose
+    indexes are in the folder already.
     """
-    remote, now = remote or {}, before
-    gone: set[Path] = set()
-    for look in range(LOOKS):
-        names, previous = _listed(directory, remote), now
-        now, is_whole = _extended(previous, names, manifest, remote)
-        if is_whole and look > 0:
-            gone -= names.keys()
-            return now.without(gone) if gone else now
-        gone = {shard.path for shard in now.shards} - names.keys()
-        if is_whole and now is previous and not gone:
-            break
+    now, names = before, shards_in(directory) | dict.fromkeys(remote, True)
+    for _ in range(LOOKS):
+        now = _extended(now, names, manifest, remote)
+        names, previous = shards_in(directory) | dict.fromkeys(remote, True), names
+        if names == previous:
+            return now.only(names)
     return now
 
 
-def _listed(directory: Path, remote: Mapping[Path, int]) -> dict[Path, bool]:
-    """Return the paths of all shards, and whether they are sealed. An index alone is no shard."""
-    names = os.listdir(directory)
-    shards = {directory / name.removesuffix(OPEN_SUFFIX): False for name in names if name.endswith(OPEN_SUFFIX)}
-    return shards | {directory / name: True for name in names if name.endswith(".arrow")} | dict.fromkeys(remote, True)
-
-
-def _extended(
-    before: Snapshot, names: dict[Path, bool], manifest: Manifest, remote: Mapping[Path, int]
-) -> tuple[Snapshot, bool]:
-    """Return `before` with what was written since, and whether all of these shards were still there."""
-    shards, parts, is_whole = list(before.shards), [], True
-    numbers = {shard.path: number for number, shard in enumerate(shards)}
-    for path in sorted(names, key=lambda path: (origin(path)[1], path.name)):
-        number = numbers.get(path, len(shards))
-        known = shards[number] if number < len(shards) else Shard(path)
-        if known.is_sealed:
-            continue
+def _extended(before: Snapshot, names: Mapping[Path, bool], manifest: Manifest, remote: Mapping[Path, int]) -> Snapshot:
+    """Return `before` with what was written since."""
+    shards, parts = {shard.path: shard for shard in before.shards}, [before.recent]
+    numbers = {path: number for number, path in enumerate(shards)}
+    for path in sorted((path for path in names if path not in shards or not shards[path].is_sealed), key=age):
+        known = shards.get(path, Shard(path))
         try:
-            shard, entries = _read(known, names[path], manifest, remote.get(path))
-        except FileNotFoundError:
-            is_whole = False
+            if names[path]:
+                log = sealed_index(path, manifest, known.end, shard_bytes=remote.get(path))
+            else:  # its last entry may be being written
+                log = read_index(path, manifest, known.end)._replace(problem="")
+        except FileNotFoundError:  # sealed or pruned meanwhile: the next listing shows it
             continue
-        shards[number : number + 1] = [shard]
-        parts.append(places_of(number, entries))
-    if not any(map(len, parts)):
-        return (before if shards == list(before.shards) else replace(before, shards=tuple(shards))), is_whole
-    recent = KeyIndex.joined([before.recent, *parts])
-    if len(recent) * 8 > len(before.keys):
-        return Snapshot(tuple(shards), KeyIndex.joined([before.keys, recent])), is_whole
-    return Snapshot(tuple(shards), before.keys, recent), is_whole
-
-
-def _read(known: Shard, is_sealed: bool, manifest: Manifest, remote_bytes: int | None) -> tuple[Shard, list[Entry]]:
-    """Read the new entries of a shard, or all of a sealed one that is new; FileNotFoundError if it is gone."""
-    path, digest = known.path, manifest.fingerprint.digest
-    if not is_sealed or known.end:
-        try:
-            entries, end = read_entries(index_path(path), digest, known.end)
-        except FileNotFoundError:
-            raise
         except (CacheError, OSError) as error:
-            _warn_once(f"{error}; the records of {path.name} are skipped")
-            entries, end = [], 0
-        return Shard(path, is_sealed, end), entries
-    entries, end, problem = sealed_entries(path, manifest, remote_bytes=remote_bytes)
-    if problem:
-        logger.warning(problem)
-    scanned = joined(entries) if problem else None
-    return Shard(path, True, end if scanned is None else scanned.nbytes, scanned), entries
+            log = Log([], known.end, problem=f"{path.name}: {error}; its records are skipped")
+        if log.problem:
+            _warn_once(log.problem)
+        shards[path] = Shard(path, names[path], log.end, log.rebuilt)
+        number = numbers.setdefault(path, len(numbers))
+        if log.entries:
+            parts.append(keys_of(number, log))
+    found = tuple(shards.values())
+    if len(parts) == 1:
+        return before if found == before.shards else replace(before, shards=found)
+    recent = sorted_keys(parts)
+    if recent.size * 8 > before.keys.size:
+        return Snapshot(found, sorted_keys([before.keys, recent]) if before.keys.size else recent)
+    return Snapshot(found, before.keys, recent)
 
 
 @functools.cache

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,17 +14,25 @@ import numpy.typing as npt
 from logitstream import metrics
 from logitstream.cache.index import ENTRY_BYTES
 from logitstream.cache.manifest import create_manifest, tree_bytes
-from logitstream.cache.open_shard import OpenShard, recover
+from logitstream.cache.open_shard import OpenShard, recover, shard_name
 from logitstream.cache.remote import Mirror, is_remote, local_path
-from logitstream.cache.shard import KEY_BYTES, MAX_SHARD_BYTES, SPAN, Record, encode_batch, token_dtype
-from logitstream.types import Fingerprint
+from logitstream.cache.shard import (
+    END_OF_STREAM,
+    KEY_BYTES,
+    MAX_SHARD_BYTES,
+    SPAN,
+    Stored,
+    bound_of_bytes,
+    encode_batch,
+    shard_schema,
+    token_dtype,
+)
+from logitstream.types import Fingerprint, pack_mask
 
 logger = logging.getLogger(__name__)
 
 RECORD_BYTES = 160
-"""Bound of what a record takes beside its tokens, mask and payload: columns, offsets and its span in the index."""
 MESSAGE_BYTES = 4096
-"""Bound of what a record batch takes beside its records, and of what a new shard takes before them."""
 CHECK_BYTES = 16 << 20
 """How much a writer writes between looks at what others wrote."""
 
@@ -44,9 +50,8 @@ class CacheWriter:
 
     directory: a folder or an fsspec URL (s3://…): then shards are written to the folder `staging` and uploaded once
     they are sealed; storage_options go to fsspec. disk_label: the disk's name in the metrics, by default the folder.
+    More attributes than 12 because the limits, what is pending and what is known of the disk belong to one lock.
     """
-
-    # More than 12 attributes: the limits, what is pending, and what is known of the disk belong to one lock.
 
     def __init__(
         self,
@@ -70,16 +75,15 @@ class CacheWriter:
             )
         self.directory = local_path(directory)
         self.disabled = ""
-        self._fingerprint, self._fsync = fingerprint, fsync
+        self._vocab_size, self._fsync = fingerprint.vocab_size, fsync
         self._limits = (max_bytes, shard_bytes, batch_bytes)
-        self._labels = (str(directory), disk_label)
+        self._labels = (str(directory), disk_label or str(directory))
         self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
         self._lock = threading.RLock()
-        self._pending: list[Record] = []
-        self._pending_bytes = self._others_bytes = self._unchecked_bytes = 0
+        self._pending: list[Stored] = []
+        self._pending_bytes = self._written_bytes = self._unchecked_bytes = 0
         self._shard: OpenShard | None = None
         self._mirror: Mirror | None = None
-        self._pid = os.getpid()
         try:
             if is_remote(directory):
                 self._mirror = Mirror(str(directory), staging=staging, storage_options=storage_options)
@@ -88,17 +92,25 @@ class CacheWriter:
             self._manifest = create_manifest(
                 self.directory, fingerprint, provenance=provenance or {}, id_model=id_model
             )
+            self._schema = shard_schema(self._manifest)
             recover(self.directory, self._manifest)
             if self._mirror is not None:
                 self._mirror.push_missing()
-            self._look_around()
         except OSError as error:
             self._disable(str(error))
+        self.look_around()
 
     @property
     def unwritten(self) -> int:
         """Records that were put and are not on disk yet."""
         return len(self._pending)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bound of the directory's bytes once everything that was put is sealed, as far as this writer knows."""
+        with self._lock:
+            pending = bound_of_bytes(len(self._pending), self._pending_bytes) if self._pending else 0
+            return self._written_bytes + pending
 
     def put(
         self,
@@ -113,25 +125,21 @@ class CacheWriter:
         """Take one sequence's encoded targets, verbatim; return whether they were taken. flush() makes them safe."""
         if len(key) != KEY_BYTES:
             raise ValueError(f"expected a key of {KEY_BYTES} bytes, got {len(key)}")
-        stored = np.array(token_ids).astype(token_dtype(self._fingerprint.vocab_size))  # a copy
+        stored = np.asarray(token_ids).astype(token_dtype(self._vocab_size))
         if not np.array_equal(stored, token_ids):
-            raise ValueError(
-                f"expected token ids of a vocabulary of {self._fingerprint.vocab_size}, "
-                f"got {min(token_ids)} to {max(token_ids)}"
-            )
+            got = f"{min(token_ids)} to {max(token_ids)}"
+            raise ValueError(f"expected token ids of a vocabulary of {self._vocab_size}, got {got}")
         with self._lock:
-            self._leave_parents_shard()
             if self.disabled:
                 return False
-            mask = None if loss_mask is None else np.array(loss_mask, bool)
-            self._pending.append(Record(key, stored, mask, bytes(payload), draw_set, teacher_version))
-            self._pending_bytes += len(payload) + stored.nbytes
+            record = Stored(key, stored.tobytes(), pack_mask(loss_mask), bytes(payload), draw_set, teacher_version)
+            self._pending.append(record)
+            self._pending_bytes += len(record.tokens) + len(record.mask) + len(payload)
             return self.flush() if self._pending_bytes >= self._limits[2] else True
 
     def flush(self) -> bool:
         """Write what is pending; return True if everything that was put is on disk."""
         with self._lock:
-            self._leave_parents_shard()
             if self._pending and not self.disabled:
                 try:
                     self._append()
@@ -140,6 +148,25 @@ class CacheWriter:
             self._pending_bytes = 0
             self._pending.clear()
             return not self.disabled
+
+    def look_around(self) -> bool:
+        """Count what others wrote and deleted, and sync what this one wrote; return whether more can be written."""
+        with self._lock:
+            try:
+                if self._shard is not None:  # so that the seal never has much to sync
+                    self._shard.sync()
+                self._unchecked_bytes, self._written_bytes = 0, tree_bytes(self.directory) + len(END_OF_STREAM)
+                usage = shutil.disk_usage(self.directory)
+                metrics.CACHE_DISK_FREE.labels(self._labels[1]).set(usage.free / usage.total)
+            except OSError as error:
+                self._disable(str(error))
+            return not self.disabled
+
+    def abandon(self) -> None:
+        """Let go of the shard as the death of the process would: the next writer recovers it."""
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
 
     def close(self) -> None:
         """Flush and seal; a second call does nothing."""
@@ -153,86 +180,42 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _append(self) -> None:
         max_bytes, shard_bytes, _ = self._limits
-        if self._shard is None:
-            self._shard = OpenShard.create(self.directory, self._writer_id, self._manifest)
-        content = encode_batch(self._pending, self._shard.schema)
+        content = encode_batch(self._pending, self._schema)
         more = content.size + SPAN.size * len(self._pending) + ENTRY_BYTES
-        if self._shard.rows and self._shard.num_bytes + more > shard_bytes:
+        if self._shard is not None and self._shard.rows and self._shard.num_bytes + more > shard_bytes:
             self._seal()
-            self._shard = OpenShard.create(self.directory, self._writer_id, self._manifest)
-        if max_bytes and self._total_bytes() + more > max_bytes:
+        if self._shard is None:
+            self._shard = OpenShard.create(self.directory, shard_name(self._writer_id), self._manifest)
+            self._written_bytes += self._shard.num_bytes
+        if max_bytes and self._written_bytes + more > max_bytes:
             self._disable(f"cache.max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
             return
-        self._shard.append(content, fsync=self._fsync)
+        self._shard.append(content, self._schema)
+        if self._fsync:
+            self._shard.sync()
+        self._written_bytes += more
         self._unchecked_bytes += more
         if self._unchecked_bytes > CHECK_BYTES:
-            self._look_around()
-        metrics.CACHE_BYTES.set(self._total_bytes())
-
-    def look_around(self) -> bool:
-        """Count what others have written and deleted meanwhile; return whether more can be written."""
-        with self._lock:
-            try:
-                self._look_around()
-            except OSError as error:
-                self._disable(str(error))
-            return not self.disabled
-
-    @property
-    def num_bytes(self) -> int:
-        """Bound of the directory's bytes once everything that was put is sealed, as far as this writer knows."""
-        with self._lock:
-            if not self._pending:
-                return self._total_bytes()
-            heads = MESSAGE_BYTES * (1 if self._shard is not None else 2)
-            return self._total_bytes() + self._pending_bytes * 9 // 8 + RECORD_BYTES * len(self._pending) + heads
-
-    def _total_bytes(self) -> int:
-        return self._others_bytes + (self._shard.num_bytes if self._shard is not None else 0)
-
-    def _look_around(self) -> None:
-        """Look up what other writers wrote and how full the disk is; sync, so that the seal never has much to sync."""
-        self._unchecked_bytes, mine = 0, 0
-        if self._shard is not None:
-            self._shard.sync()
-            mine = self._shard.size + self._shard.index_size
-        self._others_bytes = tree_bytes(self.directory) - mine
-        usage = shutil.disk_usage(self.directory)
-        metrics.CACHE_DISK_FREE.labels(self._labels[1] or str(self.directory)).set(usage.free / usage.total)
-
-    def abandon(self) -> None:
-        """Let go of the shard as the death of the process would: the next writer recovers it."""
-        if self._shard is not None:
-            self._shard.abandon()
-            self._shard = None
-
-    def _leave_parents_shard(self) -> None:
-        """Begin a shard of its own in a forked child."""
-        if self._pid != os.getpid():
-            self._pid, self._pending_bytes = os.getpid(), 0
-            self._pending.clear()
-            self.abandon()
+            self.look_around()
+        metrics.CACHE_BYTES.set(self._written_bytes)
 
     def _seal(self) -> None:
         shard, self._shard = self._shard, None
         if shard is None:
             return
         try:
-            sealed = shard.seal()
+            is_sealed = shard.seal()
         except OSError as error:
             shard.abandon()
             self._disable(f"sealing {shard.path}: {error}")
             return
-        self._others_bytes += shard.num_bytes if sealed is not None else 0
-        if sealed is not None and self._mirror is not None:
-            self._mirror.push_later(sealed)
+        if is_sealed and self._mirror is not None:
+            self._mirror.push_later(shard.path)
 
     def _disable(self, reason: str) -> None:
         if self.disabled:

@@ -10,11 +10,11 @@ import os
 import signal
 import struct
 import sys
+import tempfile
 
 import numpy as np
 
 from logitstream.cache import CacheWriter, Record
-from logitstream.cache.shard import columns_schema, encode_batch, token_dtype
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 
 FINGERPRINT = Fingerprint(
@@ -49,7 +49,8 @@ def write_until_killed(directory: str, seed: int, acks: int) -> None:
 
 
 def main() -> None:
-    encode_batch([record(0, 0)], columns_schema(token_dtype(1000)))  # what Arrow imports at its first use
+    with tempfile.TemporaryDirectory() as folder, CacheWriter(folder, FINGERPRINT) as writer:
+        writer.put(*record(0, 0)[:5])  # what Arrow imports at its first use
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         directory, seed, ack_file = line.split()

@@ -29,8 +29,8 @@ from tests.unit.test_target_stream import INFO, SPEC, HandTeacher, assert_same, 
 PATIENCE = 0.5
 
 
-def disk(patience_seconds: float = PATIENCE, *, hangs_seconds: float = PATIENCE) -> DiskThread:
-    return DiskThread("the disk", then="so be it", patience_seconds=patience_seconds, hangs_seconds=hangs_seconds)
+def disk() -> DiskThread:
+    return DiskThread("the disk", then="so be it", patience_seconds=PATIENCE)
 
 
 def open_cache(directory: Path, *, write: bool = True) -> TargetCache:

@@ -145,17 +145,6 @@ def test_shards_go_up_and_are_read_elsewhere(store: Any) -> None:
         assert {one.key: one.payload for one in reader.records()} == {one.key: one.payload for one in RECORDS}
 
 
-def test_the_next_shard_is_fetched_while_one_is_read(store: Any) -> None:
-    fill(store, "writer")
-    with open_reader(store, "reader") as reader:
-        next(reader.records())
-        for _ in range(400):
-            if len(list((store[2] / "reader").glob("*.arrow"))) == 2:
-                break
-            time.sleep(0.01)
-        assert len(list((store[2] / "reader").glob("*.arrow"))) == 2
-
-
 def test_an_upload_over_a_broken_line_is_tried_again(store: Any, line: Line) -> None:
     url, options, folder = store
     writer = CacheWriter(

@@ -34,7 +34,7 @@ def write(directory: Path, records: list[Record], **options: int) -> CacheReader
 
 def shard_and_spans(reader: CacheReader) -> tuple[Path, Spans]:
     (shard,) = reader.shards
-    return shard.path, shard.spans(FINGERPRINT.digest)
+    return shard.path, shard.log().spans
 
 
 def flip(path: Path, needle: bytes) -> None:

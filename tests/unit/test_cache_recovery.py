@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.cache import CacheReader, CacheWriter, Record
-from logitstream.cache.index import KeyIndex, empty_index
+from logitstream.cache.snapshot import HALVES, Snapshot, find, sorted_keys
 from logitstream.cache.tools.rewrite import prune
 from logitstream.cache.tools.verify import verify
 from logitstream.errors import CacheError, FingerprintMismatch
@@ -130,26 +130,6 @@ def test_a_shard_of_a_dead_writer_without_its_index_is_recovered_from_itself(tmp
         assert not verify(copy).problems
 
 
-def test_a_forked_writer_has_a_shard_of_its_own(tmp_path: Path) -> None:
-    writer = CacheWriter(tmp_path, FINGERPRINT)
-    put_all(writer, RECORDS[:8])
-    writer.flush()
-    put_all(writer, RECORDS[8:12])
-    child = os.fork()
-    if child == 0:
-        try:
-            put_all(writer, RECORDS[12:])
-            writer.close()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
-    writer.close()
-    reader = CacheReader(tmp_path)
-    assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in RECORDS}
-    assert reader.num_records == len(RECORDS)
-
-
 def test_first_writers_at_the_same_moment_agree_on_one_manifest(tmp_path: Path) -> None:
     outcomes: list[object] = []
     barrier = threading.Barrier(8)
@@ -175,9 +155,9 @@ def test_first_writers_at_the_same_moment_agree_on_one_manifest(tmp_path: Path) 
 def test_the_id_model_lies_beside_the_shards_and_is_checked(tmp_path: Path) -> None:
     id_model = b"\x01some model"
     known = fingerprint(id_model_digest=hashlib.sha256(id_model).hexdigest())
-    with pytest.raises(ValueError, match="needs the teacher's id model"):
+    with pytest.raises(ValueError, match="expected the teacher's id model"):
         CacheWriter(tmp_path, known)
-    with pytest.raises(ValueError, match="the fingerprint names"):
+    with pytest.raises(ValueError, match="as the fingerprint names it"):
         CacheWriter(tmp_path, known, id_model=b"another")
     CacheWriter(tmp_path, known, id_model=id_model).close()
     CacheWriter(tmp_path, known).close()  # it is there by now
@@ -255,7 +235,7 @@ def test_a_missing_or_foreign_index_is_made_good_by_the_shard(tmp_path: Path, ca
     reader = CacheReader(tmp_path)
     assert {r.key: r.payload for r in reader.records()} == {r.key: r.payload for r in RECORDS}
     assert [reader.get(r.key) for r in RECORDS] == [r.payload for r in RECORDS]
-    assert len([r for r in caplog.records if "is scanned instead" in r.getMessage()]) == 2
+    assert len([r for r in caplog.records if "found by a scan" in r.getMessage()]) == 2
 
 
 def test_a_shard_of_another_cache_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -333,14 +313,14 @@ class CacheReaderInThreads:
 def test_keys_that_share_their_first_half_are_told_apart(data: st.DataObject) -> None:
     halves = st.sampled_from([bytes(8), b"\xff" * 8, b"12345678"])
     key_lists = st.lists(st.tuples(halves, halves).map(b"".join), max_size=12)
-    index, all_keys = empty_index(), []
+    found, all_keys = sorted_keys([]), []
     for _ in range(3):
         keys = data.draw(key_lists)
-        places = np.arange(len(all_keys), len(all_keys) + len(keys), dtype=np.uint64)
-        index = KeyIndex.joined([index, KeyIndex.of(np.frombuffer(b"".join(keys), "V16"), places)])
+        more = [(*HALVES.unpack(key), len(all_keys) + i) for i, key in enumerate(keys)]
+        found = sorted_keys([found, np.array(more, np.uint64).reshape(-1, 3).T])
         all_keys += keys
     for key in {*all_keys, b"12345678" + bytes(8)}:
-        assert index.find(key) == [i for i, other in enumerate(all_keys) if other == key]
-    assert [index.key(i) for i in range(len(all_keys))] == sorted(all_keys)
-    distinct = index.distinct()
-    assert [distinct.key(i) for i in range(len(distinct))] == sorted(set(all_keys))
+        assert find(found, key) == [i for i, other in enumerate(all_keys) if other == key]
+    assert [HALVES.pack(*halves) for halves in found[:2].T.tolist()] == sorted(all_keys)
+    distinct = Snapshot(keys=found).distinct()
+    assert [HALVES.pack(*halves) for halves in distinct[:2].T.tolist()] == sorted(set(all_keys))

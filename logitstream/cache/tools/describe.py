@@ -7,47 +7,41 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import OPEN_SUFFIX, token_dtype
+from logitstream.cache.shard import END_OF_STREAM, token_dtype
 from logitstream.cache.tools.export import decode
 from logitstream.errors import CodecError, CorruptRecord
 
+SAMPLED_RECORDS = 256
 
-def describe(reader: CacheReader, *, sampled_records: int = 256) -> dict[str, Any]:
+
+def describe(reader: CacheReader) -> dict[str, Any]:
     """Return figures of a cache: sizes in bytes, entries a row of a sample of its records, and where it comes from.
 
-    Figures a token are None if there are no tokens. shard_bytes counts the shards and their indexes alone, which grow
-    with the records.
+    bytes counts the shards and their indexes, which grow with the records. Figures a token are None without tokens.
     """
     manifest, fingerprint = reader.manifest, reader.fingerprint
-    spans = [shard.spans(fingerprint.digest) for shard in reader.shards]
-    draw_sets = Counter[int]()
-    for part in spans:
-        values, counts = np.unique(part["draw_set"], return_counts=True)
-        draw_sets.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    tokens, payload_bytes = (
-        sum(int(part[name].sum(dtype=np.int64)) // unit for part in spans)
-        for name, unit in (("tokens_bytes", token_dtype(fingerprint.vocab_size).itemsize), ("payload_bytes", 1))
-    )
-    sizes = reader.file_sizes()
-    shard_bytes = sum(size for name, size in sizes.items() if name.endswith((".arrow", OPEN_SUFFIX, ".index")))
-    histogram = entries_histogram(reader, sampled_records)
-    num_rows = int(histogram.sum())
+    num_bytes, draw_sets, part_bytes = 0, Counter[int](), Counter[str]()
+    for shard in reader.shards:
+        log = shard.log()
+        num_bytes += shard.end + max((entry.end for entry in log.entries), default=0)
+        num_bytes += len(END_OF_STREAM) if shard.is_sealed else 0
+        draw_sets.update(log.spans["draw_set"].tolist())
+        for part in ("tokens", "payload"):
+            part_bytes[part] += int(log.spans[f"{part}_bytes"].sum(dtype=np.int64))
+    tokens = part_bytes["tokens"] // token_dtype(fingerprint.vocab_size).itemsize
     sealed = sum(shard.is_sealed for shard in reader.shards)
     return {
         "records": reader.num_records,
         "distinct_keys": len(reader),
         "tokens": tokens,
-        "directory_bytes": sum(sizes.values()),
-        "shard_bytes": shard_bytes,
-        "payload_bytes_per_token": _quotient(payload_bytes, tokens),
-        "bytes_per_token": _quotient(shard_bytes, tokens),
+        "bytes": num_bytes,
+        "payload_bytes_per_token": _quotient(part_bytes["payload"], tokens),
+        "bytes_per_token": _quotient(num_bytes, tokens),
         "shards": {"sealed": sealed, "open": len(reader.shards) - sealed},
         "records_by_draw_set": {str(draw_set): draw_sets[draw_set] for draw_set in sorted(draw_sets)},
-        "entries_per_row": _quotient(int(histogram @ np.arange(len(histogram))), num_rows),
-        "entries_histogram": {str(k): int(n) for k, n in enumerate(histogram) if n},
+        "entries_per_row": _quotient(*_entries_and_rows(reader)),
         "fingerprint_digest": fingerprint.digest,
         "fingerprint": asdict(fingerprint),
         "provenance": manifest.provenance,
@@ -59,16 +53,15 @@ def _quotient(amount: int, number: int) -> float | None:
     return round(amount / number, 3) if number else None
 
 
-def entries_histogram(reader: CacheReader, sampled_records: int) -> npt.NDArray[np.int64]:
-    """Count how many wanted rows hold 0, 1, 2, … entries, in a sample spread over the keys."""
-    histogram = np.zeros(1, np.int64)
-    for i in np.unique(np.linspace(0, len(reader) - 1, min(sampled_records, len(reader))).astype(int)):
+def _entries_and_rows(reader: CacheReader) -> tuple[int, int]:
+    """Count the entries and the wanted rows of a sample that is spread over the keys."""
+    entries = rows = 0
+    for i in range(0, len(reader), max(1, len(reader) // SAMPLED_RECORDS)):
         try:
-            record = reader.record(int(i))
+            record = reader.record(i)
             per_row = np.diff(decode(reader, record).row_offsets)
         except (CorruptRecord, CodecError):
             continue
-        counts = np.bincount(per_row if record.loss_mask is None else per_row[record.loss_mask])
-        length = max(len(counts), len(histogram))
-        histogram = np.pad(histogram, (0, length - len(histogram))) + np.pad(counts, (0, length - len(counts)))
-    return histogram
+        wanted = per_row if record.loss_mask is None else per_row[record.loss_mask]
+        entries, rows = entries + int(wanted.sum()), rows + len(wanted)
+    return entries, rows

@@ -16,34 +16,27 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.cache.heldout import add_heldout, read_heldout
-from logitstream.cache.index import ENTRY_BYTES, FILE_HEAD, index_path, joined, sealed_entries
-from logitstream.cache.manifest import MANIFEST, Manifest, caches_in, file_bytes, read_manifest
-from logitstream.cache.open_shard import OpenShard, is_written, origin, recover
+from logitstream.cache.index import index_path
+from logitstream.cache.manifest import MANIFEST, Manifest, file_bytes, read_manifest, tree_bytes
+from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import (
-    END_OF_STREAM,
     OPEN_SUFFIX,
-    SPAN,
-    Record,
-    Span,
     Spans,
+    age,
+    bound_of_bytes,
     encode_batch,
-    read_parts,
+    read_stored,
     shard_schema,
-    token_dtype,
-    unpack_record,
 )
-from logitstream.cache.tools.verify import Damage, check_shard, missing_shards, stranger, unreadable
+from logitstream.cache.snapshot import shards_in
+from logitstream.cache.tools.verify import all_shards, check_shard, shard_log
 from logitstream.cache.writer import CacheWriter
 from logitstream.errors import CacheError, CorruptRecord
 
 Progress = Callable[[int], object]
 """Told how many records were read since the last call."""
-BATCH_BYTES = 256 << 10
-RECORD_BYTES = SPAN.size + 52
-"""What a record takes beside its tokens, mask and payload: its span, and its fixed columns and offsets."""
-MESSAGE_BYTES = 640
-"""Bound of what a record batch takes beside its records."""
+BATCH_RECORDS = 64
 
 
 def merge(
@@ -56,7 +49,7 @@ def merge(
     """
     first = CacheReader(sources[0])
     readers = [first, *(CacheReader(source, first.fingerprint) for source in sources[1:])]
-    readers.sort(key=lambda reader: min((origin(shard.path)[1] for shard in reader.shards), default=0))
+    readers.sort(key=lambda reader: min((age(shard.path) for shard in reader.shards), default=("", "")))
     provenance = {"merged": [{"directory": str(r.source), **r.manifest.provenance} for r in readers]}
     written = 0
     with CacheWriter(
@@ -76,54 +69,38 @@ def merge(
     return written, sum(reader.num_records for reader in readers) - written - damaged, damaged
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Pruned:
-    """Result of `prune`: what went, or would go, of how much; `left`: what stays and why, `notes`: others' files."""
+    """Result of `prune`: what went, or would go, of how much, and what was left and why."""
 
     total_bytes: int
     num_bytes: int = 0
     total_records: int = 0
     records: int = 0
     left: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class _Plan:
     """The fate of one sealed shard: `stays` says which records are kept."""
 
     path: Path
-    manifest: Manifest
     spans: Spans
     stays: npt.NDArray[np.bool_]
-    num_bytes: int
     is_sound: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return file_bytes(self.path) + file_bytes(index_path(self.path))
 
     @property
     def next_bytes(self) -> int:
         """Bound of the bytes that it will take."""
         if self.is_sound and self.stays.all():
             return self.num_bytes
-        return int(self._bytes_of_newest()[self.stays.sum()])
-
-    def _bytes_of_newest(self) -> npt.NDArray[np.int64]:
-        """Return the bound of bytes of a shard with the newest 0, 1, 2, … of the records that stay."""
-        spans = self.spans[self.stays][::-1]
-        sizes = spans["tokens_bytes"].astype(np.int64) + spans["mask_bytes"] + spans["payload_bytes"]
-        parts = np.concatenate([[0], np.cumsum(sizes)])
-        batches = 2 * parts // BATCH_BYTES + 1
-        head = shard_schema(self.manifest).serialize().size + FILE_HEAD.size + ENTRY_BYTES + len(END_OF_STREAM)
-        bounds: npt.NDArray[np.int64] = head + parts + RECORD_BYTES * np.arange(len(parts))
-        bounds += (MESSAGE_BYTES + ENTRY_BYTES) * batches
-        bounds[0] = 0
-        return bounds
-
-    def limit(self, max_bytes: int) -> None:
-        """Let the oldest records go until the rest takes no more."""
-        num_kept = int(np.flatnonzero(self._bytes_of_newest() <= max(max_bytes, 0))[-1])
-        staying = np.flatnonzero(self.stays)
-        self.stays[staying[: len(staying) - num_kept]] = False
-        self.is_sound = False  # the bound holds for a shard that is written anew
+        kept = self.spans[self.stays]
+        content = sum(int(kept[f"{part}_bytes"].sum(dtype=np.int64)) for part in ("tokens", "mask", "payload"))
+        return min(self.num_bytes, bound_of_bytes(len(kept), content)) if len(kept) else 0
 
 
 def prune(
@@ -135,23 +112,23 @@ def prune(
     dry_run: bool = False,
     progress: Progress = lambda _: None,
 ) -> Pruned:
-    """Drop records of draw sets below `before_draw_set`, damaged ones, and the oldest records until `max_bytes` hold.
+    """Drop records of draw sets below `before_draw_set`, damaged ones, and the oldest shards until `max_bytes` hold.
 
-    Also prunes the caches of newer weights in the folder. Bytes are the sizes of all files except shards that are being
-    written. The oldest records are those of the shard that was begun first. damaged: shards with other damage and
-    damaged indexes are made anew too. What cannot be read as a whole, and what belongs to others, is left alone and
-    named. dry_run: only say what would go. Raises CacheError if another prune is under way.
+    Bytes are the sizes of all files except shards that are being written. damaged: shards with other damage and damaged
+    indexes are made anew too. What cannot be read, and what belongs to others, is left alone and named. dry_run: only
+    say what would go; what is written anew takes the bytes of a bound. Raises CacheError if another prune is under way.
 
     Shards that go as a whole go first, to make room for those that are written anew.
     """
-    folders = caches_in(directory)
-    manifests = {folder: read_manifest(folder) for folder in folders}
+    manifest = read_manifest(directory)
     with _only_one(directory):
-        result = Pruned(total_bytes=sum(map(_folder_bytes, folders)))
+        result = Pruned(_bytes_of(directory))
         if not dry_run:
-            for folder in folders:
-                _recover(folder, manifests[folder], result)
-        plans = _plans(manifests, damaged, result, progress)
+            try:
+                recover(directory, manifest)
+            except OSError as error:
+                result.left.append(f"shards of dead writers stay as they are: {error}")
+        plans = _plans(directory, manifest, damaged, result.left, progress)
         result.total_records = sum(len(plan.spans) for plan in plans)
         for plan in plans if before_draw_set is not None else []:
             plan.stays &= plan.spans["draw_set"] >= before_draw_set
@@ -159,128 +136,75 @@ def prune(
         for plan in plans:
             if max_bytes is not None and total > max_bytes:
                 total -= plan.next_bytes
-                plan.limit(max_bytes - total)
-                total += plan.next_bytes
-        if dry_run:
-            result.records = sum(len(plan.spans) - int(plan.stays.sum()) for plan in plans)
-            result.num_bytes = result.total_bytes - total
-            return result
+                plan.stays[:] = False
+        result.num_bytes = result.total_bytes - total
         for plan in sorted(plans, key=lambda plan: bool(plan.stays.any())):
-            _carry_out(plan, damaged, result)
-        for folder in folders if damaged else []:
-            for shard in missing_shards(folder, manifests[folder]):
-                remove(shard)
-        result.num_bytes = result.total_bytes - sum(map(_folder_bytes, folders))
+            try:
+                if not dry_run:
+                    _carry_out(plan, manifest)
+                result.records += int(np.count_nonzero(~plan.stays))
+            except (OSError, CorruptRecord) as error:
+                result.left.append(f"{plan.path.name} was left as it is: {error}")
+        if not dry_run:
+            result.num_bytes = result.total_bytes - _bytes_of(directory)
         return result
 
 
-def _recover(folder: Path, manifest: Manifest, result: Pruned) -> None:
-    try:
-        recover(folder, manifest)
-    except OSError as error:
-        result.left.append(f"{folder}: shards of dead writers stay as they are: {error}")
-
-
-def _plans(manifests: dict[Path, Manifest], damaged: bool, result: Pruned, progress: Progress) -> list[_Plan]:
-    """Read the sealed shards of some caches, ordered by when they were begun; all of their records stay as yet."""
-    found = [(path, manifest) for folder, manifest in manifests.items() for path in folder.glob("*.arrow")]
+def _plans(directory: Path, manifest: Manifest, damaged: bool, left: list[str], progress: Progress) -> list[_Plan]:
+    """Read the sealed shards of a cache, the oldest first; all of their whole records stay as yet."""
     plans = []
-    for path, manifest in sorted(found, key=lambda one: (origin(one[0])[1], one[0].name)):
-        if problem := unreadable(path):
-            result.left.append(problem)
+    for path, is_sealed in all_shards(directory).items():
+        problems = list[str]()
+        if not is_sealed:
             continue
-        if problem := stranger(path, manifest):
-            result.notes.append(f"{problem}; it was left alone")
-            continue
-        damage, stays = Damage(), None
         if damaged:
-            spans, stays = check_shard(path, manifest, damage)
+            spans, stays = check_shard(path, is_sealed, manifest, problems)
         else:
-            spans = joined(sealed_entries(path, manifest)[0])
-        if not len(spans) and not origin(path)[1]:
-            result.left.append(f"{path.name} holds no records that can be read, and is not named like a shard")
+            spans = shard_log(path, is_sealed, manifest).spans
+            stays = np.ones(len(spans), bool)
+        if os.path.lexists(path) and (not path.is_file() or not len(spans)):
+            left.append(f"{path.name} is no shard of this cache, or nothing of it can be read")
             continue
-        plan = _Plan(
-            path=path,
-            manifest=manifest,
-            spans=spans,
-            stays=np.ones(len(spans), bool) if stays is None else stays,
-            num_bytes=file_bytes(path) + file_bytes(index_path(path)),
-            is_sound=not damage.problems,
-        )
-        plans.append(plan)
+        plans.append(_Plan(path, spans, stays, not problems))
         progress(len(spans))
     return plans
 
 
-def _carry_out(plan: _Plan, damaged: bool, result: Pruned) -> None:
-    """Remove a shard or write it anew; on an error leave it as it is and say so."""
+def _carry_out(plan: _Plan, manifest: Manifest) -> None:
+    """Remove a shard, write it anew or leave it as it is; OSError or CorruptRecord if that cannot be done."""
     if plan.is_sound and plan.stays.all():
         return
-    try:
-        lost = _rewrite(plan, drop_unreadable=damaged) if plan.stays.any() else 0
-        remove(plan.path)
-        result.records += len(plan.spans) - int(plan.stays.sum()) + lost
-    except (OSError, CacheError) as error:
-        result.left.append(f"{plan.path.name} was left as it is: {error}")
+    if plan.stays.any():
+        schema = shard_schema(manifest)
+        new = OpenShard.create(plan.path.parent, plan.path.name.rsplit("-", 1)[0], manifest)
+        try:
+            with plan.path.open("rb", buffering=0) as file:
+                kept = plan.spans[plan.stays]
+                for start in range(0, len(kept), BATCH_RECORDS):
+                    batch = [read_stored(file.fileno(), one.tobytes()) for one in kept[start : start + BATCH_RECORDS]]
+                    new.append(encode_batch(batch, schema), schema)
+            new.seal()
+        except (OSError, CorruptRecord):
+            new.discard()
+            raise
+    plan.path.unlink(missing_ok=True)  # before its index: a shard without one would be scanned
+    index_path(plan.path).unlink(missing_ok=True)
 
 
-def _rewrite(plan: _Plan, *, drop_unreadable: bool) -> int:
-    """Write the records that stay into a new shard, as old as this one; return how many turned out to be damaged.
-
-    Raises OSError if there is no room or, unless drop_unreadable, if the disk fails to read one.
-    """
-    manifest, lost = plan.manifest, 0
-    writer_id, milliseconds = origin(plan.path)
-    new = OpenShard.create(plan.path.parent, writer_id, manifest, milliseconds=milliseconds)
-    try:
-        with plan.path.open("rb", buffering=0) as file:
-            batch, batch_bytes = list[Record](), 0
-            for row in np.flatnonzero(plan.stays):
-                span = Span._make(SPAN.unpack(plan.spans[row].tobytes()))
-                try:
-                    parts = read_parts(file.fileno(), span)
-                except (CorruptRecord, OSError) as error:
-                    if isinstance(error, OSError) and not drop_unreadable:
-                        raise
-                    lost += 1
-                    continue
-                size = sum(map(len, parts))
-                if batch and batch_bytes + size > BATCH_BYTES:
-                    new.append(encode_batch(batch, new.schema))
-                    batch, batch_bytes = [], 0
-                batch.append(unpack_record(span, parts, token_dtype(manifest.fingerprint.vocab_size)))
-                batch_bytes += size
-            if batch:
-                new.append(encode_batch(batch, new.schema))
-        new.seal()
-    except OSError:
-        new.discard()
-        raise
-    return lost
-
-
-def remove(shard: Path) -> None:
-    """Remove a shard, before its index: a shard without one would be scanned."""
-    shard.unlink(missing_ok=True)
-    index_path(shard).unlink(missing_ok=True)
-
-
-def _folder_bytes(directory: Path) -> int:
+def _bytes_of(directory: Path) -> int:
     """Return the bytes that `max_bytes` bounds: of all files except shards that are being written."""
-    written = [path for path in directory.glob(f"*{OPEN_SUFFIX}") if is_written(path)]
-    live = {*written, *map(index_path, written)}
-    return sum(file_bytes(path) for path in directory.iterdir() if path not in live)
+    written = [path for path, is_sealed in shards_in(directory).items() if not is_sealed]
+    return tree_bytes(directory) - sum(
+        file_bytes(Path(f"{path}{OPEN_SUFFIX}")) + file_bytes(index_path(path)) for path in written
+    )
 
 
 @contextmanager
 def _only_one(directory: Path) -> Iterator[None]:
     """Lock the manifest: on a full disk no lock file could be made."""
-    fd = os.open(directory / MANIFEST, os.O_RDWR)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (directory / MANIFEST).open("r+b") as manifest:
+        try:
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CacheError(f"another prune of {directory} is under way") from error
         yield
-    except BlockingIOError as error:
-        raise CacheError(f"another prune of {directory} is under way") from error
-    finally:
-        os.close(fd)
