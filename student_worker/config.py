@@ -96,7 +96,7 @@ class TargetSettings(TargetSpec):
         "Where targets come from; `auto`: the cache first if there is one, then the teacher.", "auto"
     )
     draws: Literal["fresh", "reuse"] = setting(
-        "Fresh draws each epoch, or the first epoch's again (also if the cache alone lacks an epoch's draws).", "fresh"
+        "Fresh draws each epoch (from the cache alone: its draws in turn), or the first epoch's again.", "fresh"
     )
     bytes_per_token: float = setting(
         "Choose N, θ or k for about this many bytes a supervised token; 0: no. A cache that exists keeps its own.", 0.0

@@ -145,7 +145,7 @@ def prepare(
 
     limits = StudentLimits.of(model)
     train_set, heldout_set = load_data(config, arguments, tokenizer, limits=limits, checkpoint=checkpoint)
-    plan = make_plan(config, arguments, train_set, checkpoint=checkpoint, connect=connect)
+    plan = make_plan(config, train_set, checkpoint=checkpoint, connect=connect)
     client = resources.enter_context(contextlib.closing(connect(plan.spec))) if is_online else None
     if client is not None and config.source == "online":
         agree_on_teacher(client, plan.spec, folder)
@@ -228,7 +228,7 @@ def stream_maker(
             provenance=facts | config.cache.provenance,
         )
         resources.enter_context(contextlib.closing(cache))
-    options: Any = {"prefetch_batches": config.targets.prefetch_batches, "draw_set": plan.draw_set}
+    options: Any = {"prefetch_batches": config.targets.prefetch_batches, "draw_set": plan.draw_sets}
     return lambda dataloader: TargetStream(dataloader, client, cache=cache, mode=config.source, **options)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import TrainingArguments
 
 from logitstream.budget import choose
 from logitstream.cache import CacheReader
@@ -37,19 +35,18 @@ CALIBRATION_SEQUENCES = 16
 class RunPlan:
     """The settings as the run uses them, and what follows from its data and cache; the same on every process.
 
-    draw_set: the one that every epoch trains on; None: each epoch its own. has_cache: a cache was there before the run.
+    draw_sets: what epochs train on in turn; empty: epoch e on draw set e. has_cache: a cache was there before the run.
     """
 
     config: StudentConfig
     spec: TargetSpec
-    draw_set: int | None
+    draw_sets: tuple[int, ...]
     has_cache: bool
     checkpoint: Path | None
 
 
 def make_plan(
     config: StudentConfig,
-    arguments: TrainingArguments,
     train_set: Dataset | CacheDataset,
     *,
     checkpoint: Path | None,
@@ -68,12 +65,11 @@ def make_plan(
             budget = {"bytes_per_token": targets.bytes_per_token, "noise": targets.noise}
             sequences = calibration_sequences(train_set)
             spec = choose_spec(None if is_alone else connect, sequences, spec, **budget, held=held)
-        corpus = train_set.cache if isinstance(train_set, CacheDataset) else None
-        draw_set = choose_draw_set(config, arguments, len(train_set), cache=corpus)
-        used: Any = {"source": config.source, "draws": "fresh" if draw_set is None else "reuse"}
-        resolved = replace(config, targets=replace(targets, **asdict(spec) | used, bytes_per_token=0.0, noise=0.0))
+        draw_sets = choose_draw_sets(config, train_set.cache if isinstance(train_set, CacheDataset) else None)
+        used: Any = asdict(spec) | {"source": config.source, "bytes_per_token": 0.0, "noise": 0.0}
+        resolved = replace(config, targets=replace(targets, **used))
         has_cache = held is not None
-        return RunPlan(config=resolved, spec=spec, draw_set=draw_set, has_cache=has_cache, checkpoint=checkpoint)
+        return RunPlan(config=resolved, spec=spec, draw_sets=draw_sets, has_cache=has_cache, checkpoint=checkpoint)
 
     return by_main_process(plan)  # which looks at the cache before another process makes it
 
@@ -93,37 +89,18 @@ def held_fingerprint(cache: str, *, alone: bool) -> Fingerprint | None:
         return None
 
 
-def choose_draw_set(
-    config: StudentConfig, arguments: TrainingArguments, num_sequences: int, *, cache: CacheReader | None = None
-) -> int | None:
-    """Return the draw set that every epoch trains on; None: each epoch its own.
+def choose_draw_sets(config: StudentConfig, cache: CacheReader | None = None) -> tuple[int, ...]:
+    """Return the draw sets that epochs train on in turn; empty: epoch e on draw set e.
 
-    From the cache alone, fresh draws need a whole draw set an epoch (0, 1, ...), each with as many records as the
-    first. If one is missing the first is used again. cache: the one that the sequences come from.
+    From the cache alone these are the ones with as many records as its first. cache: where the sequences come from.
     """
-    fresh = config.targets.draws == "fresh"
+    is_reused = config.targets.draws == "reuse"
     if config.source != "cache":
-        return None if fresh else 0
+        return (0,) if is_reused else ()
     with contextlib.nullcontext(cache) if cache is not None else open_reader(config.cache.path) as known:
-        draw_sets, num_records = np.unique(from_disk(known.source, known.draw_sets), return_counts=True)
-    held = dict(zip(draw_sets.tolist(), num_records.tolist(), strict=True))
-    first, num_epochs = min(held, default=0), count_epochs(arguments, num_sequences)
-    if fresh and all(held.get(epoch, 0) >= held.get(first, 1) for epoch in range(num_epochs)):
-        return None
-    if fresh:
-        text = "the cache holds no whole draw set for each of %d epochs (records by draw set: %s): all train on set %d"
-        logger.info(text, num_epochs, held, first)
-    return first
-
-
-def count_epochs(arguments: TrainingArguments, num_sequences: int) -> int:
-    """Return the number of epochs that the Trainer begins."""
-    if arguments.max_steps <= 0:
-        return math.ceil(arguments.num_train_epochs)
-    batch_size = arguments.train_batch_size * arguments.world_size
-    num_batches = num_sequences // batch_size if arguments.dataloader_drop_last else -(-num_sequences // batch_size)
-    steps_an_epoch: int = max(math.ceil(num_batches / arguments.gradient_accumulation_steps), 1)
-    return math.ceil(arguments.max_steps / steps_an_epoch)
+        held, num_records = np.unique(from_disk(known.source, known.draw_sets), return_counts=True)
+    whole = tuple(held[num_records >= num_records[:1]].tolist()) or (0,)
+    return whole[:1] if is_reused else whole
 
 
 def calibration_sequences(train_set: Dataset | CacheDataset) -> list[TokenSequence]:

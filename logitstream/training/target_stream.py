@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,7 +37,8 @@ class TargetStream:
 
     mode: `online` asks the teacher for everything and writes it to the cache, if there is one; `cache_then_online` asks
         it for what the cache does not hold; `cache` never asks it, and raises CacheMiss for what is not there.
-    draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch.
+    draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch, several
+        numbers these in turn.
     prefetch_batches: batches asked for ahead of the caller.
     on_refused: `skip` takes a sequence that the teacher refuses, or whose record is damaged in mode `cache`, out of the
         loss and its tokens (id 0 then) out of the batch, logs and counts it; `raise` ends the stream with its error.
@@ -51,7 +52,7 @@ class TargetStream:
         cache: TargetCache | None = None,
         mode: Mode = "online",
         prefetch_batches: int = 8,
-        draw_set: int | None = None,
+        draw_set: int | Sequence[int] | None = None,
         on_refused: Literal["skip", "raise"] = "skip",
     ) -> None:
         if prefetch_batches < 1:
@@ -70,7 +71,7 @@ class TargetStream:
         self.cache = cache
         self.mode = mode
         self.prefetch_batches = prefetch_batches
-        self.draw_set = draw_set
+        self.draw_sets = (draw_set,) if isinstance(draw_set, int) else tuple(draw_set or ())
         self.on_refused = on_refused
         self.epoch = 0
         self.stats = StreamStats()
@@ -105,7 +106,7 @@ class TargetStream:
             None if self.mode == "cache" else self.client,
             self.cache,
             look_up=self.mode != "online",
-            draw_set=self.epoch if self.draw_set is None else self.draw_set,
+            draw_set=self.draw_sets[self.epoch % len(self.draw_sets)] if self.draw_sets else self.epoch,
             raise_refused=self.on_refused == "raise",
             stats=self.stats,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from logitstream.errors import CacheError
 from logitstream.types import Fingerprint, TargetSpec, TokenSequence, request_key
 from student_worker.config import StudentConfig
 from student_worker.run import load_data
-from student_worker.run_plan import choose_draw_set, count_epochs, held_fingerprint, make_plan
+from student_worker.run_plan import choose_draw_sets, held_fingerprint, make_plan
 from tests.flat_settings import student_config
 
 NO_TOKENIZER: Any = None  # nothing is tokenized
@@ -57,59 +56,32 @@ def arguments(**changes: Any) -> TrainingArguments:
 
 @pytest.mark.parametrize("text", [[], ["a.txt"]])
 @pytest.mark.parametrize(
-    ("records", "epochs", "draw_set"),
-    [
-        ({0: 3, 1: 3}, 2, None),
-        ({0: 3, 1: 3}, 3, 0),
-        ({0: 3, 1: 2}, 2, 0),
-        ({0: 3}, 1, None),
-        ({4: 3, 5: 3}, 2, 4),
-        ({}, 1, 0),
-    ],
+    ("records", "draw_sets"),
+    [({0: 3, 1: 3}, (0, 1)), ({0: 3, 1: 2, 2: 3}, (0, 2)), ({0: 3}, (0,)), ({4: 3, 5: 3}, (4, 5)), ({}, (0,))],
 )
-def test_draws_are_fresh_only_where_each_epoch_has_a_whole_draw_set(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    text: list[str],
-    records: dict[int, int],
-    epochs: int,
-    draw_set: int | None,
+def test_epochs_from_the_cache_alone_train_on_its_whole_draw_sets_in_turn(
+    tmp_path: Path, text: list[str], records: dict[int, int], draw_sets: tuple[int, ...]
 ) -> None:
-    config = student(cache_with(tmp_path, records), text=text)
-    with caplog.at_level(logging.INFO):
-        assert choose_draw_set(config, arguments(num_train_epochs=epochs), 3) == draw_set
-    assert ("no whole draw set for each" in caplog.text) == (draw_set is not None)
+    cache = cache_with(tmp_path, records)
+    assert choose_draw_sets(student(cache, text=text)) == draw_sets
+    assert choose_draw_sets(student(cache, text=text, draws="reuse")) == draw_sets[:1]
 
 
-def test_reused_draws_are_the_caches_first_or_the_teachers_draw_set_0(tmp_path: Path) -> None:
+def test_draws_of_the_teacher_are_the_epochs_or_draw_set_0(tmp_path: Path) -> None:
     cache = cache_with(tmp_path, {4: 3})
-    assert choose_draw_set(student(cache, draws="reuse"), arguments(), 3) == 4
     online = {"targets": "online", "text": ["a.txt"]}
-    assert choose_draw_set(student(cache, draws="reuse", **online), arguments(), 3) == 0
-    assert choose_draw_set(student(cache, draws="fresh", **online), arguments(), 3) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"num_train_epochs": 2.5}, 3),
-        ({"max_steps": 6}, 1),
-        ({"max_steps": 7}, 2),
-        ({"max_steps": 6, "gradient_accumulation_steps": 4}, 3),
-        ({"max_steps": 6, "dataloader_drop_last": True}, 2),
-    ],
-)
-def test_epochs_are_counted_as_the_trainer_begins_them(changes: dict[str, Any], expected: int) -> None:
-    assert count_epochs(arguments(**changes), 11) == expected
+    assert choose_draw_sets(student(cache, draws="reuse", **online)) == (0,)
+    assert choose_draw_sets(student(cache, draws="fresh", **online)) == ()
 
 
 def test_a_run_from_the_cache_alone_takes_its_spec_in_place_of_a_budget(tmp_path: Path) -> None:
     config = student(cache_with(tmp_path, {0: 1}), noise=0.01, draws="reuse", heldout_sequences=0)
     train, _ = load_data(config, arguments(output_dir=str(tmp_path / "run")), NO_TOKENIZER)
-    plan = make_plan(config, arguments(), train, checkpoint=None, connect=ASKS_NOBODY)
+    plan = make_plan(config, train, checkpoint=None, connect=ASKS_NOBODY)
     assert plan.spec.canonical() == SPEC.canonical()
     targets = plan.config.targets
-    assert (targets.spec(), targets.bytes_per_token, targets.noise, targets.draws) == (plan.spec, 0.0, 0.0, "reuse")
+    assert (targets.spec(), targets.bytes_per_token, targets.noise) == (plan.spec, 0.0, 0.0)
+    assert plan.draw_sets == (0,)
 
 
 @pytest.mark.parametrize(
@@ -162,19 +134,18 @@ def test_a_fingerprint_from_a_file_is_checked_part_by_part(changes: dict[str, An
 def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_path: Path) -> None:
     """A new run takes what has come since: other sequences, and a second draw set for its second epoch."""
 
-    def sequences_and_draws(*, resumes: bool) -> tuple[list[int], list[int], int | None]:
+    def sequences_and_draws(*, resumes: bool) -> tuple[list[int], list[int], tuple[int, ...]]:
         config = student(cache, heldout_sequences=2)
         settings = arguments(num_train_epochs=2, output_dir=str(tmp_path / "run"))
         train, heldout = load_data(config, settings, NO_TOKENIZER, checkpoint=tmp_path / "run" if resumes else None)
         assert isinstance(train, CacheDataset)
-        draw_set = choose_draw_set(config, settings, len(train), cache=train.cache)
         first, second = ([int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout))
-        return first, second, draw_set
+        return first, second, choose_draw_sets(config, train.cache)
 
     cache = cache_with(tmp_path / "cache", {0: 8})
     first = sequences_and_draws(resumes=False)
-    assert (sorted(first[0] + first[1]), first[2]) == (list(range(8)), 0)
+    assert (sorted(first[0] + first[1]), first[2]) == (list(range(8)), (0,))
     cache_with(tmp_path / "cache", {0: 20, 1: 20})
     assert sequences_and_draws(resumes=True) == first
-    train, heldout, draw_set = sequences_and_draws(resumes=False)
-    assert (sorted(train + heldout), draw_set) == (list(range(20)), None)
+    train, heldout, draw_sets = sequences_and_draws(resumes=False)
+    assert (sorted(train + heldout), draw_sets) == (list(range(20)), (0, 1))

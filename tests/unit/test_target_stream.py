@@ -197,6 +197,11 @@ def test_fresh_draws_count_the_epochs_and_reused_ones_do_not() -> None:
     list(stream)
     list(stream)
     assert {draw_set for _, draw_set, _ in reused.asked} == {5}
+    in_turn = HandTeacher()
+    stream = TargetStream(batches[:1], in_turn, draw_set=[4, 7])
+    for _ in range(3):
+        list(stream)
+    assert [draw_set for _, draw_set, _ in in_turn.asked] == [4, 4, 7, 7, 4, 4]
 
 
 def test_a_resumed_epoch_asks_for_what_is_left_of_it() -> None:
