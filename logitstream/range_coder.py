@@ -90,7 +90,7 @@ def _symbol(coder: Coder, at: State, start: int, size: int) -> State:
     if low > _MASK:
         low &= _MASK
         _carry(data, position - 1)
-    # Whether bytes are complete is as good as random: no branch, they are written either way.
+    # Bytes are complete as good as at random: no branch, they are written either way.
     data[_at(position)] = low >> 40
     data[_at(position + 1)] = (low >> 32) & 255
     return (low << shift) & _MASK, size << shift, position + (shift >> 3)

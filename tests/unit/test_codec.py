@@ -206,9 +206,9 @@ def test_a_payload_needs_its_own_id_model() -> None:
     targets = drawn_targets(20, 1000, 10)
     model, other = zipf_model(1000), zipf_model(1000, seed=5)
     payload = encode(targets, id_model=model)
-    with pytest.raises(CodecError, match=f"need the id model {model.digest[:8]}: none is at hand"):
+    with pytest.raises(CodecError, match=f"need the id model {model.digest[:8]} of 1000 ids, at hand is none"):
         decode(payload)
-    with pytest.raises(CodecError, match=f"need the id model {model.digest[:8]}, at hand is {other.digest}"):
+    with pytest.raises(CodecError, match=f"need the id model {model.digest[:8]} of 1000 ids, at hand is {other.digest}"):
         decode(payload, id_model=other)
     # Without a model in the payload, the one at hand is not needed and not used.
     assert_same(decode(encode(targets), id_model=other), targets)
@@ -292,9 +292,9 @@ def test_what_is_wrong_with_bytes_is_said() -> None:
         (sealed(header((1 << 24) + 1, 3, 0, 1, 1)), "out of bounds"),
         (sealed(header(10, 0, 0, 1, 1)), "out of bounds"),
         (sealed(header(10, 3, 4, 1, 1)), "out of bounds"),
-        (sealed(header(10, 3, 0, 1, 5, flags=2)), "5 entries in 24 bytes and 1 rows of at most 3"),
+        (sealed(header(10, 3, 0, 1, 5, flags=2)), "5 entries in 28 bytes and 1 rows of at most 3"),
         (sealed(header(10, 3, 0, 1, 5)), "the bytes hold no 1 rows of 5 entries"),
-        (sealed(header(10, 3, 0, 7, 1 << 30, version=1)), "entries in 24 bytes"),
+        (sealed(header(10, 3, 0, 7, 1 << 30, version=1)), "entries in 28 bytes"),
         (sealed(header(10, 3, 0, 7, 1, version=1)), "do not fit"),
         (sealed(header(10, 3, 0, 1, 1, version=1) + struct.pack("<3I", 1, 10, 1)), "not a valid CSR"),
         (sealed(header(10, 3, 0, 1, 1, version=1) + struct.pack("<3I", 1, 1 << 31, 1)), "exceeds 31 bits"),
