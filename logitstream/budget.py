@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from logitstream.codec import decode
-from logitstream.id_model import IdModel
 from logitstream.types import SPEC_RANGES, SparseTargets, TargetSpec, TokenSequence
 
 Draw = Callable[[Sequence[TokenSequence], TargetSpec, int], Sequence[bytes]]
@@ -22,17 +21,15 @@ CLOSE_ENOUGH = 0.01
 MAX_MEASUREMENTS = 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(NamedTuple):
     """A spec on calibration text. noise: E Σ_i (t̂_i - t_i)² per position, or None if it was not measured."""
 
     bytes_per_token: float
     entries_per_token: float
-    noise: float | None
+    noise: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(NamedTuple):
     """The spec that meets a budget, and a sentence on what was chosen and measured."""
 
     spec: TargetSpec
@@ -48,21 +45,16 @@ def measure(
     decoding: the teacher's id_model and vocab_size for `codec.decode`.
     """
 
-    def decoded(payloads: Sequence[bytes]) -> list[SparseTargets]:
-        pairs = zip(payloads, sequences, strict=True)
-        return [decode(payload, spec=spec, num_rows=len(sequence), **decoding) for payload, sequence in pairs]
+    def drawn(draw_set: int) -> tuple[list[SparseTargets], int]:
+        payloads = draw(sequences, spec, draw_set)
+        pairs = zip(payloads, map(len, sequences), strict=True)
+        targets = [decode(payload, spec=spec, num_rows=number, **decoding) for payload, number in pairs]
+        return targets, sum(map(len, payloads))
 
-    payloads = draw(sequences, spec, 0)
-    targets = decoded(payloads)
-    num_tokens = max(1, sum(sequence.num_wanted for sequence in sequences))
-    noise = None
-    if with_noise:
-        noise = sum(map(_squared_distance, targets, decoded(draw(sequences, spec, 1)))) / 2 / num_tokens
-    return Measured(
-        bytes_per_token=sum(map(len, payloads)) / num_tokens,
-        entries_per_token=sum(part.num_entries for part in targets) / num_tokens,
-        noise=noise,
-    )
+    targets, num_bytes = drawn(0)
+    num_rows = max(1, sum(sequence.num_wanted for sequence in sequences))
+    noise = sum(map(_squared_distance, targets, drawn(1)[0])) / 2 / num_rows if with_noise else None
+    return Measured(num_bytes / num_rows, sum(part.num_entries for part in targets) / num_rows, noise)
 
 
 def _squared_distance(a: SparseTargets, b: SparseTargets) -> float:
@@ -79,13 +71,12 @@ def choose(
     *,
     bytes_per_token: float = 0.0,
     noise: float = 0.0,
-    id_model: IdModel | None = None,
-    vocab_size: int | None = None,
+    **decoding: Any,
 ) -> Choice:
     """Return the spec of the size that meets one of the two budgets on these sequences; ValueError if none does.
 
     bytes_per_token: the largest size whose encoded targets take at most this; noise: the smallest whose MSE per
-    position is at most this.
+    position is at most this; decoding: the teacher's id_model and vocab_size.
     """
     field = spec.kind.size_field
     if not field:
@@ -96,7 +87,7 @@ def choose(
     def measured(size: int, *, with_noise: bool) -> tuple[TargetSpec, Measured]:
         changes: dict[str, Any] = {field: spec.kind.size_steps / size if spec.kind.size_steps else size}
         sized = replace(spec, **changes)
-        return sized, measure(draw, sequences, sized, with_noise=with_noise, id_model=id_model, vocab_size=vocab_size)
+        return sized, measure(draw, sequences, sized, with_noise=with_noise, **decoding)
 
     def share_of_budget(size: int) -> float:
         found = measured(size, with_noise=not bytes_per_token)[1]
@@ -106,14 +97,14 @@ def choose(
     budget = f"at most {bytes_per_token:g} bytes a token" if bytes_per_token else f"noise of at most {noise:g}"
     if size is None:
         raise ValueError(f"{budget}: no {field} of {spec.sampler} targets meets this on this text")
-    chosen, result = measured(size, with_noise=spec.kind.is_unbiased)
-    with_noise = "" if result.noise is None else f", noise {result.noise:.3g} a position"
+    chosen, found = measured(size, with_noise=spec.kind.is_unbiased)
+    with_noise = "" if found.noise is None else f", noise {found.noise:.3g} a position"
     sentence = (
         f"{budget}: chose {spec.sampler} with {field} = {getattr(chosen, field):.6g}, measured "
-        f"{result.bytes_per_token:.2f} bytes and {result.entries_per_token:.2f} entries a token{with_noise} "
+        f"{found.bytes_per_token:.2f} bytes and {found.entries_per_token:.2f} entries a token{with_noise} "
         f"on {len(sequences)} sequences of {sum(map(len, sequences))} tokens"
     )
-    return Choice(spec=chosen, measured=result, sentence=sentence)
+    return Choice(chosen, found, sentence)
 
 
 def _search(share_of_budget: Callable[[int], float], spec: TargetSpec, *, from_below: bool) -> int | None:

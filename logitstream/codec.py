@@ -12,6 +12,7 @@ import numpy.typing as npt
 from logitstream.errors import CodecError
 from logitstream.id_model import NO_TABLES, IdModel, IdTables
 from logitstream.range_coder import MAX_ENTRY_BYTES, OUT_OF_SPACE, Rows, decode_rows, encode_rows
+from logitstream.samplers import FULL_UNITS
 from logitstream.types import CODEC_VERSIONS, MAX_VOCAB_SIZE, SparseTargets, TargetSpec
 
 __all__ = ["IdModel", "decode", "encode", "warm_up"]
@@ -120,10 +121,11 @@ def decode(
         counts=counts,
         spec=spec,
     )
-    try:
-        targets.validate(shape_only=header.version == 2)
-    except ValueError as error:
-        raise CodecError(f"not a valid CSR: {error}") from error
+    if header.version == 1:
+        try:
+            targets.validate()
+        except ValueError as error:
+            raise CodecError(f"not a valid CSR: {error}") from error
     return targets
 
 
@@ -139,7 +141,8 @@ def _opened(payload: bytes) -> tuple[_Header, memoryview]:
         raise CodecError("the checksum does not match: damaged bytes")
     if header.flags > (0 if header.version == 1 else _HAS_MODEL | _SUMS_TO_UNITS):
         raise CodecError(f"unknown flags {header.flags} in the header of version {header.version}")
-    if not (1 <= header.vocab_size <= MAX_VOCAB_SIZE and header.tail_units <= header.units and header.units):
+    fits = 1 <= header.vocab_size <= MAX_VOCAB_SIZE and 1 <= header.units <= FULL_UNITS
+    if not fits or header.tail_units > header.units:
         raise CodecError(f"vocabulary, units or tail units out of bounds: {header}")
     return header, body[_HEADER.size :]
 

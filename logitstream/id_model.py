@@ -106,12 +106,8 @@ class IdTables(NamedTuple):
 
 
 NO_TABLES = IdTables(
-    np.zeros(0, np.uint16),
-    np.zeros(1, np.int32),
-    np.zeros(0, np.uint16),
-    np.zeros((0, 0), np.uint16),
-    np.zeros((0, 0, 0), np.uint16),
-    np.zeros((0, 0, 0), np.uint8),
+    *(np.zeros(0, np.uint16), np.zeros(1, np.int32), np.zeros(0, np.uint16), np.zeros((0, 0), np.uint16)),
+    *(np.zeros((0, 0, 0), np.uint16), np.zeros((0, 0, 0), np.uint8)),
 )
 """Without an id model there are no buckets."""
 

@@ -19,7 +19,6 @@ Histogram = partial(prometheus_client.Histogram, namespace="logitstream")
 
 STAGES = ("forward", "draw", "encode", "send")
 OVERHEAD_PARTS = ("total", "waiting", "decoding", "computing")
-_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 
 # --- teacher server -------------------------------------------------------------------------------------------------
 TEACHER_TOKENS = Counter("teacher_tokens_total", "Tokens scored, padding apart")
@@ -39,19 +38,14 @@ TEACHER_QUEUE_AGE = Gauge("teacher_queue_age_seconds", "Age of the oldest waitin
 TEACHER_CLIENTS = Gauge("teacher_clients", "Calls being answered")
 TEACHER_VERSION = Gauge("teacher_version", "Version of the weights being served")
 TEACHER_CERTIFICATE_EXPIRY = Gauge(
-    "teacher_certificate_expiry_timestamp_seconds",
-    "When the served TLS certificate expires, Unix time; 0: no TLS",
+    "teacher_certificate_expiry_timestamp_seconds", "When the served TLS certificate expires, Unix time; 0: no TLS"
 )
 TEACHER_BATCH_FILL = Histogram(
-    "teacher_batch_fill_ratio",
-    "Tokens of a batch over the token budget",
-    buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0),
+    "teacher_batch_fill_ratio", "Tokens of a batch over the token budget", buckets=(0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 )
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 TEACHER_STAGE_SECONDS = Histogram(
-    "teacher_stage_seconds",
-    "Seconds of one batch, by stage",
-    ["stage"],
-    buckets=_SECONDS,
+    "teacher_stage_seconds", "Seconds of one batch, by stage", ["stage"], buckets=_SECONDS
 )
 
 # --- student worker -------------------------------------------------------------------------------------------------

@@ -109,12 +109,10 @@ def _finish(data: Array, at: State) -> int:
     """Write the shortest number in the interval, at most 16 bits; the reader appends zeros to it."""
     low, width, position = at
     num_bytes, step, number = 0, 1 << 48, 0
-    while number < low:
+    while not low <= number < low + width:
         num_bytes += 1
         step >>= 8
         number = (low + step - 1) & ~(step - 1)
-        if number >= low + width:
-            number = 0
     if number > _MASK:
         _carry(data, position - 1)
     for i in range(num_bytes):

@@ -74,7 +74,18 @@ def parse(cls: type[T], words: Sequence[str], *, command: str, description: str)
         sys.exit(0)
     given = _read_words(words)
     file = given.pop("config", None)
-    return build(cls, given if file is None else _merged(_read_yaml(Path("".join(file))), given))
+    tree = {} if file is None else _read_yaml(Path("".join(file)))
+    for name, values in given.items():
+        *sections, last = name.split(".")
+        node = tree
+        for section in sections:
+            inner = node.get(section) or {}  # the file may name a section and say nothing of it
+            if not isinstance(inner, dict):
+                raise SettingsError(f"--{name}: a value was given to {section} before")
+            node[section] = inner
+            node = inner
+        node[last] = values
+    return build(cls, tree)
 
 
 def build(cls: type[T], tree: Mapping[str, Any], path: str = "", root: type | None = None) -> T:
@@ -165,25 +176,20 @@ def _plain(value: Any) -> Any:
     return yaml.safe_load(value) if isinstance(value, Text) else value
 
 
-def _read_words(words: Sequence[str]) -> Tree:
-    """Return `--section.name value ...` as nested mappings."""
-    tree: Tree = {}
-    given: Words | None = None
+def _read_words(words: Sequence[str]) -> dict[str, Words]:
+    """Return the words after each `--section.name`, by that name."""
+    found: dict[str, Words] = {}
+    name = ""
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word.removeprefix("--").partition("=")
-            *sections, last = name.replace("-", "_").split(".")
-            node = tree
-            for section in sections:
-                node = node.setdefault(section, {})
-                if not isinstance(node, dict):
-                    raise SettingsError(f"--{name}: a value was given to {section} before")
-            node[last] = given = Words([Text(value)] if equals else [])
-        elif given is None:
+            option, equals, value = word.removeprefix("--").partition("=")
+            name = option.replace("-", "_")
+            found[name] = Words([Text(value)] if equals else [])
+        elif not name:
             raise SettingsError(f"expected --section.name VALUE, got {word!r}")
         else:
-            given.append(Text(word))
-    return tree
+            found[name].append(Text(word))
+    return found
 
 
 class _Loader(yaml.BaseLoader):
@@ -201,14 +207,9 @@ def _read_yaml(path: Path) -> Tree:
             tree = yaml.load(file, _Loader)  # builds texts, lists and mappings alone
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {error}") from error
-    if not isinstance(tree, dict) and str(tree).lower() not in NULL:
+    if tree is not None and not isinstance(tree, dict):
         raise SettingsError(f"{path} must hold `name: value` pairs, got {tree!r}")
-    return tree if isinstance(tree, dict) else {}
-
-
-def _merged(below: Tree, above: Tree) -> Tree:
-    both = [name for name, value in above.items() if isinstance(value, dict) and isinstance(below.get(name), dict)]
-    return below | above | {name: _merged(below[name], above[name]) for name in both}
+    return tree or {}
 
 
 def _walk(cls: Any, path: str = "", *, everything: bool = False) -> Iterator[tuple[str, Field[Any], Any, bool]]:
@@ -228,9 +229,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     last = name.rpartition(".")[2]
 
     def likeness(one: str) -> float:
+        ratios = [SequenceMatcher(None, last, part).ratio() for part in one.split(".")]
         begins = len(last) > 3 and one.rpartition(".")[2].startswith(last)
-        parts = max(SequenceMatcher(None, last, part).ratio() for part in one.split("."))
-        return max(SequenceMatcher(None, name, one).ratio(), 0.95 * parts, 0.9 * begins)
+        return max(SequenceMatcher(None, name, one).ratio(), 0.95 * max(ratios), 0.9 * begins)
 
     return max(known, key=likeness)
 

@@ -309,11 +309,9 @@ class Fingerprint:
 
     @classmethod
     def of(cls, info: TeacherInfo, spec: TargetSpec) -> Fingerprint:
+        same = ("weights_digest", "tokenizer_digest", "vocab_size", "dtype")
         return cls(
-            weights_digest=info.weights_digest,
-            tokenizer_digest=info.tokenizer_digest,
-            vocab_size=info.vocab_size,
-            dtype=info.dtype,
+            **{name: getattr(info, name) for name in same},
             id_model_digest=hashlib.sha256(info.id_model).hexdigest() if info.id_model else "",
             spec=spec.canonical(),
         )
