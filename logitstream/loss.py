@@ -63,7 +63,9 @@ def sparse_kl(
     logits_RV = logits.reshape(-1, logits.shape[-1])
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     labels_R = None if labels is None else labels.reshape(-1)
-    mask_R = supervised_rows(logits_RV, targets, labels_R, loss_mask, ce_weight, vocab_size=logits_RV.shape[1])
+    num_rows, vocab_size = logits_RV.shape
+    check_arguments(targets, labels_R, loss_mask, ce_weight, num_rows=num_rows, vocab_size=vocab_size)
+    mask_R = counted_rows(logits_RV[:, 0], loss_mask=loss_mask, labels=labels_R)
     total = logits_RV.new_zeros(())
     if targets is not None and ce_weight != 1:
         kl_R = _row_kl(logits_RV, targets)
@@ -80,23 +82,22 @@ def drawn_with(targets: SparseTargets | None) -> tuple[float, bool]:
     return (1.0, False) if spec is None else (spec.temperature, spec.kind.has_ghost)
 
 
-def supervised_rows(
-    rows: Tensor,
+def check_arguments(
     targets: SparseTargets | None,
     labels: Tensor | None,
     loss_mask: Tensor | None,
     ce_weight: float,
     *,
+    num_rows: int,
     vocab_size: int,
-) -> Tensor:
-    """Return which of the rows [R, …] count, bool [R]; raise ValueError if a loss's arguments do not fit together."""
+) -> None:
+    """Raise ValueError if a loss's arguments do not fit together."""
     if not 0 <= ce_weight <= 1:
         raise ValueError(f"ce_weight must lie in [0, 1], got {ce_weight}")
     if ce_weight < 1 and targets is None:
         raise ValueError(f"no targets: expected ce_weight=1, got {ce_weight}")
     if ce_weight > 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight} needs labels")
-    num_rows = len(rows)
     if targets is not None and targets.num_rows != num_rows:
         raise ValueError(
             f"expected targets of {num_rows} rows, one for each row of the student, got {targets.num_rows}"
@@ -107,7 +108,6 @@ def supervised_rows(
         raise ValueError(f"expected {num_rows} labels, got {labels.numel()}")
     if loss_mask is not None and loss_mask.numel() != num_rows:
         raise ValueError(f"expected a loss_mask of {num_rows} rows, got {loss_mask.numel()}")
-    return counted_rows(rows[:, 0], loss_mask=loss_mask, labels=labels)
 
 
 def _row_kl(logits_RV: Tensor, targets: SparseTargets) -> Tensor:

@@ -12,7 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -75,6 +77,37 @@ def language_like(rng: np.random.Generator, num_rows: int, vocab_size: int) -> t
     for row in logits:
         row[rng.integers(vocab_size, size=60)] += rng.exponential(4.0, size=60) + 4
     return torch.from_numpy(logits.astype(np.float32)).to(DEVICE, torch.bfloat16)
+
+
+@contextmanager
+def traffic(tensor: torch.Tensor) -> Iterator[Counter[str]]:
+    """Count the bytes that kernels read from and write to a tensor's memory, in the interpreter."""
+    from triton.runtime import interpreter
+
+    real, seen = interpreter._interpreter, Counter[str]()
+    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes()
+
+    class Counting:
+        def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
+            self.note("read", addresses, mask)
+            return real.load(addresses, mask, other, dtype)
+
+        def store(self, addresses: Any, values: Any, mask: Any) -> Any:
+            self.note("written", addresses, mask)
+            return real.store(addresses, values, mask)
+
+        def note(self, kind: str, addresses: Any, mask: Any) -> None:
+            is_inside = (addresses >= first) & (addresses < end) & mask
+            seen[kind] += int(np.count_nonzero(is_inside)) * tensor.element_size()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    interpreter._interpreter = Counting()
+    try:
+        yield seen
+    finally:
+        interpreter._interpreter = real
 
 
 def _compile(build: Build) -> Compiled:
