@@ -16,9 +16,10 @@ from torch import Tensor
 
 from logitstream import kernels
 from logitstream.distribution import Distribution, bad_row, chunk_rows, scratch
-from logitstream.samplers import Float64s, Int64s
+from logitstream.samplers import SAMPLERS, Float64s, Int64s
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 
+CPU = torch.device("cpu")
 MAX_POINTS = 1 << 20
 """Points of the rows to draw at once; with uniforms, ids and counts each takes about 100 bytes for a while."""
 
@@ -79,9 +80,15 @@ def unpack(
     return targets, counts[:, 0] == kernels.BAD
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Compile what draws from logits of this type on the CPU, at start instead of with the first request."""
-    Distribution.of_logits(torch.zeros(2, 2, dtype=dtype), 1.0).locate(np.ones((2, 1)))
+def warm_up(dtype: torch.dtype, device: torch.device = CPU, vocab_size: int = 2) -> None:
+    """Compile what draws from logits of this type and shape, at start instead of with the first request."""
+    if device.type == "cpu":
+        Distribution.of_logits(torch.zeros(2, 2, dtype=dtype), 1.0).locate(np.ones((2, 1)))
+        return
+    rows = TokenSequence(token_ids=np.zeros(16, np.int32))
+    for sampler in SAMPLERS.values():
+        if sampler.on_gpu:
+            sample(torch.zeros(16, vocab_size, dtype=dtype, device=device), TargetSpec(sampler=sampler.name), rows)
 
 
 @torch.inference_mode()

@@ -115,6 +115,7 @@ def load_transformers(config: TeacherConfig) -> TeacherBackend:
             vocab_size=model.vocab_size,
             max_padded_tokens=config.limits.max_batch_tokens,
             logits_chunk_bytes=model.logits_chunk_bytes,
+            compiles=model.compile,
         )
     except (RuntimeError, AssertionError, SafetensorError) as error:  # such as an unknown device or a file cut off
         raise ValueError(f"model {model.path} cannot be loaded on device {model.device!r}: {error}") from error

@@ -10,6 +10,9 @@ from logitstream.errors import RequestError
 from logitstream.tokenizer import HasVocabulary
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 
+BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 16_384
+"""Tokens of one batch where nothing else is set."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
@@ -37,8 +40,9 @@ class TeacherBackend(Protocol):
     """A model that scores batches; called from one thread at a time, except for `describe` and `healthy`.
 
     A backend with an attribute `batches_at_once` (an int) has `score` called from that many threads, so that the next
-    batch is at hand when one is done. One that returns EncodedTargets has a method `configure_encoding(id_model,
-    max_bytes)`, called once before requests are served.
+    batch is at hand when one is done; `batch_tokens` is what it wants in a batch where the settings leave it open. One
+    that returns EncodedTargets has a method `configure_encoding(id_model, max_bytes)`, called once before requests are
+    served.
     """
 
     def describe(self) -> TeacherInfo:

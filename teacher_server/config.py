@@ -27,13 +27,15 @@ class ModelSettings:
     )
     device: str = setting("cpu, cuda, cuda:N; auto: a GPU if there is one.", "auto")
     num_threads: int = setting("CPU threads of the forward pass; 0: torch's own choice.", 0)
-    logits_chunk_bytes: int = setting("Logits are made in chunks of this size, never all at once.", 24 << 20)
+    logits_chunk_bytes: int = setting(
+        "Logits are made in chunks of this size, never all at once; 0: 24 MiB on a CPU, up to 1 GiB on a GPU.", 0
+    )
+    compile: bool = setting("Compile the model's body (transformers): a slower start, faster passes on a GPU.", False)
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("model.path is needed: a folder or a hub name of a causal language model")
-        require_at_least(self, 1, "logits_chunk_bytes")
-        require_at_least(self, 0, "vocab_size", "num_threads")
+        require_at_least(self, 0, "logits_chunk_bytes", "vocab_size", "num_threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,9 @@ class LimitSettings:
     """Limits on what the server takes on at a time."""
 
     max_batch_tokens: int = setting(
-        "Tokens of one forward batch, across all clients: more is faster on a GPU, fewer answers sooner.", 4096
+        "Tokens of one forward batch, across all clients: more is faster on a GPU, fewer answers sooner; 0: 4096 on a "
+        "CPU, 16384 on a GPU.",
+        0,
     )
     max_sequence_tokens: int = setting("Longest sequence taken; 0: what the model allows, at most 8192.", 0)
     max_in_flight_tokens: int = setting("Tokens that one client may have in flight, in one call or several.", 65_536)
@@ -86,8 +90,8 @@ class LimitSettings:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_batch_tokens", "max_in_flight_tokens", "max_queue_tokens")
-        require_at_least(self, 0, "max_sequence_tokens", "max_connections")
+        require_at_least(self, 1, "max_in_flight_tokens", "max_queue_tokens")
+        require_at_least(self, 0, "max_batch_tokens", "max_sequence_tokens", "max_connections")
         if not LEAST_MESSAGE_BYTES <= self.max_message_bytes <= MAX_MESSAGE_BYTES:
             raise ValueError(
                 f"max_message_bytes must lie in [{LEAST_MESSAGE_BYTES}, {MAX_MESSAGE_BYTES}], "

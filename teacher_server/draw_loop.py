@@ -73,7 +73,7 @@ def draw_pieces(
     """Draw every piece's rows; return the seconds spent drawing, without those of `project`."""
     seconds = 0.0
     for chunk in plan(len(hidden_RH), pieces, vocab_size=vocab_size, max_rows=max_rows):
-        logits = project(_select(hidden_RH, chunk.places))
+        logits = project(select(hidden_RH, chunk.places))
         if logits is None:
             continue
         _check_shape(logits, (len(chunk.places), vocab_size))
@@ -106,7 +106,7 @@ def launch_pieces(
     words, outputs, first = gpu.send(key_words(list(keys))), list[Tensor](), 0
     sent = iter(gpu.send(np.concatenate(numbers).astype(np.int32)).split([len(one) for one in numbers]))  # type: ignore[no-untyped-call]
     for chunk in chunks:
-        logits = project(_select(hidden_RH, chunk.places, next(sent)))
+        logits = project(select(hidden_RH, chunk.places, next(sent)))
         if logits is not None:
             _check_shape(logits, (len(chunk.places), vocab_size))
         start = gpu.mark()
@@ -117,7 +117,7 @@ def launch_pieces(
             if not group.spec.kind.on_gpu:
                 _draw_group(logits, group.rows, group.spec, group.pieces)
                 continue
-            packed = draw(_select(logits, group.rows, rows), group.spec, RowNames(words, *names), launch=gpu.launch)
+            packed = draw(select(logits, group.rows, rows), group.spec, RowNames(words, *names), launch=gpu.launch)
             _deliver(Packed(launched, first, packed.shape, group.spec, vocab_size), group.pieces)
             outputs.append(packed.flatten())
             first += packed.numel()
@@ -170,7 +170,7 @@ def _draw_group(logits_RV: Tensor, rows: Int64s, spec: TargetSpec, pieces: Seque
     uniforms = np.concatenate([row_uniforms(spec, piece.drawing.key, piece.rows) for piece in pieces])
     names = np.concatenate([piece.rows for piece in pieces])
     try:
-        _deliver(Drawn(draw(_select(logits_RV, rows), spec, uniforms, row_names=names)), pieces)
+        _deliver(Drawn(draw(select(logits_RV, rows), spec, uniforms, row_names=names)), pieces)
     except NonFiniteLogits as error:
         if len(pieces) == 1:
             pieces[0].drawing.fail(error)
@@ -180,7 +180,7 @@ def _draw_group(logits_RV: Tensor, rows: Int64s, spec: TargetSpec, pieces: Seque
             rows = rows[len(piece.rows) :]
 
 
-def _select(tensor: Tensor, rows: Int64s, on_device: Tensor | None = None) -> Tensor:
+def select(tensor: Tensor, rows: Int64s, on_device: Tensor | None = None) -> Tensor:
     """Return these rows of a tensor [R, ...], as a view if they are consecutive."""
     if (np.diff(rows) == 1).all():
         return tensor[int(rows[0]) : int(rows[-1]) + 1]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from logitstream.distribution import bad_row
-from logitstream.errors import NonFiniteLogits
+from logitstream.errors import RequestError
 from logitstream.samplers import Int64s
 from logitstream.sampling import draw, draw_key, scatter_rows, uniforms_per_row, unpack
 from logitstream.types import SparseTargets, TargetSpec
@@ -23,10 +23,10 @@ from teacher_server.gpu import Fetched
 
 @dataclass(slots=True, eq=False)
 class Drawing:
-    """One request while its wanted rows are drawn; bad logits end it with an error."""
+    """One request while its wanted rows are drawn; an error, such as bad logits, ends it."""
 
     request: ScoreRequest
-    error: NonFiniteLogits | None = None
+    error: RequestError | None = None
     rows: Int64s = field(init=False)
     key: bytes = field(init=False)
     _parts: list[Part] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Drawing:
         if self.error is None:
             self._parts.append(part)
 
-    def fail(self, error: NonFiniteLogits) -> None:
+    def fail(self, error: RequestError) -> None:
         """Keep the first error and drop what was drawn."""
         self.error = self.error or error
         self._parts = []
@@ -62,7 +62,7 @@ class Drawing:
             left -= part.stop - part.start
         self._parts = kept
 
-    def result(self, vocab_size: int) -> SparseTargets | NonFiniteLogits:
+    def result(self, vocab_size: int) -> SparseTargets | RequestError:
         """Return the drawn rows among all rows of the sequence, or the error; wait for them if they come from a GPU."""
         if self.error is not None:
             return self.error

@@ -27,7 +27,7 @@ from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo
 from teacher_server.access import BearerTokens, TokenInterceptor, check_tls
 from teacher_server.admission import Admission
-from teacher_server.backend import TeacherBackend
+from teacher_server.backend import BATCH_TOKENS, TeacherBackend
 from teacher_server.calls import HEALTH_SERVICE, SERVICE, Context, WhenLoaded, one_request
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import LimitSettings, TeacherConfig
@@ -154,7 +154,8 @@ class TeacherServer:
         if cache.path:
             stored = StoredTargets(CacheFolder(cache.path, id_model=id_model, max_bytes=cache.max_bytes))
         encode = encoder(id_model, limits.max_message_bytes)
-        scheduler = Scheduler(backend, encode, max_batch_tokens=limits.max_batch_tokens, stored=stored)
+        batch_tokens = limits.max_batch_tokens or getattr(backend, "batch_tokens", BATCH_TOKENS)
+        scheduler = Scheduler(backend, encode, max_batch_tokens=batch_tokens, stored=stored)
         self.scheduler = scheduler
         running = asyncio.ensure_future(scheduler.run())
         tasks: list[asyncio.Future[Any]] = [running]

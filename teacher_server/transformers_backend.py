@@ -22,7 +22,14 @@ from logitstream.sampling import warm_up
 from logitstream.split_model import SplitModel
 from logitstream.tokenizer import Vocabulary, load_tokenizer
 from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
-from teacher_server.backend import ScoreRequest, ScoreResult, check_vocab_size, served_vocab_size
+from teacher_server.backend import (
+    BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    ScoreRequest,
+    ScoreResult,
+    check_vocab_size,
+    served_vocab_size,
+)
 from teacher_server.draw_loop import draw_pieces, launch_pieces
 from teacher_server.drawings import Drawing, Launched
 from teacher_server.gpu import Gpu, chunk_rows
@@ -45,7 +52,7 @@ class TransformersBackend:
     On a GPU a batch is launched whole, without waiting for it, while the one before is still computed or encoded.
     vocab_size: serve only the first so many ids, if those past the tokenizer's are padding; 0: all rows of the head.
     logits_chunk_bytes: 0 chooses by the device's memory; compiles: compile the model's body.
-    gpu, packs: how a GPU is used, and if its sequences are packed instead of padded where the model can; for tests.
+    max_padded_tokens: of one pass; 0 chooses. gpu: how a GPU is used, for tests.
     """
 
     def __init__(
@@ -54,7 +61,7 @@ class TransformersBackend:
         info: TeacherInfo,
         *,
         vocab_size: int = 0,
-        max_padded_tokens: int = 8192,
+        max_padded_tokens: int = 0,
         logits_chunk_bytes: int = 0,
         compiles: bool = False,
         gpu: Gpu | None = None,
@@ -75,7 +82,7 @@ class TransformersBackend:
             log.warning("%s: padding changes its results, only equal lengths share a pass", type(model).__name__)
         if self._by_length:
             log.info("%s: %s: shorter and longer ones never share a pass", type(model).__name__, self._by_length)
-        self._max_padded_tokens = max_padded_tokens
+        self.batch_tokens = max_padded_tokens or (BATCH_TOKENS if self._gpu is None else GPU_BATCH_TOKENS)
         self._chunk_rows = chunk_rows(
             model.dtype.itemsize * num_rows,
             logits_chunk_bytes=logits_chunk_bytes,
@@ -179,7 +186,7 @@ class TransformersBackend:
         groups: dict[Any, list[int]] = {}
         for index, length in enumerate(lengths):
             groups.setdefault(self._by_length.group(length), []).append(index)
-        most = self._max_padded_tokens if self.lm.is_split else 1
+        most = self.batch_tokens if self.lm.is_split else 1
         passes = []
         for members in groups.values():
             inside = [lengths[index] for index in members]
@@ -229,7 +236,7 @@ class TransformersBackend:
     def _warm_up(self) -> None:
         """Compile every kernel and fill the caches, then see if a launch waits for the device anywhere."""
         started = time.monotonic()
-        length = max(1, min(self._info.max_sequence_tokens, self._max_padded_tokens, 1024))
+        length = max(1, min(self._info.max_sequence_tokens, self.batch_tokens, 1024))
         sequences = [TokenSequence(token_ids=np.zeros(n, np.int32)) for n in {length, length // 2 + 1, 1}]
         for sampler in SAMPLERS.values():
             if sampler.on_gpu:

@@ -39,7 +39,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from logitstream import metrics
 from logitstream.errors import RequestError
 from logitstream.types import TeacherInfo
-from teacher_server.backend import EncodedTargets, ScoreRequest, served_vocab_size
+from teacher_server.backend import BATCH_TOKENS, GPU_BATCH_TOKENS, EncodedTargets, ScoreRequest, served_vocab_size
 from teacher_server.weights import digest_with_options
 
 DEFAULT_MAX_SEQUENCE_TOKENS = 8192
@@ -76,6 +76,7 @@ class VllmBackend:
 
     batches_at_once = 2
     """The engine's next step takes from the second batch while the first one's targets are on their way out."""
+    batch_tokens = BATCH_TOKENS if current_platform.is_cpu() else GPU_BATCH_TOKENS
 
     def __init__(
         self,
@@ -243,13 +244,13 @@ def engine_args(
     revision: str | None = None,
     max_sequence_tokens: int = 0,
     vocab_size: int = 0,
-    logits_chunk_bytes: int = 24 << 20,
+    logits_chunk_bytes: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> AsyncEngineArgs:
     """Return our own settings and the user's engine options as vLLM's arguments; ValueError if they contradict.
 
     max_sequence_tokens: 0 for the model's context, at most 8192; vocab_size: only the first so many ids are served,
-    0: all of the head; logits_chunk_bytes: logits made at a time, whose float32 copies are taken off the KV cache.
+    0: all of the head; logits_chunk_bytes: logits made at a time, which the KV cache leaves room for; 0 chooses.
     """
     options = options or {}
     _check_options(options)

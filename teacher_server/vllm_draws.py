@@ -8,6 +8,7 @@ imports nothing of vLLM.
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 import sys
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from logitstream.errors import RequestError, ScoringFailed
 from teacher_server.backend import EncodedTargets, ScoreResult
-from teacher_server.draw_loop import draw_pieces
+from teacher_server.draw_loop import draw_pieces, launch_pieces, plan, select
 from teacher_server.drawings import Drawing, Piece
 from teacher_server.encoding import encode_all, encoder
+from teacher_server.gpu import Gpu
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 KEY, REQUEST = "logitstream_key", "logitstream_request"
@@ -32,6 +34,8 @@ CHUNK_BYTES, VOCAB_SIZE = "logitstream_chunk_bytes", "logitstream_vocab_size"
 """Names in vLLM's additional_config of logits_chunk_bytes and vocab_size, for the worker."""
 SERVER_PID = "LOGITSTREAM_SERVER_PID"
 """Environment variable for the worker: in vLLM's configuration it would spoil what is compiled for each start."""
+
+log = logging.getLogger(__name__)
 
 
 def check_version(found: str) -> None:
@@ -52,7 +56,7 @@ class PromptChunk:
 
 @dataclass(slots=True)
 class _Prompt:
-    """A request's way through the engine; `gap` ends it on all ranks, bad logits only for the rank that draws."""
+    """A request's way through the engine; `gap` ends it on all ranks, what fails in a draw only for the drawing one."""
 
     drawing: Drawing
     rows_done: int = 0
@@ -68,14 +72,25 @@ class PromptDraws:
     """The draws of the requests that an engine is computing.
 
     project: hidden states [R, H] -> logits [R, V], at most max_rows rows; is_drawing: False on the ranks that help to
-    project a divided vocabulary and leave the draw to one of them.
+    project a divided vocabulary and leave the draw to one of them; is_alone: no other rank projects; gpu: where the
+    kernels draw.
     """
 
     def __init__(
-        self, project: Callable[[Tensor], Tensor | None], *, vocab_size: int, max_rows: int, is_drawing: bool = True
+        self,
+        project: Callable[[Tensor], Tensor | None],
+        *,
+        vocab_size: int,
+        max_rows: int,
+        is_drawing: bool = True,
+        is_alone: bool = True,
+        gpu: Gpu | None = None,
     ) -> None:
         self.is_drawing = is_drawing
         self.max_rows = max_rows
+        self._is_alone = is_alone
+        self._gpu = gpu
+        self._num_projected = 0
         self.has_met_nan = False
         self._project = project
         self._vocab_size = vocab_size
@@ -95,14 +110,22 @@ class PromptDraws:
     def step(self, hidden_states: Tensor, chunks: Iterable[PromptChunk]) -> None:
         """Draw the wanted rows of one step from its hidden states [R, H]; encode what is complete in a thread.
 
-        On a CPU, `has_met_nan` becomes True if they are not all finite, including masked rows.
+        On a GPU the draws are only launched, and the thread waits for them. An exception, such as out of memory, fails
+        the step's requests and not the engine. On a CPU, `has_met_nan` becomes True if the hidden states are not all
+        finite, including masked rows.
         """
         if hidden_states.device.type == "cpu" and not self.has_met_nan:
             self.has_met_nan = not math.isfinite(float(hidden_states.sum(dtype=torch.float32)))
         prompts = [(self._prompts[chunk.key], chunk) for chunk in chunks]
         advanced = [(prompt, piece) for prompt, chunk in prompts if (piece := _advance(prompt, chunk)) is not None]
         pieces = [piece for _, piece in advanced]
-        draw_pieces(hidden_states, pieces, self._logits, vocab_size=self._vocab_size, max_rows=self.max_rows)
+        try:
+            self._draw(hidden_states, pieces)
+        except Exception as error:
+            log.exception("the draws of %d requests failed", len(advanced))
+            self._project_the_rest(hidden_states, pieces)
+            for prompt, _ in advanced:
+                prompt.drawing.fail(_failed(error))  # its later rows are still projected, as on other ranks
         for prompt, _ in advanced:
             if self.is_drawing and prompt.rows_done == prompt.num_rows:
                 prompt.encoded = self._encoders.submit(self._finish, prompt.drawing)
@@ -112,16 +135,40 @@ class PromptDraws:
         prompts = [self._prompts.pop(key, None) for key in keys]
         return [pickle.dumps(_outcome(prompt)) for prompt in prompts] if self.is_drawing else []
 
+    def _draw(self, hidden_states: Tensor, pieces: list[Piece]) -> None:
+        self._num_projected = 0
+        limits = {"vocab_size": self._vocab_size, "max_rows": self.max_rows}
+        if self._gpu is None:
+            draw_pieces(hidden_states, pieces, self._logits, **limits)
+        else:
+            launch_pieces(hidden_states, pieces, self._logits, self._gpu, **limits)
+
     def _logits(self, hidden_states: Tensor) -> Tensor | None:
         logits = self._project(hidden_states)
+        self._num_projected += 1
         return logits if self.is_drawing else None
 
+    def _project_the_rest(self, hidden_states: Tensor, pieces: list[Piece]) -> None:
+        """Take part in the projections that other ranks still wait for."""
+        if not self._is_alone:
+            chunks = list(plan(len(hidden_states), pieces, vocab_size=self._vocab_size, max_rows=self.max_rows))
+            for chunk in chunks[self._num_projected :]:
+                self._project(select(hidden_states, chunk.places))
+
     def _finish(self, drawing: Drawing) -> ScoreResult:
-        targets = drawing.result(self._vocab_size)
+        try:
+            targets = drawing.result(self._vocab_size)
+        except Exception as error:  # of the device, which is told of when its numbers are waited for
+            log.exception("the draws of a request failed")
+            return _failed(error)
         (payload,) = encode_all(self._encode, [targets], [drawing.request.spec])
         if isinstance(payload, RequestError) or isinstance(targets, RequestError):
             return payload if isinstance(payload, RequestError) else targets
         return EncodedTargets(payload, num_rows=targets.num_rows, num_entries=targets.num_entries)
+
+
+def _failed(error: Exception) -> ScoringFailed:
+    return ScoringFailed(f"the teacher failed on it: {type(error).__name__}")
 
 
 def _advance(prompt: _Prompt, chunk: PromptChunk) -> Piece | None:

@@ -15,6 +15,7 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
 from logitstream.sampling import warm_up
+from teacher_server.gpu import Gpu, chunk_rows
 from teacher_server.vllm_draws import CHUNK_BYTES, SERVER_PID, VOCAB_SIZE, PromptDraws, hook
 
 if current_platform.is_cpu():
@@ -23,15 +24,18 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 WATCH_SECONDS = 1.0
-COPIES_OF_LOGITS = 5
-"""Float32 copies of a chunk of logits that may exist at a time: the projection, a gather or soft cap of it, its
-conversion from 16 bits, and in the draw the relative probabilities and multinomial's tempered ones."""
+COPIES_OF_LOGITS = 2.2
+"""Copies of a chunk of logits that may exist at a time beside the KV cache where the kernels draw: the projection, a
+gather or a soft cap of it, and a tenth for the statistics of its blocks."""
+PLAIN_COPIES = 10
+"""The same where plain torch draws from 16 bits: five in float32, among them the probabilities."""
 
 
 class DrawingWorker(PlatformWorker):  # type: ignore[misc]
     """The platform's worker, with draws at the prompt-logprob step; they live on the last pipeline stage."""
 
     prompt_draws: PromptDraws | None = None
+    draw_bytes = 0
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         _end_with_server()
@@ -45,26 +49,33 @@ class DrawingWorker(PlatformWorker):  # type: ignore[misc]
             logits: Tensor | None = runner.model.compute_logits(hidden_states)
             return None if logits is None else logits[:, :vocab_size]
 
+        on_cpu, dtype = current_platform.is_cpu(), self.model_config.dtype
+        # All ranks project the same rows together, so what is free on one of them cannot decide.
+        memory = None if on_cpu else int(torch.cuda.get_device_properties(self.device).total_memory) // 4
+        chunk_bytes = int(self.vllm_config.additional_config[CHUNK_BYTES])
+        row_bytes = head_rows * dtype.itemsize
+        max_rows = chunk_rows(row_bytes, logits_chunk_bytes=chunk_bytes, memory_bytes=memory)
+        gpu = None if on_cpu else Gpu.of(self.device)
+        self.draw_bytes = int((PLAIN_COPIES if gpu is None else COPIES_OF_LOGITS) * max_rows * row_bytes)
+        tp = get_tp_group()
         self.prompt_draws = PromptDraws(
             project,
             vocab_size=vocab_size,
-            max_rows=max(1, self._chunk_bytes // (head_rows * self.model_config.dtype.itemsize)),
-            is_drawing=get_tp_group().rank_in_group == 0,
+            max_rows=max_rows,
+            is_drawing=tp.rank_in_group == 0,
+            is_alone=tp.world_size == 1,
+            gpu=gpu,
         )
         hook(runner, self.prompt_draws)
-        if self.prompt_draws.is_drawing and current_platform.is_cpu():
-            warm_up(self.model_config.dtype)
-
-    @property
-    def _chunk_bytes(self) -> int:
-        return int(self.vllm_config.additional_config[CHUNK_BYTES])
+        if self.prompt_draws.is_drawing:
+            warm_up(dtype, self.device if gpu is not None else torch.device("cpu"), vocab_size)
 
     def determine_available_memory(self) -> int:
         """Take the draw's memory off what vLLM found, unless the user fixed the KV cache's bytes."""
         available = int(super().determine_available_memory())
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
-        return available - COPIES_OF_LOGITS * self._chunk_bytes * 4 // int(self.model_config.dtype.itemsize)
+        return available - self.draw_bytes
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a step; on a CPU that has met NaN, first clear the KV-cache blocks that are handed out.

@@ -237,7 +237,7 @@ def test_what_keeps_the_server_from_starting_is_said_in_a_line() -> None:
         ([], "model.path is needed"),
         (["--model.path", "m", "--server.address", "0.0.0.0:0"], "--tls.insecure"),
         (["--model.path", "m", "--tls.cert", "x"], "tls.key"),
-        (["--model.path", "m", "--limits.max_batch_tokens", "0"], "max_batch_tokens must be at least 1, got 0"),
+        (["--model.path", "m", "--limits.max_batch_tokens", "-1"], "max_batch_tokens must be at least 0, got -1"),
         (["--model.path", "m", "--backend", "magic"], "magic"),
         (["--model.path", "m", "--server.address", "notanaddress"], "address: expected HOST:PORT"),
         (["--model.path", "m", "--server.address", "127.0.0.1:99999"], "a port up to 65535, got '127.0.0.1:99999'"),

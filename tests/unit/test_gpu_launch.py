@@ -7,68 +7,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
 
 from logitstream.errors import NonFiniteLogits
 from logitstream.types import SparseTargets, TargetSpec, TokenSequence
 from teacher_server.backend import ScoreRequest
 from teacher_server.drawings import Drawing
-from teacher_server.gpu import Fetched, Gpu, chunk_rows
+from teacher_server.gpu import chunk_rows
 from teacher_server.transformers_backend import TransformersBackend, split_by_budget
+from tests.fake_gpu import FakeGpu
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from tests.unit.test_transformers_backend import INFO, dense, ragged, scored
 
 pytest.importorskip("triton")
 SPECS = [TargetSpec(num_samples=20), TargetSpec(sampler="threshold", threshold=0.1), TargetSpec(sampler="full")]
-
-
-@dataclass
-class Moment:
-    """An event that a wait is noticed of."""
-
-    waits: list[str]
-
-    def synchronize(self) -> None:
-        self.waits.append("event")
-
-    def elapsed_time(self, later: Moment) -> float:
-        return 1.0
-
-
-@dataclass
-class FakeGpu(Gpu):
-    """A device of torch without CUDA: "cpu", whose numbers exist, or "meta", where whoever asks for one fails."""
-
-    device: torch.device
-    launched: list[tuple[str, Any]] = field(default_factory=list)
-    waits: list[str] = field(default_factory=list)
-    fetches: int = 0
-
-    def current(self) -> Any:
-        return nullcontext()
-
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        self.launched.append((kernel.fn.__name__, args[0]))
-        if self.device.type == "cpu":
-            super().launch(kernel, grid, *args, **options)
-
-    def send(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-    def fetch(self, tensor: Tensor) -> Fetched:
-        self.fetches += 1
-        return Fetched(tensor, Moment(self.waits))
-
-    def mark(self) -> Moment:
-        return Moment(self.waits)
 
 
 def backend_of(model: Any, **options: Any) -> tuple[TransformersBackend, FakeGpu]:

@@ -34,6 +34,7 @@ from teacher_server.vllm_draws import (
     check_version,
     hook,
 )
+from tests.fake_gpu import FakeGpu
 
 VOCAB, HIDDEN = 37, 5
 HEAD = torch.randn(HIDDEN, VOCAB, generator=torch.Generator().manual_seed(0)).mul(256).round() / 256
@@ -241,6 +242,44 @@ def test_bad_logits_do_not_change_what_is_projected() -> None:
     assert calls[True] == calls[False] == [8, 8, 8, 4]
     assert isinstance(found[0], NonFiniteLogits)
     assert_equal(found[1], requests[1])
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_an_exception_fails_the_requests_of_its_step_and_the_engine_goes_on(is_alone: bool) -> None:
+    calls: list[int] = []
+
+    def project(hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden @ HEAD
+
+    requests = [make_request(11), make_request(6, seed=1)]
+    draws = PromptDraws(project, vocab_size=VOCAB, max_rows=4, is_alone=is_alone)
+    for number, request in enumerate(requests):
+        draws.add(str(number), pickle.dumps(request))
+    step(draws, requests, [(0, 0, 9)])
+    assert calls == ([4, 4] if is_alone else [4, 4, 4, 1])  # other ranks wait in the projections that are left
+    step(draws, requests, [(0, 9, 2), (1, 0, 6)])
+    failed, found = taken(draws, requests)
+    assert isinstance(failed, ScoringFailed)
+    assert "OutOfMemoryError" in str(failed)
+    assert_equal(found, requests[1])
+
+
+def test_a_gpu_launches_the_draws_of_a_step_and_a_thread_waits_for_them() -> None:
+    pytest.importorskip("triton")
+    gpu = FakeGpu(torch.device("cpu"))
+    requests = [make_request(11), make_request(6, seed=1, masked=True)]
+    draws = PromptDraws(lambda hidden: hidden @ HEAD, vocab_size=VOCAB, max_rows=4, gpu=gpu)
+    for number, request in enumerate(requests):
+        draws.add(str(number), pickle.dumps(request))
+    step(draws, requests, [(0, 0, 7)])
+    step(draws, requests, [(0, 3, 5), (1, 0, 6)])  # starts earlier, as after a preemption
+    step(draws, requests, [(0, 8, 3)])
+    for found, request in zip(taken(draws, requests), requests, strict=True):
+        assert_equal(found, request)
+    assert gpu.fetches == 3
 
 
 def test_uniforms_are_made_for_wanted_rows_alone() -> None:
