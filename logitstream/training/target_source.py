@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -70,10 +72,20 @@ class Part:
     payload_bytes: int = 0
 
 
-class TargetSource:
-    """Asks for the targets of batches and adds them. client=None: from the cache alone; look_up: try the cache first.
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A batch whose targets are asked for; `decoded` gives the batch with them."""
 
-    raise_refused: a sequence that is refused or damaged is an error, otherwise it is left out of the loss.
+    batch: Batch
+    parts: list[Part]
+    is_queued: bool = False
+    decoded: Future[Batch] = field(default_factory=Future)
+
+
+class TargetSource:
+    """Asks for the targets of batches, and decodes them in a thread of its own.
+
+    client=None: from the cache alone; look_up: try the cache before the teacher.
     """
 
     def __init__(
@@ -83,83 +95,106 @@ class TargetSource:
         *,
         look_up: bool,
         draw_set: int,
-        raise_refused: bool,
         stats: StreamStats,
     ) -> None:
         """Learn how to decode: from the cache if it may do without the teacher, else from the teacher."""
         self._client, self._cache, self._look_up = client, cache, look_up
-        self._draw_set, self._raise_refused, self._stats = draw_set, raise_refused, stats
+        self._draw_set, self._stats = draw_set, stats
         self._is_same_teacher = False
-        self.closed = threading.Event()
         if cache is not None:
             cache.refresh()
         if cache is not None and look_up:
-            id_model, self._vocab_size = cache.id_model, cache.fingerprint.vocab_size
-            self._spec = TargetSpec.from_canonical(cache.fingerprint.spec)
+            id_model, spec = cache.id_model, TargetSpec.from_canonical(cache.fingerprint.spec)
+            vocab_size = cache.fingerprint.vocab_size
         else:
             assert client is not None
-            id_model, self._vocab_size, self._spec = client.info.id_model, client.info.vocab_size, client.spec
+            id_model, spec, vocab_size = client.info.id_model, client.spec, client.info.vocab_size
+        self._drawn: Any = {"spec": spec, "vocab_size": vocab_size}
         self._id_model = IdModel.from_bytes(id_model) if id_model else None
+        self.closed = threading.Event()
+        self._jobs: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._decode_all, name="target-stream-decode", daemon=True)
+        self._thread.start()
 
-    def split(self, batch: Batch, priority: int) -> list[Part]:
-        """Return a batch's sequences, to be asked for; ValueError if it holds what the teacher cannot be told."""
+    def ask(self, batch: Batch, *, priority: int) -> Asked:
+        """Ask the teacher for what the cache does not hold; never blocks.
+
+        Raises CacheMiss if there is no teacher, ValueError if the batch holds what a teacher cannot be told.
+        """
         parts = [Part(rows, sequence, priority) for rows, sequence in split_batch(batch)]
-        if self._cache is not None:
-            for part in parts:
-                part.key = self._cache.key(part.sequence, self._draw_set)
-        return parts
-
-    def ask(self, parts: Sequence[Part]) -> None:
-        """Ask the teacher for what the cache does not hold; never blocks. Raises CacheMiss if there is no teacher."""
-        cache = self._cache if self._look_up else None
-        wanted = [part for part in parts if cache is None or part.key not in cache]
-        if not wanted:
-            return
+        wanted, cache = parts, self._cache
         if cache is not None:
-            metrics.CACHE_MISSES.inc(len(wanted))
-        if self._client is None:
+            for part in parts:
+                part.key = cache.key(part.sequence, self._draw_set)
+            if self._look_up:
+                wanted = [part for part in parts if part.key not in cache]
+                metrics.CACHE_MISSES.inc(len(wanted))
+        if wanted and self._client is None:
             raise CacheMiss(
                 f"the cache does not hold a sequence of {len(wanted[0].sequence)} tokens for draw set "
                 f"{self._draw_set}, and no teacher is asked in mode 'cache'"
             )
-        self._submit(self._client, wanted)
+        if wanted:
+            self._submit(wanted)
+        return Asked(batch, parts)
 
-    def add_targets(self, batch: Batch, parts: Sequence[Part]) -> Batch:
-        """Wait for a batch's targets and return it with them.
+    def decode(self, asked: Asked) -> None:
+        """Have the thread wait for a batch's targets and decode them, after those that it was given before."""
+        if not asked.is_queued:
+            asked.is_queued = True
+            self._jobs.put(asked)
 
-        Raises what the client's futures do, and CodecError, FingerprintMismatch or LogitstreamError.
-        """
-        keys = [part.key for part in parts if part.future is None]
-        stored = iter(self._cache.get(keys) if keys and self._cache is not None else [])
-        placed: list[tuple[Rows, SparseTargets]] = []
-        refused: list[Rows] = []
-        for part in parts:
-            self._stats.sequences += 1
-            try:
-                targets = self._fetch(part, next(stored) if part.future is None else None)
-                placed.append((part.rows, targets))
-            except (RequestError, CorruptRecord) as error:
-                self._count_refused(part, error)
-                refused.append(part.rows)
-        num_rows = int(np.prod(tuple(batch["input_ids"].shape)))
-        targets = place_rows(placed, num_rows=num_rows, vocab_size=self._vocab_size, spec=self._spec)
-        batch = batch | {"targets": targets}
-        if refused:
-            blank_out(batch, np.concatenate(refused))
-        return batch
+    def close(self, asked: Sequence[Asked]) -> None:
+        """Cancel these requests, end the thread, and make what was written to the cache visible to other readers."""
+        self.closed.set()
+        for part in (part for one in asked for part in one.parts):
+            if (future := part.future) is not None:
+                future.cancel()
+        self._jobs.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self.flush()
 
     def flush(self) -> None:
         """Make what was written to the cache visible to other readers."""
         if self._cache is not None:
             self._cache.refresh()
 
-    def _submit(self, client: TeacherClient, parts: Sequence[Part]) -> None:
+    def _submit(self, parts: Sequence[Part]) -> None:
+        assert self._client is not None
         sequences = [part.sequence for part in parts]
-        futures = client.submit(sequences, draw_set=self._draw_set, priority=parts[0].priority)
+        futures = self._client.submit(sequences, draw_set=self._draw_set, priority=parts[0].priority)
         for part, future in zip(parts, futures, strict=True):
             part.future = future
-            if self.closed.is_set():  # while it was asked for, and too late to be seen by whoever closed
+            if self.closed.is_set():  # while it was asked for, and too late to be seen by `close`
                 future.cancel()
+
+    def _decode_all(self) -> None:
+        while (asked := self._jobs.get()) is not None:
+            try:
+                asked.decoded.set_result(self._add_targets(asked))
+            except BaseException as error:
+                asked.decoded.set_exception(error)
+            del asked  # a batch is not kept while the thread waits for the next one
+
+    def _add_targets(self, asked: Asked) -> Batch:
+        """Wait for a batch's targets and return it with them; leave out what is refused or damaged."""
+        keys = [part.key for part in asked.parts if part.future is None]
+        stored = iter(self._cache.get(keys) if keys and self._cache is not None else [])
+        placed: list[tuple[Rows, SparseTargets]] = []
+        refused: list[Rows] = []
+        for part in asked.parts:
+            self._stats.sequences += 1
+            try:
+                placed.append((part.rows, self._fetch(part, next(stored) if part.future is None else None)))
+            except (RequestError, CorruptRecord) as error:
+                self._count_refused(part, error)
+                refused.append(part.rows)
+        num_rows = int(np.prod(tuple(asked.batch["input_ids"].shape)))
+        batch = asked.batch | {"targets": place_rows(placed, num_rows=num_rows, **self._drawn)}
+        if refused:
+            blank_out(batch, np.concatenate(refused))
+        return batch
 
     def _fetch(self, part: Part, stored: ReceivedTargets | None) -> SparseTargets:
         """Decode a part's targets; ask once more for those that are damaged, on disk or on the wire."""
@@ -170,7 +205,7 @@ class TargetSource:
                     raise CorruptRecord(f"{fault}, and no teacher is asked in mode 'cache'")
                 logger.info("a sequence is asked for again: %s", fault)
                 metrics.STUDENT_RETRIES.labels(reason=CodecError.__name__).inc()
-                self._submit(self._client, [part])
+                self._submit([part])
             received = stored or self._answer(part)
             try:
                 targets = self._decode(received, len(part.sequence))
@@ -208,9 +243,7 @@ class TargetSource:
 
     def _decode(self, received: ReceivedTargets, num_rows: int) -> SparseTargets:
         started = time.thread_time()  # wall-clock time would count a crowded machine's other work
-        targets = codec.decode(
-            received.payload, spec=self._spec, vocab_size=self._vocab_size, id_model=self._id_model, num_rows=num_rows
-        )
+        targets = codec.decode(received.payload, id_model=self._id_model, num_rows=num_rows, **self._drawn)
         seconds, stats = time.thread_time() - started, self._stats
         metrics.STUDENT_DECODING_SECONDS.inc(seconds)
         stats.decoding_seconds += seconds
@@ -221,11 +254,9 @@ class TargetSource:
         return targets
 
     def _count_refused(self, part: Part, error: LogitstreamError) -> None:
-        """Raise if refusals are errors, or if so many mean that something is wrong with the run."""
+        """Raise if so many refusals mean that something is wrong with the run."""
         stats = self._stats
         stats.refused_sequences += 1
-        if self._raise_refused:
-            raise error
         logger.warning("a sequence of %d tokens is left out of the loss: %s", len(part.sequence), error)
         if stats.refused_sequences > MIN_REFUSED and 2 * stats.refused_sequences > stats.sequences:
             raise LogitstreamError(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
 from typing import Any, Literal
 
 from accelerate.data_loader import DataLoaderDispatcher
@@ -19,7 +16,7 @@ from logitstream.client.teacher_client import TeacherClient
 from logitstream.data.documents import Batch
 from logitstream.errors import TeacherUnavailable
 from logitstream.training.target_cache import TargetCache
-from logitstream.training.target_source import Part, StreamStats, TargetSource
+from logitstream.training.target_source import Asked, StreamStats, TargetSource
 
 Mode = Literal["online", "cache", "cache_then_online"]
 
@@ -32,16 +29,16 @@ class TargetStream:
 
     A batch is a dict with input_ids [B, T] and, optionally, what says which rows are wanted (`data.loss_mask`) and
     which tokens are one document's (`data.documents`): each document is scored alone, without padding. Unwanted rows,
-    padding and the rows of refused sequences are empty. Each iteration is the next epoch, unless set_epoch says
-    otherwise. Raises ValueError if a batch holds something that the teacher cannot be told.
+    padding and the rows of refused sequences are empty. A sequence that the teacher refuses, or whose record is damaged
+    in mode `cache`, is taken out of the loss and its tokens (id 0 then) out of the batch, logged and counted. Each
+    iteration is the next epoch, unless set_epoch says otherwise. Raises ValueError if a batch holds something that the
+    teacher cannot be told.
 
     mode: `online` asks the teacher for everything and writes it to the cache, if there is one; `cache_then_online` asks
         it for what the cache does not hold; `cache` never asks it, and raises CacheMiss for what is not there.
     draw_set: None draws anew each epoch (draw set = epoch), a number uses the same draws in every epoch, several
         numbers these in turn.
     prefetch_batches: batches asked for ahead of the caller.
-    on_refused: `skip` takes a sequence that the teacher refuses, or whose record is damaged in mode `cache`, out of the
-        loss and its tokens (id 0 then) out of the batch, logs and counts it; `raise` ends the stream with its error.
     """
 
     def __init__(
@@ -53,7 +50,6 @@ class TargetStream:
         mode: Mode = "online",
         prefetch_batches: int = 8,
         draw_set: int | Sequence[int] | None = None,
-        on_refused: Literal["skip", "raise"] = "skip",
     ) -> None:
         if prefetch_batches < 1:
             raise ValueError(f"expected prefetch_batches >= 1, got {prefetch_batches}")
@@ -66,16 +62,13 @@ class TargetStream:
                 f"expected one way to draw targets, got the client: {client.spec.canonical()}, "
                 f"the cache: {cache.fingerprint.spec}"
             )
-        self.dataloader = dataloader
-        self.client = client
-        self.cache = cache
-        self.mode = mode
-        self.prefetch_batches = prefetch_batches
+        self.dataloader, self.client, self.cache = dataloader, client, cache
+        self.mode, self.prefetch_batches = mode, prefetch_batches
         self.draw_sets = (draw_set,) if isinstance(draw_set, int) else tuple(draw_set or ())
-        self.on_refused = on_refused
         self.epoch = 0
         self.stats = StreamStats()
-        self._window: _Window | None = None
+        self._source: TargetSource | None = None
+        self._asked: deque[Asked] = deque()
 
     def __len__(self) -> int:
         return len(self.dataloader)  # type: ignore[arg-type]
@@ -89,7 +82,7 @@ class TargetStream:
     @property
     def queue_depth(self) -> int:
         """Batches whose targets have all arrived and that are not yet taken."""
-        return self._window.num_arrived() if self._window else 0
+        return sum(all(p.future is None or p.future.done() for p in asked.parts) for asked in list(self._asked))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -102,133 +95,65 @@ class TargetStream:
     def over(self, batches: Iterator[Batch], *, first_step: int = 0) -> Iterator[Batch]:
         """Yield what is left of this epoch's batches, with targets; a resumed run has done first_step of them."""
         self.close()
-        source = TargetSource(
-            None if self.mode == "cache" else self.client,
-            self.cache,
-            look_up=self.mode != "online",
-            draw_set=self.draw_sets[self.epoch % len(self.draw_sets)] if self.draw_sets else self.epoch,
-            raise_refused=self.on_refused == "raise",
-            stats=self.stats,
-        )
+        client, look_up = None if self.mode == "cache" else self.client, self.mode != "online"
+        draw_set = self.draw_sets[self.epoch % len(self.draw_sets)] if self.draw_sets else self.epoch
+        source = TargetSource(client, self.cache, look_up=look_up, draw_set=draw_set, stats=self.stats)
+        self._source, asked = source, self._asked
         self.epoch += 1
-        window = self._window = _Window(source, self.stats)
-        try:
-            yield from window.run(batches, ahead=self.prefetch_batches, first_step=first_step)
-        finally:
-            window.close()
-
-    def close(self) -> None:
-        """Cancel what is in flight and end the decoding thread; the next iteration starts anew."""
-        if self._window is not None:
-            self._window.close()
-            self._window = None
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """A batch whose targets are asked for; `decoded` gives the batch with them."""
-
-    batch: Batch
-    parts: list[Part]
-    is_queued: bool = False
-    decoded: Future[Batch] = field(default_factory=Future)
-
-
-class _Window:
-    """The batches of one epoch that are asked for and not yet taken, in order; one thread decodes the first of them.
-
-    `close` may be called from any thread, the rest is the caller's.
-    """
-
-    def __init__(self, source: TargetSource, stats: StreamStats) -> None:
-        self._source, self._stats = source, stats
-        self._asked: deque[_Asked] = deque()
-        self._jobs: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._decode_all, name="target-stream-decode", daemon=True)
-
-    def run(self, batches: Iterator[Batch], *, ahead: int, first_step: int) -> Iterator[Batch]:
-        """Ask for so many batches ahead, in the caller's thread, as accelerate's dataloaders require."""
-        self._thread.start()
+        left: Iterator[tuple[int, Batch]] | None = enumerate(batches, first_step)
         failure: Exception | None = None
-        left, is_over = enumerate(batches, start=first_step), False
-        while not self._source.closed.is_set():
-            started = time.perf_counter()
-            while not is_over and len(self._asked) <= ahead:
-                try:
-                    is_over = not self._ask_next(left)
-                except Exception as error:  # raised after the batches before it
-                    failure, is_over = error, True
-            if not self._asked:
-                break
-            batch = self._take()
-            if batch is None:
-                return
-            if not self._asked and failure is None:
-                self._source.flush()  # before another worker begins the next epoch, which may read it all from disk
-            waited = time.perf_counter() - started
-            self._stats.waiting_seconds += waited
-            metrics.STUDENT_WAITING_SECONDS.inc(waited)
-            yield batch
-        if failure is not None and not self._source.closed.is_set():
-            raise failure
-
-    def num_arrived(self) -> int:
-        return sum(all(p.future is None or p.future.done() for p in asked.parts) for asked in list(self._asked))
+        try:
+            while not source.closed.is_set():
+                started = time.perf_counter()
+                while left is not None and len(asked) <= self.prefetch_batches:
+                    try:  # in the caller's thread, as accelerate's dataloaders require
+                        step, batch = next(left)
+                        asked.append(source.ask(batch, priority=step))
+                    except StopIteration:
+                        left = None
+                    except Exception as error:  # raised after the batches before it
+                        failure, left = error, None
+                taken = self._take(source, asked)
+                if taken is None:
+                    break
+                if not asked and failure is None:
+                    source.flush()  # before another worker begins the next epoch, which may read it all from disk
+                waited = time.perf_counter() - started
+                self.stats.waiting_seconds += waited
+                metrics.STUDENT_WAITING_SECONDS.inc(waited)
+                yield taken
+            if failure is not None and not source.closed.is_set():
+                raise failure
+        finally:
+            if self._source is source:
+                self.close()
 
     def close(self) -> None:
-        """Cancel what is in flight and end the thread; idempotent."""
-        self._source.closed.set()
-        for part in (part for asked in list(self._asked) for part in asked.parts):
-            if (future := part.future) is not None:
-                future.cancel()
-        self._jobs.put(None)
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._asked.clear()
+        """Cancel what is in flight and end the decoding thread, from any thread; the next iteration starts anew."""
+        source, asked = self._source, self._asked
+        self._source, self._asked = None, deque()
         metrics.STUDENT_QUEUE_BATCHES.set(0)
-        self._source.flush()
+        if source is not None:
+            source.close(list(asked))
 
-    def _ask_next(self, batches: Iterator[tuple[int, Batch]]) -> bool:
-        """Ask for the next batch's targets; false if there is no batch."""
-        for step, batch in batches:
-            parts = self._source.split(batch, priority=step)
-            self._asked.append(_Asked(batch, parts))  # before they are asked for, so that `close` finds them
-            try:
-                self._source.ask(parts)
-            except Exception:
-                self._asked.pop()
-                raise
-            return True
-        return False
-
-    def _take(self) -> Batch | None:
-        """Wait for the first batch of the window and take it; None once the stream is closed."""
-        for asked in itertools.islice(self._asked, 1 + DECODED_BATCHES):
-            if not asked.is_queued:
-                asked.is_queued = True
-                self._jobs.put(asked)
-        if self._source.closed.is_set():  # what was queued after that is not decoded any more
+    def _take(self, source: TargetSource, asked: deque[Asked]) -> Batch | None:
+        """Wait for the first batch's targets and take it; None after the last one, or once the stream is closed."""
+        for one in itertools.islice(asked, 1 + DECODED_BATCHES):
+            source.decode(one)
+        if not asked or source.closed.is_set():  # what is to be decoded after that never is
             return None
         try:
-            batch = self._asked[0].decoded.result()
+            batch = asked[0].decoded.result()
         except CancelledError:
-            if self._source.closed.is_set():
+            if source.closed.is_set():
                 return None
             raise TeacherUnavailable("the teacher client was closed") from None
-        taken = self._asked.popleft()
-        metrics.STUDENT_QUEUE_BATCHES.set(self.num_arrived())
-        self._stats.batches += 1
+        taken, stats, num_entries = asked.popleft(), self.stats, batch["targets"].num_entries
+        metrics.STUDENT_QUEUE_BATCHES.set(self.queue_depth)
+        metrics.STUDENT_ENTRIES.inc(num_entries)
+        stats.batches += 1
+        stats.entries += num_entries
         for part in taken.parts:
-            self._stats.rows += len(part.rows) if part.payload_bytes else 0
-            self._stats.payload_bytes += part.payload_bytes
-        self._stats.entries += batch["targets"].num_entries
-        metrics.STUDENT_ENTRIES.inc(batch["targets"].num_entries)
+            stats.rows += len(part.rows) if part.payload_bytes else 0
+            stats.payload_bytes += part.payload_bytes
         return batch
-
-    def _decode_all(self) -> None:
-        while (asked := self._jobs.get()) is not None:
-            try:
-                asked.decoded.set_result(self._source.add_targets(asked.batch, asked.parts))
-            except BaseException as error:
-                asked.decoded.set_exception(error)
-            del asked  # a batch is not kept while the thread waits for the next one

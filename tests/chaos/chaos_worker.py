@@ -99,7 +99,6 @@ def work(settings: WorkerSettings) -> None:
             cache=cache,
             mode="online" if cache is None else "cache_then_online",
             prefetch_batches=4,
-            on_refused="raise",
         )
         stream.set_epoch(epoch)
         for number, got in enumerate(stream.over(iter(stream.dataloader), first_step=batch), start=batch):
@@ -108,6 +107,7 @@ def work(settings: WorkerSettings) -> None:
             rss = rss_bytes("self")
             line = {"epoch": epoch, "batch": number, "sequences": batches[number], "rss": rss}
             os.write(audit, (json.dumps(line) + "\n").encode())
+        assert stream.stats.refused_sequences == 0
         epoch, batch = epoch + 1, 0
         if settings.stop_file.exists():
             break

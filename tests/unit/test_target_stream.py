@@ -24,7 +24,6 @@ from logitstream.data.documents import Batch
 from logitstream.errors import (
     CacheMiss,
     CodecError,
-    CorruptRecord,
     FingerprintMismatch,
     InvalidSequence,
     LogitstreamError,
@@ -230,14 +229,6 @@ def test_a_refused_sequence_is_left_out_of_the_loss_and_the_rest_goes_on() -> No
     assert sum(batch["targets"].num_entries for batch in got) == 12 * 2 * 5 - 5
 
 
-def test_a_refused_sequence_ends_the_stream_where_asked_to_after_the_batches_before_it() -> None:
-    batches = make_batches(6)
-    bad = batches[4]["input_ids"][0].tolist()
-    teacher = HandTeacher(refuse=lambda sequence: sequence.token_ids.tolist() == bad)
-    stream = TargetStream(batches, teacher, on_refused="raise")
-    assert take_until(InvalidSequence, stream, match="told to refuse") == 4
-
-
 def test_a_run_whose_sequences_are_mostly_refused_ends() -> None:
     with pytest.raises(LogitstreamError, match="9 of 9 sequences are refused or damaged; the last: told to refuse"):
         list(TargetStream(make_batches(10), HandTeacher(refuse=lambda sequence: True)))
@@ -411,8 +402,6 @@ def test_damaged_records_are_left_out_of_the_loss_without_a_teacher(
     assert (
         sum("is damaged or gone" in record.message and "left out" in record.message for record in caplog.records) == 2
     )
-    raising = TargetStream(batches, None, cache=cache, mode="cache", draw_set=1, on_refused="raise")
-    assert take_until(CorruptRecord, raising) == 2
     cache.close()
 
 
