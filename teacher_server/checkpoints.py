@@ -45,13 +45,10 @@ class Checkpoints:
         now = time.time()
         self._first_seen = {one: self._first_seen.get(one, now) for one in found}
         newer = sorted((one for one in found - self.refused if one[0] > self.served), reverse=True)
-        settled = [one for one in newer if now - self._written(one) >= self._settled_seconds]
+        # by its time, or as seen here: another machine's clock may be ahead
+        settled = [one for one in newer if now - min(self._first_seen[one], one[0][0] / 1e9) >= self._settled_seconds]
         self.is_waiting = bool(newer) and not settled
         return settled[0] if settled else None
-
-    def _written(self, checkpoint: tuple[Stamp, Path]) -> float:
-        """Return when it was written, by its time or as seen here: another machine's clock may be ahead."""
-        return min(self._first_seen[checkpoint], checkpoint[0][0] / 1e9)
 
 
 async def watch_checkpoints(
@@ -68,22 +65,20 @@ async def watch_checkpoints(
     a moment. has_looked is set once the first checkpoints are loaded, so that a restarted server begins with them.
     """
     checkpoints = Checkpoints(folder, settled_seconds=SETTLED_LOOKS * every_seconds)
-    trouble = ""
     while True:
         newest = None
         try:
-            newest, trouble = await in_thread(checkpoints.newest), ""
-        except OSError as error:
-            if str(error) != trouble:
-                trouble = str(error)
-                log.error("checkpoints cannot be looked for until this is mended: %s", trouble)
-        if newest is not None:
-            try:
+            newest = await in_thread(checkpoints.newest)
+            if newest is not None:
                 await replace(await in_thread(partial(load, newest[1])))
                 checkpoints.served = newest[0]
-            except Exception:
-                log.exception("checkpoint %s cannot be served, the weights stay as they are", newest[1])
+            elif not checkpoints.is_waiting:
+                has_looked.set()
+        except Exception as error:
+            where = folder if newest is None else newest[1]
+            log.error(
+                "%s cannot be served, the weights stay as they are: %s", where, error, exc_info=newest is not None
+            )
+            if newest is not None:
                 checkpoints.refused.add(newest)
-        elif not checkpoints.is_waiting:
-            has_looked.set()
         await asyncio.sleep(every_seconds)

@@ -9,17 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 from logitstream import metrics
 from logitstream.errors import RequestError, ServerDraining
 from logitstream.types import TargetSpec, TeacherInfo, credit_tokens
 from teacher_server.backend import ScoreRequest, TeacherBackend
 from teacher_server.encoding import Encode, encode_all
-from teacher_server.fair_queue import FairQueue, Ticket
+from teacher_server.fair_queue import FairQueue
 from teacher_server.retries import BROKE_DOWN, BackendBroken, BatchScorer
 from teacher_server.stored_targets import StoredTargets
 
@@ -30,7 +28,6 @@ SLICE = 64
 CLOSE_SECONDS = 5.0
 """How long the running batch may take once nobody waits for it."""
 
-T = TypeVar("T")
 Key = tuple[TargetSpec, int, bytes, bytes]
 log = logging.getLogger(__name__)
 
@@ -52,13 +49,16 @@ class Scored:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request that waits (then it has a ticket) or is being answered, for everybody who made it."""
+    """One request that waits, in the name of the client who made it first, or is being answered."""
 
     key: Key
     request: ScoreRequest
+    client_id: str
+    priority: int
+    cost: int
     arrived: float = field(default_factory=time.monotonic)
     waiters: set[asyncio.Future[Scored]] = field(default_factory=set)
-    ticket: Ticket[Job] | None = None
+    reading: asyncio.Task[None] | None = None
 
 
 class Scheduler:
@@ -68,12 +68,7 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        backend: TeacherBackend,
-        encode: Encode,
-        *,
-        max_batch_tokens: int,
-        stored: StoredTargets | None = None,
+        self, backend: TeacherBackend, encode: Encode, *, max_batch_tokens: int, stored: StoredTargets | None = None
     ) -> None:
         self.info = backend.describe()
         self.is_draining = False  # set to refuse new requests; what was taken is still scored
@@ -84,7 +79,6 @@ class Scheduler:
         self._queue = queue = FairQueue[Job]()
         self._jobs = jobs = dict[Key, Job]()
         self._wake = asyncio.Event()
-        self._reading: set[asyncio.Task[None]] = set()  # the loop itself would not keep them alive
         self._num_slots: int = getattr(backend, "batches_at_once", 1)
         self._slots = asyncio.Semaphore(self._num_slots)
         self._replacing = asyncio.Lock()
@@ -93,7 +87,9 @@ class Scheduler:
         self._backend_threads = ThreadPoolExecutor(self._num_slots, thread_name_prefix="backend")
         self._encoders = ThreadPoolExecutor(NUM_ENCODERS, thread_name_prefix="encoder")
         metrics.TEACHER_QUEUE_TOKENS.set_function(lambda: queue.cost)
-        metrics.TEACHER_QUEUE_AGE.set_function(lambda: _oldest_age(list(jobs.values())))
+        metrics.TEACHER_QUEUE_AGE.set_function(
+            lambda: next((time.monotonic() - job.arrived for job in list(jobs.values())), 0.0)
+        )
 
     @property
     def is_healthy(self) -> bool:
@@ -112,13 +108,12 @@ class Scheduler:
         if job is not None:
             metrics.TEACHER_SHARED.inc()
         else:
-            job = self._jobs[key] = Job(key, request)
+            cost = credit_tokens(request.sequence, request.spec, self.info.vocab_size)
+            job = self._jobs[key] = Job(key, request, client_id, priority, cost)
             if self.stored is not None and self.stored.holds(request, self.info):
-                reading = asyncio.ensure_future(self._read(self.stored, job, client_id, priority))
-                self._reading.add(reading)
-                reading.add_done_callback(self._reading.discard)
+                job.reading = asyncio.create_task(self._read(self.stored, job))
             else:
-                self._enqueue(job, client_id, priority)
+                self._enqueue(job)
         future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         job.waiters.add(future)
         future.add_done_callback(lambda done: self._leave(job, done))
@@ -131,18 +126,16 @@ class Scheduler:
         """
         info = backend.describe()
         for name in ("vocab_size", "tokenizer_digest", "dtype"):
-            if getattr(info, name) != getattr(self.info, name):
-                raise ValueError(
-                    f"{name} of the new weights is {getattr(info, name)}, expected {getattr(self.info, name)}"
-                )
+            if (new := getattr(info, name)) != (old := getattr(self.info, name)):
+                raise ValueError(f"{name} of the new weights is {new}, expected {old}")
         async with self._replacing:
             for _ in range(self._num_slots):
                 await self._slots.acquire()
-            old, self._backend = self._backend, backend
+            replaced, self._backend = self._backend, backend
             self.info = replace(info, teacher_version=self.info.teacher_version + 1)
             metrics.TEACHER_VERSION.set(self.info.teacher_version)
             log.info("serving version %d, weights %s", self.info.teacher_version, info.weights_digest[:16])
-            await self._in_backend(old.close)
+            await asyncio.get_running_loop().run_in_executor(self._backend_threads, replaced.close)
             for _ in range(self._num_slots):
                 self._slots.release()
 
@@ -188,28 +181,23 @@ class Scheduler:
         self.is_stuck = bool(pending)
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
-    def _in_backend(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._backend_threads, function, *arguments)
-
     def _next_batch(self) -> list[Job]:
         """Take jobs in fair order up to the token budget, at least one if any waits."""
         batch: list[Job] = []
-        num_tokens = 0
-        while (ticket := self._queue.peek()) is not None and (
-            not batch or num_tokens + ticket.cost <= self._scorer.batch_tokens
-        ):
-            self._queue.pop().item.ticket = None
-            num_tokens += ticket.cost
-            batch.append(ticket.item)
+        job, num_tokens = self._queue.pop(), 0
+        while job is not None:
+            batch.append(job)
+            num_tokens += job.cost
+            job = self._queue.pop(max_cost=self._scorer.batch_tokens - num_tokens)
         if batch:
             metrics.TEACHER_BATCH_FILL.observe(num_tokens / self._scorer.max_batch_tokens)
         return batch
 
     async def _process(self, batch: list[Job]) -> None:
         """Score and encode a batch, offer it to the server's cache, and answer everybody who waits for it."""
-        info, requests = self.info, [job.request for job in batch]
+        info, requests, loop = self.info, [job.request for job in batch], asyncio.get_running_loop()
         try:
-            results = await self._in_backend(self._scorer.score, self._backend, requests)
+            results = await loop.run_in_executor(self._backend_threads, self._scorer.score, self._backend, requests)
             await self._encoding.acquire()
         except BackendBroken:
             for job in batch:
@@ -217,8 +205,8 @@ class Scheduler:
             raise
         finally:
             self._slots.release()
-        specs, loop = [request.spec for request in requests], asyncio.get_running_loop()
         try:
+            specs = [request.spec for request in requests]
             answers = await loop.run_in_executor(self._encoders, encode_all, self._encode, results, specs)
         finally:
             self._encoding.release()
@@ -230,24 +218,25 @@ class Scheduler:
             if number % SLICE == 0:
                 await asyncio.sleep(0)
 
-    async def _read(self, stored: StoredTargets, job: Job, client_id: str, priority: int) -> None:
+    async def _read(self, stored: StoredTargets, job: Job) -> None:
         """Answer a job from the disk; queue it if the record is damaged or does not come soon."""
         info = self.info
         payload = await stored.ask(stored.folder.get, job.request, info)
         if payload is not None or not job.waiters:
             self._settle(job, payload or b"", info)
         else:
-            self._enqueue(job, client_id, priority)
+            self._enqueue(job)
 
-    def _enqueue(self, job: Job, client_id: str, priority: int) -> None:
-        cost = credit_tokens(job.request.sequence, job.request.spec, self.info.vocab_size)
-        job.ticket = self._queue.push(job, client_id=client_id, cost=cost, priority=priority)
+    def _enqueue(self, job: Job) -> None:
+        self._queue.push(job)
         self._wake.set()
 
     def _settle(self, job: Job, answer: bytes | RequestError, info: TeacherInfo) -> None:
         """Answer everybody who waits for the job."""
         self._jobs.pop(job.key, None)
-        for future in (one for one in job.waiters if not one.done()):
+        for future in job.waiters:
+            if future.done():
+                continue
             if isinstance(answer, RequestError):
                 future.set_exception(answer)
             else:
@@ -256,12 +245,5 @@ class Scheduler:
     def _leave(self, job: Job, future: asyncio.Future[Scored]) -> None:
         """Forget a waiter, and with the last one a job that still waits."""
         job.waiters.discard(future)
-        if not job.waiters and job.ticket is not None:
-            self._queue.cancel(job.ticket)
-            job.ticket = None
+        if not job.waiters and self._queue.cancel(job):
             self._jobs.pop(job.key, None)
-
-
-def _oldest_age(jobs: list[Job]) -> float:
-    """Return the seconds since the arrival of the oldest job that waits."""
-    return next((time.monotonic() - job.arrived for job in jobs if job.ticket is not None), 0.0)

@@ -35,7 +35,8 @@ Stamp = tuple[int, int]
 def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Path:
     """Return the folder with the safetensors: `model` itself, or the hub's snapshot, downloaded if missing.
 
-    with_code: download Python files too. Raises ValueError if the folder holds only part of a model.
+    with_code: download Python files too. Raises ValueError for an adapter, whose base no digest names, and for a part
+    of a model.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -44,24 +45,17 @@ def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Pat
         patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *["*.py"] * with_code]
         with naming("model", model):
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    _refuse_adapter(folder)
+    if any((folder / name).is_file() for name in ADAPTER_FILES):
+        load = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
+        raise ValueError(
+            f"{folder} holds an adapter, not a whole model. Merge it and serve that: python -c "
+            f"\"{load}.merge_and_unload().save_pretrained('merged')\", with the tokenizer's files beside it"
+        )
     index = folder / INDEX
-    shards = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else set()
-    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+    shards = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ()
+    if missing := sorted(name for name in set(shards) if not (folder / name).is_file()):
         raise ValueError(f"{index} names {len(missing)} files that are not there: {', '.join(missing[:4])}")
     return folder
-
-
-def _refuse_adapter(folder: Path) -> None:
-    """Raise ValueError if the folder holds an adapter: it would be served on a base that no digest names."""
-    if not (adapter := next((name for name in ADAPTER_FILES if (folder / name).is_file()), "")):
-        return
-    load = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
-    raise ValueError(
-        f"{folder} holds an adapter ({adapter}), not a whole model. Merge it and serve that: "
-        f"python -c \"{load}.merge_and_unload().save_pretrained('merged')\", with the tokenizer's files beside it; or "
-        "move the adapter's files out, if the folder's own weights are meant"
-    )
 
 
 def weights_digest(folder: Path, *, with_code: bool = False) -> str:

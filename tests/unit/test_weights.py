@@ -50,7 +50,7 @@ def test_engine_options_count_but_for_those_of_speed_and_memory() -> None:
 def test_an_adapter_is_refused_with_the_command_that_merges_it(tmp_path: Path, beside: list[str]) -> None:
     for name in ("adapter_model.safetensors", *beside):
         (tmp_path / name).write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"holds an adapter .*Merge it.*python -c .*merge_and_unload\(\)"):
+    with pytest.raises(ValueError, match=r"holds an adapter, .*Merge it.*python -c .*merge_and_unload\(\)"):
         weights_folder(str(tmp_path), "main")
 
 
