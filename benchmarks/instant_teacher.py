@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import struct
 import time
@@ -23,7 +24,6 @@ from logitstream.rpc.channel import server_options
 from logitstream.types import SparseTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server import server
 from teacher_server.backend import EncodedTargets, ScoreRequest, ScoreResult
-from teacher_server.process import log_to_stderr
 from tests.flat_settings import teacher_config
 
 VOCAB_SIZE = 49_152
@@ -123,7 +123,7 @@ def main() -> None:
     if args.bare:
         asyncio.run(serve_bare(args.address_file))
         return
-    log_to_stderr(level="WARNING", as_json=False)
+    logging.basicConfig(level="WARNING")
     backend = InstantBackend(
         typical_targets(512), seconds_per_token=args.seconds_per_token, encoded_before=args.encoded_before
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitstream.errors import one_line
-from teacher_server.process import log_to_stderr, stop_while_starting
+from teacher_server.process import stop_while_starting
 
 if TYPE_CHECKING:  # imported late: they take seconds, during which signals are already heeded
     from teacher_server.backend import TeacherBackend
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         print(f"teacher-server: {one_line(error)} (see teacher-server --help)", file=sys.stderr)
         sys.exit(2)
-    log_to_stderr(level=config.log.level, as_json=config.log.json)
+    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     if config.check:
         check(config)
         return
@@ -128,8 +129,7 @@ def load_vllm(config: TeacherConfig) -> TeacherBackend:
     from teacher_server.weights import digest_with_options, weights_digest, weights_folder
 
     model, options = config.model, config.vllm.options
-    with_code = bool(options.get("trust_remote_code"))
-    folder = weights_folder(model.path, model.revision, with_code=with_code)
+    folder = weights_folder(model.path, model.revision)
     tokenizer = tokenizer_of(config)
     check_vocab_size(model.vocab_size, tokenizer)
     args = engine_args(
@@ -143,7 +143,7 @@ def load_vllm(config: TeacherConfig) -> TeacherBackend:
     )
     return VllmBackend(
         args,
-        weights_digest=digest_with_options(weights_digest(folder, with_code=with_code), options),
+        weights_digest=digest_with_options(weights_digest(folder), options),
         tokenizer_digest=Vocabulary.of(tokenizer).digest,
     )
 

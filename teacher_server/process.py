@@ -1,17 +1,14 @@
-"""A process that logs, listens and ends well: open files, addresses that nobody else serves, signals, threads."""
+"""A process that listens and ends well: open files, addresses that nobody else serves, signals, threads."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import os
 import resource
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
@@ -26,29 +23,6 @@ LOADER = "loader"
 MANY_FILES = 1 << 20  # Linux's default bound if no limit is set
 
 T = TypeVar("T")
-
-
-class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, logger, message, the trace if any."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
-
-
-def log_to_stderr(*, level: str, as_json: bool) -> None:
-    """Send everything to stderr; stdout is for the one line that says where the server listens."""
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonFormatter() if as_json else text)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def raise_file_limit() -> int:

@@ -37,14 +37,12 @@ from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import TeacherServicer
 from teacher_server.stored_targets import CacheFolder, StoredTargets
 
-REFRESH_SECONDS = 1.0
 DEFAULT_SEQUENCE_TOKENS = 8192
 STOP_SECONDS = 1.0
 """How long gRPC itself may take after draining."""
 EXIT_STUCK = 75
 MAX_CALLS = 1024
 """Calls at a time, each with a request of up to max_message_bytes that is not counted before it is read."""
-MAX_HEALTH_CONNECTIONS = 1024
 HEALTH_MESSAGE_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
@@ -67,22 +65,9 @@ class TeacherServer:
         self._config, self._load, self._load_checkpoint = config, load, load_checkpoint
         self._stopping = asyncio.Event()
         self._when_loaded = WhenLoaded()
-        server, limits, num_files = config.server, config.limits, raise_file_limit()
-        log.info("up to %d files and connections may be open", num_files)
-        max_connections = limits.max_connections or max(1, num_files // 4)
-        self._server = aio.server(
-            maximum_concurrent_rpcs=MAX_CALLS,
-            interceptors=[TokenInterceptor(BearerTokens(Path(server.token_file)))] if server.token_file else [],
-            options=server_options(limits.max_message_bytes, max_connections=max_connections),
-        )
-        self._health_server: aio.Server | None = None
-        if server.health_address:  # whatever fills the teacher's port leaves it its files
-            max_connections = min(max(1, num_files // 8), MAX_HEALTH_CONNECTIONS)
-            self._health_server = aio.server(
-                options=server_options(HEALTH_MESSAGE_BYTES, max_connections=max_connections)
-            )
+        self._servers: list[aio.Server] = []
         self.admission = Admission(
-            max_in_flight_tokens=limits.max_in_flight_tokens, max_queue_tokens=limits.max_queue_tokens
+            max_in_flight_tokens=config.limits.max_in_flight_tokens, max_queue_tokens=config.limits.max_queue_tokens
         )
         self.scheduler: Scheduler | None = None
         self.address = ""
@@ -107,9 +92,7 @@ class TeacherServer:
             if loading.done():
                 await self._serve(loading.result(), stopping)
         finally:
-            await self._server.stop(STOP_SECONDS)
-            if self._health_server is not None:
-                await self._health_server.stop(0)
+            await self._stop_listening()
 
     def _load_all(self) -> Served:
         codec.warm_up()
@@ -120,25 +103,40 @@ class TeacherServer:
         return served
 
     async def _listen(self) -> None:
-        config, credentials = self._config, None
-        if files := config.tls.files():
-            check_tls(config.tls)
+        config, limits, num_files, credentials = self._config.server, self._config.limits, raise_file_limit(), None
+        log.info("up to %d files and connections may be open", num_files)
+        if files := self._config.tls.files():
+            check_tls(certificate := self._config.tls)
             credentials = server_credentials(files)
             metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(
-                LastGood(lambda: certificate_expiry(config.tls.cert), "the certificate's expiry", default=math.nan).read
+                LastGood(
+                    lambda: certificate_expiry(certificate.cert), "the certificate's expiry", default=math.nan
+                ).read
             )
-        elif not is_loopback(config.server.address):
-            log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.server.address)
+        elif not is_loopback(config.address):
+            log.warning("plaintext on %s: whoever is on the network can read tokens and texts", config.address)
+        server = aio.server(
+            maximum_concurrent_rpcs=MAX_CALLS,
+            interceptors=[TokenInterceptor(BearerTokens(Path(config.token_file)))] if config.token_file else [],
+            options=server_options(limits.max_message_bytes, max_connections=limits.max_connections or num_files // 4),
+        )
         health = grpc.method_handlers_generic_handler(
             HEALTH_SERVICE, {"Check": one_request(health_pb2.HealthCheckRequest, self._check_health)}
         )
-        self._server.add_generic_rpc_handlers((health, self._when_loaded))
-        self.address = bind(self._server, config.server.address, credentials)
-        if self._health_server is not None:
-            self._health_server.add_generic_rpc_handlers((health,))
-            bind(self._health_server, config.server.health_address)
-            await self._health_server.start()
-        await self._server.start()
+        server.add_generic_rpc_handlers((health, self._when_loaded))
+        self._servers.append(server)
+        self.address = bind(server, config.address, credentials)
+        if config.health_address:  # whatever fills the teacher's port leaves it its files
+            server = aio.server(options=server_options(HEALTH_MESSAGE_BYTES, max_connections=num_files // 8))
+            server.add_generic_rpc_handlers((health,))
+            self._servers.append(server)
+            bind(server, config.health_address)
+        for server in self._servers:
+            await server.start()
+
+    async def _stop_listening(self) -> None:
+        for server in self._servers:
+            await server.stop(STOP_SECONDS)
 
     async def _check_health(self, request: Any, context: Context) -> None:
         """Answer the standard health service's Check, which probes call; there is no Watch."""
@@ -161,7 +159,7 @@ class TeacherServer:
         tasks: list[asyncio.Future[Any]] = [running]
         try:
             if stored is not None:
-                tasks.append(asyncio.ensure_future(_refresh(stored)))
+                tasks.append(asyncio.ensure_future(stored.refresh()))
             if watch.folder and self._load_checkpoint is not None:
                 watching = watch_checkpoints(
                     Path(watch.folder),
@@ -195,13 +193,7 @@ class TeacherServer:
         while self.admission.num_calls and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         log.info("drained: %d calls left unanswered", self.admission.num_calls)
-        await self._server.stop(STOP_SECONDS)
-
-
-async def _refresh(stored: StoredTargets) -> None:
-    while True:
-        await stored.ask(stored.folder.refresh)
-        await asyncio.sleep(REFRESH_SECONDS)
+        await self._stop_listening()
 
 
 def serve(config: TeacherConfig, load: Callable[[], Served], *, load_checkpoint: LoadCheckpoint | None = None) -> None:

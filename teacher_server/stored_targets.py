@@ -22,6 +22,7 @@ from teacher_server.backend import ScoreRequest
 
 MAX_OPEN = 16
 """Caches that are open at a time; each (weights, spec, seed) has its own, so clients can ask for any number."""
+REFRESH_SECONDS = 1.0
 RETRY_SECONDS = 60.0
 """How often caches that failed (a full disk, a deleted folder) are tried again."""
 MAX_WAITING = 256
@@ -180,6 +181,12 @@ class StoredTargets:
         self._writing.add(writing)
         writing.add_done_callback(self._writing.discard)
         writing.add_done_callback(self._has_failed)
+
+    async def refresh(self) -> None:
+        """Write out what was kept and see what others have, every REFRESH_SECONDS until cancelled."""
+        while True:
+            await self.ask(self.folder.refresh)
+            await asyncio.sleep(REFRESH_SECONDS)
 
     def close(self) -> asyncio.Future[None]:
         """Begin to close, after everything that waits to be written."""

@@ -32,17 +32,16 @@ Stamp = tuple[int, int]
 """When the last of a folder's weight files was written, in ns since the epoch, and the bytes of all of them."""
 
 
-def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Path:
+def weights_folder(model: str, revision: str) -> Path:
     """Return the folder with the safetensors: `model` itself, or the hub's snapshot, downloaded if missing.
 
-    with_code: download Python files too. Raises ValueError for an adapter, whose base no digest names, and for a part
-    of a model.
+    Raises ValueError for an adapter, whose base no digest names, and for a part of a model.
     """
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *["*.py"] * with_code]
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
         with naming("model", model):
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     if any((folder / name).is_file() for name in ADAPTER_FILES):
@@ -58,28 +57,23 @@ def weights_folder(model: str, revision: str, *, with_code: bool = False) -> Pat
     return folder
 
 
-def weights_digest(folder: Path, *, with_code: bool = False) -> str:
+def weights_digest(folder: Path) -> str:
     """Return the SHA-256, hex, of the safetensors files' names and contents and of the settings in config.json.
 
     Only the values of config.json count, without VOLATILE_SETTINGS at any depth. Of a file over WHOLE_FILE_BYTES only
-    its size, first, last and NUM_PIECES - 1 evenly spaced pieces count, so that hundreds of GB take seconds.
-    with_code: the folder's Python files count too, for an engine that runs them. Raises FileNotFoundError if there is
-    no safetensors file.
+    its size, first, last and NUM_PIECES - 1 evenly spaced pieces count, so that hundreds of GB take seconds. Raises
+    FileNotFoundError if there is no safetensors file.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no *.safetensors in {folder}: other formats can run code and are not loaded")
-    with ThreadPoolExecutor(min(8, len(files))) as pool:
-        digests = list(pool.map(_file_digest, files))
     h = hashlib.sha256()
-    for path, digest in zip(files, digests, strict=True):
-        h.update(f"{path.name}\0".encode() + digest)
+    with ThreadPoolExecutor(8) as pool:
+        for path, digest in zip(files, pool.map(_file_digest, files), strict=True):
+            h.update(f"{path.name}\0".encode() + digest)
     config = folder / "config.json"
     if config.is_file():
-        values = json.loads(config.read_bytes())
-        h.update(f"{config.name}\0{_canonical(_lasting(values))}".encode())
-    for path in sorted(folder.rglob("*.py")) if with_code else ():
-        h.update(f"{path.relative_to(folder)}\0".encode() + _file_digest(path))
+        h.update(f"{config.name}\0{_canonical(json.loads(config.read_bytes(), object_hook=_lasting))}".encode())
     return h.hexdigest()
 
 
@@ -89,11 +83,8 @@ def digest_with_options(digest: str, options: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{digest}\0{_canonical(relevant)}".encode()).hexdigest() if relevant else digest
 
 
-def _lasting(value: Any) -> Any:
-    """Return a JSON value without VOLATILE_SETTINGS."""
-    if isinstance(value, dict):
-        return {name: _lasting(inner) for name, inner in value.items() if name not in VOLATILE_SETTINGS}
-    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
+def _lasting(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in VOLATILE_SETTINGS}
 
 
 def _canonical(value: Any) -> str:

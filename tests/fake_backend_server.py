@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
-from teacher_server.process import log_to_stderr
 from teacher_server.server import Served, serve
 from tests.fakes import FAKE_DIGEST, FakeBackend
 from tests.flat_settings import teacher_config
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--metrics-port", type=int, default=-1)
     parser.add_argument("--log-level", default="WARNING")
     args = parser.parse_args()
-    log_to_stderr(level=args.log_level, as_json=False)
+    logging.basicConfig(level=args.log_level)
     config = teacher_config(
         model="fake",
         address=args.address,

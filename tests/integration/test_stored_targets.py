@@ -26,8 +26,8 @@ from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from teacher_server.backend import ScoreRequest
 from teacher_server.encoding import encoder
 from teacher_server.scheduler import Scheduler
-from teacher_server.server import REFRESH_SECONDS, TeacherServer
-from teacher_server.stored_targets import MAX_OPEN, MAX_WAITING, CacheFolder, StoredTargets
+from teacher_server.server import TeacherServer
+from teacher_server.stored_targets import MAX_OPEN, MAX_WAITING, REFRESH_SECONDS, CacheFolder, StoredTargets
 from tests.fakes import FakeBackend
 from tests.hanging_disk import freezing_disk, hanging_file
 from tests.serving import SPEC, WireClient, sequence, serving

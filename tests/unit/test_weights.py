@@ -63,17 +63,6 @@ def test_a_model_whose_index_names_missing_shards_is_refused(tmp_path: Path) -> 
         weights_folder(str(tmp_path), "main")
 
 
-def test_code_that_an_engine_runs_is_part_of_the_digest_and_of_no_other(tmp_path: Path) -> None:
-    plain = digest_of(tmp_path, CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}})
-    code = tmp_path / "modeling.py"
-    seen = []
-    for text in ("a = 1", "a = 2"):
-        code.write_text(text)
-        assert weights_digest(tmp_path) == plain
-        seen.append(weights_digest(tmp_path, with_code=True))
-    assert len({plain, *seen}) == 3
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
