@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from difflib import SequenceMatcher
+from inspect import formatannotation
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,13 +24,6 @@ T = TypeVar("T")
 Tree = dict[str, Any]
 NULL = ("", "~", "null")
 SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-KINDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "one word",
-    list: "a list",
-}
 
 
 class SettingsError(ValueError):
@@ -126,7 +120,7 @@ def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
                 raise
         except (ValueError, TypeError, LookupError):
             pass
-    raise SettingsError(f"{_place(value)}{path}: expected {_expected(hint)}, got {_plain(value)!r}")
+    raise SettingsError(f"{_place(value)}{path}: expected {formatannotation(hint)}, got {_plain(value)!r}")
 
 
 def _as(kind: Any, value: Any, path: str, root: type) -> Any:
@@ -152,15 +146,6 @@ def _as(kind: Any, value: Any, path: str, root: type) -> Any:
     if isinstance(value, list | dict):
         raise TypeError("expected one word")
     return kind(re.sub(r"^(-?)\.(inf|nan)$", r"\1\2", str(value)))  # as YAML spells them
-
-
-def _expected(hint: Any) -> str:
-    kind, parts = _origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return " or ".join(_expected(part) for part in parts if part is not NoneType)
-    if kind is Literal:
-        return f"one of {', '.join(parts)}"
-    return KINDS.get(kind, "a section of settings" if is_dataclass(kind) else f"a {kind.__name__}")
 
 
 def _place(*values: Any) -> str:

@@ -97,11 +97,6 @@ class TargetSpec:
             raise InvalidSpec(f"expected the parameters of {spec.sampler}, {spec.canonical()}, got {values}")
         return spec
 
-    @property
-    def keeps_first_choice(self) -> bool:
-        """True if a row's greatest weight is always that of the teacher's most likely id."""
-        return not self.kind.is_unbiased
-
     def max_entries(self, vocab_size: int) -> int:
         """Return the most entries that a row of this sampler's targets can have."""
         return min(vocab_size, self.kind.entries(self, vocab_size))
@@ -116,11 +111,9 @@ def unpack_mask(data: bytes, num_tokens: int) -> npt.NDArray[np.bool_] | None:
     """Undo `pack_mask`; InvalidSequence for another number of bytes, or bits set beyond the tokens."""
     if not data:
         return None
-    if len(data) != (num_tokens + 7) // 8:
-        raise InvalidSequence(f"loss_mask of {len(data)} bytes for {num_tokens} tokens: expected a bit a token")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    if bits[num_tokens:].any():
-        raise InvalidSequence(f"loss_mask has bits set beyond the sequence's {num_tokens} tokens")
+    if len(data) != (num_tokens + 7) // 8 or bits[num_tokens:].any():
+        raise InvalidSequence(f"loss_mask of {len(data)} bytes: expected a bit for each of {num_tokens} tokens")
     return bits[:num_tokens].astype(bool)
 
 
@@ -140,16 +133,13 @@ class TokenSequence:
 
     def validate(self, *, vocab_size: int, max_sequence_tokens: int) -> None:
         """Raise InvalidSequence, saying what was expected and what came."""
-        num_tokens = len(self.token_ids)
-        if num_tokens == 0:
-            raise InvalidSequence("empty sequence: expected at least one token")
-        if num_tokens > max_sequence_tokens:
-            raise InvalidSequence(f"sequence of {num_tokens} tokens: the limit is {max_sequence_tokens}")
+        if not 1 <= len(self) <= max_sequence_tokens:
+            raise InvalidSequence(f"sequence of {len(self)} tokens: expected 1 to {max_sequence_tokens}")
         for bad in (int(self.token_ids.min()), int(self.token_ids.max())):
             if not 0 <= bad < vocab_size:
                 raise InvalidSequence(f"token id {bad} is outside the teacher's vocabulary of {vocab_size}")
-        if self.loss_mask is not None and len(self.loss_mask) != num_tokens:
-            raise InvalidSequence(f"loss_mask of {len(self.loss_mask)} entries for a sequence of {num_tokens} tokens")
+        if self.loss_mask is not None and len(self.loss_mask) != len(self):
+            raise InvalidSequence(f"loss_mask of {len(self.loss_mask)} entries for a sequence of {len(self)} tokens")
 
     def digest(self) -> bytes:
         """Return 16 bytes that depend on the token ids and the mask alone."""

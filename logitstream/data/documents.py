@@ -73,7 +73,7 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
 
     Packed rows are marked by position_ids alone, as transformers understands them; with a mask beside those it would
     take a row for one document. Padding on the left or inside does not move positions, if the model takes positions.
-    ValueError as from `number_documents`, and for padding inside a document of a packed row.
+    ValueError as from `number_documents`.
     """
     numbers = number_documents(batch)
     inputs = {name: value for name, value in batch.items() if name not in (*FOR_THE_LOSS, *DERIVED, *MARKS[:2])}
@@ -81,10 +81,6 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     positions = positions_of(numbers)
     position_ids = {"position_ids": torch.from_numpy(positions).to(device)}
     if numbers.max(initial=0) > 1:
-        inside = (numbers[:, 1:] != numbers[:, :-1]) & (positions[:, 1:] > 0)
-        if inside.any():
-            row = np.argwhere(inside)[0, 0]
-            raise ValueError(f"row {row} of a batch: padding inside a document of a row that holds several")
         return inputs | position_ids
     present = numbers > 0
     if not present.all():
@@ -94,10 +90,8 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
 
 
 def to_numpy(values: Any) -> npt.NDArray[Any]:
-    """Return a tensor's or a list's values on the CPU; bfloat16, which numpy lacks, as float32."""
-    if isinstance(values, torch.Tensor):
-        return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
-    return np.asarray(values)
+    """Return a tensor's or a list's values on the CPU."""
+    return np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
 
 
 def _check_names(batch: Batch, shape: tuple[int, ...]) -> None:

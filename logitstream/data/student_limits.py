@@ -37,8 +37,7 @@ class StudentLimits:
         if lowest < 0 or highest >= (self.vocab_size or highest + 1):
             raise ValueError(
                 f"{where}: token id {lowest if lowest < 0 else highest} is outside the student's embedding of "
-                f"{self.vocab_size} ids: give the student the tokenizer's ids (resize_token_embeddings) or take that "
-                "token out of the text"
+                f"{self.vocab_size} ids: resize_token_embeddings, or take that token out of the text"
             )
 
     def check_length(self, num_tokens: int, where: str) -> None:
@@ -46,7 +45,7 @@ class StudentLimits:
         if num_tokens > (self.num_positions or num_tokens):
             raise ValueError(
                 f"{where}: {num_tokens} tokens, but the student has {self.num_positions} positions: shorten the "
-                "sequences (sequence_tokens), or raise max_position_embeddings in the student's config"
+                "sequences (sequence_tokens)"
             )
 
     def check(self, inputs: dict[str, Any]) -> None:

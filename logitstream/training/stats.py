@@ -221,7 +221,7 @@ def diagnostic_means(sums: dict[str, float], spec: TargetSpec | None) -> dict[st
     """
     if not sums["kept_rows"]:
         return {}
-    is_exact = spec is not None and spec.keeps_first_choice
+    is_exact = spec is not None and not spec.kind.is_unbiased
     agreement = {f"{'teacher' if is_exact else 'draw'}_top1_agreement": sums["agreements"] / sums["kept_rows"]}
     if is_exact and spec is not None and spec.top_k == 1:  # one id says nothing about the others
         return agreement

@@ -70,8 +70,8 @@ BAD_SEQUENCES = {
     "sequence of 65 tokens: expected 1 to 64": ids(*[1] * 65),
     "token id 1000 is outside the teacher's vocabulary of 1000": ids(1, 1000),
     "token id 4294967295 is outside": ids(2**32 - 1),
-    "loss_mask of 2 bytes for 2 tokens": ids(1, 2, loss_mask=b"\1\1"),
-    "bits set beyond the sequence's 2 tokens": ids(1, 2, loss_mask=b"\7"),
+    "loss_mask of 2 bytes: expected a bit for each of 2": ids(1, 2, loss_mask=b"\1\1"),
+    "loss_mask of 1 bytes: expected a bit for each of 2": ids(1, 2, loss_mask=b"\7"),
     "token_bytes of 5 bytes: expected 4 a token": pb.Sequence(token_bytes=b"\1\0\0\0\2"),
 }
 
