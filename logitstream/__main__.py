@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from logitstream.cache import CacheReader
-from logitstream.cache.manifest import tree_bytes
-from logitstream.cache.remote import downloaded, is_remote, local_path
+from logitstream.cache.remote import is_remote, local_path
 from logitstream.cache.tools.describe import describe
 from logitstream.cache.tools.export import export
 from logitstream.cache.tools.rewrite import merge, prune
@@ -51,15 +46,14 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     command("info", _info, "size, bytes a token, entries a row, fingerprint, provenance, as JSON")
-    check = command("verify", _verify, "read every byte; exit status 1 where something is damaged")
-    check.add_argument("--keys", type=Path, metavar="FILE", help="write the keys to fetch again here, one a line (hex)")
+    command("verify", _verify, "read every byte; exit status 1 where something is damaged")
     join = command("merge", _merge, "several caches of one fingerprint into one, each key once")
     join.add_argument("--output", required=True, help="cache to write or to add to")
     out = command("export", _export, "Parquet files with decoded columns")
     out.add_argument("--output", required=True, type=Path, help="folder for the Parquet files")
     cut = command("prune", _prune, "drop records to make room")
     cut.add_argument("--max_bytes", type=_size, help="drop the oldest shards until this many bytes hold (10G, 2T, …)")
-    cut.add_argument("--before_draw_set", type=int, help="drop records of earlier draw sets")
+    cut.add_argument("--before_draw_set", type=int, default=0, help="drop records of earlier draw sets")
     cut.add_argument("--damaged", action="store_true", help="drop damaged records")
     cut.add_argument("--dry_run", action="store_true", help="only say how many records and bytes would go")
     return parser
@@ -73,12 +67,10 @@ def _size(text: str) -> int:
     return size
 
 
-@contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr; the function that is yielded advances it."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda amount: progress.advance(task, amount)
+def _local(directory: str) -> Path:
+    if is_remote(directory):
+        raise ValueError("expected a local folder: download the store's, or merge it into one")
+    return local_path(directory)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -88,51 +80,35 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    with downloaded(arguments.directory) as directory, _bar("verifying", tree_bytes(directory)) as advance:
-        damage = verify(directory, advance)
-    for problem in damage.problems:
+    problems, whole_records = verify(_local(arguments.directory))
+    for problem in problems:
         print(f"damaged: {problem}")
-    keys = [key.hex() for key in damage.lost_keys]
-    if arguments.keys is not None:
-        arguments.keys.write_text("".join(f"{key}\n" for key in keys))
-    else:
-        for key in keys:
-            print(f"fetch again: {key}")
-    print(f"{damage.whole_records} whole records, {len(damage.damaged_keys)} damaged, {len(keys)} to fetch again")
-    return 1 if damage.problems else 0
+    print(f"{whole_records} whole records, {len(problems)} problems")
+    return 1 if problems else 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    total = sum(len(CacheReader(source)) for source in arguments.directory)
-    with _bar("merging", total) as advance:
-        written, duplicates, damaged = merge(arguments.directory, arguments.output, advance)
-    print(f"{arguments.output}: {written} records written, {duplicates} duplicates and {damaged} damaged left out")
+    written, left_out = merge(arguments.directory, arguments.output)
+    print(f"{arguments.output}: {written} records written, {left_out} left out as duplicates or damaged")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    with CacheReader(arguments.directory) as reader, _bar("exporting", len(reader)) as advance:
-        files, skipped = export(reader, arguments.output, progress=advance)
+    with CacheReader(arguments.directory) as reader:
+        files, skipped = export(reader, arguments.output)
         written = len(reader) - skipped
     print(f"{arguments.output}: {written} records in {len(files)} files, {skipped} damaged left out")
     return 0
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    if arguments.max_bytes is None and arguments.before_draw_set is None and not arguments.damaged:
-        raise ValueError("expected --max_bytes, --before_draw_set or --damaged")
-    if is_remote(arguments.directory):
-        raise ValueError("expected a local folder: merge a bucket's cache into one, or use the store's lifecycle rules")
-    directory = local_path(arguments.directory)
-    with _bar("pruning", CacheReader(directory).num_records) as advance:
-        found = prune(
-            directory,
-            max_bytes=arguments.max_bytes,
-            before_draw_set=arguments.before_draw_set,
-            damaged=arguments.damaged,
-            dry_run=arguments.dry_run,
-            progress=advance,
-        )
+    found = prune(
+        _local(arguments.directory),
+        max_bytes=arguments.max_bytes,
+        before_draw_set=arguments.before_draw_set,
+        damaged=arguments.damaged,
+        dry_run=arguments.dry_run,
+    )
     share, remaining = found.records / max(found.total_records, 1), found.total_bytes - found.num_bytes
     print(
         f"{arguments.directory}: {found.records} of {found.total_records} records ({share:.1%}) "

@@ -75,32 +75,22 @@ def create_manifest(
 def read_manifest(directory: Path, fingerprint: Fingerprint | None = None) -> Manifest:
     """Read and check the manifest; FingerprintMismatch spells out every field that differs from `fingerprint`."""
     path = directory / MANIFEST
-    manifest = parse_manifest(_read(path, f"{directory} is no cache: expected {MANIFEST} in it"), path)
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        differences = fingerprint.differences(manifest.fingerprint)
-        raise FingerprintMismatch(
-            f"{directory} holds targets of another fingerprint (wanted against found): {differences}"
-        )
-    return manifest
-
-
-def parse_manifest(content: bytes, path: Path) -> Manifest:
-    """Check the content of a manifest: CacheError says what is wrong with it."""
-    found = parse(content, path)
-    if found.get("format") != FORMAT:
-        raise CacheError(f"{path}: expected format {FORMAT!r}, got {found.get('format')!r}")
-    provenance, created = found.get("provenance"), found.get("created")
+    content = parse(_read(path, f"{directory} is no cache: expected {MANIFEST} in it"), path)
+    if content.get("format") != FORMAT:
+        raise CacheError(f"{path}: expected format {FORMAT!r}, got {content.get('format')!r}")
+    provenance, created = content.get("provenance"), content.get("created")
     if not isinstance(provenance, dict) or not isinstance(created, str):
         raise CacheError(f"{path} is damaged: expected an object `provenance` and a text `created` in it")
     try:
-        fingerprint = Fingerprint.from_json(found["fingerprint"])
+        found = Fingerprint.from_json(content["fingerprint"])
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{path} holds no fingerprint of ours: {error}") from error
-    if fingerprint.digest != found.get("fingerprint_digest"):
-        raise CacheError(
-            f"{path} is damaged: its fingerprint has the digest {fingerprint.digest}, not the one that it names"
+    if fingerprint is not None and found != fingerprint:
+        differences = fingerprint.differences(found)
+        raise FingerprintMismatch(
+            f"{directory} holds targets of another fingerprint (wanted against found): {differences}"
         )
-    return Manifest(fingerprint=fingerprint, provenance=provenance, created=created)
+    return Manifest(fingerprint=found, provenance=provenance, created=created)
 
 
 def read_id_model(directory: Path, fingerprint: Fingerprint) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow as pa
 
 from logitstream.cache.index import file_head, index_path, pack_entry, parse_index, rebuild_index
 from logitstream.cache.manifest import Manifest, remove_leftovers
-from logitstream.cache.shard import END_OF_STREAM, NO_SPANS, OPEN_SUFFIX, Spans, shard_schema, spans_of
+from logitstream.cache.shard import END_OF_STREAM, MAX_SHARD_BYTES, NO_SPANS, OPEN_SUFFIX, Spans, shard_schema
 from logitstream.files import sync_folder
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ class OpenShard:
     def __init__(self, path: Path, fd: int) -> None:
         """path: its sealed name; fd: its file."""
         self.path = path
-        self.rows = self.size = self.index_size = 0
+        self.size = self.index_size = 0
         self._fd = fd
         self._index_fd = os.open(index_path(path), os.O_RDWR | os.O_CREAT, 0o644)
 
@@ -39,8 +38,9 @@ class OpenShard:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             shard = cls(path, fd)
-            shard._add(shard_schema(manifest).serialize(), NO_SPANS, file_head(manifest))
+            shard.append(shard_schema(manifest).serialize(), NO_SPANS, file_head(manifest))
             partial.rename(f"{path}{OPEN_SUFFIX}")
+            sync_folder(directory)
         except OSError:
             partial.unlink(missing_ok=True)
             os.close(fd) if shard is None else shard.discard()
@@ -52,42 +52,34 @@ class OpenShard:
         """Bytes of the shard and its index once it is sealed."""
         return self.size + self.index_size + len(END_OF_STREAM)
 
-    def append(self, content: pa.Buffer, schema: pa.Schema) -> None:
-        """Append all of a record-batch message or, on an error, none of it."""
-        self._add(content, spans_of(content, self.size, schema))
-
-    def _add(self, content: pa.Buffer, spans: Spans, head: bytes = b"") -> None:
-        """Write a message, then its entry: no entry ever names what is not there."""
+    def append(self, content: pa.Buffer, spans: Spans, head: bytes = b"") -> None:
+        """Append all of a message and its entry or, on an error, none of them; no entry names what is not there."""
         entry = head + pack_entry(self.size, content, spans)
         try:
             _write(self._fd, content, self.size)
             _write(self._index_fd, entry, self.index_size)
         except OSError:
-            os.ftruncate(self._fd, self.size)
-            os.ftruncate(self._index_fd, self.index_size)
+            self._truncate()
             raise
         self.size += content.size
         self.index_size += len(entry)
-        self.rows += len(spans)
+
+    def _truncate(self) -> None:
+        os.ftruncate(self._fd, self.size)
+        os.ftruncate(self._index_fd, self.index_size)
 
     def sync(self) -> None:
         """Wait until what was appended survives a loss of power."""
         os.fdatasync(self._fd)
         os.fdatasync(self._index_fd)
-        sync_folder(self.path.parent)
 
-    def seal(self) -> bool:
-        """End the stream and give the shard its final name; remove one without records, and return False."""
-        if not self.rows:
-            self.discard()
-            return False
+    def seal(self) -> None:
+        """End the stream and give the shard its final name."""
         _write(self._fd, END_OF_STREAM, self.size)
-        os.fdatasync(self._fd)
-        os.fdatasync(self._index_fd)
+        self.sync()
         os.rename(f"{self.path}{OPEN_SUFFIX}", self.path)
         sync_folder(self.path.parent)
         self.abandon()
-        return True
 
     def abandon(self) -> None:
         """Let go of the files: the next writer recovers what is in them."""
@@ -96,21 +88,20 @@ class OpenShard:
 
     def discard(self) -> None:
         """Remove the shard."""
-        for path in (Path(f"{self.path}{OPEN_SUFFIX}"), self.path, index_path(self.path)):
-            path.unlink(missing_ok=True)
+        Path(f"{self.path}{OPEN_SUFFIX}").unlink(missing_ok=True)
+        index_path(self.path).unlink(missing_ok=True)
         self.abandon()
 
     def recover(self, index: bytes) -> None:
-        """Take up the files of a dead writer, without their torn tails; index: what the shard's whole messages make."""
+        """Seal what a dead writer wrote, without its torn tail; index: what the shard's whole messages make."""
         entries = parse_index(index).entries
-        torn = os.fstat(self._fd).st_size - entries[-1].end
-        if torn and os.pread(self._fd, torn, entries[-1].end) != END_OF_STREAM:
-            logger.warning("%s: cut off a torn tail of %d bytes", self.path, torn)
-        _write(self._index_fd, index, 0)  # the same bytes as are there already, unless they were lost or damaged
         self.size, self.index_size = entries[-1].end, len(index)
-        self.rows = sum(len(entry.spans) for entry in entries)
-        os.ftruncate(self._fd, self.size)
-        os.ftruncate(self._index_fd, self.index_size)
+        tail = os.pread(self._fd, MAX_SHARD_BYTES, self.size)
+        if tail not in (b"", END_OF_STREAM):
+            logger.warning("%s: cut off a torn tail of %d bytes", self.path, len(tail))
+        _write(self._index_fd, index, 0)  # the same bytes as are there already, unless they were lost or damaged
+        self._truncate()
+        self.seal() if len(entries) > 1 else self.discard()
 
 
 def _write(fd: int, content: pa.Buffer | bytes, position: int) -> None:
@@ -118,10 +109,6 @@ def _write(fd: int, content: pa.Buffer | bytes, position: int) -> None:
     while view:
         written = os.pwrite(fd, view, position)
         view, position = view[written:], position + written
-
-
-def shard_name(writer_id: str) -> str:
-    return f"{writer_id}-{time.time_ns() // 1_000_000:013d}"
 
 
 def recover(directory: Path, manifest: Manifest) -> None:
@@ -138,12 +125,11 @@ def _recover(path: Path, manifest: Manifest) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.stat().st_ino != os.fstat(fd).st_ino:
             return
-        if index := rebuild_index(path, manifest):
-            shard = OpenShard(path.with_suffix(""), os.dup(fd))
-            shard.recover(index)
-            shard.seal()
-        else:
+        if not (index := rebuild_index(path, manifest)):
             logger.warning("%s is left alone: it is no shard of this cache, or its head is damaged", path)
+            return
+        shard = OpenShard(path.with_suffix(""), os.dup(fd))
+        shard.recover(index)
     except OSError:
         if shard is not None:
             shard.abandon()  # a lock that is kept would make it look like a living writer's

@@ -123,8 +123,7 @@ class CacheReader:
 
     def key(self, i: int) -> bytes:
         """Return the i-th key in rising order, which depends on the content alone, not on who wrote it when."""
-        high, low, _ = self._ordered()[:, i].tolist()
-        return HALVES.pack(high, low)
+        return HALVES.pack(*self._ordered()[:2, i].tolist())
 
     def record(self, i: int) -> Record:
         """Return the record of the i-th key, as get_record does."""
@@ -139,12 +138,8 @@ class CacheReader:
 
     def draw_sets(self) -> npt.NDArray[np.uint64]:
         """Return the draw set of each key's record, in the order of the keys."""
-        for _ in range(PRUNES):
-            try:
-                return self._now.draw_sets(self._ordered())
-            except FileNotFoundError:
-                self.refresh()
-        return self._now.draw_sets(self._ordered())
+        draw_sets: npt.NDArray[np.uint64] = self._ordered()[3]
+        return draw_sets
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -12,31 +12,20 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import fsspec
 
 from logitstream import metrics
-from logitstream.cache.manifest import (
-    ID_MODEL,
-    MANIFEST,
-    file_bytes,
-    parse_manifest,
-    read_manifest,
-    remove_leftovers,
-)
-from logitstream.errors import CacheError
+from logitstream.cache.manifest import ID_MODEL, MANIFEST, file_bytes, remove_leftovers
 
 ATTEMPTS = 8
 LIST_ATTEMPTS = 2
 """Attempts at listing, which somebody waits for."""
 FIRST_PAUSE_SECONDS = 0.1
-LONGEST_PAUSE_SECONDS = 10.0
 CLOSE_SECONDS = 600.0
 """How long `close` waits for uploads; the rest goes up when the cache is next opened for writing."""
 STAGING_BYTES = 16 << 30
@@ -68,23 +57,6 @@ def staging_folder(url: str) -> Path:
     """Return where a remote cache is staged by default: in LOGITSTREAM_STAGING, or ~/.cache/logitstream/staging."""
     root = Path(os.environ.get("LOGITSTREAM_STAGING", Path.home() / ".cache" / "logitstream" / "staging"))
     return root / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
-
-
-@contextmanager
-def downloaded(directory: str) -> Iterator[Path]:
-    """Yield a folder with all files of a cache as they are in the store now; it is removed afterwards."""
-    if not is_remote(directory):
-        yield local_path(directory)
-        return
-    parent = staging_folder(directory).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=parent) as folder:
-        mirror = Mirror(directory, staging=folder, staging_bytes=1 << 62)
-        mirror.pull_head()
-        for path in mirror.shards():
-            mirror.fetch(path)
-        mirror.close()
-        yield Path(folder)
 
 
 class Mirror:
@@ -119,15 +91,8 @@ class Mirror:
             self._fs, self._root = fsspec.core.url_to_fs(self._url, **self._options)
 
     def pull_head(self) -> None:
-        """List the store and fetch its manifest and id model; CacheError if another cache is staged here."""
+        """List the store and fetch its manifest and id model."""
         self.list()
-        staged = None
-        with suppress(CacheError):  # none, or a damaged one, which is replaced
-            staged = read_manifest(self.staging).fingerprint
-        if staged is not None and MANIFEST in self.sizes:
-            content = _retried(lambda: self._fs.cat_file(f"{self._root}/{MANIFEST}"))
-            if staged != parse_manifest(content, Path(self._root, MANIFEST)).fingerprint:
-                raise CacheError(f"{self.staging} holds the staged shards of another cache than {self._url}: remove it")
         for name in (ID_MODEL, MANIFEST):
             if name in self.sizes:
                 self._download(name)
@@ -137,10 +102,9 @@ class Mirror:
         self._reconnect_if_forked()
         self._listed = time.monotonic()
         self.sizes = _retried(self._list, LIST_ATTEMPTS)
-        for shard in self.shards():
-            index = shard.with_suffix(".index").name
-            if index in self.sizes and not self._is_staged(index):
-                self._download(index)
+        for name in self.sizes:
+            if name.endswith(".index") and not self._is_staged(name):
+                self._download(name)
 
     def list_again(self) -> None:
         """List the store unless that was done a moment ago; ignore a store that is out of reach."""
@@ -175,10 +139,6 @@ class Mirror:
                 self._replaced.update([path] if again else [])
         return path.name in self.sizes
 
-    def push_later(self, path: Path) -> None:
-        """Upload a sealed shard in the background."""
-        self._uploads.append(self._pool.submit(self._push, path.name))
-
     def push_missing(self) -> None:
         """Upload the manifest of a new cache, and the shards that an earlier run has not uploaded."""
         for name in (ID_MODEL, MANIFEST):
@@ -188,15 +148,18 @@ class Mirror:
             if path.name not in self.sizes:
                 self.push_later(path)
 
-    def _push(self, name: str) -> None:
+    def push_later(self, path: Path) -> None:
+        """Upload a sealed shard in the background."""
+        self._uploads.append(self._pool.submit(self._push, path))
+
+    def _push(self, path: Path) -> None:
         try:
-            self._upload(f"{name.removesuffix('.arrow')}.index")
-            self._upload(name)
+            self._upload(path.with_suffix(".index").name)
+            self._upload(path.name)
+            self._make_room(0)
         except Exception as error:
             metrics.CACHE_WRITE_ERRORS.inc()
-            logger.warning("%s stays in the staging folder until the cache is opened again: %s", name, error)
-            return
-        self._make_room(0)
+            logger.warning("%s stays in the staging folder until the cache is opened again: %s", path.name, error)
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -243,7 +206,7 @@ def _retried(operation: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """Try an operation on a store several times, with growing pauses; then raise OSError."""
     for attempt in range(attempts):
         if attempt:
-            time.sleep(min(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), LONGEST_PAUSE_SECONDS))
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
             return operation()
         except (FileNotFoundError, PermissionError):

@@ -1,7 +1,7 @@
 """The records of a cache folder at one moment: which shards there are, and where each key's records lie in them.
 
-Keys are an array uint64 [3, N] in rising order: the key's two halves, and the place of its record, which is the number
-of a shard and, in the lower 32 bits, an offset in the shard's index: 24 bytes a record. Keys may repeat.
+Keys are an array uint64 [4, N] in rising order: a key's two halves, the place of its record, and its draw set: 32 bytes
+a record. A place is the number of a shard and, in the lower 32 bits, an offset in its index. Keys may repeat.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from logitstream.cache.index import Log, index_path, parse_index, read_index, sealed_index
+from logitstream.cache.index import Log, read_index, sealed_index
 from logitstream.cache.manifest import Manifest
 from logitstream.cache.shard import OPEN_SUFFIX, SPAN, age
 from logitstream.errors import CacheError
@@ -35,27 +35,17 @@ Keys = npt.NDArray[np.uint64]
 
 def sorted_keys(parts: Sequence[Keys]) -> Keys:
     """Sort several arrays of keys into one; of equal keys those of earlier parts come first."""
-    keys = np.concatenate([np.zeros((3, 0), np.uint64), *parts], axis=1)
+    keys = np.concatenate([np.zeros((4, 0), np.uint64), *parts], axis=1)
     return keys.take(np.lexsort((keys[1], keys[0])), axis=1)
 
 
 def keys_of(number: int, log: Log) -> Keys:
     """Return the keys that a shard's index names, unsorted."""
-    halves = np.ascontiguousarray(log.spans["key"]).view(">u8").reshape(-1, 2).T
+    spans = log.spans
+    halves = np.ascontiguousarray(spans["key"]).view(">u8").reshape(-1, 2).T
     offsets = [np.arange(e.offset, e.offset + e.spans.nbytes, SPAN.size, dtype=np.uint64) for e in log.entries]
-    return np.stack([*halves.astype(np.uint64), np.concatenate([halves[0, :0], *offsets]) | np.uint64(number << 32)])
-
-
-def find(keys: Keys, key: bytes) -> list[int]:
-    """Return the places of a key's records."""
-    high, low = HALVES.unpack(key)
-    highs, found = memoryview(keys[0]), list[int]()
-    position = bisect_left(highs, high)
-    while position < len(highs) and highs[position] == high:
-        if keys[1, position] == low:
-            found.append(int(keys[2, position]))
-        position += 1
-    return found
+    places = np.concatenate(offsets) | np.uint64(number << 32)
+    return np.stack([*halves.astype(np.uint64), places, spans["draw_set"]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +56,6 @@ class Shard:
     is_sealed: bool = False
     end: int = 0
     rebuilt: bytes = b""
-
-    def index(self) -> bytes:
-        """Return what is read by now of the content of its index; FileNotFoundError if the shard is gone."""
-        return self.rebuilt or index_path(self.path).read_bytes()[: self.end]
-
-    def log(self) -> Log:
-        return parse_index(self.index())
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +71,15 @@ class Snapshot:
 
     def places(self, key: bytes) -> list[int]:
         """Return the places of a key's records."""
-        return [*find(self.keys, key), *find(self.recent, key)]
+        (high, low), found = HALVES.unpack(key), list[int]()
+        for keys in (self.keys, self.recent):
+            highs = memoryview(keys[0])
+            position = bisect_left(highs, high)
+            while position < len(highs) and highs[position] == high:
+                if keys[1, position] == low:
+                    found.append(int(keys[2, position]))
+                position += 1
+        return found
 
     def distinct(self, ends: Mapping[str, int] | None = None) -> Keys:
         """Return each key once; ends: only records before these offsets of the named shards' indexes."""
@@ -100,27 +91,6 @@ class Snapshot:
         is_first[1:] = (keys[:2, 1:] != keys[:2, :-1]).any(axis=0)
         return keys if is_first.all() else keys.compress(is_first, axis=1)
 
-    def only(self, paths: Mapping[Path, bool]) -> Snapshot:
-        """Return the records of these shards, which are numbered anew."""
-        stays = np.array([shard.path in paths for shard in self.shards], bool)
-        if stays.all():
-            return self
-        numbers = (np.cumsum(stays) - 1).astype(np.uint64) << SHARD_BITS
-        parts = [keys.compress(stays[keys[2] >> SHARD_BITS], axis=1) for keys in (self.keys, self.recent)]
-        for keys in parts:
-            keys[2] = numbers[keys[2] >> SHARD_BITS] | (keys[2] & OFFSET_MASK)
-        return Snapshot(tuple(shard for shard in self.shards if shard.path in paths), *parts)
-
-    def draw_sets(self, keys: Keys) -> npt.NDArray[np.uint64]:
-        """Return the draw set of each key's record; FileNotFoundError if a shard is gone."""
-        found, in_span = np.zeros(keys.shape[1], np.uint64), np.arange(40, 48, dtype=np.uint64)
-        for number, shard in enumerate(self.shards):
-            mine = np.flatnonzero(keys[2] >> SHARD_BITS == number)
-            if len(mine):
-                content = np.frombuffer(shard.index(), np.uint8)
-                found[mine] = content[(keys[2, mine] & OFFSET_MASK)[:, None] + in_span].view("<u8")[:, 0]
-        return found
-
 
 def shards_in(directory: Path) -> dict[Path, bool]:
     """Return the sealed names of the shards in a folder, and if they are sealed."""
@@ -130,18 +100,20 @@ def shards_in(directory: Path) -> dict[Path, bool]:
 
 
 def survey(directory: Path, manifest: Manifest, before: Snapshot, remote: Mapping[Path, int]) -> Snapshot:
-    """Return what is readable now, reading only what is new since `before`.
+    """Return what is readable now, reading only what is new since `before`, or everything if shards are gone.
 
     A prune writes a record's new shard before it removes the old one, and one listing of the folder may show neither:
-    so shards are dropped only by two equal listings in a row. remote: sizes of sealed shards that can be fetched, whose
-    indexes are in the folder already.
+    so two listings in a row must be equal. remote: sizes of sealed shards that can be fetched, whose indexes are in the
+    folder already.
     """
     now, names = before, shards_in(directory) | dict.fromkeys(remote, True)
     for _ in range(LOOKS):
         now = _extended(now, names, manifest, remote)
         names, previous = shards_in(directory) | dict.fromkeys(remote, True), names
+        if names == previous and all(shard.path in names for shard in now.shards):
+            break
         if names == previous:
-            return now.only(names)
+            now = Snapshot()
     return now
 
 

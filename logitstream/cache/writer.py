@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from logitstream import metrics
 from logitstream.cache.index import ENTRY_BYTES
 from logitstream.cache.manifest import create_manifest, tree_bytes
-from logitstream.cache.open_shard import OpenShard, recover, shard_name
+from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import (
     END_OF_STREAM,
@@ -25,6 +26,7 @@ from logitstream.cache.shard import (
     bound_of_bytes,
     encode_batch,
     shard_schema,
+    spans_of,
     token_dtype,
 )
 from logitstream.types import Fingerprint, pack_mask
@@ -41,8 +43,8 @@ class CacheWriter:
     """The writer of one process; its methods may be called from any thread.
 
     put() collects records into batches of `batch_bytes`, flush() writes what is pending and acknowledges it, close()
-    seals the shard. What flush() acknowledged survives a kill of the process at any moment, with `fsync=True` also a
-    loss of power (otherwise only sealed shards do). A shard is sealed at `shard_bytes`.
+    seals the shard, and so does a shard of `shard_bytes`. What flush() acknowledged survives a kill of the process at
+    any moment; a sealed shard also survives a loss of power.
 
     A failed write (a full disk, an I/O error) or a directory that has reached `max_bytes` (0: no bound) never raises:
     the writer warns once, counts `cache_write_errors_total` and takes nothing more; `disabled` says why. Raises
@@ -65,7 +67,6 @@ class CacheWriter:
         disk_label: str = "",
         shard_bytes: int = 256 << 20,
         batch_bytes: int = 256 << 10,
-        fsync: bool = False,
         staging: str | Path | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
@@ -75,7 +76,7 @@ class CacheWriter:
             )
         self.directory = local_path(directory)
         self.disabled = ""
-        self._vocab_size, self._fsync = fingerprint.vocab_size, fsync
+        self._vocab_size = fingerprint.vocab_size
         self._limits = (max_bytes, shard_bytes, batch_bytes)
         self._labels = (str(directory), disk_label or str(directory))
         self._writer_id = "".join(c if c.isalnum() or c in "-_" else "_" for c in writer_id)
@@ -187,17 +188,16 @@ class CacheWriter:
         max_bytes, shard_bytes, _ = self._limits
         content = encode_batch(self._pending, self._schema)
         more = content.size + SPAN.size * len(self._pending) + ENTRY_BYTES
-        if self._shard is not None and self._shard.rows and self._shard.num_bytes + more > shard_bytes:
-            self._seal()
-        if self._shard is None:
-            self._shard = OpenShard.create(self.directory, shard_name(self._writer_id), self._manifest)
-            self._written_bytes += self._shard.num_bytes
-        if max_bytes and self._written_bytes + more > max_bytes:
+        if max_bytes and self._written_bytes + more + bound_of_bytes(0, 0) * (self._shard is None) > max_bytes:
             self._disable(f"cache.max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
             return
-        self._shard.append(content, self._schema)
-        if self._fsync:
-            self._shard.sync()
+        if self._shard is not None and self._shard.num_bytes + more > shard_bytes:
+            self._seal()
+        if self._shard is None:
+            name = f"{self._writer_id}-{time.time_ns() // 1_000_000:013d}"
+            self._shard = OpenShard.create(self.directory, name, self._manifest)
+            self._written_bytes += self._shard.num_bytes
+        self._shard.append(content, spans_of(content, self._shard.size, self._schema))
         self._written_bytes += more
         self._unchecked_bytes += more
         if self._unchecked_bytes > CHECK_BYTES:
@@ -209,12 +209,12 @@ class CacheWriter:
         if shard is None:
             return
         try:
-            is_sealed = shard.seal()
+            shard.seal()
         except OSError as error:
             shard.abandon()
             self._disable(f"sealing {shard.path}: {error}")
             return
-        if is_sealed and self._mirror is not None:
+        if self._mirror is not None:
             self._mirror.push_later(shard.path)
 
     def _disable(self, reason: str) -> None:

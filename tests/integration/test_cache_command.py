@@ -113,33 +113,15 @@ def test_verify_finds_every_flipped_byte(
         content[position] ^= chance.randrange(1, 256)
         path.write_bytes(content)
         capsys.readouterr()
-        assert main(["cache", "verify", str(damaged), "--keys", str(tmp_path / "keys")]) == 1, (path.name, position)
-        named = set((tmp_path / "keys").read_text().split())
+        assert main(["cache", "verify", str(damaged)]) == 1, (path.name, position)
         output = capsys.readouterr().out
         assert path.stem in output
-        if path.name != "manifest.json":  # what verify names is just what a run misses
+        if path.name != "manifest.json":  # what verify finds whole is just what a run finds
             reader = CacheReader(damaged, FINGERPRINT)
-            missing = {record.key.hex() for record in records if reader.get(record.key) is None}
-            assert missing == named, attempt
-            assert len(named) <= 1
+            found = sum(reader.get(record.key) is not None for record in records)
+            assert f"{found} whole records" in output, attempt
+            assert found >= len(records) - 1
         shutil.rmtree(damaged)
-
-
-def test_verify_names_no_key_of_which_a_whole_copy_is_left(tmp_path: Path, records: list[Record]) -> None:
-    write(tmp_path, records)
-    before = set(tmp_path.glob("*.arrow"))
-    write(tmp_path, records[:30], writer_id="again")
-    for path in before:
-        content = bytearray(path.read_bytes())
-        for record in records:
-            start = content.find(record.payload)
-            if start >= 0:
-                content[start] ^= 1
-        path.write_bytes(content)
-    assert main(["cache", "verify", str(tmp_path), "--keys", str(tmp_path / "keys")]) == 1
-    assert set((tmp_path / "keys").read_text().split()) == {record.key.hex() for record in records[30:]}
-    reader = CacheReader(tmp_path, FINGERPRINT)
-    assert [reader.get(record.key) for record in records] == [record.payload for record in records[:30]] + [None] * 30
 
 
 def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,14 +234,17 @@ def test_prune_makes_good_what_is_damaged_outside_of_records(
     assert len(CacheReader(tmp_path)) == len(records)
 
 
-def test_a_missing_shards_keys_are_named_and_its_sidecars_pruned(tmp_path: Path, records: list[Record]) -> None:
+def test_a_missing_shard_is_named_and_its_index_pruned(
+    tmp_path: Path, records: list[Record], capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "cache", records)
     (shard, *_) = sorted((tmp_path / "cache").glob("*.arrow"))
     shard.unlink()
     reader = CacheReader(tmp_path / "cache")
-    assert main(["cache", "verify", str(tmp_path / "cache"), "--keys", str(tmp_path / "keys")]) == 1
+    assert main(["cache", "verify", str(tmp_path / "cache")]) == 1
     lost = {record.key.hex() for record in records if reader.get(record.key) is None}
-    assert set((tmp_path / "keys").read_text().split()) == lost != set()
+    assert lost
+    assert f"{shard.name} holds {len(lost)} records, of which {len(lost)} are damaged" in capsys.readouterr().out
     assert main(["cache", "prune", str(tmp_path / "cache"), "--damaged"]) == 0
     assert main(["cache", "verify", str(tmp_path / "cache")]) == 0
     assert len(CacheReader(tmp_path / "cache")) == len(records) - len(lost)

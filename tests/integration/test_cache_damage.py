@@ -79,13 +79,8 @@ def test_verify_names_every_bad_file_and_reads_all_others(tmp_path: Path, capsys
         assert [line for line in output.splitlines() if line.startswith("damaged: ") and name in line and said in line]
     assert "damaged: broken-0000000000000-00000000.arrow" in output
     assert "damaged: linked.arrow" in output
-    missing = {record.key.hex() for record in RECORDS if reader.get(record.key) is None}
-    named = {line.split()[-1] for line in output.splitlines() if line.startswith("fetch again: ")}
-    unnamed = {name for name, damage in zip(sorted(expected), DAMAGES, strict=True) if damage is foreign}
-    assert named <= missing
-    assert len(missing) - len(named) < 20  # the one shard that was written over names no keys any more
-    assert len(unnamed) == 1
-    assert f"{len(RECORDS) - len(missing)} whole records" in output
+    found = sum(reader.get(record.key) is not None for record in RECORDS)
+    assert f"{found} whole records" in output
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "id_model.bin", "x-0000000000000-00000000.index"])
@@ -146,14 +141,13 @@ def test_records_in_a_bad_block_are_named_and_the_others_of_the_shard_are_read(
     assert main(["cache", "verify", str(folder / "cache")]) == 1
     output = capsys.readouterr().out
     assert f"{last.name} cannot be read: [Errno 5] Input/output error" in output
-    named = {line.split()[-1] for line in output.splitlines() if line.startswith("fetch again: ")}
-    assert named
     reader = CacheReader(folder / "cache", FINGERPRINT)
-    assert named == {record.key.hex() for record in RECORDS if reader.get(record.key) is None}
-    whole = {record.key for record in RECORDS} - {bytes.fromhex(key) for key in named}
-    assert main(["cache", "prune", str(folder / "cache"), "--before_draw_set", "0"]) == 0
+    whole = {record.key for record in RECORDS if reader.get(record.key) is not None}
+    assert len(whole) < len(RECORDS)
+    assert f"{len(whole)} whole records" in output
+    assert main(["cache", "prune", str(folder / "cache"), "--max_bytes", "1T"]) == 0
     assert last.exists()  # what cannot be read is dropped where that is asked for alone
     assert main(["cache", "prune", str(folder / "cache"), "--damaged"]) == 0
-    assert f"{len(named)} of" in capsys.readouterr().out
+    assert f"{len(RECORDS) - len(whole)} of" in capsys.readouterr().out
     assert {record.key for record in CacheReader(folder / "cache").records()} == whole
     assert not last.exists()

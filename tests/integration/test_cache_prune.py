@@ -53,8 +53,7 @@ def size_of(directory: Path) -> int:
 
 def kept_numbers(directory: Path) -> list[int]:
     """The draw sets, each record's number, of what is left and whole."""
-    damage = verify(directory)
-    assert not damage.problems
+    assert not verify(directory)[0]
     return sorted(found.draw_set for found in CacheReader(directory, FINGERPRINT).records())
 
 

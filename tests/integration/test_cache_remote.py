@@ -196,15 +196,12 @@ def test_a_store_out_of_reach_leaves_the_run_alone(store: Any, line: Line, caplo
         open_reader(store, "r")
 
 
-def test_another_fingerprint_is_refused_and_a_foreign_staging_folder_too(store: Any, tmp_path: Path) -> None:
+def test_another_fingerprint_is_refused(store: Any) -> None:
     fill(store, "writer", stop=5)
     url, options, folder = store
     other = replace(FINGERPRINT, vocab_size=7)
     with pytest.raises(FingerprintMismatch, match="vocab_size: 7 against 1000"):
         CacheWriter(url, other, staging=folder / "new", storage_options=options)
-    CacheWriter(tmp_path / "foreign", other).close()
-    with pytest.raises(CacheError, match="another cache"):
-        CacheReader(url, staging=tmp_path / "foreign", storage_options=options)
 
 
 def test_a_reader_is_opened_again_in_a_loader_process(store: Any) -> None:

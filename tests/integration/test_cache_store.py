@@ -110,17 +110,6 @@ def flip(path: Path, needle: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_verify_reads_the_store_not_what_is_staged(bucket: tuple[str, Path], tmp_path: Path, staging: Path) -> None:
-    url, shard = bucket
-    assert main(["cache", "verify", url]) == 0
-    flip(staging_folder(url) / shard.name, RECORDS[2].payload)
-    assert main(["cache", "verify", url]) == 0
-    flip(shard, RECORDS[7].payload)
-    assert main(["cache", "verify", url, "--keys", str(tmp_path / "keys")]) == 1
-    assert (tmp_path / "keys").read_text().split() == [RECORDS[7].key.hex()]
-    assert list(staging.iterdir()) == [staging_folder(url)]  # nothing of it stays
-
-
 def test_export_takes_the_stores_shard_where_the_staged_one_is_damaged(
     bucket: tuple[str, Path], tmp_path: Path
 ) -> None:

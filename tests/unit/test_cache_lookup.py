@@ -18,6 +18,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from logitstream.cache import CacheReader, CacheWriter, Record
+from logitstream.cache.index import read_index
 from logitstream.cache.shard import Spans
 from logitstream.cache.tools.rewrite import prune
 from logitstream.errors import CacheError
@@ -34,7 +35,7 @@ def write(directory: Path, records: list[Record], **options: int) -> CacheReader
 
 def shard_and_spans(reader: CacheReader) -> tuple[Path, Spans]:
     (shard,) = reader.shards
-    return shard.path, shard.log().spans
+    return shard.path, read_index(shard.path, reader.manifest).spans
 
 
 def flip(path: Path, needle: bytes) -> None:

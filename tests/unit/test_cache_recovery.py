@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.cache import CacheReader, CacheWriter, Record
-from logitstream.cache.snapshot import HALVES, Snapshot, find, sorted_keys
+from logitstream.cache.snapshot import HALVES, Snapshot, sorted_keys
 from logitstream.cache.tools.rewrite import prune
 from logitstream.cache.tools.verify import verify
 from logitstream.errors import CacheError, FingerprintMismatch
@@ -113,7 +113,7 @@ def test_batches_before_damage_in_an_open_shard_are_kept(tmp_path: Path) -> None
     CacheWriter(tmp_path, FINGERPRINT).close()
     expected = {r.key: r.payload for r in RECORDS[:12]}
     assert {r.key: r.payload for r in CacheReader(tmp_path).records()} == expected
-    assert not verify(tmp_path).problems
+    assert not verify(tmp_path)[0]
 
 
 def test_a_shard_of_a_dead_writer_without_its_index_is_recovered_from_itself(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_shard_of_a_dead_writer_without_its_index_is_recovered_from_itself(tmp
         (copy / index.name).write_bytes(damaged)
         CacheWriter(copy, FINGERPRINT).close()
         assert {r.key: r.payload for r in CacheReader(copy).records()} == {r.key: r.payload for r in RECORDS}
-        assert not verify(copy).problems
+        assert not verify(copy)[0]
 
 
 def test_first_writers_at_the_same_moment_agree_on_one_manifest(tmp_path: Path) -> None:
@@ -316,11 +316,11 @@ def test_keys_that_share_their_first_half_are_told_apart(data: st.DataObject) ->
     found, all_keys = sorted_keys([]), []
     for _ in range(3):
         keys = data.draw(key_lists)
-        more = [(*HALVES.unpack(key), len(all_keys) + i) for i, key in enumerate(keys)]
-        found = sorted_keys([found, np.array(more, np.uint64).reshape(-1, 3).T])
+        more = [(*HALVES.unpack(key), len(all_keys) + i, 0) for i, key in enumerate(keys)]
+        found = sorted_keys([found, np.array(more, np.uint64).reshape(-1, 4).T])
         all_keys += keys
     for key in {*all_keys, b"12345678" + bytes(8)}:
-        assert find(found, key) == [i for i, other in enumerate(all_keys) if other == key]
+        assert Snapshot(keys=found).places(key) == [i for i, other in enumerate(all_keys) if other == key]
     assert [HALVES.pack(*halves) for halves in found[:2].T.tolist()] == sorted(all_keys)
     distinct = Snapshot(keys=found).distinct()
     assert [HALVES.pack(*halves) for halves in distinct[:2].T.tolist()] == sorted(set(all_keys))

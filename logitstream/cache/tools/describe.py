@@ -11,6 +11,7 @@ import numpy as np
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import END_OF_STREAM, token_dtype
 from logitstream.cache.tools.export import decode
+from logitstream.cache.tools.verify import shard_log
 from logitstream.errors import CodecError, CorruptRecord
 
 SAMPLED_RECORDS = 256
@@ -24,8 +25,8 @@ def describe(reader: CacheReader) -> dict[str, Any]:
     manifest, fingerprint = reader.manifest, reader.fingerprint
     num_bytes, draw_sets, part_bytes = 0, Counter[int](), Counter[str]()
     for shard in reader.shards:
-        log = shard.log()
-        num_bytes += shard.end + max((entry.end for entry in log.entries), default=0)
+        log = shard_log(shard.path, shard.is_sealed, manifest)
+        num_bytes += log.end + max((entry.end for entry in log.entries), default=0)
         num_bytes += len(END_OF_STREAM) if shard.is_sealed else 0
         draw_sets.update(log.spans["draw_set"].tolist())
         for part in ("tokens", "payload"):

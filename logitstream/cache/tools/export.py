@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from logitstream import codec
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import KEY_BYTES, Record, shard_schema
+from logitstream.cache.tools import watched
 from logitstream.errors import CacheError, CacheMiss, CodecError, CorruptRecord
 from logitstream.id_model import IdModel
 from logitstream.types import SparseTargets, TargetSpec
 
-Progress = Callable[[int], object]
 ROWS_PER_GROUP = 256
 
 COLUMNS = [
@@ -51,9 +51,7 @@ def decode(reader: CacheReader, record: Record) -> SparseTargets:
     )
 
 
-def export(
-    reader: CacheReader, output: Path, *, records_per_file: int = 100_000, progress: Progress = lambda _: None
-) -> tuple[list[Path], int]:
+def export(reader: CacheReader, output: Path, *, records_per_file: int = 100_000) -> tuple[list[Path], int]:
     """Write `output`/part-00000.parquet and so on, in the order of the keys.
 
     Returns the files and how many damaged records were left out. Row t of a sequence holds the entries row_offsets[t]
@@ -65,19 +63,16 @@ def export(
         raise CacheError(f"expected a folder without Parquet files, {output} holds some of an earlier export")
     schema = pa.schema(COLUMNS, metadata=shard_schema(reader.manifest).metadata)
     files: list[Path] = []
-    skipped = 0
-    for start in range(0, len(reader), records_per_file):
-        path = output / f"part-{len(files):05d}.parquet"
-        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            end = min(start + records_per_file, len(reader))
+    written = 0
+    for start in watched(range(0, len(reader), records_per_file), "exporting"):
+        files.append(output / f"part-{len(files):05d}.parquet")
+        end = min(start + records_per_file, len(reader))
+        with pq.ParquetWriter(files[-1], schema, compression="zstd") as writer:
             for first in range(start, end, ROWS_PER_GROUP):
-                last = min(first + ROWS_PER_GROUP, end)
-                rows = list(_decoded_rows(reader, first, last))
-                skipped += last - first - len(rows)
+                rows = list(_decoded_rows(reader, first, min(first + ROWS_PER_GROUP, end)))
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-                progress(last - first)
-        files.append(path)
-    return files, skipped
+                written += len(rows)
+    return files, len(reader) - written
 
 
 def _decoded_rows(reader: CacheReader, first: int, last: int) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,24 +28,22 @@ from logitstream.cache.shard import (
     encode_batch,
     read_stored,
     shard_schema,
+    spans_of,
 )
 from logitstream.cache.snapshot import shards_in
+from logitstream.cache.tools import watched
 from logitstream.cache.tools.verify import all_shards, check_shard, shard_log
 from logitstream.cache.writer import CacheWriter
 from logitstream.errors import CacheError, CorruptRecord
 
-Progress = Callable[[int], object]
-"""Told how many records were read since the last call."""
 BATCH_RECORDS = 64
 
 
-def merge(
-    sources: Sequence[str | Path], output: str | Path, progress: Progress = lambda _: None
-) -> tuple[int, int, int]:
+def merge(sources: Sequence[str | Path], output: str | Path) -> tuple[int, int]:
     """Copy an undamaged record of each key into a cache of their common fingerprint, the oldest cache first.
 
-    Returns how many were written, left out as duplicates and left out as damaged everywhere. `output` may hold records
-    already. Raises FingerprintMismatch if the sources differ.
+    Returns how many were written, and how many left out, as duplicates or damaged. `output` may hold records already.
+    Raises FingerprintMismatch if the sources differ.
     """
     first = CacheReader(sources[0])
     readers = [first, *(CacheReader(source, first.fingerprint) for source in sources[1:])]
@@ -55,18 +53,16 @@ def merge(
     with CacheWriter(
         output, first.fingerprint, id_model=first.id_model, provenance=provenance, writer_id="merge"
     ) as writer:
-        before = CacheReader(output)
-        for number, reader in enumerate(readers):
+        known = [CacheReader(output)]
+        for reader in watched(readers, "merging"):
             for record in reader.records():
-                progress(1)
-                if not any(record.key in one and one.get(record.key) for one in (before, *readers[:number])):
+                if not any(record.key in one and one.get(record.key) for one in known):
                     written += writer.put(*record[:5], teacher_version=record.teacher_version)
+            known.append(reader)
         if not writer.flush():
             raise CacheError(f"{output}: {writer.disabled}")
-    suspects = set().union(*(reader.damaged for reader in readers))
-    damaged = sum(all(reader.get(key) is None for reader in readers) for key in suspects)
     add_heldout(output, (sequence for source in sources for sequence in read_heldout(source)))
-    return written, sum(reader.num_records for reader in readers) - written - damaged, damaged
+    return written, sum(reader.num_records for reader in readers) - written
 
 
 @dataclass(slots=True)
@@ -107,38 +103,33 @@ def prune(
     directory: Path,
     *,
     max_bytes: int | None = None,
-    before_draw_set: int | None = None,
+    before_draw_set: int = 0,
     damaged: bool = False,
     dry_run: bool = False,
-    progress: Progress = lambda _: None,
 ) -> Pruned:
     """Drop records of draw sets below `before_draw_set`, damaged ones, and the oldest shards until `max_bytes` hold.
 
     Bytes are the sizes of all files except shards that are being written. damaged: shards with other damage and damaged
-    indexes are made anew too. What cannot be read, and what belongs to others, is left alone and named. dry_run: only
-    say what would go; what is written anew takes the bytes of a bound. Raises CacheError if another prune is under way.
-
-    Shards that go as a whole go first, to make room for those that are written anew.
+    indexes are made anew too. A file that cannot be read, or is no shard of this cache, is left alone and named.
+    dry_run: only say what would go; a bound of its bytes stands for what is written anew. Raises CacheError if another
+    prune is under way.
     """
     manifest = read_manifest(directory)
     with _only_one(directory):
         result = Pruned(_bytes_of(directory))
         if not dry_run:
-            try:
-                recover(directory, manifest)
-            except OSError as error:
-                result.left.append(f"shards of dead writers stay as they are: {error}")
-        plans = _plans(directory, manifest, damaged, result.left, progress)
+            recover(directory, manifest)
+        plans = _plans(directory, manifest, damaged, result.left)
         result.total_records = sum(len(plan.spans) for plan in plans)
-        for plan in plans if before_draw_set is not None else []:
+        for plan in plans:
             plan.stays &= plan.spans["draw_set"] >= before_draw_set
         total = result.total_bytes - sum(plan.num_bytes - plan.next_bytes for plan in plans)
         for plan in plans:
             if max_bytes is not None and total > max_bytes:
                 total -= plan.next_bytes
-                plan.stays[:] = False
+                plan.stays[:] = plan.is_sound = False
         result.num_bytes = result.total_bytes - total
-        for plan in sorted(plans, key=lambda plan: bool(plan.stays.any())):
+        for plan in sorted(plans, key=lambda plan: bool(plan.stays.any())):  # whole shards first, to make room
             try:
                 if not dry_run:
                     _carry_out(plan, manifest)
@@ -150,23 +141,17 @@ def prune(
         return result
 
 
-def _plans(directory: Path, manifest: Manifest, damaged: bool, left: list[str], progress: Progress) -> list[_Plan]:
+def _plans(directory: Path, manifest: Manifest, damaged: bool, left: list[str]) -> list[_Plan]:
     """Read the sealed shards of a cache, the oldest first; all of their whole records stay as yet."""
     plans = []
-    for path, is_sealed in all_shards(directory).items():
-        problems = list[str]()
-        if not is_sealed:
-            continue
-        if damaged:
-            spans, stays = check_shard(path, is_sealed, manifest, problems)
+    sealed = [path for path, is_sealed in all_shards(directory).items() if is_sealed]
+    for path in watched(sealed, "reading"):
+        log, problems = shard_log(path, True, manifest), list[str]()
+        stays = check_shard(path, True, log, problems) if damaged else np.ones(len(log.spans), bool)
+        if os.path.lexists(path) and (not path.is_file() or not log.entries):
+            left.append(log.problem or f"{path.name} is no file")
         else:
-            spans = shard_log(path, is_sealed, manifest).spans
-            stays = np.ones(len(spans), bool)
-        if os.path.lexists(path) and (not path.is_file() or not len(spans)):
-            left.append(f"{path.name} is no shard of this cache, or nothing of it can be read")
-            continue
-        plans.append(_Plan(path, spans, stays, not problems))
-        progress(len(spans))
+            plans.append(_Plan(path, log.spans, stays, not problems))
     return plans
 
 
@@ -182,7 +167,8 @@ def _carry_out(plan: _Plan, manifest: Manifest) -> None:
                 kept = plan.spans[plan.stays]
                 for start in range(0, len(kept), BATCH_RECORDS):
                     batch = [read_stored(file.fileno(), one.tobytes()) for one in kept[start : start + BATCH_RECORDS]]
-                    new.append(encode_batch(batch, schema), schema)
+                    content = encode_batch(batch, schema)
+                    new.append(content, spans_of(content, new.size, schema))
             new.seal()
         except (OSError, CorruptRecord):
             new.discard()
