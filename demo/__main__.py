@@ -26,7 +26,7 @@ from demo.assets import MODEL_NAME, TEXT_NAME, teacher_folder, text_file
 from logitstream.processes import tied
 
 HERE = Path(__file__).parent
-NUM_WORKERS, SEQUENCE_TOKENS, SEQUENCES_PER_STEP = 2, 128, 8
+NUM_WORKERS, SEQUENCES_PER_STEP = 2, 8
 START_SECONDS, EPOCH_SECONDS, STOP_SECONDS, LINE_SECONDS = 600.0, 1800.0, 20.0, 10.0
 Processes = dict[str, tuple[subprocess.Popen[bytes], Path]]
 """By name: the process and its log."""
@@ -40,8 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--backend", default="transformers", choices=["transformers", "vllm"])
     parser.add_argument("--seed", type=int, default=0, help="of the student's start, the data's order and the draws")
-    parser.add_argument("--sequences", type=int, default=480, help=f"to train on, of {SEQUENCE_TOKENS} tokens")
-    parser.add_argument("--heldout-sequences", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=480, help="to train on, of 128 tokens")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     options = parser.parse_args()
     if options.sequences < SEQUENCES_PER_STEP:
@@ -76,8 +75,7 @@ def run(options: argparse.Namespace) -> None:
     report = train(output, metrics_port, num_steps=options.sequences // SEQUENCES_PER_STEP)
     print("evaluating on held-out text …")
     report |= json.loads((output / "student" / "report.json").read_text())
-    sizes = {"sequence_tokens": SEQUENCE_TOKENS, "heldout_sequences": options.heldout_sequences}
-    report |= evaluate_heldout(output / "student", teacher, text, **sizes)
+    report |= evaluate_heldout(output / "student", teacher, output / "cache")
     report |= {"seed": options.seed, "backend": options.backend, "demo_seconds": round(time.monotonic() - started, 1)}
     write_report(report, read_progress(output), output)
 
@@ -100,7 +98,6 @@ def write_settings(options: argparse.Namespace, teacher: Path, text: Path) -> in
     }
     student = given["student"]
     student["data"] |= {"text": [str(text)], "max_sequences": options.sequences}
-    student["data"]["heldout_sequences"] = options.heldout_sequences
     student["targets"]["seed"] = student["training"]["seed"] = options.seed
     student["training"]["output_dir"] = str(output / "student")
     student |= {

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from logitstream.data.corpus import load_sequences
-from logitstream.training.split import split_text
+from logitstream.cache.heldout import read_heldout
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,22 +39,16 @@ ROWS = (
 
 
 @torch.inference_mode()
-def evaluate_heldout(
-    student: Path, teacher: Path, text: Path, *, sequence_tokens: int, heldout_sequences: int
-) -> dict[str, float]:
+def evaluate_heldout(student: Path, teacher: Path, cache: Path) -> dict[str, float]:
     """Compare the models' full next-token distributions, with none of the product's own code for the loss.
 
-    Returns means per predicted token, in nats: both losses and KL(teacher‖student); and, as shares of 1, top-1
-    agreement and speculative acceptance Σ min(p, t).
+    cache: notes the sequences that the student was not trained on. Returns means per predicted token, in nats: both
+    losses and KL(teacher‖student); and, as shares of 1, top-1 agreement and speculative acceptance Σ min(p, t).
     """
-    tokenizer = AutoTokenizer.from_pretrained(teacher)
-    _, heldout = split_text(
-        load_sequences([str(text)], tokenizer, sequence_tokens=sequence_tokens), heldout_sequences=heldout_sequences
-    )
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
     sums: dict[str, float] = {}
-    for ids in heldout["input_ids"]:
-        input_ids = torch.tensor([ids])
+    for sequence in read_heldout(cache):
+        input_ids = torch.from_numpy(sequence.token_ids).long()[None]
         student_TV, teacher_TV = (model(input_ids).logits[0, :-1].log_softmax(-1) for model in models)
         shared_TV, teacher_probs_TV = student_TV[:, : teacher_TV.shape[1]], teacher_TV.exp()
         found = {
@@ -64,7 +57,7 @@ def evaluate_heldout(
             "heldout_kl_to_teacher": (teacher_probs_TV * (teacher_TV - shared_TV)).sum(),
             "heldout_top1_agreement": (shared_TV.argmax(-1) == teacher_TV.argmax(-1)).sum(),
             "heldout_speculative_acceptance": torch.minimum(shared_TV.exp(), teacher_probs_TV).sum(),
-            "heldout_tokens": torch.tensor(len(ids) - 1),
+            "heldout_tokens": torch.tensor(len(sequence) - 1),
         }
         sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
     num_tokens = sums.pop("heldout_tokens")

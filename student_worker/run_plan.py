@@ -18,7 +18,7 @@ from logitstream.cache.disk import from_disk, open_reader
 from logitstream.client.teacher_client import TeacherClient
 from logitstream.data.batches import split_batch
 from logitstream.data.corpus import CacheDataset, collate
-from logitstream.errors import DiskHangs, RequestError
+from logitstream.errors import DiskHangs
 from logitstream.id_model import IdModel
 from logitstream.training.split import by_main_process
 from logitstream.training.target_cache import may_hold_targets
@@ -122,7 +122,7 @@ def choose_spec(
 
     held: a cache of the sampler has had its budget: its size is taken, and no teacher is asked. connect: None if no
     teacher may be asked, which leaves the spec as it is. Raises ValueError if there is no sequence, RequestError if the
-    teacher refuses every one.
+    teacher refuses one.
     """
     if held is not None and held.spec["sampler"] == spec.sampler:
         field = spec.kind.size_field
@@ -140,24 +140,8 @@ def choose_spec(
 
     with contextlib.closing(connect(spec)) as client:
         content, vocab_size = client.info.id_model, client.info.vocab_size
-        sequences = _accepted(client, sequences)
     id_model = IdModel.from_bytes(content) if content else None
     budget = {"bytes_per_token": bytes_per_token, "noise": noise}
     choice = choose(draw, sequences, spec, **budget, id_model=id_model, vocab_size=vocab_size)
     logger.info("%s", choice.sentence)
     return choice.spec
-
-
-def _accepted(client: TeacherClient, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Leave out the sequences that the teacher refuses, as training does; raise its error if it refuses all."""
-    accepted: list[TokenSequence] = []
-    refusal: RequestError | None = None
-    for sequence, future in zip(sequences, client.submit(sequences), strict=True):
-        try:
-            future.result()
-            accepted.append(sequence)
-        except RequestError as error:
-            refusal = error
-    if refusal is not None and not accepted:
-        raise refusal
-    return accepted

@@ -51,7 +51,6 @@ class TargetCache:
         self._disk = disk or cache_disk(directory, "using", alone=self._alone)
         self._writer: CacheWriter | None = None
         self._reader: CacheReader | None = None
-        self._num_lost = 0
         self._warned = False
         if fingerprint is None:
             found = self._disk.call(lambda: CacheReader(directory))
@@ -64,11 +63,6 @@ class TargetCache:
     def writable(self) -> bool:
         """True while targets are kept: not while the disk hangs, nor once it or the budget was full."""
         return self._writer is not None and not (self._writer.disabled or self._disk.hangs)
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """The origin that the cache's first writer noted; empty if nothing can be read."""
-        return dict(self._reader.manifest.provenance) if self._reader is not None else {}
 
     def key(self, sequence: TokenSequence, draw_set: int) -> bytes:
         return request_key(self._digest, sequence, draw_set)
@@ -97,12 +91,10 @@ class TargetCache:
                 self._warned = True
                 logger.warning("the teacher serves other weights now: their targets are not kept in this cache")
             return False
-        if key in self and self._reader is not None and key not in self._reader.damaged:
+        if key in self and key not in self._reader.damaged:  # type: ignore[union-attr]
             return True
         parts = (key, sequence.token_ids, sequence.loss_mask, received.payload, draw_set)
-        kept = self._on_disk(lambda: writer.put(*parts, teacher_version=received.teacher_version), None)
-        self._num_lost += kept is None
-        return bool(kept)
+        return self._on_disk(lambda: writer.put(*parts, teacher_version=received.teacher_version), False)
 
     def refresh(self) -> None:
         """Write out what was put, and find what others have written since."""
@@ -116,9 +108,8 @@ class TargetCache:
             self._disk.call(lambda: [opened.close() for opened in (writer, reader) if opened is not None])
         except DiskHangs:
             self._disk.held = (writer, reader)  # their finalizers would wait for the disk too
-            if writer is not None and (lost := self._num_lost + writer.unwritten):
-                text = "cache %s: the targets of %d sequences are not on disk, which did not answer"
-                logger.warning(text, self.directory, lost)
+            if writer is not None:
+                logger.warning("cache %s: the last targets are not on the disk, which did not answer", self.directory)
         self._disk.close()
 
     def _on_disk(self, work: Callable[[], T], otherwise: T) -> T:
@@ -180,12 +171,13 @@ def open_target_cache(
 
 def _checked(cache: TargetCache, spec: TargetSpec, tokenizer: HasVocabulary | Vocabulary | None) -> TargetCache:
     """Return the cache if its targets are drawn by the spec and its tokenizer is the student's."""
-    found, hint = cache.fingerprint, ""
+    found, hint, reader = cache.fingerprint, "", cache._reader
     wanted = replace(found, spec=spec.canonical())
     vocabulary = Vocabulary.of(tokenizer) if tokenizer is not None else None
     if vocabulary is not None and not vocabulary.num_shared(found.tokenizer_digest):
         wanted = replace(wanted, tokenizer_digest=vocabulary.digest)
-        hint = f"; tokenize with the cache's tokenizer, {cache.provenance.get('tokenizer', 'that of its teacher')}"
+        named = reader.manifest.provenance.get("tokenizer") if reader is not None else None
+        hint = f"; tokenize with the cache's tokenizer, {named or 'that of its teacher'}"
     if wanted == found:
         return cache
     cache.close()

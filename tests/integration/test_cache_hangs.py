@@ -176,12 +176,8 @@ def test_a_frozen_file_system_holds_up_neither_training_nor_its_end(
         assert_same(batch["targets"], expected(source))
     assert not cache.writable
     cache.close()
-    (said,) = [record.getMessage() for record in caplog.records if "are not on disk" in record.getMessage()]
+    assert "the last targets are not on the disk, which did not answer" in caplog.text
     frozen.thaw()
-    kept = TargetCache(directory, write=False)
-    lost = [row for batch in batches for row in expected_keys(kept, batch) if row not in kept]
-    assert f"the targets of {len(lost)} sequences" in said or len(lost) < int(said.split(" of ")[1].split()[0])
-    kept.close()
 
 
 def expected_keys(cache: TargetCache, batch: Batch) -> list[bytes]:
