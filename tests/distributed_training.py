@@ -55,7 +55,7 @@ class Scenario:
     student: `model`, `model_init`, `lora` or `experts`; strategy: `ddp`, also for one process, or `fsdp2`.
     same_micro_batches: one process takes in turn what two take at once, for a router's loss is of one micro-batch.
     resume_at: the run is cut off after this step and resumed by another trainer.
-    out_of_memory_at: memory runs out once, at this step, on every process or (`out_of_memory_on`) on the last one.
+    out_of_memory_at: memory runs out once, at this step.
     seeds_differ: the processes draw different random numbers before they train.
     frozen_first: a call of `train()` with the embedding frozen comes before the one with all parameters.
     torn_at: after this step the last process changes a parameter of its own.
@@ -75,7 +75,6 @@ class Scenario:
     overhead_every: int = 0
     resume_at: int = 0
     out_of_memory_at: int = 0
-    out_of_memory_on: str = "all"
     seeds_differ: bool = False
     frozen_first: bool = False
     torn_at: int = 0
@@ -167,18 +166,6 @@ def collate_with_targets(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return batch | {"targets": SparseTargets.concatenate(parts)}
 
 
-class Lines(logging.Handler):
-    """A log handler that keeps the lines about the run's set-up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if (line := record.getMessage()).startswith("training: "):
-            self.lines.append(line)
-
-
 class Gradients(TrainerCallback):
     """The first steps' gradients by parameter, gathered where they are sharded."""
 
@@ -202,8 +189,7 @@ class Trouble(TrainerCallback):
         self.has_run_out = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        spared = self.scenario.out_of_memory_on == "last" and args.process_index < args.world_size - 1
-        if state.global_step + 1 == self.scenario.out_of_memory_at and not self.has_run_out and not spared:
+        if state.global_step + 1 == self.scenario.out_of_memory_at and not self.has_run_out:
             self.has_run_out = True
             raise RuntimeError("CUDA out of memory. (a test's)")
 
@@ -306,10 +292,8 @@ def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
     """Trains the student; what became of it."""
     gradients = Gradients()
     trouble = Trouble(scenario, cut_off=scenario.resume_at > 0)
-    logging.getLogger("logitstream").addHandler(lines := Lines())
     with teacher(scenario) as wrap:
         trainer = make_trainer(scenario, folder, [gradients, trouble], wrap)
-        trainer.retry_seconds = 3.0
         evaluated = do_before(scenario, trainer)
         initial = {name: whole(tensor) for name, tensor in trainer.model.named_parameters()}
         if scenario.frozen_first:
@@ -328,7 +312,6 @@ def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
     trainer.save_model()
     parameters = {name: whole(tensor) for name, tensor in trainer.model.named_parameters()}
     return {
-        "wrapper": type(trainer.model_wrapped).__name__,
         "steps": trainer.state.global_step,
         "initial": initial,
         "parameters": parameters,
@@ -337,7 +320,6 @@ def train(scenario: Scenario, folder: Path) -> dict[str, Any]:
         "gradients": gradients.steps,
         "measured": trainer.stats.meter.num_measured,
         "evaluated": evaluated,
-        "lines": lines.lines,
     }
 
 
@@ -385,8 +367,5 @@ def train_all(folder: Path, log: Path) -> None:
         except Exception as error:
             logging.exception("scenario %s", scenario.name)
             result = {"error": f"{type(error).__name__}: {error}"}
-        speaker = processes - 1 if scenario.out_of_memory_on == "last" else 0
-        if int(os.environ.get("RANK", "0")) == speaker:
+        if int(os.environ.get("RANK", "0")) == 0:
             torch.save(result, folder / f"{scenario.name}.{processes}.pt")
-        if scenario.out_of_memory_on == "last" and processes > 1:
-            os._exit(1)  # the launcher ends the other process, which waits in a gradient's reduction

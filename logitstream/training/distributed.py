@@ -1,114 +1,42 @@
-"""Processes of one student exchange values; they and a resumed run train from one teacher or on one cache."""
+"""The processes (ranks) of one student: they exchange values, take the same sequences, and really train one student.
+
+They and a resumed run train from one teacher or on one cache.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 import torch.distributed as dist
+import xxhash
+from accelerate.data_loader import BatchSamplerShard
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import open_reader
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.client.teacher_identity import teacher_differences
-from logitstream.errors import CacheError, FingerprintMismatch, LogitstreamError
+from logitstream.data.batches import leave_out
+from logitstream.data.documents import Batch
+from logitstream.errors import FingerprintMismatch, LogitstreamError, RanksDiffer
 from logitstream.files import write_whole
-from logitstream.training.checkpoints import NOTES
 from logitstream.types import Fingerprint, TargetSpec
 
-TEACHER_NOTE, CACHE_NOTE = NOTES
-
-logger = logging.getLogger(__name__)
+TEACHER_NOTE, CACHE_NOTE = "teacher.json", "cache_view.json"
+"""Files beside the checkpoints in which a run notes what it trains from."""
 
 T = TypeVar("T")
-
-
-def expected_teacher(checkpoint: Path | None, spec: TargetSpec) -> Fingerprint | None:
-    """Return the teacher of the run that a checkpoint is from, drawing by this spec; None if any will do."""
-    path = checkpoint and checkpoint / TEACHER_NOTE
-    if path is None or not path.exists():
-        return None
-    try:
-        return replace(Fingerprint.from_json(_read_json(path)), spec=spec.canonical())
-    except ValueError as error:
-        raise FingerprintMismatch(
-            f"{path} does not tell which teacher this run began with ({error}): delete it to take the one served now"
-        ) from None
-
-
-def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) -> None:
-    """Wait for the teacher and note in the folder which one all processes have found.
-
-    Call it on every process before the first sequence is asked for. Raises FingerprintMismatch if one of them has found
-    another teacher than the main process, or what `client.info` raised on one of them: all raise the same.
-    """
-    everyones: list[Fingerprint] = []
-    for number, found in enumerate(of_all_processes(_found_teacher(client, spec))):
-        if isinstance(found, LogitstreamError):
-            raise found
-        everyones.append(found)
-        if differences := teacher_differences(everyones[0], found, max_teacher_lag=client.max_teacher_lag):
-            raise FingerprintMismatch(
-                f"processes 0 and {number} of this run have found teachers that differ (process 0's value first): "
-                f"{differences}"
-            )
-    if is_main_process():
-        write_whole(folder / TEACHER_NOTE, json.dumps(asdict(everyones[0]), indent=1))
-
-
-def _found_teacher(client: GrpcTeacherClient, spec: TargetSpec) -> Fingerprint | LogitstreamError:
-    try:
-        return Fingerprint.of(client.info, spec)
-    except LogitstreamError as error:  # told to the others, who would wait for this process
-        return error
-
-
-def open_agreed_cache(directory: str, folder: Path, checkpoint: Path | None = None) -> CacheReader:
-    """Open a cache as the main process finds it, and note that in the folder, or as a checkpoint's run began with it.
-
-    So processes and parts of a run have the same sequences while somebody writes to the cache. Call it on every
-    process. Raises CacheError if some of the sequences are gone.
-    """
-    view = None
-    if is_main_process():
-        with open_reader(directory) as cache:
-            view = _noted_view(checkpoint) or cache.view()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / CACHE_NOTE, json.dumps(view))
-    view = of_main_process(view)
-    assert view is not None
-    cache = open_reader(directory)  # after the main process has looked, so that what it saw is there
-    cache.keep_to(view)
-    return cache
-
-
-def _noted_view(checkpoint: Path | None) -> dict[str, Any] | None:
-    """Return what CacheReader.view gave to a checkpoint's run, None if it noted nothing."""
-    path = checkpoint and checkpoint / CACHE_NOTE
-    if path is None or not path.exists():
-        return None
-    try:
-        view = _read_json(path)
-        records = view["records"]
-        is_whole = view.keys() == {"records", "digest"} and isinstance(view["digest"], str)
-        if not is_whole or not all(type(count) is int and count >= 0 for count in records.values()):
-            raise ValueError("expected the records of each shard and a digest")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CacheError(
-            f"{path} does not tell which sequences this run began with ({error!r}): delete it to take all there are"
-        ) from None
-    return dict(view)
-
-
-def _read_json(path: Path) -> Any:
-    """Return a file's JSON; raise ValueError if it holds none, however deep."""
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
 
 
 def num_processes() -> int:
@@ -135,3 +63,163 @@ def of_main_process(value: T) -> T:
     if num_processes() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+# One student
+
+
+def expect_all_processes(found: int) -> None:
+    """Raise RanksDiffer if a launcher started more processes than the `found` ones that train together."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and found == 1:
+        raise RanksDiffer(
+            f"{started} processes were started (WORLD_SIZE), but each would train a student of its own: on CPUs set "
+            "ACCELERATE_USE_CPU=true, or use_cpu=True in the TrainingArguments"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether each process holds a part of the student, by FSDP, DeepSpeed or tensor parallelism."""
+    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
+
+
+def expect_equal_ranks(model: nn.Module, *, when: str) -> None:
+    """Raise RanksDiffer, on every process, if parameters differ in a bit. A sharded student exists only once."""
+    if num_processes() == 1 or is_sharded(model):
+        return
+    digests = {
+        name: xxhash.xxh3_64_intdigest(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, tensor in model.named_parameters()
+    }
+    first, *others = of_all_processes(digests)
+    differing = sorted(name for name in first if any(other.get(name) != first[name] for other in others))
+    if differing or any(other.keys() != first.keys() for other in others):
+        raise RanksDiffer(
+            f"the processes' students differ {when}, in {len(differing)} of {len(first)} tensors "
+            f"({', '.join(differing[:3])}): likely a parameter is trained that was frozen or not there when training "
+            "began, or the model is called around its wrapper"
+        )
+
+
+class OneStudent(TrainerCallback):
+    """Compares the processes' students after the first step and at the end, whatever came before."""
+
+    def __init__(self) -> None:
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step = state.global_step + 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._first_step:
+            expect_equal_ranks(kwargs["model"], when=f"after step {state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        expect_equal_ranks(kwargs["model"], when=f"at the end of training, after step {state.global_step}")
+
+
+# One order of sequences
+
+
+class LengthGrouped(LengthGroupedSampler):
+    """The Trainer's sampler for `group_by_length`, with an order that follows from the seed and the epoch alone."""
+
+    def __init__(self, lengths: list[int], *, step_sequences: int, seed: int) -> None:
+        super().__init__(step_sequences, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+
+def without_repeats(batches: Iterator[Batch], dataloader: Any, *, process_index: int) -> Iterator[Batch]:
+    """Yield the rest of an epoch's batches; mask the sequences that accelerate repeats to pad the last one."""
+    sampler = dataloader.batch_sampler
+    fills_up = isinstance(sampler, BatchSamplerShard) and sampler.even_batches and not sampler.drop_last
+    if not fills_up or sampler.num_processes == 1 or sampler.batch_size is None:
+        yield from batches
+        return
+    remainder = len(sampler.batch_sampler.sampler) % dataloader.total_batch_size
+    held = next(batches, None)
+    while held is not None:
+        following = next(batches, None)
+        if following is None and remainder:
+            held = leave_out_repeats(held, remainder, process_index=process_index)
+        yield held
+        held = following
+
+
+def leave_out_repeats(batch: Batch, remainder: int, *, process_index: int) -> Batch:
+    """Mask a process's last batch beyond the first `remainder` sequences of all processes."""
+    num_sequences, num_tokens = batch["input_ids"].shape
+    num_counted = max(remainder - process_index * num_sequences, 0)
+    counted = dict(batch)
+    if num_counted < num_sequences:
+        leave_out(counted, np.arange(num_counted * num_tokens, num_sequences * num_tokens))
+    return counted
+
+
+# One teacher, one cache
+
+
+def expected_teacher(checkpoint: Path | None, spec: TargetSpec) -> Fingerprint | None:
+    """Return the teacher of the run that a checkpoint is from, drawing by this spec; None if any will do."""
+    noted = _read_note(checkpoint, TEACHER_NOTE)
+    try:
+        return None if noted is None else replace(Fingerprint.from_json(noted), spec=spec.canonical())
+    except ValueError as error:
+        raise FingerprintMismatch(f"{TEACHER_NOTE} of this run names no teacher: {error}") from None
+
+
+def agree_on_teacher(client: GrpcTeacherClient, spec: TargetSpec, folder: Path) -> None:
+    """Wait for the teacher and note in the folder which one all processes have found.
+
+    Call it on every process before the first sequence is asked for. Raises FingerprintMismatch if one of them has found
+    another teacher than the main process, or what `client.info` raised on one of them: all raise the same.
+    """
+    found: Any
+    try:
+        found = Fingerprint.of(client.info, spec)
+    except LogitstreamError as error:  # told to the others, who would wait for this process
+        found = error
+    everyones = of_all_processes(found)
+    for number, other in enumerate(everyones):
+        if isinstance(other, LogitstreamError):
+            raise other
+        if differences := teacher_differences(everyones[0], other, max_teacher_lag=client.max_teacher_lag):
+            raise FingerprintMismatch(
+                f"processes 0 and {number} of this run have found teachers that differ (process 0's value first): "
+                f"{differences}"
+            )
+    if is_main_process():
+        write_whole(folder / TEACHER_NOTE, json.dumps(asdict(everyones[0]), indent=1))
+
+
+def open_agreed_cache(directory: str, folder: Path, checkpoint: Path | None = None) -> CacheReader:
+    """Open a cache as the main process finds it, and note that in the folder, or as a checkpoint's run began with it.
+
+    So processes and parts of a run have the same sequences while somebody writes to the cache. Call it on every
+    process. Raises CacheError if some of the sequences are gone.
+    """
+    view: Any = None
+    if is_main_process():
+        with open_reader(directory) as cache:
+            view = _read_note(checkpoint, CACHE_NOTE) or cache.view()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CACHE_NOTE, json.dumps(view))
+    view = of_main_process(view)
+    cache = open_reader(directory)  # after the main process has looked, so that what it saw is there
+    cache.keep_to(view)
+    return cache
+
+
+def _read_note(checkpoint: Path | None, name: str) -> Any:
+    """Return what the run of a checkpoint has noted in its folder, None if nothing."""
+    path = checkpoint and checkpoint.parent / name
+    try:
+        return json.loads(path.read_bytes()) if path is not None and path.exists() else None
+    except ValueError as error:
+        raise LogitstreamError(f"{path} cannot be read ({error}): delete it to take what there is now") from None

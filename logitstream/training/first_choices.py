@@ -6,6 +6,7 @@ rows only, and in fewer of them the fewer samples there are. So some held-out te
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable
@@ -26,41 +27,29 @@ WAIT_SECONDS = 30.0
 
 
 class FirstChoices:
-    """Asks for the first choices of some sequences, and puts them into the batches that hold these sequences.
-
-    Late and refused answers are left out: the run does not depend on them.
-    """
+    """Asks for the first choices of the first MAX_TOKENS; those that come late or are refused are left out."""
 
     def __init__(self, client: TeacherClient, sequences: Iterable[TokenSequence]) -> None:
-        """client: draws by `SPEC`. sequences: taken in order, up to MAX_TOKENS."""
+        """client: draws by `SPEC`."""
         self._client = client
         self._known: dict[bytes, SparseTargets] = {}
-        asked: list[TokenSequence] = []
-        num_tokens = 0
-        for sequence in sequences:
-            num_tokens += len(sequence)
-            if num_tokens > MAX_TOKENS:
-                break
-            asked.append(sequence)
+        sequences = list(sequences)
+        ends = itertools.accumulate(map(len, sequences))
+        asked = [one for one, end in zip(sequences, ends, strict=True) if end <= MAX_TOKENS]
         self._waiting = list(zip(asked, client.submit(asked), strict=True))
 
     def add_to(self, batch: Batch) -> Batch:
         """Return the batch with the first choices that are known as its targets; unchanged if there are none."""
-        if self._waiting:
-            self._collect()
-        if not self._known:
+        self._collect()
+        found = [(rows, self._known[one.digest()]) for rows, one in split_batch(batch) if one.digest() in self._known]
+        if not found:
             return batch
-        found = [(rows, self._known.get(one.digest())) for rows, one in split_batch(batch)]
-        parts = [(rows, targets) for rows, targets in found if targets is not None]
-        if not parts:
-            return batch
-        num_rows = batch["input_ids"].numel()
-        return batch | {"targets": place_rows(parts, num_rows=num_rows, vocab_size=parts[0][1].vocab_size, spec=SPEC)}
+        num_rows, vocab_size = batch["input_ids"].numel(), found[0][1].vocab_size
+        return batch | {"targets": place_rows(found, num_rows=num_rows, vocab_size=vocab_size, spec=SPEC)}
 
     def _collect(self) -> None:
-        """Wait for the answers, WAIT_SECONDS at most for all, and close the client: it is needed no more."""
-        until = time.monotonic() + WAIT_SECONDS
-        reasons: list[str] = []
+        until = time.monotonic() + WAIT_SECONDS  # for all of them
+        reason: Exception | None = None
         for sequence, future in self._waiting:
             try:
                 payload = future.result(max(until - time.monotonic(), 0.0)).payload
@@ -69,9 +58,9 @@ class FirstChoices:
                 self._known[sequence.digest()] = targets
             except (LogitstreamError, TimeoutError) as error:
                 future.cancel()
-                reasons.append(str(error) or f"no answer within {WAIT_SECONDS:g} s")
-        if reasons:
-            numbers = (len(reasons), len(self._waiting))
-            logger.warning("the teacher's first choices of %d of %d sequences are not known: %s", *numbers, reasons[0])
-        self._waiting = []
-        self._client.close()
+                reason = error
+        if reason is not None:
+            logger.warning("the teacher's first choices of some sequences are not known: %r", reason)
+        if self._waiting:
+            self._waiting = []
+            self._client.close()

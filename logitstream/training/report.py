@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from logitstream.files import write_whole
-from logitstream.training.stats import SUMS, RunStats
+from logitstream.training.stats import COUNTED, RunStats
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -25,10 +25,10 @@ def report(stats: RunStats) -> dict[str, Any]:
     kind. bytes_per_token is over the rows received, entries_per_token over the tokens trained on.
     """
     resumed = {"resumed_at_step": stats.first_step} if stats.first_step else {}
-    epochs: list[dict[str, Any]] = [epoch | _rates(epoch) for epoch in stats.epochs]
+    epochs: list[dict[str, Any]] = [epoch | _rates(epoch) for epoch in stats.of_all_processes() if epoch["steps"]]
     if not epochs:
         return resumed | {"epochs": []}
-    total = {name: sum(epoch[name] for epoch in epochs) for name in SUMS}
+    total = {name: sum(epoch[name] for epoch in epochs) for name in COUNTED}
     found = resumed | _rates(total) | {"tokens_trained": int(total["tokens"])}
     found["seconds_waiting_for_targets"] = total["waiting_seconds"]
     online = [epoch for epoch in epochs if epoch["received_bytes"]]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from logitstream import metrics
 from logitstream.data.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
@@ -23,19 +25,26 @@ from logitstream.data.student_limits import (
     takes_positions,
 )
 from logitstream.data.token_rows import per_token
-from logitstream.training.data_parallel import DataParallelTrainer, expect_equal_numbers, joined_by
+from logitstream.loss import Diagnostics
+from logitstream.training.distributed import (
+    LengthGrouped,
+    OneStudent,
+    expect_all_processes,
+    is_sharded,
+    leave_out_repeats,
+    without_repeats,
+)
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss, reshard
-from logitstream.training.order import leave_out_repeats, without_repeats
-from logitstream.training.overhead import MeasuringTrainer
 from logitstream.training.resumable import ResumableTrainer
-from logitstream.training.stats import HeldOutStats, RunStats
+from logitstream.training.stats import RunStats, heldout_means
+from logitstream.types import TargetSpec
 
 if TYPE_CHECKING:
     from logitstream.training.target_stream import TargetStream
 
 
-class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTrainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains on batches with `targets`, and by plain cross-entropy on a batch without them.
 
     Evaluation is cross-entropy, with the KL beside it if the batches bring targets.
@@ -59,83 +68,129 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         **kwargs: Any,
     ) -> None:
         self.is_fused = False
-        self.target_stream: TargetStream | None = None
-        self._student_inputs: StudentInputs | None = None
+        self._hidden: dict[tuple[Before, int], bool] = {}
+        """Tells what the student hides from a document, for one row and several: attention kernels differ in that."""
         super().__init__(*args, **kwargs)
+        expect_all_processes(self.accelerator.num_processes)
         refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
         self.wrap_dataloader = wrap_dataloader
         self.ce_weight = ce_weight
         self.first_choices = first_choices
         self.stats = RunStats(overhead_every=overhead_every)
         self.add_callback(self.stats)
+        self.add_callback(OneStudent())
         assert isinstance(self.model, nn.Module)
         model_init: Any = self.model_init
         if model_init is None:
             self.is_fused = install_fused_loss(self.model)
-        self._source: Iterator[Batch] | None = None
-        """The Trainer's iterator over the epoch's batches; _batches are the same with targets."""
-        self._batches: Iterator[Batch] = iter(())
-        self._dataloader: DataLoader[Any] | None = None
+        self._epoch: tuple[Any, Iterator[Batch]] = (None, iter(()))
+        """The Trainer's iterator over the epoch's batches, and the same batches with targets."""
         self._num_micro_batches = torch.ones(())
         """Those of the step that have a supervised row, counted over the same processes as the rows."""
-        self._heldout = HeldOutStats()
+        self._heldout: list[tuple[Diagnostics, TargetSpec | None]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train and close the target stream, whatever happens."""
-        self._student_inputs = None
+        self._hidden.clear()
         try:
             return super().train(*args, **kwargs)
         finally:
             self._end_stream()
 
     def _end_stream(self) -> None:
-        self._source, self._batches = None, iter(())
-        if self.target_stream is not None:
-            self.target_stream.close()
+        self._epoch = (None, iter(()))
+        if self.stats.stream is not None:
+            self.stats.stream.close()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a new student with the fused loss, for each call of `train` and each trial of a search."""
         model: nn.Module = super().call_model_init(trial)
-        self.is_fused, self._student_inputs = install_fused_loss(model), None
+        self.is_fused = install_fused_loss(model)
+        self._hidden.clear()
         return model
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin from the bare student.
+
+        An evaluation marks the bare student as prepared (or compiles it), and accelerate then never puts DDP around it;
+        a DDP from an earlier call does not know parameters that were added or unfrozen since.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the plain dataloader, in which the Trainer may skip; `get_batch_samples` adds the targets."""
         self._end_stream()
-        dataloader = self._dataloader = super().get_train_dataloader()
+        self.accelerator.dataloader_config.data_seed = self._order_seed
+        dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
-            self.target_stream = self.wrap_dataloader(dataloader)
-            self.stats.follow(self.target_stream)
+            self.stats.follow(self.wrap_dataloader(dataloader))
         return dataloader
+
+    @property
+    def _order_seed(self) -> int:
+        """A setting, because processes may have drawn different random numbers before."""
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        sampler: Sampler[Any] | None = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            step_sequences = self.get_total_train_batch_size(self.args)
+            return LengthGrouped(sampler.lengths, step_sequences=step_sequences, seed=self._order_seed)
+        return sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int | None]:
         """Return the next batches with their targets and how many supervised rows all processes' batches hold."""
+        if self.state.global_step >= self.state.max_steps:
+            # A run killed between its last checkpoint and its end: the Trainer would stop only after one more step.
+            self.control.should_training_stop = True
+            return [], None
         self.stats.begin_step()
-        if epoch_iterator is not self._source:
-            batches = without_repeats(epoch_iterator, self._dataloader, process_index=self.args.process_index)
-            if self.target_stream is not None:
-                if self._source is None:  # later epochs follow by themselves
-                    self.target_stream.set_epoch(int(self.state.epoch or 0))
-                first_step = self.state.global_step * self.args.gradient_accumulation_steps
-                batches = self.target_stream.over(batches, first_step=first_step)
-            self._source, self._batches = epoch_iterator, batches
-        return super().get_batch_samples(self._batches, num_batches, device)
+        if epoch_iterator is not self._epoch[0]:
+            self._epoch = (epoch_iterator, self._with_targets(epoch_iterator))
+        batches = self.stop.take(self._epoch[1], num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _with_targets(self, epoch_iterator: Iterator[Batch]) -> Iterator[Batch]:
+        """Return the batches of an epoch that begins or is resumed, with targets if there is a stream."""
+        dataloader = self.callback_handler.train_dataloader
+        batches = without_repeats(epoch_iterator, dataloader, process_index=self.args.process_index)
+        stream = self.stats.stream
+        if stream is None:
+            return batches
+        if self._epoch[0] is None:  # later epochs follow by themselves
+            stream.set_epoch(int(self.state.epoch or 0))
+        with_targets: Iterator[Batch]
+        with_targets = stream.over(batches, first_step=self.state.global_step * self.args.gradient_accumulation_steps)
+        return with_targets
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Count supervised rows and micro-batches, over all processes if average_tokens_across_devices is set."""
-        self.stop.agree()
-        if not has_length(self._dataloader):  # else all processes are known to have as many batches
-            expect_equal_numbers(len(batch_samples))
         if not batch_samples:
             return None
         rows = torch.stack([supervised_mask(batch).sum() for batch in batch_samples])
+        self.stats.add_tokens(rows.sum())
         counts = torch.stack([rows.sum(), (rows > 0).sum()]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
         num_items, self._num_micro_batches = counts.unbind()
         return num_items.clamp(min=1)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Train on one micro-batch, and time it with and without its targets if it is due."""
+        step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        accumulates = self.args.gradient_accumulation_steps > 1
+        if self.stats.is_due(inputs) and self.stats.meter.can_undo(model, self.accelerator, accumulates=accumulates):
+            loss: Tensor = self.stats.measure(step, inputs, model=model, accelerator=self.accelerator)
+        else:
+            loss = step(inputs)
+        self.stats.end_pass(inputs)
+        return loss
 
     def compute_loss(
         self,
@@ -155,7 +210,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         if num_items_in_batch is not None:
             counts = supervised_mask(inputs).any()  # a micro-batch that only fills up an epoch does not count
             own_loss = own_loss * counts * divisor / self._num_micro_batches.clamp(min=1)
-        if model.training and not self.is_measuring:
+        if model.training:
             self.stats.add_loss(diagnostics, own_loss)
         loss = loss + own_loss
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -175,11 +230,23 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
         return student
 
-    def _model_inputs(self, inputs: Batch) -> Batch:
-        if self._student_inputs is None:
-            assert isinstance(self.model, nn.Module)
-            self._student_inputs = StudentInputs(self.model)
-        return self._student_inputs.of(inputs)
+    def _model_inputs(self, batch: Batch) -> Batch:
+        """Return a forward's arguments; raise ValueError if it cannot take them or sees more than the teacher."""
+        model = self.model
+        assert isinstance(model, nn.Module)
+        inputs = for_the_model(batch, takes_positions=takes_positions(model))
+        StudentLimits.of(model).check(inputs)
+        before, several = stands_before(inputs), min(len(batch["input_ids"]), 2)
+        cases: list[tuple[Before, int]] = [] if before is None else [(before, several)]
+        if self.accelerator.num_processes > 1 and is_sharded(model):  # which is tried on all processes alike
+            cases = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
+        for case in cases:
+            if case not in self._hidden:
+                self._hidden[case] = hides(model, case[0], num_rows=case[1])
+                reshard(model)
+        if before is not None and not self._hidden[before, several]:
+            refuse_to_see(model, before)
+        return inputs
 
     def evaluation_loop(
         self,
@@ -194,10 +261,10 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         The Trainer's is a mean of batches' means. If batches bring targets, eval_kl and its companions are means over
         the rows that have them. Afterwards FSDP2 scatters its weights again.
         """
-        self._heldout = HeldOutStats()
+        self._heldout = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         assert output.metrics is not None
-        for name, value in self._heldout.means(self.accelerator).items():
+        for name, value in heldout_means(self._heldout).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         assert isinstance(self.model, nn.Module)
         reshard(self.model)
@@ -218,7 +285,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
             counted = self.first_choices.add_to(counted)
         with torch.no_grad(), self.compute_loss_context_manager():
             seen = self._student_loss(model, counted, ce_weight=0.5).diagnostics
-            self._heldout.add(seen, counted["targets"].spec if counted.get("targets") is not None else None)
+            self._heldout.append((seen, counted["targets"].spec if counted.get("targets") is not None else None))
             loss = (seen.cross_entropy / seen.labelled_rows).float()
             if prediction_loss_only:
                 return loss, None, None
@@ -231,7 +298,7 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         """Log with the statistics over all processes beside each training loss."""
         if "loss" in logs:
             metrics.STUDENT_LOSS.set(logs["loss"])
-            logs |= self.stats.logs(self.accelerator, self.state)
+            logs |= self.stats.logs(self.state)
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -252,36 +319,11 @@ class DistillationTrainer(ResumableTrainer, MeasuringTrainer, DataParallelTraine
         return super()._remove_unused_columns(dataset, description)
 
 
-class StudentInputs:
-    """Makes what a student's forward gets from a batch, and tries out once what the student hides from its tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._is_sharded = joined_by(model) not in (None, "DDP")
-        self._hidden: dict[tuple[Before, int], bool] = {}
-        """By what stands before a document, and for one and for several rows, as attention kernels differ in that."""
-
-    def of(self, batch: Batch) -> Batch:
-        """Return a forward's arguments; raise ValueError if it cannot take them or sees more than the teacher."""
-        inputs = for_the_model(batch, takes_positions=takes_positions(self._model))
-        StudentLimits.of(self._model).check(inputs)
-        before, several = stands_before(inputs), min(len(batch["input_ids"]), 2)
-        cases: list[tuple[Before, int]] = [] if before is None else [(before, several)]
-        if self._is_sharded:  # which is tried on all processes alike
-            cases = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
-        for case in cases:
-            if case not in self._hidden:
-                self._hidden[case] = hides(self._model, case[0], num_rows=case[1])
-                reshard(self._model)
-        if before is not None and not self._hidden[before, several]:
-            refuse_to_see(self._model, before)
-        return inputs
-
-
 def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: Any = None) -> None:
     """Raise ValueError for a setting of transformers' Trainer that this loss would silently ignore."""
     liger = args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
     parallel: Any = args.parallelism_config
+    several, batches = args.world_size > 1, getattr(args.accelerator_config, "even_batches", True)
     splits = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
     refused: list[tuple[Any, str]] = [
         (args.n_gpu > 1, f"expected one device a process, got {args.n_gpu}: start with torchrun"),
@@ -289,6 +331,8 @@ def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: A
         (compute_loss_func, "compute_loss_func would replace the loss: override DistillationTrainer.compute_loss"),
         (args.label_names not in (None, ["labels"]), f"expected label_names ['labels'], got {args.label_names}"),
         (liger, "use_liger_kernel needs liger_kernel_config {'fused_linear_cross_entropy': False}: the loss is ours"),
+        (several and args.auto_find_batch_size, "auto_find_batch_size would try another size on each process"),
+        (several and not batches, "even_batches must be true: each process needs a batch for each step"),
         (splits, "parallelism_config splits sequences, but a row's targets are whole: set cp_size and sp_size to 1"),
     ]
     for applies, message in refused:

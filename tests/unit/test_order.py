@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from logitstream.data.documents import Batch
 from logitstream.data.loss_mask import supervised_mask
-from logitstream.training.order import LengthGrouped, without_repeats
+from logitstream.training.distributed import LengthGrouped, without_repeats
 
 NUM_TOKENS = 3
 
