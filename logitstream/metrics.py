@@ -72,9 +72,6 @@ STUDENT_OVERHEAD = Gauge(
     "Extra time of a distillation step over a cross-entropy step of the same run, by part",
     ["part"],
 )
-STUDENT_OVERHEAD_COST = Gauge(
-    "student_overhead_measurement_ratio", "Share of the run's time that measuring the overhead took"
-)
 
 # --- cache, on either side ------------------------------------------------------------------------------------------
 CACHE_BYTES = Gauge("cache_bytes", "Bytes of the cache on disk that this process knows of")

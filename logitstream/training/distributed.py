@@ -6,7 +6,6 @@ They and a resumed run train from one teacher or on one cache.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -66,16 +65,6 @@ def of_main_process(value: T) -> T:
 
 
 # One student
-
-
-def expect_all_processes(found: int) -> None:
-    """Raise RanksDiffer if a launcher started more processes than the `found` ones that train together."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and found == 1:
-        raise RanksDiffer(
-            f"{started} processes were started (WORLD_SIZE), but each would train a student of its own: on CPUs set "
-            "ACCELERATE_USE_CPU=true, or use_cpu=True in the TrainingArguments"
-        )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class OverheadMeter:
-    """Times passes both ways; `pairs` are the epoch's. every=0: none."""
+    """Times passes both ways at every n-th step; `pairs` are the epoch's. every=0: none."""
 
     def __init__(self, *, every: int) -> None:
         if every < 0:
@@ -54,7 +54,7 @@ class OverheadMeter:
         self.num_measured = 0
         self.pairs: list[Pair] = []
         self.is_undoing = False
-        """True during a pass that is undone: it does not count."""
+        """True during a pass that is undone and does not count."""
 
     def is_due(self) -> bool:
         """Say if the optimizer step that begins is to be measured: the same answer on every process."""
@@ -64,16 +64,13 @@ class OverheadMeter:
     def can_undo(self, model: nn.Module, accelerator: Accelerator, *, accumulates: bool) -> bool:
         """Tell whether a pass of this student leaves no trace; if not, say so and measure none from now on."""
         is_fsdp2 = any(isinstance(part, FSDPModule) for part in model.modules())
-        holds_gradients = is_sharded(model) and (accumulates or not is_fsdp2)
-        has_hooks = any(
-            one._backward_hooks or getattr(one, "_post_accumulate_grad_hooks", None) for one in model.parameters()
-        )
-        in_buckets = getattr(model, "gradient_as_bucket_view", False)
-        if holds_gradients or has_hooks or in_buckets or accelerator.mixed_precision == "fp8":
-            logger.warning(
-                "the overhead over cross-entropy is not measured: a pass of this student cannot be undone "
-                "(docs/student-step.md)"
-            )
+        if (
+            (is_sharded(model) and (accumulates or not is_fsdp2))  # gradients lie elsewhere
+            or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+            or getattr(model, "gradient_as_bucket_view", False)
+            or accelerator.mixed_precision == "fp8"
+        ):
+            logger.warning("overhead is not measured: a pass of this student cannot be undone (docs/student-step.md)")
             self.every = 0
         return self.every > 0
 
@@ -82,43 +79,42 @@ class OverheadMeter:
     ) -> tuple[Tensor, float]:
         """Return a step's loss on a batch with targets, and the seconds that timing it took beside that step."""
         started = time.perf_counter()
+        plain = {name: value for name, value in batch.items() if name != "targets"}
+
+        def without_targets() -> tuple[float, float]:
+            self.is_undoing = True
+            try:
+                with undone(model, accelerator.device):
+                    return _time(step, plain, accelerator)[1:]
+            finally:
+                self.is_undoing = False
+
         if self.num_measured == 0:  # the first pass without targets allocates and compiles: not counted
-            self._without_targets(step, batch, model, accelerator)
-        plain_first = self.num_measured % 2 == 0
-        plain = self._without_targets(step, batch, model, accelerator) if plain_first else (0.0, 0.0)
+            without_targets()
+        first = without_targets() if self.num_measured % 2 == 0 else None
         loss, wall, busy = _time(step, batch, accelerator)
-        plain_wall, plain_busy = plain if plain_first else self._without_targets(step, batch, model, accelerator)
+        plain_wall, plain_busy = first or without_targets()
         self.pairs.append(Pair(ratio=busy / plain_busy, cross_entropy_seconds=plain_wall))
         self.num_measured += 1
         return loss, time.perf_counter() - started - wall
-
-    def _without_targets(
-        self, step: Callable[[Batch], Tensor], batch: Batch, model: nn.Module, accelerator: Accelerator
-    ) -> tuple[float, float]:
-        plain = {name: value for name, value in batch.items() if name != "targets"}
-        self.is_undoing = True
-        try:
-            with undone(model, accelerator.device):
-                return _time(step, plain, accelerator)[1:]
-        finally:
-            self.is_undoing = False
 
 
 def overhead_of(
     pairs: list[Pair], *, micro_batches: float, waiting: float, decoding: float, optimizer: float
 ) -> dict[str, float]:
-    """Return overheads by the names of the logs, {} without pairs; all arguments are means over optimizer steps."""
+    """Return overheads by the logs' names, {} without pairs; seconds and counts are means over optimizer steps."""
     if not pairs:
         return {}
     passes = micro_batches * median(pair.cross_entropy_seconds for pair in pairs)
-    cross_entropy_step = passes + optimizer
     computing = passes * (median(pair.ratio for pair in pairs) - 1)
-    parts = {"waiting": waiting, "decoding": decoding, "computing": computing}
-    found = {f"overhead_{name}": seconds / cross_entropy_step for name, seconds in parts.items()}
-    return found | {
-        "overhead_vs_cross_entropy": sum(parts.values()) / cross_entropy_step,
-        "overhead_vs_cross_entropy_without_waiting": (decoding + computing) / cross_entropy_step,
+    seconds = {
+        "overhead_waiting": waiting,
+        "overhead_decoding": decoding,
+        "overhead_computing": computing,
+        "overhead_vs_cross_entropy": waiting + decoding + computing,
+        "overhead_vs_cross_entropy_without_waiting": decoding + computing,
     }
+    return {name: value / (passes + optimizer) for name, value in seconds.items()}
 
 
 def _time(step: Callable[[Batch], Tensor], batch: Batch, accelerator: Accelerator) -> tuple[Tensor, float, float]:
@@ -142,12 +138,8 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
     Buffers hold a model's statistics: running means, routers' biases and loads, amax histories.
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    owned = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies = [(buffer, buffer.clone()) for _, own in owned for buffer in own.values() if buffer is not None]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -156,8 +148,8 @@ def undone(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for module, own in owned:
+            module._buffers.update(own)
         with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for buffer, before in copies:
+                buffer.copy_(before)

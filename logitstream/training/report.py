@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from logitstream.files import write_whole
@@ -61,9 +60,7 @@ class ProgressDisplay(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / "progress.jsonl"
         self.console = Console()
-        text = TextColumn("step {task.completed:.0f}/{task.total:.0f} · {task.fields[shown]}")
-        self._bar = Progress(BarColumn(20), text, console=self.console, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task("training", total=None, shown="starting")
+        self._live = self.console.status("starting")
         self._last_line = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -73,8 +70,7 @@ class ProgressDisplay(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in state.log_history if "loss" in row]  # a resumed run's checkpoint holds the earlier ones
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._bar.update(self._task, total=state.max_steps)
-        self._bar.start()
+        self._live.start()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         row = state.log_history[-1]
@@ -82,26 +78,22 @@ class ProgressDisplay(TrainerCallback):
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self._bar.update(self._task, completed=row["step"], shown=describe(row))
+        line = (
+            f"step {row['step']}/{state.max_steps} · loss {row['loss']:.3f} nats · "
+            f"{row['tokens_per_second']:,.0f} tokens/s · waited {row['waiting_seconds']:.1f} s for targets · "
+            f"{row['queue_batches']:.0f} batches ready · {row['seconds_left']:.0f} s left"
+        )
+        self._live.update(line)
         if not self.console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"step {row['step']}/{state.max_steps} · {describe(row)}")
+            self.say(line)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
         """Give the terminal back, also if training ended early."""
-        self._bar.stop()
+        self._live.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def describe(row: dict[str, float]) -> str:
-    """Return one line for people; the waiting is the whole run's so far."""
-    return (
-        f"loss {row['loss']:.3f} nats · {row['tokens_per_second']:,.0f} tokens/s · "
-        f"waited {row['waiting_seconds']:.1f} s for targets · {row['queue_batches']:.0f} batches ready · "
-        f"{row['seconds_left']:.0f} s left"
-    )

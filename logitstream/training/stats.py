@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from logitstream import metrics
@@ -43,18 +41,6 @@ ALIKE = ("steps", "micro_batches", "own_loss")
 Counts = dict[str, float]
 
 
-@dataclass(slots=True)
-class _Step:
-    """An optimizer step: when it began and when its last backward pass ended; tokens: counted by the device."""
-
-    began: float = 0.0
-    computed: float = 0.0
-    tokens: Tensor | int = 0
-    micro_batches: int = 0
-    entries: int = 0
-    measuring: float = 0.0
-
-
 class RunStats(TrainerCallback):
     """Follows the trainer through each optimizer step and counts what it sees, by epoch, over all parts of a run.
 
@@ -70,11 +56,12 @@ class RunStats(TrainerCallback):
         self.stream: TargetStream | None = None
         self.epochs: list[Counts] = []
         self.first_step = 0
+        self.step: dict[str, Any] = {}
+        """Counts of the optimizer step that has begun."""
         self._observed = dict.fromkeys(OF_THE_STREAM, 0.0)
         self._of_the_loss = torch.zeros(len(OF_THE_LOSS), dtype=torch.float64)
         self._logged: Counts = {}
-        self._began = 0.0
-        self._step = _Step()
+        self._run_began = self._step_began = self._pass_ended = 0.0
         self._spec: TargetSpec | None = None
 
     def follow(self, stream: TargetStream) -> None:
@@ -82,14 +69,14 @@ class RunStats(TrainerCallback):
         self.stream, self._observed = stream, dict.fromkeys(OF_THE_STREAM, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.first_step, self._began = state.global_step, time.perf_counter()
-        before = resumed_state(state)
+        self.first_step, self._run_began = state.global_step, time.perf_counter()
+        before = resumed_state(state).get("epochs", [])
         self.epochs = [
             {name: value if state.is_world_process_zero or _is_mean(name) else 0.0 for name, value in epoch.items()}
-            for epoch in before.get("epochs", [])
+            for epoch in before
         ]
         self._of_the_loss = torch.zeros_like(self._of_the_loss)
-        self._logged = _total(before.get("epochs", []))
+        self._logged = _total(before)
 
     def run_state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; every process calls it."""
@@ -105,34 +92,19 @@ class RunStats(TrainerCallback):
             self.epochs.append(dict.fromkeys(COUNTED, 0.0))
         self.meter.pairs.clear()
         metrics.STUDENT_OVERHEAD.clear()  # an epoch has no overhead until it has measured one itself
-        metrics.STUDENT_OVERHEAD_COST.set(0)
 
     def begin_step(self) -> None:
         """Note the time before the step's batches are asked for."""
-        self._step = _Step(began=time.perf_counter())
-
-    def add_tokens(self, tokens: Tensor) -> None:
-        """Add the supervised tokens of this process's part of the step."""
-        self._step.tokens = tokens
-
-    def is_due(self, batch: Batch) -> bool:
-        """Say if the micro-batch that begins is to be measured."""
-        return self._step.micro_batches == 0 and batch.get("targets") is not None and self.meter.is_due()
-
-    def measure(
-        self, step: Callable[[Batch], Tensor], batch: Batch, *, model: nn.Module, accelerator: Accelerator
-    ) -> Tensor:
-        """Return the loss of a step on a batch that is due."""
-        loss, self._step.measuring = self.meter.measure(step, batch, model=model, accelerator=accelerator)
-        return loss
+        self._step_began = time.perf_counter()
+        self.step = {"steps": 1, "micro_batches": 0, "tokens": 0, "entries": 0, "measuring_seconds": 0.0}
 
     def end_pass(self, batch: Batch) -> None:
         """Count a micro-batch after its backward pass."""
-        self._step.micro_batches += 1
+        self._pass_ended = time.perf_counter()
+        self.step["micro_batches"] += 1
         if (targets := batch.get("targets")) is not None:
-            self._step.entries += targets.num_entries
+            self.step["entries"] += targets.num_entries
             self._spec = targets.spec
-        self._step.computed = time.perf_counter()
 
     def add_loss(self, diagnostics: Diagnostics, own_loss: Tensor) -> None:
         """Add a micro-batch's diagnostics; own_loss: its share of what the model adds to the step's loss."""
@@ -141,23 +113,18 @@ class RunStats(TrainerCallback):
             self._of_the_loss = self._of_the_loss.to(now.device) + now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now, step, seen, epoch = time.perf_counter(), self._step, self._observe(), self.epochs[-1]
-        seen |= {
-            "steps": 1,
-            "micro_batches": step.micro_batches,
-            "tokens": int(step.tokens),
-            "entries": step.entries,
-            "optimizer_seconds": now - step.computed,
-            "measuring_seconds": step.measuring,
-            "computing_seconds": max(now - step.began - step.measuring - seen["waiting_seconds"], 0.0),
-        }
+        now, seen, epoch = time.perf_counter(), self._observe() | self.step, self.epochs[-1]
+        seen["tokens"] = int(seen["tokens"])  # counted by the device until now
+        seen["optimizer_seconds"] = now - self._pass_ended
+        whole = now - self._step_began - seen["measuring_seconds"]
+        seen["computing_seconds"] = max(whole - seen["waiting_seconds"], 0.0)
         for name, value in seen.items():
             epoch[name] += value
         metrics.STUDENT_TOKENS.inc(seen["tokens"])
         metrics.STUDENT_STEPS.inc()
         metrics.STUDENT_COMPUTING_SECONDS.inc(seen["computing_seconds"])
         self.meter.num_steps += 1
-        if step.measuring:
+        if seen["measuring_seconds"]:
             self._note_overhead(epoch["waiting_seconds"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -168,18 +135,18 @@ class RunStats(TrainerCallback):
     def _note_overhead(self, waiting_seconds: float) -> None:
         """Note and export the epoch's overhead so far, if a step was measured; waiting_seconds: of all its steps."""
         epoch = self.epochs[-1]
-        seconds = {"waiting": waiting_seconds} | {name: epoch[f"{name}_seconds"] for name in ("decoding", "optimizer")}
-        means = {name: value / max(epoch["steps"], 1) for name, value in seconds.items()}
-        found = overhead_of(self.meter.pairs, micro_batches=epoch["micro_batches"] / max(epoch["steps"], 1), **means)
-        if not found:
-            return
-        whole = sum(epoch[f"{name}_seconds"] for name in ("waiting", "computing", "measuring"))
-        found["overhead_measurement"] = epoch["measuring_seconds"] / whole
+        mean = {name: epoch[name] / max(epoch["steps"], 1) for name in COUNTED}
+        found = overhead_of(
+            self.meter.pairs,
+            micro_batches=mean["micro_batches"],
+            waiting=waiting_seconds / max(epoch["steps"], 1),
+            decoding=mean["decoding_seconds"],
+            optimizer=mean["optimizer_seconds"],
+        )
         epoch |= found
-        for part in metrics.OVERHEAD_PARTS:
+        for part in metrics.OVERHEAD_PARTS if found else ():
             name = "overhead_vs_cross_entropy" if part == "total" else f"overhead_{part}"
             metrics.STUDENT_OVERHEAD.labels(part).set(found[name])
-        metrics.STUDENT_OVERHEAD_COST.set(found["overhead_measurement"])
 
     def logs(self, state: TrainerState) -> Counts:
         """Return rates and diagnostics since the last call, over all processes; every process calls it.
@@ -191,7 +158,7 @@ class RunStats(TrainerCallback):
         run = _merged(of_all_processes(own))
         last = {name: value - self._logged.get(name, 0.0) for name, value in run.items()}
         self._logged = run
-        seconds_a_step = (time.perf_counter() - self._began) / max(state.global_step - self.first_step, 1)
+        seconds_a_step = (time.perf_counter() - self._run_began) / max(state.global_step - self.first_step, 1)
         logs = {
             "tokens": run["tokens"],
             "tokens_per_second": _ratio(last["tokens"], last["waiting_seconds"] + last["computing_seconds"]),

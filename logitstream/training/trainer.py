@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,20 +17,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from logitstream import metrics
 from logitstream.data.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from logitstream.data.loss_mask import IGNORED_LABEL, next_token_labels, supervised_mask
-from logitstream.data.student_limits import (
-    Before,
-    StudentLimits,
-    hides,
-    refuse_to_see,
-    stands_before,
-    takes_positions,
-)
+from logitstream.data.student_limits import Before, StudentLimits, hides, refuse_to_see, stands_before, takes_positions
 from logitstream.data.token_rows import per_token
 from logitstream.loss import Diagnostics
 from logitstream.training.distributed import (
     LengthGrouped,
     OneStudent,
-    expect_all_processes,
     is_sharded,
     leave_out_repeats,
     without_repeats,
@@ -71,7 +64,6 @@ class DistillationTrainer(ResumableTrainer):
         self._hidden: dict[tuple[Before, int], bool] = {}
         """Tells what the student hides from a document, for one row and several: attention kernels differ in that."""
         super().__init__(*args, **kwargs)
-        expect_all_processes(self.accelerator.num_processes)
         refuse_what_is_not_honoured(self.args, compute_loss_func=self.compute_loss_func)
         self.wrap_dataloader = wrap_dataloader
         self.ce_weight = ce_weight
@@ -91,7 +83,6 @@ class DistillationTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train and close the target stream, whatever happens."""
-        self._hidden.clear()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -124,22 +115,20 @@ class DistillationTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the plain dataloader, in which the Trainer may skip; `get_batch_samples` adds the targets."""
         self._end_stream()
-        self.accelerator.dataloader_config.data_seed = self._order_seed
+        self.accelerator.dataloader_config.data_seed = self._order_seed()
         dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
             self.stats.follow(self.wrap_dataloader(dataloader))
         return dataloader
 
-    @property
-    def _order_seed(self) -> int:
-        """A setting, because processes may have drawn different random numbers before."""
+    def _order_seed(self) -> int:  # a setting, because processes may have drawn different random numbers before
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         sampler: Sampler[Any] | None = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             step_sequences = self.get_total_train_batch_size(self.args)
-            return LengthGrouped(sampler.lengths, step_sequences=step_sequences, seed=self._order_seed)
+            return LengthGrouped(sampler.lengths, step_sequences=step_sequences, seed=self._order_seed())
         return sampler
 
     def get_batch_samples(
@@ -174,7 +163,7 @@ class DistillationTrainer(ResumableTrainer):
         if not batch_samples:
             return None
         rows = torch.stack([supervised_mask(batch).sum() for batch in batch_samples])
-        self.stats.add_tokens(rows.sum())
+        self.stats.step["tokens"] = rows.sum()
         counts = torch.stack([rows.sum(), (rows > 0).sum()]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts).reshape(-1, 2).sum(0)
@@ -183,13 +172,16 @@ class DistillationTrainer(ResumableTrainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Train on one micro-batch, and time it with and without its targets if it is due."""
+        step: Callable[[Batch], Tensor]
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        accumulates = self.args.gradient_accumulation_steps > 1
-        if self.stats.is_due(inputs) and self.stats.meter.can_undo(model, self.accelerator, accumulates=accumulates):
-            loss: Tensor = self.stats.measure(step, inputs, model=model, accelerator=self.accelerator)
+        stats, meter = self.stats, self.stats.meter
+        is_due = stats.step["micro_batches"] == 0 and inputs.get("targets") is not None and meter.is_due()
+        if is_due and meter.can_undo(model, self.accelerator, accumulates=self.args.gradient_accumulation_steps > 1):
+            loss, seconds = meter.measure(step, inputs, model=model, accelerator=self.accelerator)
+            stats.step["measuring_seconds"] = seconds
         else:
             loss = step(inputs)
-        self.stats.end_pass(inputs)
+        stats.end_pass(inputs)
         return loss
 
     def compute_loss(
@@ -240,34 +232,26 @@ class DistillationTrainer(ResumableTrainer):
         cases: list[tuple[Before, int]] = [] if before is None else [(before, several)]
         if self.accelerator.num_processes > 1 and is_sharded(model):  # which is tried on all processes alike
             cases = [(kind, rows) for kind in get_args(Before) for rows in (1, 2)]
-        for case in cases:
-            if case not in self._hidden:
-                self._hidden[case] = hides(model, case[0], num_rows=case[1])
-                reshard(model)
+        for kind, rows in (case for case in cases if case not in self._hidden):
+            self._hidden[kind, rows] = hides(model, kind, num_rows=rows)
+            reshard(model)
         if before is not None and not self._hidden[before, several]:
             refuse_to_see(model, before)
         return inputs
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate; the loss is the mean over all supervised tokens, NaN without any.
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate; the loss is the mean over all supervised tokens, where the Trainer's is of batches' means.
 
-        The Trainer's is a mean of batches' means. If batches bring targets, eval_kl and its companions are means over
-        the rows that have them. Afterwards FSDP2 scatters its weights again.
+        If batches bring targets, eval_kl and its companions are means over the rows that have them.
         """
         self._heldout = []
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
         for name, value in heldout_means(self._heldout).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         assert isinstance(self.model, nn.Module)
-        reshard(self.model)
+        reshard(self.model)  # or a later step finds weights that are stale
         return output
 
     def prediction_step(
@@ -320,20 +304,18 @@ class DistillationTrainer(ResumableTrainer):
 
 
 def refuse_what_is_not_honoured(args: TrainingArguments, *, compute_loss_func: Any = None) -> None:
-    """Raise ValueError for a setting of transformers' Trainer that this loss would silently ignore."""
+    """Raise ValueError for a setting with which processes train apart, or that this loss would silently ignore."""
     liger = args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
-    parallel: Any = args.parallelism_config
-    several, batches = args.world_size > 1, getattr(args.accelerator_config, "even_batches", True)
-    splits = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
+    alone, started = args.world_size == 1, int(os.environ.get("WORLD_SIZE", "1"))
+    uneven = not getattr(args.accelerator_config, "even_batches", True)
     refused: list[tuple[Any, str]] = [
         (args.n_gpu > 1, f"expected one device a process, got {args.n_gpu}: start with torchrun"),
+        (alone and started > 1, f"{started} processes would train {started} students: on CPUs set use_cpu=True"),
+        (not alone and args.auto_find_batch_size, "auto_find_batch_size would try another size on each process"),
+        (not alone and uneven, "even_batches must be true: each process needs a batch for each step"),
         (args.label_smoothing_factor, "label_smoothing_factor softens labels, and the targets are soft: set it to 0"),
         (compute_loss_func, "compute_loss_func would replace the loss: override DistillationTrainer.compute_loss"),
-        (args.label_names not in (None, ["labels"]), f"expected label_names ['labels'], got {args.label_names}"),
         (liger, "use_liger_kernel needs liger_kernel_config {'fused_linear_cross_entropy': False}: the loss is ours"),
-        (several and args.auto_find_batch_size, "auto_find_batch_size would try another size on each process"),
-        (several and not batches, "even_batches must be true: each process needs a batch for each step"),
-        (splits, "parallelism_config splits sequences, but a row's targets are whole: set cp_size and sp_size to 1"),
     ]
     for applies, message in refused:
         if applies:

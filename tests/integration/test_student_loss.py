@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -402,7 +401,6 @@ def test_labels_for_compute_metrics_are_the_tokens_that_count(tmp_path: Path, ar
     [
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor softens labels"),
         ({}, {"compute_loss_func": lambda *_, **__: None}, "compute_loss_func would replace the loss"),
-        ({"label_names": ["tags"]}, {}, "expected label_names"),
         ({"use_liger_kernel": True}, {}, "use_liger_kernel needs"),
     ],
 )
@@ -413,11 +411,11 @@ def test_a_setting_that_the_loss_would_pass_over_is_refused_by_name(
         trainer_of(tmp_path, student(), arguments=arguments, **options)
 
 
-def test_split_sequences_are_refused_by_name(tmp_path: Path) -> None:
-    """accelerate makes such a setting in a launched process only, so it is given to the check itself."""
-    arguments: Any = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    arguments.parallelism_config = SimpleNamespace(cp_enabled=True, sp_enabled=False)
-    with pytest.raises(ValueError, match="parallelism_config splits sequences"):
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    refuse_what_is_not_honoured(arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes would train 2 students: on CPUs set use_cpu=True"):
         refuse_what_is_not_honoured(arguments)
 
 
