@@ -50,8 +50,7 @@ def train(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Run, and end with one line if something failed that a user can mend, or if the run was told to end."""
     import torch
 
-    from logitstream.training.checkpoints import ResumeUndecided, checkpoints_in
-    from logitstream.training.resumable import Stopped
+    from logitstream.training.checkpoints import ResumeUndecided, Stopped, checkpoints_in
     from student_worker.run import run
 
     def going_on() -> str:

@@ -40,12 +40,11 @@ from logitstream.data.student_limits import StudentLimits
 from logitstream.errors import LogitstreamError
 from logitstream.files import naming, refuse_missing_folder, write_whole
 from logitstream.tokenizer import Vocabulary, load_tokenizer
-from logitstream.training.checkpoints import STAGING, choose_checkpoint
+from logitstream.training.checkpoints import STAGING, Stopped, choose_checkpoint
 from logitstream.training.distributed import agree_on_teacher, expected_teacher, open_agreed_cache
 from logitstream.training.first_choices import SPEC as FIRST_CHOICES_SPEC
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.report import ProgressDisplay, report
-from logitstream.training.resumable import Stopped
 from logitstream.training.split import by_main_process, documents_of, split_cache, split_text
 from logitstream.training.target_cache import open_target_cache
 from logitstream.training.target_stream import TargetStream

@@ -5,6 +5,7 @@ They and a resumed run train from one teacher or on one cache.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -20,7 +21,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import open_reader
@@ -47,12 +47,16 @@ def is_main_process() -> bool:
     return num_processes() == 1 or dist.get_rank() == 0
 
 
+@functools.cache
+def _cpu_group() -> Any:
+    return dist.new_group(backend="gloo")  # so that no GPU has to finish first
+
+
 def of_all_processes(value: T) -> list[T]:
     """Return every process's value, by rank."""
-    if num_processes() == 1:
-        return [value]
-    values: list[Any] = [None] * num_processes()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [value] * num_processes()
+    if num_processes() > 1:
+        dist.all_gather_object(values, value, group=_cpu_group())
     return values
 
 
@@ -60,7 +64,7 @@ def of_main_process(value: T) -> T:
     """Return the main process's value on every process."""
     values = [value]
     if num_processes() > 1:
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=_cpu_group())
     return values[0]
 
 
@@ -78,17 +82,13 @@ def expect_equal_ranks(model: nn.Module, *, when: str) -> None:
     """Raise RanksDiffer, on every process, if parameters differ in a bit. A sharded student exists only once."""
     if num_processes() == 1 or is_sharded(model):
         return
-    digests = {
-        name: xxhash.xxh3_64_intdigest(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        for name, tensor in model.named_parameters()
-    }
-    first, *others = of_all_processes(digests)
-    differing = sorted(name for name in first if any(other.get(name) != first[name] for other in others))
-    if differing or any(other.keys() != first.keys() for other in others):
+    digest = xxhash.xxh3_64()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if len(set(of_all_processes(digest.intdigest()))) > 1:
         raise RanksDiffer(
-            f"the processes' students differ {when}, in {len(differing)} of {len(first)} tensors "
-            f"({', '.join(differing[:3])}): likely a parameter is trained that was frozen or not there when training "
-            "began, or the model is called around its wrapper"
+            f"the processes' students differ {when}: likely a parameter is trained that was frozen or not there when "
+            "training began, or the model is called around its wrapper"
         )
 
 
@@ -110,18 +110,6 @@ class OneStudent(TrainerCallback):
 
 
 # One order of sequences
-
-
-class LengthGrouped(LengthGroupedSampler):
-    """The Trainer's sampler for `group_by_length`, with an order that follows from the seed and the epoch alone."""
-
-    def __init__(self, lengths: list[int], *, step_sequences: int, seed: int) -> None:
-        super().__init__(step_sequences, lengths=lengths, generator=torch.Generator())
-        self._seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self._seed + epoch)
 
 
 def without_repeats(batches: Iterator[Batch], dataloader: Any, *, process_index: int) -> Iterator[Batch]:

@@ -1,7 +1,6 @@
-"""The teacher's first choices on held-out text, one id a row, to compare the student's with.
+"""The teacher's first choices on held-out text, to compare the student's with.
 
-Agreement with a draw is not agreement with the teacher: the id drawn most often is the teacher's first choice in most
-rows only, and in fewer of them the fewer samples there are. So some held-out text is asked for with top_k = 1.
+The id drawn most often is the teacher's first choice in most rows only, so some text is asked for with top_k = 1.
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ WAIT_SECONDS = 30.0
 
 
 class FirstChoices:
-    """Asks for the first choices of the first MAX_TOKENS; those that come late or are refused are left out."""
+    """Asks a client that draws by SPEC, up to MAX_TOKENS; what comes late or is refused is left out."""
 
     def __init__(self, client: TeacherClient, sequences: Iterable[TokenSequence]) -> None:
-        """client: draws by `SPEC`."""
         self._client = client
         self._known: dict[bytes, SparseTargets] = {}
         sequences = list(sequences)
@@ -48,19 +46,15 @@ class FirstChoices:
         return batch | {"targets": place_rows(found, num_rows=num_rows, vocab_size=vocab_size, spec=SPEC)}
 
     def _collect(self) -> None:
-        until = time.monotonic() + WAIT_SECONDS  # for all of them
-        reason: Exception | None = None
-        for sequence, future in self._waiting:
+        until, missing = time.monotonic() + WAIT_SECONDS, ""
+        while self._waiting:
+            sequence, future = self._waiting.pop()
             try:
-                payload = future.result(max(until - time.monotonic(), 0.0)).payload
-                vocab_size = self._client.info.vocab_size
+                payload, vocab_size = future.result(until - time.monotonic()).payload, self._client.info.vocab_size
                 targets = codec.decode(payload, spec=SPEC, vocab_size=vocab_size, num_rows=len(sequence))
                 self._known[sequence.digest()] = targets
             except (LogitstreamError, TimeoutError) as error:
                 future.cancel()
-                reason = error
-        if reason is not None:
-            logger.warning("the teacher's first choices of some sequences are not known: %r", reason)
-        if self._waiting:
-            self._waiting = []
-            self._client.close()
+                missing = repr(error)
+        if missing:
+            logger.warning("the teacher's first choices of some sequences are not known: %s", missing)

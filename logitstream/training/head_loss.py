@@ -59,17 +59,15 @@ class HeadLoss:
 
     def of_logits(self, logits: Tensor) -> FusedLoss:
         """Return the loss for logits [B, T, V]; of more than T rows (a learned prompt before them) the last T count."""
-        fused: FusedLoss = fused_linear_sparse_kl(
-            logits[:, -self.arguments["labels"].shape[-1] :], None, **self.arguments
-        )
+        num_rows = self.arguments["labels"].shape[-1]
+        fused: FusedLoss = fused_linear_sparse_kl(logits[:, -num_rows:], None, **self.arguments)
         return fused
 
 
 @dataclass(slots=True)
 class _Plan:
-    """The way to compute a model's loss: in its head, or from logits if that is None."""
-
     head: Head | None = None
+    """None: the loss needs logits."""
     calls_loss_function: bool = False
 
 
@@ -149,13 +147,6 @@ def _no_cross_entropy(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return logits.new_zeros((), dtype=torch.float32)
 
 
-def _replace_layer_forward(layer: nn.Module, head: Head) -> None:
-    def forward(self: nn.Linear, hidden: Tensor, head_loss: HeadLoss | None = None) -> Any:
-        return nn.Linear.forward(self, hidden) if head_loss is None else head_loss.of_head(hidden, self, head)
-
-    layer.forward = MethodType(forward, layer)
-
-
 def _make_plan(model: nn.Module, base: nn.Module, plan: _Plan) -> None:
     """Fill the plan from a probe and prove it by a second one; raise NotSeparableError if it does not hold."""
     name = type(base).__name__
@@ -168,8 +159,13 @@ def _make_plan(model: nn.Module, base: nn.Module, plan: _Plan) -> None:
         logger.warning("%s's router loss cannot be told from its cross-entropy: it is not trained on", name)
     if hasattr(layer, "_hf_hook"):
         raise NotSeparableError(f"{name} is spread over devices")
-    plan.head = find_head(base, layer, seen)
-    _replace_layer_forward(base.get_submodule(plan.head.layer), plan.head)
+    head = plan.head = find_head(base, layer, seen)
+
+    def forward(self: nn.Linear, hidden: Tensor, head_loss: HeadLoss | None = None) -> Any:
+        return nn.Linear.forward(self, hidden) if head_loss is None else head_loss.of_head(hidden, self, head)
+
+    found = base.get_submodule(head.layer)
+    found.forward = MethodType(forward, found)
     loss = HeadLoss(targets=None, labels=seen.token_ids.roll(-1, 1), ce_weight=1.0)
     try:
         got: Tensor = model(input_ids=seen.token_ids, head_loss=loss).loss

@@ -102,7 +102,7 @@ class OverheadMeter:
 def overhead_of(
     pairs: list[Pair], *, micro_batches: float, waiting: float, decoding: float, optimizer: float
 ) -> dict[str, float]:
-    """Return overheads by the logs' names, {} without pairs; seconds and counts are means over optimizer steps."""
+    """Return overheads by the logs' names, {} without pairs; seconds and counts are sums over optimizer steps."""
     if not pairs:
         return {}
     passes = micro_batches * median(pair.cross_entropy_seconds for pair in pairs)

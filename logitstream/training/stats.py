@@ -135,13 +135,12 @@ class RunStats(TrainerCallback):
     def _note_overhead(self, waiting_seconds: float) -> None:
         """Note and export the epoch's overhead so far, if a step was measured; waiting_seconds: of all its steps."""
         epoch = self.epochs[-1]
-        mean = {name: epoch[name] / max(epoch["steps"], 1) for name in COUNTED}
         found = overhead_of(
             self.meter.pairs,
-            micro_batches=mean["micro_batches"],
-            waiting=waiting_seconds / max(epoch["steps"], 1),
-            decoding=mean["decoding_seconds"],
-            optimizer=mean["optimizer_seconds"],
+            micro_batches=epoch["micro_batches"],
+            waiting=waiting_seconds,
+            decoding=epoch["decoding_seconds"],
+            optimizer=epoch["optimizer_seconds"],
         )
         epoch |= found
         for part in metrics.OVERHEAD_PARTS if found else ():

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from logitstream import metrics
@@ -20,8 +19,8 @@ from logitstream.data.loss_mask import IGNORED_LABEL, next_token_labels, supervi
 from logitstream.data.student_limits import Before, StudentLimits, hides, refuse_to_see, stands_before, takes_positions
 from logitstream.data.token_rows import per_token
 from logitstream.loss import Diagnostics
+from logitstream.training.checkpoints import ResumableTrainer
 from logitstream.training.distributed import (
-    LengthGrouped,
     OneStudent,
     is_sharded,
     leave_out_repeats,
@@ -29,7 +28,6 @@ from logitstream.training.distributed import (
 )
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss, reshard
-from logitstream.training.resumable import ResumableTrainer
 from logitstream.training.stats import RunStats, heldout_means
 from logitstream.types import TargetSpec
 
@@ -100,36 +98,13 @@ class DistillationTrainer(ResumableTrainer):
         self._hidden.clear()
         return model
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin from the bare student.
-
-        An evaluation marks the bare student as prepared (or compiles it), and accelerate then never puts DDP around it;
-        a DDP from an earlier call does not know parameters that were added or unfrozen since.
-        """
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            vars(self.model).pop("_is_accelerate_prepared", None)
-            self.model_wrapped = self.model
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the plain dataloader, in which the Trainer may skip; `get_batch_samples` adds the targets."""
         self._end_stream()
-        self.accelerator.dataloader_config.data_seed = self._order_seed()
         dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
             self.stats.follow(self.wrap_dataloader(dataloader))
         return dataloader
-
-    def _order_seed(self) -> int:  # a setting, because processes may have drawn different random numbers before
-        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
-        sampler: Sampler[Any] | None = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            step_sequences = self.get_total_train_batch_size(self.args)
-            return LengthGrouped(sampler.lengths, step_sequences=step_sequences, seed=self._order_seed())
-        return sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -147,6 +122,8 @@ class DistillationTrainer(ResumableTrainer):
 
     def _with_targets(self, epoch_iterator: Iterator[Batch]) -> Iterator[Batch]:
         """Return the batches of an epoch that begins or is resumed, with targets if there is a stream."""
+        seed = self.accelerator.dataloader_config.data_seed or 0
+        self._order.manual_seed(seed + int(self.state.epoch or 0))
         dataloader = self.callback_handler.train_dataloader
         batches = without_repeats(epoch_iterator, dataloader, process_index=self.args.process_index)
         stream = self.stats.stream
@@ -154,9 +131,7 @@ class DistillationTrainer(ResumableTrainer):
             return batches
         if self._epoch[0] is None:  # later epochs follow by themselves
             stream.set_epoch(int(self.state.epoch or 0))
-        with_targets: Iterator[Batch]
-        with_targets = stream.over(batches, first_step=self.state.global_step * self.args.gradient_accumulation_steps)
-        return with_targets
+        return stream.over(batches, first_step=self.state.global_step * self.args.gradient_accumulation_steps)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | int | None:
         """Count supervised rows and micro-batches, over all processes if average_tokens_across_devices is set."""
@@ -172,7 +147,6 @@ class DistillationTrainer(ResumableTrainer):
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Train on one micro-batch, and time it with and without its targets if it is due."""
-        step: Callable[[Batch], Tensor]
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         stats, meter = self.stats, self.stats.meter
         is_due = stats.step["micro_batches"] == 0 and inputs.get("targets") is not None and meter.is_due()
@@ -185,15 +159,11 @@ class DistillationTrainer(ResumableTrainer):
         return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return a micro-batch's loss such that DDP's mean over processes is the mean over supervised rows.
 
-        What the model itself adds (a router's loss) has no rows: it is averaged over the step's micro-batches.
+        A router's loss, which the model itself adds, has no rows: it is averaged over the step's micro-batches.
         """
         # DDP divides by as many processes as the step's rows and micro-batches were counted over.
         divisor = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -210,13 +180,12 @@ class DistillationTrainer(ResumableTrainer):
     def _student_loss(
         self, model: nn.Module, inputs: Batch, ce_weight: float, num_items: Tensor | float | None = None
     ) -> StudentLoss:
-        targets = inputs.get("targets")
         head_loss = HeadLoss(
             from_logits=not self.is_fused,
-            targets=targets,
+            targets=inputs.get("targets"),
             labels=next_token_labels(inputs),
             loss_mask=supervised_mask(inputs),
-            ce_weight=1.0 if targets is None else ce_weight,
+            ce_weight=1.0 if inputs.get("targets") is None else ce_weight,
             num_items=num_items,
         )
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
@@ -269,7 +238,7 @@ class DistillationTrainer(ResumableTrainer):
             counted = self.first_choices.add_to(counted)
         with torch.no_grad(), self.compute_loss_context_manager():
             seen = self._student_loss(model, counted, ce_weight=0.5).diagnostics
-            self._heldout.append((seen, counted["targets"].spec if counted.get("targets") is not None else None))
+            self._heldout.append((seen, getattr(counted.get("targets"), "spec", None)))
             loss = (seen.cross_entropy / seen.labelled_rows).float()
             if prediction_loss_only:
                 return loss, None, None

@@ -16,9 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from logitstream.errors import InvalidSequence, LogitstreamError, TeacherUnavailable
-from logitstream.training.checkpoints import checkpoints_in, choose_checkpoint
+from logitstream.training.checkpoints import CheckpointFailed, Stopped, checkpoints_in, choose_checkpoint
 from logitstream.training.report import report
-from logitstream.training.resumable import CheckpointFailed, Stopped
 from logitstream.training.trainer import DistillationTrainer
 from logitstream.types import SparseTargets, TokenSequence
 from tests.integration.test_trainer import NUM_SEQUENCES, Asked, losses_of, trainer_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from logitstream.data.documents import Batch
 from logitstream.data.loss_mask import supervised_mask
-from logitstream.training.distributed import LengthGrouped, without_repeats
+from logitstream.training.distributed import without_repeats
 
 NUM_TOKENS = 3
 
@@ -75,18 +74,3 @@ def test_nothing_is_left_out_where_nothing_is_repeated() -> None:
     assert counted(dropping, rank=1) == [[3, 4, 5], [9, 10, 11]]
     uneven = dataloader(13, batch_size=3, processes=2, rank=0, even_batches=False)
     assert counted(uneven, rank=0) == [[0, 1, 2], [6, 7, 8], [12]]
-
-
-def test_the_order_by_length_follows_from_seed_and_epoch_alone() -> None:
-    lengths = np.random.default_rng(0).integers(1, 50, 400).tolist()
-    orders = []
-    for seed, epoch in ((1, 0), (1, 0), (1, 1), (7, 0)):
-        torch.rand(7)  # whatever else was drawn
-        sampler = LengthGrouped(lengths, step_sequences=8, seed=seed)
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-    assert orders[0] == orders[1]
-    assert orders[0] != orders[2] != orders[3] != orders[0]
-    assert all(sorted(order) == list(range(400)) for order in orders)
-    steps = [[lengths[index] for index in orders[0][start : start + 8]] for start in range(0, 400, 8)]
-    assert np.mean([max(step) - min(step) for step in steps]) < (max(lengths) - min(lengths)) / 2
