@@ -50,11 +50,11 @@ def train(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Run, and end with one line if something failed that a user can mend, or if the run was told to end."""
     import torch
 
-    from logitstream.training.checkpoints import ResumeUndecided, Stopped, checkpoints_in
+    from logitstream.training.checkpoints import ResumeUndecided, Stopped, newest_checkpoint
     from student_worker.run import run
 
     def going_on() -> str:
-        newest = next(iter(checkpoints_in(Path(str(arguments.output_dir)))), None)
+        newest = newest_checkpoint(Path(str(arguments.output_dir)))
         return f"; to go on from {newest}, add --training.resume_from_checkpoint latest" if newest else ""
 
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import shutil
 import signal
 import threading
@@ -19,17 +18,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput, sort_checkpoints
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from logitstream.errors import LogitstreamError, RanksDiffer
 from logitstream.files import sync_folder
-from logitstream.training.distributed import of_all_processes
+from logitstream.training.distributed import num_processes, of_all_processes
 
 if TYPE_CHECKING:
     from logitstream.training.stats import RunStats
@@ -61,12 +61,10 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the folders named checkpoint-N, the highest N first."""
-    found = [
-        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
-    ]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the folder checkpoint-N with the highest N, None without any."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]
+    return Path(found) if found else None
 
 
 def choose_checkpoint(folder: Path, named: str | bool | None, *, with_optimizer: bool = True) -> Path | None:
@@ -75,58 +73,26 @@ def choose_checkpoint(folder: Path, named: str | bool | None, *, with_optimizer:
     `latest` and `true` are the newest checkpoint, None without any. Raises ResumeUndecided if checkpoints lie here and
     nothing is named, ValueError if no run can go on from the one named.
     """
-    word = "" if named is None else str(named)
-    checkpoints = checkpoints_in(folder)
+    word, newest = "" if named is None else str(named), newest_checkpoint(folder)
     if word.lower() in ("", "false", "no", "none"):
-        if checkpoints:
-            raise ResumeUndecided(f"{folder} holds {checkpoints[0].name} of an earlier run")
+        if newest is not None:
+            raise ResumeUndecided(f"{folder} holds {newest.name} of an earlier run")
         return None
-    if word.lower() in ("latest", "true"):
-        for checkpoint in checkpoints:
-            if not (fault := _fault_of(checkpoint, with_optimizer=with_optimizer)):
-                return checkpoint
-            logger.warning("%s is passed over: %s", checkpoint, fault)
+    chosen = newest if word.lower() in ("latest", "true") else Path(word)
+    if chosen is None:
         return None
-    if fault := _fault_of(Path(word), with_optimizer=with_optimizer):
+    if not (chosen / TRAINER_STATE_NAME).is_file():
         raise ValueError(
-            f"resume_from_checkpoint: expected `latest`, `true` or the folder of a checkpoint, got {word!r}: {fault}"
+            f"resume_from_checkpoint: expected `latest`, `true` or the folder of a checkpoint, got {str(chosen)!r}"
         )
-    return Path(word)
-
-
-def _fault_of(checkpoint: Path, *, with_optimizer: bool) -> str:
-    if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        return f"it holds no {TRAINER_STATE_NAME}"
-    if with_optimizer and not any(any(checkpoint.glob(name)) for name in ("optimizer*", "global_step*")):
-        return "it holds the model alone"
-    return ""
+    if with_optimizer and not any(any(chosen.glob(name)) for name in ("optimizer*", "global_step*")):
+        raise ValueError(f"resume_from_checkpoint: {chosen} holds the model alone, from which no run can go on")
+    return chosen
 
 
 def resumed_state(state: Any) -> Any:
     """Return the run's statistics in the checkpoint that a TrainerState comes from, {} if it comes from none."""
     return (state.stateful_callbacks or {}).get(RUN_STATE, {})
-
-
-def publish(staged: Path, final: Path) -> None:
-    """Bring a whole checkpoint to the disk and give it its name, in place of another one that had it."""
-    for path in [*staged.rglob("*"), staged]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if final.exists():
-        final.rename(staged.with_name("replaced"))
-    staged.rename(final)
-    sync_folder(final.parent)
-
-
-def rotate(folder: Path, *, limit: int, best: str | None) -> None:
-    """Take away the oldest checkpoints beyond a limit, never the newest or the best."""
-    found = [Path(path) for path in sort_checkpoints(str(folder), use_mtime=True, best_model_checkpoint=best)]
-    num_protected = 1 if best is None or found[-1] == Path(best) else 2
-    for old in found[: -max(limit, num_protected)]:
-        old.rename(folder / STAGING / old.name)
 
 
 class StopRequest(TrainerCallback):
@@ -135,6 +101,7 @@ class StopRequest(TrainerCallback):
     def __init__(self) -> None:
         self.number = 0
         self._is_waiting = False
+        self._group: Any = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -185,7 +152,9 @@ class StopRequest(TrainerCallback):
         if failure is None and self.number:
             failure = Stopped(self.number)
         number = None if failure is None else getattr(failure, "number", 0)
-        everyone = of_all_processes((number, num_batches))
+        if self._group is None and num_processes() > 1:
+            self._group = dist.new_group(backend="gloo")  # on the CPU, so that no GPU has to finish first
+        everyone = of_all_processes((number, num_batches), group=self._group)
         if told := [number for number, _ in everyone if number is not None]:
             raise failure or Stopped(min(told))
         if len({taken for _, taken in everyone}) > 1:
@@ -273,8 +242,11 @@ class ResumableTrainer(Trainer):
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(folder / STAGING / name):
+                self.state.best_model_checkpoint = str(folder / name)
             self.accelerator.wait_for_everyone()
-            self._publish(folder / STAGING / name, folder / name)
+            if self.args.should_save:
+                self._publish(folder / STAGING / name, folder / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointFailed(f"{name} cannot be written to {folder}: {error}") from error
         finally:
@@ -282,11 +254,18 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _publish(self, staged: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            publish(staged, final)
-            if self.args.save_total_limit:
-                rotate(final.parent, limit=self.args.save_total_limit, best=self.state.best_model_checkpoint)
-            shutil.rmtree(staged.parent, ignore_errors=True)
+        """Bring a whole checkpoint to the disk and give it its name, in place of another one that had it."""
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        for path in [*staged.rglob("*"), staged]:
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if final.exists():
+            final.rename(staged.with_name("replaced"))
+        staged.rename(final)
+        sync_folder(final.parent)
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        rotate_checkpoints(str(final.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)

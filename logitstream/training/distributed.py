@@ -5,7 +5,6 @@ They and a resumed run train from one teacher or on one cache.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -20,7 +19,6 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import open_reader
@@ -47,16 +45,11 @@ def is_main_process() -> bool:
     return num_processes() == 1 or dist.get_rank() == 0
 
 
-@functools.cache
-def _cpu_group() -> Any:
-    return dist.new_group(backend="gloo")  # so that no GPU has to finish first
-
-
-def of_all_processes(value: T) -> list[T]:
+def of_all_processes(value: T, *, group: Any = None) -> list[T]:
     """Return every process's value, by rank."""
     values: list[Any] = [value] * num_processes()
     if num_processes() > 1:
-        dist.all_gather_object(values, value, group=_cpu_group())
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -64,7 +57,7 @@ def of_main_process(value: T) -> T:
     """Return the main process's value on every process."""
     values = [value]
     if num_processes() > 1:
-        dist.broadcast_object_list(values, src=0, group=_cpu_group())
+        dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -78,7 +71,7 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def expect_equal_ranks(model: nn.Module, *, when: str) -> None:
+def expect_equal_ranks(model: Any, *, when: str) -> None:
     """Raise RanksDiffer, on every process, if parameters differ in a bit. A sharded student exists only once."""
     if num_processes() == 1 or is_sharded(model):
         return
@@ -90,23 +83,6 @@ def expect_equal_ranks(model: nn.Module, *, when: str) -> None:
             f"the processes' students differ {when}: likely a parameter is trained that was frozen or not there when "
             "training began, or the model is called around its wrapper"
         )
-
-
-class OneStudent(TrainerCallback):
-    """Compares the processes' students after the first step and at the end, whatever came before."""
-
-    def __init__(self) -> None:
-        self._first_step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._first_step = state.global_step + 1
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._first_step:
-            expect_equal_ranks(kwargs["model"], when=f"after step {state.global_step}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        expect_equal_ranks(kwargs["model"], when=f"at the end of training, after step {state.global_step}")
 
 
 # One order of sequences

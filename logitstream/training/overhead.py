@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -32,29 +31,24 @@ from logitstream.training.distributed import is_sharded
 
 logger = logging.getLogger(__name__)
 
+Pair = tuple[float, float]
+"""One micro-batch timed both ways: its time with targets over that without, and the latter in wall seconds."""
 WARM_UP_STEPS = 2
 """First steps of a run that are never measured: they allocate memory and start threads."""
 
 
-class Pair(NamedTuple):
-    """One micro-batch timed both ways: its time with targets over that without, and the latter in wall seconds."""
-
-    ratio: float
-    cross_entropy_seconds: float
-
-
 class OverheadMeter:
-    """Times passes both ways at every n-th step; `pairs` are the epoch's. every=0: none."""
+    """Times passes both ways at every n-th step; every=0: none. `pairs` are the epoch's.
+
+    is_undoing is True during a pass that is undone and does not count.
+    """
 
     def __init__(self, *, every: int) -> None:
-        if every < 0:
-            raise ValueError(f"overhead_every must not be negative, got {every}")
         self.every = every
         self.num_steps = 0
         self.num_measured = 0
         self.pairs: list[Pair] = []
         self.is_undoing = False
-        """True during a pass that is undone and does not count."""
 
     def is_due(self) -> bool:
         """Say if the optimizer step that begins is to be measured: the same answer on every process."""
@@ -94,7 +88,7 @@ class OverheadMeter:
         first = without_targets() if self.num_measured % 2 == 0 else None
         loss, wall, busy = _time(step, batch, accelerator)
         plain_wall, plain_busy = first or without_targets()
-        self.pairs.append(Pair(ratio=busy / plain_busy, cross_entropy_seconds=plain_wall))
+        self.pairs.append((busy / plain_busy, plain_wall))
         self.num_measured += 1
         return loss, time.perf_counter() - started - wall
 
@@ -105,8 +99,9 @@ def overhead_of(
     """Return overheads by the logs' names, {} without pairs; seconds and counts are sums over optimizer steps."""
     if not pairs:
         return {}
-    passes = micro_batches * median(pair.cross_entropy_seconds for pair in pairs)
-    computing = passes * (median(pair.ratio for pair in pairs) - 1)
+    ratio, cross_entropy_seconds = (median(values) for values in zip(*pairs, strict=True))
+    passes = micro_batches * cross_entropy_seconds
+    computing = passes * (ratio - 1)
     seconds = {
         "overhead_waiting": waiting,
         "overhead_decoding": decoding,

@@ -21,7 +21,7 @@ from logitstream.data.token_rows import per_token
 from logitstream.loss import Diagnostics
 from logitstream.training.checkpoints import ResumableTrainer
 from logitstream.training.distributed import (
-    OneStudent,
+    expect_equal_ranks,
     is_sharded,
     leave_out_repeats,
     without_repeats,
@@ -68,7 +68,6 @@ class DistillationTrainer(ResumableTrainer):
         self.first_choices = first_choices
         self.stats = RunStats(overhead_every=overhead_every)
         self.add_callback(self.stats)
-        self.add_callback(OneStudent())
         assert isinstance(self.model, nn.Module)
         model_init: Any = self.model_init
         if model_init is None:
@@ -82,7 +81,9 @@ class DistillationTrainer(ResumableTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train and close the target stream, whatever happens."""
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            expect_equal_ranks(self.model, when="at the end of training")
+            return output
         finally:
             self._end_stream()
 
@@ -114,6 +115,8 @@ class DistillationTrainer(ResumableTrainer):
             # A run killed between its last checkpoint and its end: the Trainer would stop only after one more step.
             self.control.should_training_stop = True
             return [], None
+        if self.state.global_step == self.stats.first_step + 1:
+            expect_equal_ranks(self.model, when=f"after step {self.state.global_step}")
         self.stats.begin_step()
         if epoch_iterator is not self._epoch[0]:
             self._epoch = (epoch_iterator, self._with_targets(epoch_iterator))

@@ -73,9 +73,9 @@ TOGETHER = [
 APART = [
     (
         Scenario(name="torn_at_first", torn_at=1),
-        "RanksDiffer: the processes' students differ after step 1:  ",
+        "RanksDiffer: the processes' students differ after step 1: ",
     ),
-    (Scenario(name="torn_later", torn_at=9), "RanksDiffer: the processes' students differ at the end of training, "),
+    (Scenario(name="torn_later", torn_at=9), "RanksDiffer: the processes' students differ at the end of training: "),
     (Scenario(name="uneven", before="", num_sequences=21, arguments=UNEVEN), "ValueError: even_batches must be true"),
     (Scenario(name="shrinking", before="", arguments=SHRINKING), "ValueError: auto_find_batch_size would try another"),
     (

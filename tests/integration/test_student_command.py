@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from logitstream.training.checkpoints import checkpoints_in, choose_checkpoint
+from logitstream.training.checkpoints import choose_checkpoint
 from student_worker.config import StudentConfig
 from tests.chaos.killed_runs import run_student, run_student_of_two
 from tests.flat_settings import nested
@@ -74,7 +74,7 @@ def test_the_same_command_again_is_refused_and_loses_nothing(home: Path, tmp_pat
     assert "training an untrained LlamaForCausalLM" in said
     assert said.splitlines()[-1].startswith("held-out loss ")
     assert f"report.json are in {tmp_path / 'run'}" in said.splitlines()[-1]
-    (kept,) = checkpoints_in(tmp_path / "run")
+    (kept,) = (tmp_path / "run").glob("checkpoint-*")
     before = {path: path.read_bytes() for path in kept.iterdir()}
     status, said = run(config)
     assert status == 1
@@ -190,7 +190,7 @@ def test_two_processes_whose_teacher_is_gone_leave_one_checkpoint_and_one_line(h
         torchrun.join(60)
     said = log.read_text()
     assert torchrun.exitcode == 1, said
-    (checkpoint,) = checkpoints_in(output)
+    (checkpoint,) = output.glob("checkpoint-*")
     assert choose_checkpoint(output, "latest") == checkpoint
     ours = [line for line in said.splitlines() if line.startswith("student-worker")]
     assert len(set(ours)) == 1, said
@@ -235,7 +235,7 @@ def test_a_torchrun_that_is_told_to_end_leaves_a_checkpoint_and_a_killed_one_no_
     assert f"{output} is in use by process" in second[1].splitlines()[-1]
     ours = [line for line in said.splitlines() if line.startswith("student-worker")]
     assert len(ours) == 1, said
-    (checkpoint,) = checkpoints_in(output)
+    (checkpoint,) = output.glob("checkpoint-*")
     assert f"stopped by SIGTERM; to go on from {checkpoint}, add" in ours[0]
     with start_two(config) as torchrun:
         wait_for_steps(output, torchrun, int(checkpoint.name.removeprefix("checkpoint-")) + 2)

@@ -10,7 +10,7 @@ STEP = {"micro_batches": 2, "waiting": 0.1, "decoding": 0.05, "optimizer": 0.2}
 
 
 def pair(distillation: float, cross_entropy: float, *, wall_over_busy: float = 1.0) -> Pair:
-    return Pair(ratio=distillation / cross_entropy, cross_entropy_seconds=cross_entropy * wall_over_busy)
+    return (distillation / cross_entropy, cross_entropy * wall_over_busy)
 
 
 def test_parts_are_ratios_to_a_cross_entropy_step() -> None:
