@@ -1,10 +1,11 @@
 # Every target makes its own environment: .venv, pinned by requirements.lock.
 PYTHON ?= python3.11
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: help demo test test-fast coverage check proto clean
+.PHONY: help demo test test-fast gpu coverage check proto clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*##[ ]*/\1\t/' | expand -t 16
@@ -25,6 +26,10 @@ test: $(STAMP)  ## the whole suite on the CPU
 
 test-fast: $(STAMP)  ## the unit tests alone
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit $(ARGS)
+
+gpu:  ## on a machine with a GPU, in its own environment: tests/gpu, then the benchmark (docs/gpu.md)
+	$(GPU_PYTHON) -m pytest -c /dev/null -o addopts= -p no:cacheprovider tests/gpu $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 coverage: $(STAMP)  ## the lines that no test runs, a report without a gate: build/coverage/ (ARGS=tests/unit: of those alone)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-report=html:build/coverage $(ARGS)
