@@ -22,8 +22,6 @@ from logitstream.rpc.tokens import LastGood, checked_token
 from teacher_server.calls import HEALTH_SERVICE, aborting
 
 REFUSALS_LOG_SECONDS = 10.0
-"""Callers without a known token are logged in one line this often, whatever they send."""
-
 caller: ContextVar[str] = ContextVar("caller", default="")
 """Inside a call: the name that goes with its token; empty if it has none."""
 

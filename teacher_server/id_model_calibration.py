@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +24,7 @@ SPEC = TargetSpec(num_samples=1000)
 log = logging.getLogger(__name__)
 
 
-class Tokenizes(Protocol):
-    def encode(self, text: str) -> list[int]: ...
-
-
-def id_model_from(settings: IdModelSettings, tokenizer: Tokenizes, backend: TeacherBackend) -> bytes:
+def id_model_from(settings: IdModelSettings, tokenizer: Any, backend: TeacherBackend) -> bytes:
     """Return the id model in the settings' file, made from their text if there is none; empty if neither is given.
 
     Replicas must share the file: models of two calibrations differ in a few levels, which the students would refuse.

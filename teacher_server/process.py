@@ -67,8 +67,8 @@ def _is_served(address: str) -> bool:
 
 def stopping_signals() -> list[signal.Signals]:
     """Return the signals to stop at: all, except a SIGHUP that the process was started to ignore, as by nohup."""
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    return [one for one in signals if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * (not ignored)]
 
 
 def stop_while_starting() -> None:

@@ -50,18 +50,16 @@ class BatchScorer:
             for _ in range(self._num_slots):
                 self._slots.acquire()
             try:
-                return self._retry_all(backend, batch)
+                retried = self._retry(backend, batch)
+                if all(isinstance(result, ScoringFailed) for result in retried) and self._is_broken(backend):
+                    self.is_stopped = True
+                    raise BackendBroken("the backend fails on sequences that it has scored before")
+                return retried
             finally:
                 self._slots.release(self._num_slots)
 
-    def _retry_all(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        retried = self._retry(backend, batch)
-        if self._known_good is None or not all(isinstance(result, ScoringFailed) for result in retried):
-            return retried
-        if isinstance(_try(backend, [self._known_good]), list):
-            return retried
-        self.is_stopped = True
-        raise BackendBroken("the backend fails on sequences that it has scored before")
+    def _is_broken(self, backend: TeacherBackend) -> bool:
+        return self._known_good is not None and isinstance(_try(backend, [self._known_good]), Exception)
 
     def _retry(self, backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score a batch that failed: in halves, or once more if it is a single sequence."""
@@ -88,10 +86,8 @@ def _try(backend: TeacherBackend, batch: Sequence[ScoreRequest]) -> list[ScoreRe
             raise RuntimeError(f"the backend gave {len(results)} results for {len(batch)} sequences")
         return results
     except Exception as error:
-        trace = None if _is_out_of_memory(error) else error
-        log.warning(
-            "batch of %d sequences, %d tokens, failed: %s", len(batch), _num_tokens(batch), error, exc_info=trace
-        )
+        size, trace = (len(batch), _num_tokens(batch)), None if _is_out_of_memory(error) else error
+        log.warning("batch of %d sequences, %d tokens, failed: %s", *size, error, exc_info=trace)
         error.__cause__ = error.__context__ = None  # a traceback's frames hold the batch's tensors, and the halves
         return error.with_traceback(None)  # would be tried beside them
 

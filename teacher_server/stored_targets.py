@@ -7,7 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from logitstream import metrics
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.disk import HANGS_SECONDS, DiskThread
-from logitstream.cache.manifest import MANIFEST
 from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo, request_key
 from teacher_server.backend import ScoreRequest
@@ -32,25 +31,30 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
 class _Cache:
-    """One open directory; it has a writer from the first put on. Broken: not used for some time."""
+    """The open directory of one (weights, spec)."""
 
-    directory: Path
-    fingerprint: Fingerprint
-    digest: str
-    reader: CacheReader | None = None
-    writer: CacheWriter | None = None
-    broken: bool = False
+    def __init__(self, folder: Path, spec: TargetSpec, info: TeacherInfo, *, id_model: bytes, max_bytes: int) -> None:
+        fingerprint = Fingerprint.of(replace(info, id_model=id_model), spec)
+        self.digest = fingerprint.digest
+        directory = folder / self.digest[:16]
+        self.writer = CacheWriter(
+            directory,
+            fingerprint,
+            id_model=id_model,
+            provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
+            max_bytes=max_bytes,
+            writer_id="server",
+            disk_label=str(folder),
+        )
+        self.reader = CacheReader(directory, fingerprint)
 
     def key(self, request: ScoreRequest) -> bytes:
         return request_key(self.digest, request.sequence, request.draw_set)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        if self.reader is not None:
-            self.reader.close()
+        self.writer.close()
+        self.reader.close()
 
 
 class CacheFolder:
@@ -66,52 +70,32 @@ class CacheFolder:
         self._directory = Path(directory)
         self._id_model, self._max_bytes, self._clock = id_model, max_bytes, clock
         self._retried = clock()
-        self._caches: OrderedDict[tuple[TargetSpec, TeacherInfo], _Cache] = OrderedDict()
+        self._caches: OrderedDict[tuple[TargetSpec, TeacherInfo], _Cache | None] = OrderedDict()  # None: it failed
 
-    def open(self, spec: TargetSpec, info: TeacherInfo, *, for_writing: bool = False) -> _Cache | None:
-        """Find what is stored for a spec, so that `holds` knows; create nothing unless it is for writing."""
-        cache = self._caches.get((spec, info))
-        if cache is None:
-            fingerprint = Fingerprint.of(replace(info, id_model=self._id_model), spec)
-            digest = fingerprint.digest
-            cache = _Cache(self._directory / digest[:16], fingerprint, digest)
-            if not for_writing and not (cache.directory / MANIFEST).exists():
-                return None
-            self._caches[spec, info] = cache
-            while len(self._caches) > MAX_OPEN:
-                self._caches.popitem(last=False)[1].close()
+    def open(self, spec: TargetSpec, info: TeacherInfo) -> _Cache | None:
+        """Find or begin what is stored for a spec, so that `holds` knows; None if it cannot be used."""
+        if (spec, info) not in self._caches:
+            while len(self._caches) >= MAX_OPEN:
+                self._close(next(iter(self._caches)))
+            try:
+                cache = _Cache(self._directory, spec, info, id_model=self._id_model, max_bytes=self._max_bytes)
+            except (CacheError, FingerprintMismatch, OSError) as error:
+                log.warning("a cache in %s is not used: %s", self._directory, error)
+                self._caches[spec, info] = None
+            else:
+                self._caches[spec, info] = cache
         self._caches.move_to_end((spec, info))
-        if cache.broken:
-            return None
-        try:
-            if for_writing and cache.writer is None:
-                cache.writer = CacheWriter(
-                    cache.directory,
-                    cache.fingerprint,
-                    id_model=self._id_model,
-                    provenance={"teacher": info.model, "revision": info.revision, "backend": info.backend},
-                    max_bytes=self._max_bytes,
-                    writer_id="server",
-                    disk_label=str(self._directory),
-                )
-            if cache.reader is None:
-                cache.reader = CacheReader(cache.directory, cache.fingerprint)
-        except (CacheError, FingerprintMismatch, OSError) as error:
-            cache.broken = True
-            log.warning("the cache %s is not used: %s", cache.directory, error)
-            return None
-        return cache
+        return self._caches[spec, info]
 
     def holds(self, request: ScoreRequest, info: TeacherInfo) -> bool:
         """Return whether targets of these weights are stored, as of the last `open`, `put` or `refresh`."""
         cache = self._caches.get((request.spec, info))
-        reader = cache.reader if cache is not None else None
-        return cache is not None and reader is not None and cache.key(request) in reader
+        return cache is not None and cache.key(request) in cache.reader
 
     def get(self, request: ScoreRequest, info: TeacherInfo) -> bytes | None:
         """Return encoded targets; None if they turn out to be damaged or gone."""
         cache = self.open(request.spec, info)
-        payload = cache.reader.get(cache.key(request)) if cache is not None and cache.reader is not None else None
+        payload = cache.reader.get(cache.key(request)) if cache is not None else None
         if payload is not None:
             metrics.TEACHER_CACHE_HITS.inc()
         return payload
@@ -119,52 +103,52 @@ class CacheFolder:
     def put(self, scored: Sequence[tuple[ScoreRequest, bytes]], info: TeacherInfo) -> None:
         """Keep what was scored."""
         for request, payload in scored:
-            cache = self.open(request.spec, info, for_writing=True)
-            if cache is not None and cache.writer is not None:
+            if (cache := self.open(request.spec, info)) is not None:
                 ids, mask, draw_set = request.sequence.token_ids, request.sequence.loss_mask, request.draw_set
                 version = info.teacher_version
                 cache.writer.put(cache.key(request), ids, mask, payload, draw_set, teacher_version=version)
 
     def refresh(self) -> None:
-        """Acknowledge what was put, and find what other replicas have written."""
-        now = self._clock()
-        is_time = now - self._retried > RETRY_SECONDS
-        self._retried = now if is_time else self._retried
+        """Acknowledge what was put, find what other replicas have written, and now and then drop what failed."""
+        is_time = self._clock() - self._retried > RETRY_SECONDS
+        if is_time:
+            self._retried = self._clock()
         for key, cache in list(self._caches.items()):
-            try:
-                if cache.writer is not None:
-                    cache.writer.flush()
-                if cache.reader is not None:
+            if cache is not None:
+                cache.writer.flush()
+                try:
                     cache.reader.refresh()
-            except (CacheError, OSError) as error:
-                log.warning("the cache %s cannot be looked through: %s", cache.directory, error)
-            if is_time and (cache.broken or (cache.writer is not None and not cache.writer.look_around())):
-                self._caches.pop(key).close()
+                except (CacheError, OSError) as error:
+                    log.warning("a cache in %s cannot be looked through: %s", self._directory, error)
+            if is_time and (cache is None or not cache.writer.look_around()):
+                self._close(key)
 
     def close(self) -> None:
-        while self._caches:
-            self._caches.popitem()[1].close()
+        for key in list(self._caches):
+            self._close(key)
+
+    def _close(self, key: tuple[TargetSpec, TeacherInfo]) -> None:
+        if (cache := self._caches.pop(key)) is not None:
+            cache.close()
 
 
 class StoredTargets:
     """A cache folder for the event loop: a disk that hangs or fails delays nobody for long and changes no answer."""
 
     def __init__(self, folder: CacheFolder, *, patience_seconds: float = HANGS_SECONDS) -> None:
-        self.folder = folder
+        self.folder, self._patience = folder, patience_seconds
         then = "the server goes on without its cache until it does"
         self.disk = DiskThread("the cache's disk", then=then, patience_seconds=patience_seconds)
-        self._patience = patience_seconds
-        self._writing: set[asyncio.Future[None]] = set()
-        self._trouble = ""
+        self._num_waiting = 0
 
     async def ask(self, function: Callable[..., Result], *arguments: Any) -> Result | None:
         """Return what one of the folder's methods returns; None if it fails, or if the disk does not answer in time."""
         if not self.disk.hangs:
-            future = self._submit(function, *arguments)
-            await asyncio.wait({future}, timeout=self._patience)
-            if future.done():
-                return None if self._has_failed(future) else future.result()
-            future.cancel()  # an operation that has not begun never will
+            asked = asyncio.wrap_future(self.disk.submit(partial(function, *arguments)))
+            await asyncio.wait({asked}, timeout=self._patience)
+            if asked.done():
+                return None if _has_failed(asked) else asked.result()
+            asked.cancel()  # an operation that has not begun never will
         if self.disk.hangs:
             self.disk.warn()
         return None
@@ -174,13 +158,16 @@ class StoredTargets:
 
     def keep(self, scored: Sequence[tuple[ScoreRequest, bytes]], info: TeacherInfo) -> None:
         """Write what was scored later on, unless the disk hangs or does not keep up."""
-        if self.disk.hangs or len(self._writing) >= MAX_WAITING:
+        if self.disk.hangs or self._num_waiting >= MAX_WAITING:
             metrics.TEACHER_CACHE_UNKEPT.inc(len(scored))
             return
-        writing = self._submit(self.folder.put, scored, info)
-        self._writing.add(writing)
-        writing.add_done_callback(self._writing.discard)
-        writing.add_done_callback(self._has_failed)
+
+        def has_written(done: asyncio.Future[None]) -> None:
+            self._num_waiting -= 1
+            _has_failed(done)
+
+        self._num_waiting += 1
+        asyncio.wrap_future(self.disk.submit(partial(self.folder.put, scored, info))).add_done_callback(has_written)
 
     async def refresh(self) -> None:
         """Write out what was kept and see what others have, every REFRESH_SECONDS until cancelled."""
@@ -190,17 +177,13 @@ class StoredTargets:
 
     def close(self) -> asyncio.Future[None]:
         """Begin to close, after everything that waits to be written."""
-        closing = self._submit(self.folder.close)
+        closing = asyncio.wrap_future(self.disk.submit(self.folder.close))
         self.disk.close()
         return closing
 
-    def _submit(self, function: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
-        return asyncio.wrap_future(self.disk.submit(partial(function, *arguments)))
 
-    def _has_failed(self, done: asyncio.Future[Any]) -> bool:
-        """Return True for a failure; log it, unless it is the last one again."""
-        error = None if done.cancelled() else done.exception()
-        if error is not None and repr(error) != self._trouble:
-            self._trouble = repr(error)
-            log.error("the cache failed", exc_info=error)
-        return error is not None
+def _has_failed(done: asyncio.Future[Any]) -> bool:
+    error = None if done.cancelled() else done.exception()
+    if error is not None:
+        log.error("the cache failed", exc_info=error)
+    return error is not None

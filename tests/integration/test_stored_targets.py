@@ -127,9 +127,8 @@ async def test_a_disk_that_fails_in_an_unforeseen_way_leaves_nobody_without_an_a
     too_long = tmp_path / ("x" * 300)  # the disk refuses even to say whether it is there
     async with asyncio.timeout(20):
         assert await score(too_long, FakeBackend(), [request(1), request(2)]) == payloads
-    failures = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
-    assert failures[0] == "Input/output error"
-    assert "File name too long" in failures[1]
+    assert "Input/output error" in caplog.text
+    assert "File name too long" in caplog.text
 
 
 def test_a_folder_of_another_fingerprint_is_passed_over_and_named_once(
@@ -180,13 +179,10 @@ async def test_a_server_with_a_cache_answers_a_second_call_from_it(tmp_path: Pat
         assert num_scored(backend) == 4
 
 
-def test_a_spec_has_a_directory_only_once_something_is_kept_and_few_caches_are_open(tmp_path: Path) -> None:
+def test_few_caches_are_open_and_a_closed_one_is_opened_again(tmp_path: Path) -> None:
     info = FakeBackend().describe()
     stored = CacheFolder(str(tmp_path))
     requests = [replace(request(1), spec=replace(SPEC, seed=seed)) for seed in range(MAX_OPEN + 4)]
-    for one in requests:
-        stored.open(one.spec, info)
-    assert not list(tmp_path.iterdir())
     for one in requests:
         stored.put([(one, b"payload")], info)
     stored.refresh()
