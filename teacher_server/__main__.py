@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(config: TeacherConfig) -> None:
     """Load everything that serving needs, say what would be served, serve nothing; SystemExit says what is wrong."""
     from logitstream.errors import LogitstreamError
-    from logitstream.rpc.certificates import certificate_expiry
     from teacher_server.access import BearerTokens, check_tls
     from teacher_server.server import limits_for
     from teacher_server.servicer import described
@@ -60,7 +58,6 @@ def check(config: TeacherConfig) -> None:
             BearerTokens(Path(config.server.token_file))
         if config.tls.cert:
             check_tls(config.tls)
-            print(f"certificate expires at: {datetime.fromtimestamp(certificate_expiry(config.tls.cert), UTC)}")
         backend, id_model, vocabulary = load(config)
     except (OSError, ValueError, LogitstreamError) as error:
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
@@ -72,20 +69,14 @@ def check(config: TeacherConfig) -> None:
 
 
 def load(config: TeacherConfig) -> Served:
-    """Load the teacher and what students are told of it. Raises ValueError if an id model does not fit in a message."""
+    """Load the teacher and what students are told of it."""
     from logitstream.tokenizer import Vocabulary
     from teacher_server.id_model_calibration import id_model_from
     from teacher_server.server import Served
 
     backend = load_vllm(config) if config.backend == "vllm" else load_transformers(config)
     tokenizer = tokenizer_of(config)
-    id_model = id_model_from(config.id_model, tokenizer, backend)
-    if len(id_model) > config.limits.max_message_bytes:
-        raise ValueError(
-            f"limits.max_message_bytes must be at least {len(id_model)}, the size of the id model, "
-            f"got {config.limits.max_message_bytes}"
-        )
-    return Served(backend, id_model, Vocabulary.of(tokenizer))
+    return Served(backend, id_model_from(config.id_model, tokenizer, backend), Vocabulary.of(tokenizer))
 
 
 def tokenizer_of(config: TeacherConfig) -> Any:

@@ -1,17 +1,13 @@
-"""A process that listens and ends well: open files, addresses that nobody else serves, signals, threads."""
+"""A process that listens and ends well: open files, addresses that nobody else serves, signals."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import resource
 import signal
 import socket
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from logitstream.rpc.addresses import is_unix, split_address
 
@@ -19,10 +15,7 @@ if TYPE_CHECKING:
     import grpc
     from grpc import aio
 
-LOADER = "loader"
 MANY_FILES = 1 << 20  # Linux's default bound if no limit is set
-
-T = TypeVar("T")
 
 
 def raise_file_limit() -> int:
@@ -75,23 +68,3 @@ def stop_while_starting() -> None:
     """End this process at each signal until a server takes them over: a container's first process would ignore them."""
     for number in stopping_signals():
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
-
-
-def in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """Run in a daemon thread, for which a process that is told to stop while it loads does not wait."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name=LOADER).start()
-    return asyncio.wrap_future(future)
-
-
-def is_loading() -> bool:
-    """Return True if a thread of `in_thread` still works, which would not survive the interpreter's end."""
-    return any(thread.name == LOADER for thread in threading.enumerate())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import grpc
 from grpc import aio
@@ -32,7 +32,7 @@ from teacher_server.calls import HEALTH_SERVICE, SERVICE, Context, WhenLoaded, o
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import LimitSettings, TeacherConfig
 from teacher_server.encoding import encoder
-from teacher_server.process import bind, in_thread, is_loading, raise_file_limit, stopping_signals
+from teacher_server.process import bind, raise_file_limit, stopping_signals
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import TeacherServicer
 from teacher_server.stored_targets import CacheFolder, StoredTargets
@@ -87,7 +87,7 @@ class TeacherServer:
         try:
             await self._listen()
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-            loading = in_thread(self._load_all)
+            loading = asyncio.ensure_future(asyncio.to_thread(self._load_all))
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 await self._serve(loading.result(), stopping)
@@ -197,43 +197,37 @@ class TeacherServer:
 
 
 def serve(config: TeacherConfig, load: Callable[[], Served], *, load_checkpoint: LoadCheckpoint | None = None) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; returns when everything is drained.
+    """Serve until SIGTERM, SIGINT or SIGHUP, drain, and end this process.
 
-    drain_seconds is a bound: a batch or a disk that cannot be stopped ends the process with EXIT_STUCK, the loading of
-    weights that nobody needs any more ends it with 0. SystemExit says in a line why the server cannot start.
+    Nothing is waited for after drain_seconds: the status is EXIT_STUCK if a batch or a disk is still busy, 1 if the
+    backend broke, else 0, also while weights are loaded. SystemExit says in a line why the server cannot start.
     """
-    server: TeacherServer | None = None
 
     async def main() -> None:
-        nonlocal server
         if config.metrics.port >= 0:
             port = metrics.serve(config.metrics.port, side="teacher", address=config.metrics.address)
             log.info("metrics on %s:%d", config.metrics.address, port)
-        server = TeacherServer(config, load, load_checkpoint=load_checkpoint)
+        server, status = TeacherServer(config, load, load_checkpoint=load_checkpoint), 0
         for number in stopping_signals():
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         try:
             await server.run()
-        finally:
-            if server.scheduler is not None and server.scheduler.is_stuck:
-                log.error("a batch or the disk was still busy %g s after draining", CLOSE_SECONDS, exc_info=True)
-                _exit(EXIT_STUCK)
+        except Exception:
+            if server.scheduler is None:
+                raise
+            log.exception("the server ends")
+            status = 1
+        if server.scheduler is not None and server.scheduler.is_stuck:
+            log.error("a batch or the disk was still busy %g s after draining", CLOSE_SECONDS)
+            status = EXIT_STUCK
+        logging.shutdown()
+        os._exit(status)  # the interpreter would wait for threads that load weights, or not survive them
 
     try:
         asyncio.run(main())
     except (OSError, ValueError, LogitstreamError) as error:
-        if server is not None and server.scheduler is not None:
-            raise
         log.debug("cannot start", exc_info=error)
         raise SystemExit(f"teacher-server: {one_line(error)}") from error
-    if is_loading():
-        log.warning("weights are still being loaded, which is not waited for")
-        _exit(0)
-
-
-def _exit(status: int) -> NoReturn:
-    logging.shutdown()
-    os._exit(status)
 
 
 def limits_for(config: TeacherConfig, info: TeacherInfo) -> LimitSettings:
