@@ -331,6 +331,7 @@ async def test_a_disk_that_hangs_is_waited_for_once_and_used_again_when_it_answe
     await stored.ask(stored.folder.refresh)
     assert await stored.ask(stored.folder.get, request(1), info) == b"payload"
     stored.disk.submit(answers.wait)
+    await asyncio.sleep(0.2)  # the thread is at it by now
     assert await asyncio.gather(*(stored.ask(stored.folder.get, request(1), info) for _ in range(20))) == [None] * 20
     assert not stored.holds(request(1), info)
     start = time.monotonic()
