@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command("info", _info, "size, bytes a token, entries a row, fingerprint, provenance, as JSON")
+    command("info", _info, "size, bytes a token, fingerprint, provenance, as JSON")
     command("verify", _verify, "read every byte; exit status 1 where something is damaged")
     join = command("merge", _merge, "several caches of one fingerprint into one, each key once")
     join.add_argument("--output", required=True, help="cache to write or to add to")
-    out = command("export", _export, "Parquet files with decoded columns")
-    out.add_argument("--output", required=True, type=Path, help="folder for the Parquet files")
+    out = command("export", _export, "a Parquet file with decoded columns")
+    out.add_argument("--output", required=True, type=Path, help="Parquet file to write")
     cut = command("prune", _prune, "drop records to make room")
     cut.add_argument("--max_bytes", type=_size, help="drop the oldest shards until this many bytes hold (10G, 2T, …)")
     cut.add_argument("--before_draw_set", type=int, default=0, help="drop records of earlier draw sets")
@@ -95,9 +95,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     with CacheReader(arguments.directory) as reader:
-        files, skipped = export(reader, arguments.output)
-        written = len(reader) - skipped
-    print(f"{arguments.output}: {written} records in {len(files)} files, {skipped} damaged left out")
+        skipped = export(reader, arguments.output)
+        print(f"{arguments.output}: {len(reader) - skipped} records, {skipped} damaged left out")
     return 0
 
 

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,17 @@ import pyarrow as pa
 
 from logitstream.cache.index import file_head, index_path, pack_entry, parse_index, rebuild_index
 from logitstream.cache.manifest import Manifest, remove_leftovers
-from logitstream.cache.shard import END_OF_STREAM, MAX_SHARD_BYTES, NO_SPANS, OPEN_SUFFIX, Spans, shard_schema
+from logitstream.cache.shard import (
+    END_OF_STREAM,
+    MAX_SHARD_BYTES,
+    NO_SPANS,
+    OPEN_SUFFIX,
+    Spans,
+    Stored,
+    encode_batch,
+    shard_schema,
+    spans_of,
+)
 from logitstream.files import sync_folder
 
 logger = logging.getLogger(__name__)
@@ -22,11 +33,10 @@ logger = logging.getLogger(__name__)
 class OpenShard:
     """A shard that grows by whole record batches; its file is locked, so that nobody takes its writer for dead."""
 
-    def __init__(self, path: Path, fd: int) -> None:
+    def __init__(self, path: Path, fd: int, manifest: Manifest) -> None:
         """path: its sealed name; fd: its file."""
-        self.path = path
+        self.path, self._fd, self._schema = path, fd, shard_schema(manifest)
         self.size = self.index_size = 0
-        self._fd = fd
         self._index_fd = os.open(index_path(path), os.O_RDWR | os.O_CREAT, 0o644)
 
     @classmethod
@@ -37,8 +47,8 @@ class OpenShard:
         fd, shard = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            shard = cls(path, fd)
-            shard.append(shard_schema(manifest).serialize(), NO_SPANS, file_head(manifest))
+            shard = cls(path, fd, manifest)
+            shard._append(shard._schema.serialize(), NO_SPANS, file_head(manifest))
             partial.rename(f"{path}{OPEN_SUFFIX}")
             sync_folder(directory)
         except OSError:
@@ -52,8 +62,13 @@ class OpenShard:
         """Bytes of the shard and its index once it is sealed."""
         return self.size + self.index_size + len(END_OF_STREAM)
 
-    def append(self, content: pa.Buffer, spans: Spans, head: bytes = b"") -> None:
-        """Append all of a message and its entry or, on an error, none of them; no entry names what is not there."""
+    def append(self, records: Sequence[Stored]) -> None:
+        """Append a batch of records or, on an error, none of them."""
+        content = encode_batch(records, self._schema)
+        self._append(content, spans_of(content, self.size, self._schema))
+
+    def _append(self, content: pa.Buffer, spans: Spans, head: bytes = b"") -> None:
+        """Append a message, then its entry: no entry ever names what is not there."""
         entry = head + pack_entry(self.size, content, spans)
         try:
             _write(self._fd, content, self.size)
@@ -128,7 +143,7 @@ def _recover(path: Path, manifest: Manifest) -> None:
         if not (index := rebuild_index(path, manifest)):
             logger.warning("%s is left alone: it is no shard of this cache, or its head is damaged", path)
             return
-        shard = OpenShard(path.with_suffix(""), os.dup(fd))
+        shard = OpenShard(path.with_suffix(""), os.dup(fd), manifest)
         shard.recover(index)
     except OSError:
         if shard is not None:

@@ -13,22 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream import metrics
-from logitstream.cache.index import ENTRY_BYTES
 from logitstream.cache.manifest import create_manifest, tree_bytes
 from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.remote import Mirror, is_remote, local_path
-from logitstream.cache.shard import (
-    END_OF_STREAM,
-    KEY_BYTES,
-    MAX_SHARD_BYTES,
-    SPAN,
-    Stored,
-    bound_of_bytes,
-    encode_batch,
-    shard_schema,
-    spans_of,
-    token_dtype,
-)
+from logitstream.cache.shard import END_OF_STREAM, KEY_BYTES, MAX_SHARD_BYTES, Stored, bound_of_bytes, token_dtype
 from logitstream.types import Fingerprint, pack_mask
 
 logger = logging.getLogger(__name__)
@@ -93,7 +81,6 @@ class CacheWriter:
             self._manifest = create_manifest(
                 self.directory, fingerprint, provenance=provenance or {}, id_model=id_model
             )
-            self._schema = shard_schema(self._manifest)
             recover(self.directory, self._manifest)
             if self._mirror is not None:
                 self._mirror.push_missing()
@@ -186,20 +173,19 @@ class CacheWriter:
 
     def _append(self) -> None:
         max_bytes, shard_bytes, _ = self._limits
-        content = encode_batch(self._pending, self._schema)
-        more = content.size + SPAN.size * len(self._pending) + ENTRY_BYTES
-        if max_bytes and self._written_bytes + more + bound_of_bytes(0, 0) * (self._shard is None) > max_bytes:
+        if max_bytes and self.num_bytes > max_bytes:
             self._disable(f"cache.max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
             return
-        if self._shard is not None and self._shard.num_bytes + more > shard_bytes:
+        if self._shard is not None and self._shard.num_bytes + self._pending_bytes > shard_bytes:
             self._seal()
         if self._shard is None:
             name = f"{self._writer_id}-{time.time_ns() // 1_000_000:013d}"
             self._shard = OpenShard.create(self.directory, name, self._manifest)
             self._written_bytes += self._shard.num_bytes
-        self._shard.append(content, spans_of(content, self._shard.size, self._schema))
-        self._written_bytes += more
-        self._unchecked_bytes += more
+        before = self._shard.num_bytes
+        self._shard.append(self._pending)
+        self._written_bytes += self._shard.num_bytes - before
+        self._unchecked_bytes += self._shard.num_bytes - before
         if self._unchecked_bytes > CHECK_BYTES:
             self.look_around()
         metrics.CACHE_BYTES.set(self._written_bytes)

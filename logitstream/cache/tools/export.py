@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import pyarrow.parquet as pq
 
 from logitstream import codec
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import KEY_BYTES, Record, shard_schema
+from logitstream.cache.shard import KEY_BYTES, shard_schema
 from logitstream.cache.tools import watched
-from logitstream.errors import CacheError, CacheMiss, CodecError, CorruptRecord
+from logitstream.errors import CacheMiss, CodecError, CorruptRecord
 from logitstream.id_model import IdModel
-from logitstream.types import SparseTargets, TargetSpec
+from logitstream.types import TargetSpec
 
 ROWS_PER_GROUP = 256
 
@@ -35,52 +34,31 @@ COLUMNS = [
 ]
 
 
-@functools.lru_cache(maxsize=1)
-def _id_model(content: bytes) -> IdModel:
-    return IdModel.from_bytes(content)
+def export(reader: CacheReader, output: Path) -> int:
+    """Write a Parquet file with a row a sequence, in the order of the keys; return how many were left out as damaged.
 
-
-def decode(reader: CacheReader, record: Record) -> SparseTargets:
-    """Decode a record's payload within the bounds that the manifest sets; raises CodecError as `codec.decode`."""
-    return codec.decode(
-        record.payload,
-        spec=TargetSpec.from_canonical(reader.fingerprint.spec),
-        vocab_size=reader.fingerprint.vocab_size,
-        id_model=_id_model(reader.id_model) if reader.id_model else None,
-        num_rows=len(record.token_ids),
-    )
-
-
-def export(reader: CacheReader, output: Path, *, records_per_file: int = 100_000) -> tuple[list[Path], int]:
-    """Write `output`/part-00000.parquet and so on, in the order of the keys.
-
-    Returns the files and how many damaged records were left out. Row t of a sequence holds the entries row_offsets[t]
-    to row_offsets[t + 1] and belongs to the prediction of token t + 1. The files' metadata holds the fingerprint and
-    the provenance. Raises CacheError if the folder holds Parquet files already.
+    Row t of a sequence holds the entries row_offsets[t] to row_offsets[t + 1] and belongs to the prediction of token
+    t + 1. The file's metadata holds the fingerprint and the provenance. Raises FileExistsError if there is the file.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    if any(output.glob("*.parquet")):
-        raise CacheError(f"expected a folder without Parquet files, {output} holds some of an earlier export")
     schema = pa.schema(COLUMNS, metadata=shard_schema(reader.manifest).metadata)
-    files: list[Path] = []
     written = 0
-    for start in watched(range(0, len(reader), records_per_file), "exporting"):
-        files.append(output / f"part-{len(files):05d}.parquet")
-        end = min(start + records_per_file, len(reader))
-        with pq.ParquetWriter(files[-1], schema, compression="zstd") as writer:
-            for first in range(start, end, ROWS_PER_GROUP):
-                rows = list(_decoded_rows(reader, first, min(first + ROWS_PER_GROUP, end)))
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-                written += len(rows)
-    return files, len(reader) - written
+    with output.open("xb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for first in watched(range(0, len(reader), ROWS_PER_GROUP), "exporting"):
+            rows = list(_decoded_rows(reader, first, min(first + ROWS_PER_GROUP, len(reader))))
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+            written += len(rows)
+    return len(reader) - written
 
 
 def _decoded_rows(reader: CacheReader, first: int, last: int) -> Iterator[dict[str, Any]]:
     """Yield the columns of the records that are whole and can be decoded."""
+    known = reader.fingerprint
+    id_model = IdModel.from_bytes(reader.id_model) if reader.id_model else None
+    options: Any = {"spec": TargetSpec.from_canonical(known.spec), "vocab_size": known.vocab_size, "id_model": id_model}
     for i in range(first, last):
         with contextlib.suppress(CorruptRecord, CacheMiss, CodecError):
             record = reader.record(i)
-            targets = decode(reader, record)
+            targets = codec.decode(record.payload, num_rows=len(record.token_ids), **options)
             yield {
                 "key": record.key,
                 "token_ids": record.token_ids,

@@ -20,16 +20,7 @@ from logitstream.cache.index import index_path
 from logitstream.cache.manifest import MANIFEST, Manifest, file_bytes, read_manifest, tree_bytes
 from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.reader import CacheReader
-from logitstream.cache.shard import (
-    OPEN_SUFFIX,
-    Spans,
-    age,
-    bound_of_bytes,
-    encode_batch,
-    read_stored,
-    shard_schema,
-    spans_of,
-)
+from logitstream.cache.shard import OPEN_SUFFIX, Spans, age, bound_of_bytes, read_stored
 from logitstream.cache.snapshot import shards_in
 from logitstream.cache.tools import watched
 from logitstream.cache.tools.verify import all_shards, check_shard, shard_log
@@ -160,15 +151,13 @@ def _carry_out(plan: _Plan, manifest: Manifest) -> None:
     if plan.is_sound and plan.stays.all():
         return
     if plan.stays.any():
-        schema = shard_schema(manifest)
         new = OpenShard.create(plan.path.parent, plan.path.name.rsplit("-", 1)[0], manifest)
         try:
             with plan.path.open("rb", buffering=0) as file:
                 kept = plan.spans[plan.stays]
                 for start in range(0, len(kept), BATCH_RECORDS):
                     batch = [read_stored(file.fileno(), one.tobytes()) for one in kept[start : start + BATCH_RECORDS]]
-                    content = encode_batch(batch, schema)
-                    new.append(content, spans_of(content, new.size, schema))
+                    new.append(batch)
             new.seal()
         except (OSError, CorruptRecord):
             new.discard()
