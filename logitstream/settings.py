@@ -120,7 +120,8 @@ def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
                 raise
         except (ValueError, TypeError, LookupError):
             pass
-    raise SettingsError(f"{_place(value)}{path}: expected {formatannotation(hint)}, got {_plain(value)!r}")
+    expected = f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else formatannotation(hint)
+    raise SettingsError(f"{_place(value)}{path}: expected {expected}, got {_plain(value)!r}")
 
 
 def _as(kind: Any, value: Any, path: str, root: type) -> Any:

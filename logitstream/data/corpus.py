@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,23 @@ from datasets.fingerprint import Hasher
 
 from logitstream.cache import CacheReader
 from logitstream.cache.disk import cache_disk
-from logitstream.data import documents, packing, token_rows
+from logitstream.data import documents, packing
+from logitstream.data.documents import ROW_MASK, TOKEN_MASKS, number_documents, positions_of
 from logitstream.data.loss_mask import IGNORED_LABEL
 from logitstream.data.student_limits import StudentLimits
-from logitstream.data.token_rows import COLUMNS, LOSS_COLUMNS
 from logitstream.errors import CorruptRecord
 from logitstream.types import TokenSequence, request_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+LOSS_COLUMNS = ("labels", ROW_MASK, *TOKEN_MASKS)
+DOCUMENTS = ("position_ids", "seq_idx", "seq_lengths")
+"""Columns that mark the documents of a packed row; seq_lengths (TRL's) has one entry a document."""
+COLUMNS = ("input_ids", *LOSS_COLUMNS, "attention_mask", *DOCUMENTS)
+ROWS_LOOKED_AT = 100
 TEXT = {"sample_by": "document", "encoding": "utf-8-sig"}
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys((".txt", ".md", ".rst"), ("text", TEXT)),
@@ -64,9 +72,7 @@ def load_sequences(
         raise ValueError(f"expected the same of {', '.join((text_column, *COLUMNS))} in every file: {told}")
     arguments: dict[str, Any] = {"parts": parts, "sequence_tokens": sequence_tokens, "limits": limits}
     if "input_ids" in parts[0].column_names:
-        return _generate(
-            token_rows.cut, arguments | {"paths": tuple(paths)}, f"no row holds a token: {', '.join(paths)}"
-        )
+        return _generate(cut, arguments | {"paths": tuple(paths)}, f"no row holds a token: {', '.join(paths)}")
     limits.check_length(sequence_tokens, "sequence_tokens")
     frame = packing.frame_of(tokenizer, start=document_start, end=document_end)
     return _generate(
@@ -83,7 +89,7 @@ def _generate(sequences: Callable[..., Iterator[dict[str, Any]]], arguments: dic
     """
     if next(sequences(**arguments), None) is None:
         raise ValueError(if_none)
-    code = [Path(str(module.__file__)).read_bytes() for module in (documents, packing, token_rows)]
+    code = [Path(str(file)).read_bytes() for file in (__file__, documents.__file__, packing.__file__)]
     known = Hasher.hash((code, sequences.__name__, arguments))
     try:
         return Dataset.from_generator(sequences, gen_kwargs=arguments, fingerprint=known)
@@ -95,7 +101,7 @@ def _load(file: Path, text_column: str) -> Dataset:
     """Return the token columns, or the text, of one file or of a folder that `datasets` saved."""
     rows = _read(file, text_column)
     if "input_ids" in rows.column_names:
-        return token_rows.known_columns(rows, str(file))
+        return known_columns(rows, str(file))
     if text_column not in rows.column_names:
         names = ", ".join(rows.column_names)
         raise ValueError(f"{file}: expected a column {text_column!r} or 'input_ids', got {names}")
@@ -120,6 +126,90 @@ def _read(file: Path, text_column: str) -> Dataset:
         reason = str(error.__cause__ or error) or "no row"
         raise ValueError(f"{file}: expected rows in {builder}, got something else ({reason})") from error
     return rows.rename_column("text", text_column) if builder == "text" and text_column != "text" else rows
+
+
+def known_columns(rows: Dataset, path: str) -> Dataset:
+    """Return the rows with those of COLUMNS that they have, and log the names of the others.
+
+    ValueError if one of those is not a list of whole numbers or bools a row, or if another column has an entry for each
+    token: leaving it out would change what the row means.
+    """
+    columns = [name for name in COLUMNS if name in rows.column_names]
+    others = [name for name in rows.column_names if name not in columns]
+    for name in columns:
+        entry = getattr(rows.features[name], "feature", None)
+        if not isinstance(entry, Value) or not ("int" in entry.dtype or entry.dtype in ("bool", "null")):
+            raise ValueError(
+                f"{path}: expected {name} to hold a list of whole numbers a row, got {rows.features[name]}"
+            )
+    if wrong := per_token(rows, others):
+        raise ValueError(
+            f"{path}: the column {wrong[0]!r} has an entry for each token, and is not known: remove it, or name it as "
+            f"one of {', '.join(COLUMNS[1:])}"
+        )
+    if others:
+        logger.info("%s: not used: %s", path, ", ".join(others))
+    return rows.select_columns(columns)
+
+
+def per_token(rows: Dataset, names: Sequence[str]) -> list[str]:
+    """Return the names of columns with an entry for each of a row's input_ids, judged by the first rows."""
+    first = rows.with_format(None)[:ROWS_LOOKED_AT]
+    found = []
+    for name in names:
+        pairs = zip(first.get("input_ids", ()), first[name], strict=False)
+        both = [(ids, own) for ids, own in pairs if ids and own is not None]
+        if both and all(isinstance(own, list) and len(own) == len(ids) for ids, own in both):
+            found.append(name)
+    return found
+
+
+def cut(
+    parts: Sequence[Dataset], paths: Sequence[str], sequence_tokens: int, limits: StudentLimits
+) -> Iterator[dict[str, Any]]:
+    """Yield the first `sequence_tokens` tokens of each row without its padding; rows of padding alone are left out.
+
+    If any row may hold several documents, all rows come with position_ids. ValueError, with path and row, if columns do
+    not belong together or the student cannot take an id or a document. Logs how much the cut ends hold.
+    """
+    is_packed = any(name in rows.column_names for rows in parts for name in DOCUMENTS)
+    lengths = []
+    for path, rows in zip(paths, parts, strict=True):
+        for index, row in enumerate(rows):
+            try:
+                values = _values(row)
+                numbers = number_documents({name: one[None] for name, one in values.items()})[0]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: row {index}: {error}") from error
+            kept = np.flatnonzero(numbers)[:sequence_tokens]
+            lengths.append(np.count_nonzero(numbers))
+            if len(kept):
+                positions = positions_of(numbers[None])[0, kept]
+                limits.check_ids(values["input_ids"][kept], f"{path}: row {index}")
+                limits.check_length(int(positions.max()) + 1, f"{path}: row {index}")
+                found = {name: values[name][kept] for name in ("input_ids", *LOSS_COLUMNS) if name in values}
+                yield found | ({"position_ids": positions} if is_packed else {})
+    lost = np.subtract(lengths, sequence_tokens).clip(min=0)
+    if lost.any():
+        logger.warning(
+            "%d of %d rows are longer than sequence_tokens = %d: their ends, %d tokens (%.1f %% of all), are not "
+            "trained on; the longest has %d",
+            *(np.count_nonzero(lost), len(lengths), sequence_tokens),
+            *(lost.sum(), 100 * lost.sum() / np.sum(lengths), max(lengths)),
+        )
+
+
+def _values(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's columns as arrays of one length, with seq_idx in place of seq_lengths."""
+    if empty := [name for name, column in row.items() if column is None or None in column]:
+        raise ValueError(f"expected whole numbers, got an entry of {empty[0]} that is null")
+    values = {name: np.asarray(column, np.int64) for name, column in row.items()}
+    if (ends := values.pop("seq_lengths", None)) is not None:
+        values["seq_idx"] = np.repeat(np.arange(len(ends)), ends)
+    if len({len(column) for column in values.values()}) > 1:
+        lengths = {name: len(column) for name, column in values.items()}
+        raise ValueError(f"expected lists of one length, one entry a token, got lengths {lengths}")
+    return values
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

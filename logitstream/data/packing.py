@@ -178,9 +178,8 @@ def _named(tokenizer: PreTrainedTokenizerBase, setting: str, token: str) -> tupl
 
 def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that ends a document in pretraining; None if the tokenizer has no end at all."""
-    eos = tokenizer.eos_token
+    eos, vocabulary = tokenizer.eos_token, tokenizer.get_vocab()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    vocabulary = tokenizer.get_vocab()
-    if eos not in END_OF_TEXT:
-        eos = next((token for token in END_OF_TEXT if token in special and token in vocabulary), eos)
-    return None if eos is None else vocabulary.get(str(eos), tokenizer.eos_token_id)
+    known = [token for token in END_OF_TEXT if token in special and token in vocabulary]
+    token = eos if eos in END_OF_TEXT or not known else known[0]
+    return None if token is None else vocabulary.get(str(token), tokenizer.eos_token_id)

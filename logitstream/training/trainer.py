@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from logitstream import metrics
+from logitstream.data.corpus import per_token
 from logitstream.data.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from logitstream.data.loss_mask import IGNORED_LABEL, next_token_labels, supervised_mask
 from logitstream.data.student_limits import Before, StudentLimits, hides, refuse_to_see, stands_before, takes_positions
-from logitstream.data.token_rows import per_token
 from logitstream.loss import Diagnostics
 from logitstream.training.checkpoints import ResumableTrainer
 from logitstream.training.distributed import (

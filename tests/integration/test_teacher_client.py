@@ -361,7 +361,7 @@ def test_what_is_wrong_with_one_sequence_stops_no_other() -> None:
         (with_id(POISON_ID), ScoringFailed, "told to fail"),
         (with_id(VOCAB_SIZE), InvalidSequence, "token id 1000 is outside the teacher's vocabulary of 1000"),
         (with_id(-1), InvalidSequence, "token id -1"),
-        (TokenSequence(token_ids=np.zeros(0, np.int32)), InvalidSequence, "empty"),
+        (TokenSequence(token_ids=np.zeros(0, np.int32)), InvalidSequence, "sequence of 0 tokens"),
         (TokenSequence(token_ids=np.zeros(4097, np.int32)), InvalidSequence, "4097 tokens: expected 1 to 4096"),
     ]
     with fake_teacher() as (_, address), connected(address) as client:

@@ -121,7 +121,7 @@ def test_numbers_and_switches_are_taken_as_yaml_spells_them(tmp_path: Path, text
         ("draws:\n  num_samples: 1.5", r"line 2: draws.num_samples: expected int, got 1.5"),
         ("draws:\n  num_samples: [3]", r"draws.num_samples: expected int, got \[3\]"),
         ("draws:\n  fast: maybe", r"line 2: draws.fast: expected bool, got 'maybe'"),
-        ("draws:\n  sampler: odd", r"line 2: draws.sampler: expected Literal.'plain', 'fancy'., got 'odd'"),
+        ("draws:\n  sampler: odd", r"line 2: draws.sampler: expected one of plain, fancy, got 'odd'"),
         ("draws:\n  rate: 1\n  num_samples: 0", r"line 3: draws: num_samples must be at least 1, got 0"),
         ("draws: 3", r"line 1: draws: expected .*Draws, got 3"),
         ("data:\n  word: {a: b}", r"data.word: expected str, got {'a': 'b'}"),
