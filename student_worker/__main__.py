@@ -67,7 +67,7 @@ def train(config: StudentConfig, arguments: TrainingArguments) -> None:
         fail(f"{stopped}{going_on()}", status=status, quiet=is_told_elsewhere)
     except KeyboardInterrupt:
         fail("stopped before training began", status=130)
-    except (LogitstreamError, OSError) as error:
+    except (LogitstreamError, OSError, SettingsError) as error:
         fail(f"{error}{going_on()}")
     except RuntimeError as error:
         lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")

@@ -39,6 +39,7 @@ from logitstream.data.corpus import CacheDataset, collate, load_sequences
 from logitstream.data.student_limits import StudentLimits
 from logitstream.errors import LogitstreamError
 from logitstream.files import naming, refuse_missing_folder, write_whole
+from logitstream.settings import SettingsError
 from logitstream.tokenizer import Vocabulary, load_tokenizer
 from logitstream.training.checkpoints import STAGING, Stopped, choose_checkpoint
 from logitstream.training.distributed import agree_on_teacher, expected_teacher, open_agreed_cache
@@ -62,10 +63,6 @@ class FolderInUse(LogitstreamError):
     """Another run writes to the output folder."""
 
 
-class CannotStart(LogitstreamError):
-    """Settings, files or the teacher do not allow the run to begin."""
-
-
 def run(config: StudentConfig, arguments: TrainingArguments) -> None:
     """Load, train, evaluate, save; report.json, progress.jsonl and the student lie in `output_dir`."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -80,21 +77,21 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
         try:
             plan, tokenizer, trainer = prepare(config, arguments, resources)
         except (ValueError, SafetensorError) as error:  # what libraries refuse before training, users can mend
-            raise CannotStart(str(error)) from error
+            raise SettingsError(str(error)) from error
         display = ProgressDisplay(folder)
         trainer.add_callback(display)
         resources.callback(display.close)
         if is_main:
             display.say(announcement(plan, trainer, folder))
         figures = train(trainer, plan.checkpoint)
-        save_student(trainer, tokenizer, folder)
+        trainer.save_model(str(folder))
+        if arguments.should_save:
+            tokenizer.save_pretrained(folder)
         if is_main:
             write_whole(folder / "report.json", json.dumps(figures, indent=2))
-            losses = [figures["heldout_loss_before"], figures["heldout_loss_after"]]
-            loss = (
-                "no held-out loss" if None in losses else "held-out loss {:.3f} → {:.3f} nats a token".format(*losses)
-            )
-            display.say(f"{loss}; the student and report.json are in {folder}")
+            losses = (figures[f"heldout_loss_{when}"] for when in ("before", "after"))
+            before, after = ("unknown" if loss is None else f"{loss:.3f}" for loss in losses)
+            display.say(f"held-out loss {before} → {after} nats a token; student and report.json are in {folder}")
 
 
 @contextlib.contextmanager
@@ -277,18 +274,3 @@ def evaluate(trainer: DistillationTrainer, when: str) -> dict[str, Any]:
     loss, agreement = found.get("eval_loss", math.nan), found.get("eval_teacher_top1_agreement")
     shown = {} if agreement is None else {f"heldout_teacher_top1_agreement_{when}": agreement}
     return {f"heldout_loss_{when}": loss if math.isfinite(loss) else None} | shown
-
-
-def save_student(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the student and its tokenizer, each file whole or as it was."""
-    staged = folder / STAGING / "student"
-    trainer.save_model(str(staged))
-    trainer.accelerator.wait_for_everyone()
-    if not trainer.args.should_save:
-        return
-    tokenizer.save_pretrained(staged)
-    for path in staged.iterdir():
-        if path.is_dir():
-            shutil.rmtree(folder / path.name, ignore_errors=True)
-        path.replace(folder / path.name)
-    shutil.rmtree(staged.parent, ignore_errors=True)

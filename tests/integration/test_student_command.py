@@ -73,7 +73,7 @@ def test_the_same_command_again_is_refused_and_loses_nothing(home: Path, tmp_pat
     assert status == 0, said
     assert "training an untrained LlamaForCausalLM" in said
     assert said.splitlines()[-1].startswith("held-out loss ")
-    assert f"report.json are in {tmp_path / 'run'}" in said.splitlines()[-1]
+    assert f"student and report.json are in {tmp_path / 'run'}" in said.splitlines()[-1]
     (kept,) = (tmp_path / "run").glob("checkpoint-*")
     before = {path: path.read_bytes() for path in kept.iterdir()}
     status, said = run(config)
