@@ -16,6 +16,7 @@ import psutil
 
 from benchmarks.instant_teacher import MAX_MESSAGE_BYTES, VOCAB_SIZE
 from demo.assets import teacher_folder
+from logitstream.errors import RequestError
 from logitstream.rpc.channel import open_channel
 from logitstream.rpc.remote_teacher import Caller, RemoteTeacher
 from logitstream.types import TargetSpec, TokenSequence
@@ -97,10 +98,10 @@ class Client:
 
     async def _call(self, sequences: Sequence[TokenSequence]) -> None:
         sent = time.perf_counter()
-        async for answer in self._teacher.score(sequences, SPEC, self._caller):
-            if answer.error is not None:
-                raise answer.error
-            now, num_tokens = time.perf_counter(), len(sequences[answer.index])
+        async for index, answer in self._teacher.score(sequences, SPEC, self._caller):
+            if isinstance(answer, RequestError):
+                raise answer
+            now, num_tokens = time.perf_counter(), len(sequences[index])
             self.latencies.append(now - sent)
             self.times.append((now, num_tokens))
             self.payload_bytes += len(answer.payload)

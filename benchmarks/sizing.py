@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.load import VOCAB_SIZE, instant
 from benchmarks.machine import machine
+from logitstream.client.connections import TeacherSettings
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.training.target_stream import TargetStream
@@ -75,9 +76,8 @@ def student(addresses: Sequence[str], number: int) -> float:
     rng = np.random.default_rng(number)
     shape = (BATCH_SEQUENCES, NUM_TOKENS)
     batches = [{"input_ids": torch.from_numpy(rng.integers(0, VOCAB_SIZE, shape))} for _ in range(NUM_STEPS)]
-    client = GrpcTeacherClient(
-        addresses, spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER, client_id=f"student-{number}"
-    )
+    settings = TeacherSettings(addresses=list(addresses), client_id=f"student-{number}")
+    client = GrpcTeacherClient(settings, spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER)
     waiting = 0.0
     with contextlib.closing(client):
         batch = iter(TargetStream(batches, client))

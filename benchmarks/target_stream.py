@@ -46,9 +46,7 @@ def main() -> None:
     with instant() as (address, _):
         for codec_version in (1, 2):
             spec = TargetSpec(num_samples=50, codec_version=codec_version)
-            client = GrpcTeacherClient(
-                [address], spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER, client_id="benchmark"
-            )
+            client = GrpcTeacherClient([address], spec, vocab_size=VOCAB_SIZE, tokenizer=UNCHECKED_TOKENIZER)
             results[f"codec_{codec_version}"] = measure(client, spec)
             client.close()
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")

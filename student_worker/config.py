@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from logitstream.client.access import teacher_host
+from logitstream.client.connections import TeacherSettings, teacher_host
 from logitstream.metrics import MetricsSettings
 from logitstream.rpc.addresses import check_exposure
-from logitstream.rpc.channel import TlsSettings
+from logitstream.rpc.tls import TlsSettings
 from logitstream.settings import build, parse, require_at_least, setting
 from logitstream.types import TargetSpec
 
@@ -60,29 +60,6 @@ class DataSettings:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "sequence_tokens")
         require_at_least(self, 0, "max_sequences", "heldout_sequences")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherSettings:
-    """The teacher's replicas and how long to wait for them."""
-
-    addresses: list[str] = setting(
-        "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
-    )
-    token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used if it is empty.", "")
-    client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
-    connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
-    deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
-    max_teacher_lag: int = setting(
-        "0: all targets come from the same weights; n: the teacher may learn, and targets more than n versions old are "
-        "asked for again; -1: any version.",
-        0,
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "connect_timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 Source = Literal["online", "cache", "cache_then_online"]

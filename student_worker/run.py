@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from logitstream import metrics
-from logitstream.client.access import check_access
+from logitstream.client.connections import check_access
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.data.corpus import CacheDataset, collate, load_sequences
 from logitstream.data.student_limits import StudentLimits
@@ -124,19 +124,18 @@ def prepare(
     wanted, with_optimizer = arguments.resume_from_checkpoint, not arguments.save_only_model
     checkpoint = by_main_process(lambda: choose_checkpoint(folder, wanted, with_optimizer=with_optimizer))
     if is_online:
-        check_access(config.tls.files(), token_file=config.teacher.token_file)  # before minutes of packing
+        check_access(config.tls, config.teacher.token_file)  # before minutes of packing
     tokenizer, model = load_student(config, arguments)
     vocabulary = Vocabulary.of(tokenizer)
 
     def connect(spec: TargetSpec) -> GrpcTeacherClient:
         return GrpcTeacherClient(
-            spec=spec,
+            config.teacher,
+            spec,
             vocab_size=model.config.get_text_config().vocab_size,
             tokenizer=vocabulary,
-            tls=config.tls.files(),
-            insecure=config.tls.insecure,
+            tls=config.tls,
             fingerprint=expected_teacher(checkpoint, spec),
-            **asdict(config.teacher),
         )
 
     limits = StudentLimits.of(model)

@@ -17,7 +17,7 @@ from grpc import aio
 
 from logitstream import metrics
 from logitstream.files import naming
-from logitstream.rpc.channel import TlsSettings
+from logitstream.rpc.tls import TlsSettings
 from logitstream.rpc.tokens import LastGood, checked_token
 from teacher_server.calls import HEALTH_SERVICE, aborting
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from logitstream.metrics import MetricsSettings
 from logitstream.rpc.addresses import is_loopback
-from logitstream.rpc.channel import TlsSettings
+from logitstream.rpc.tls import TlsSettings
 from logitstream.settings import require_at_least, setting
 from logitstream.types import MAX_MESSAGE_BYTES
 

@@ -20,8 +20,8 @@ from logitstream import codec, metrics
 from logitstream.errors import LogitstreamError, one_line
 from logitstream.files import write_whole
 from logitstream.rpc.addresses import is_loopback
-from logitstream.rpc.certificates import certificate_expiry, server_credentials
 from logitstream.rpc.channel import server_options
+from logitstream.rpc.tls import certificate_expiry, server_credentials
 from logitstream.rpc.tokens import LastGood
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TeacherInfo
@@ -105,9 +105,9 @@ class TeacherServer:
     async def _listen(self) -> None:
         config, limits, num_files, credentials = self._config.server, self._config.limits, raise_file_limit(), None
         log.info("up to %d files and connections may be open", num_files)
-        if files := self._config.tls.files():
-            check_tls(certificate := self._config.tls)
-            credentials = server_credentials(files)
+        if (certificate := self._config.tls).cert:
+            check_tls(certificate)
+            credentials = server_credentials(certificate)
             metrics.TEACHER_CERTIFICATE_EXPIRY.set_function(
                 LastGood(
                     lambda: certificate_expiry(certificate.cert), "the certificate's expiry", default=math.nan

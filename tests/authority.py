@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trustme
 
-from logitstream.rpc.channel import TlsFiles
+from logitstream.rpc.tls import TlsSettings
 
 
 class Authority:
@@ -19,7 +19,7 @@ class Authority:
         self.path = str(folder / "ca.pem")
         self.ca.cert_pem.write_to_path(self.path)
 
-    def issue(self, name: str, *, expired: bool = False) -> TlsFiles:
+    def issue(self, name: str, *, expired: bool = False) -> TlsSettings:
         now = datetime.now(UTC)
         first, last = (now - timedelta(days=9), now - timedelta(days=2)) if expired else (None, now + timedelta(days=9))
         leaf = self.ca.issue_cert("localhost", not_before=first, not_after=last)
@@ -28,4 +28,4 @@ class Authority:
             partial = path.with_suffix(".partial")
             partial.write_bytes(b"".join(blob.bytes() for blob in blobs))
             partial.rename(path)
-        return TlsFiles(certificate=str(certificate), key=str(key), authority=self.path)
+        return TlsSettings(cert=str(certificate), key=str(key), ca=self.path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
+from logitstream.client.connections import TeacherSettings
+from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.settings import build
+from logitstream.types import TargetSpec
 from student_worker.config import StudentConfig
 from teacher_server.config import TeacherConfig
 
@@ -43,3 +46,10 @@ def teacher_config(**settings: Any) -> TeacherConfig:
 
 def student_config(**settings: Any) -> StudentConfig:
     return build(StudentConfig, nested(StudentConfig, settings))
+
+
+def teacher_client(addresses: Sequence[str], spec: TargetSpec, **settings: Any) -> GrpcTeacherClient:
+    """A client of these replicas, the fields of TeacherSettings among its other settings."""
+    names = {field.name for field in fields(TeacherSettings)} & settings.keys()
+    teacher = TeacherSettings(addresses=list(addresses), **{name: settings.pop(name) for name in names})
+    return GrpcTeacherClient(teacher, spec, **settings)

@@ -15,7 +15,8 @@ import numpy as np
 from grpc import aio
 
 from logitstream.rpc import convert
-from logitstream.rpc.channel import TlsFiles, bearer_metadata, open_channel
+from logitstream.rpc.channel import bearer_metadata, open_channel
+from logitstream.rpc.tls import TlsSettings
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
 from logitstream.tokenizer import Vocabulary
@@ -83,7 +84,7 @@ class ScoreCall:
 class WireClient:
     """Calls of one server, made from messages by hand."""
 
-    def __init__(self, address: str, *, token: str | None = None, tls: TlsFiles | None = None) -> None:
+    def __init__(self, address: str, *, token: str | None = None, tls: TlsSettings | None = None) -> None:
         self.channel = open_channel(address, max_message_bytes=8 << 20, tls=tls)
         self.stub = TeacherServiceStub(self.channel)
         self.metadata = bearer_metadata(token)

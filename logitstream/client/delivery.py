@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from logitstream import metrics
-from logitstream.client.replica import Call, Request, RequestBatch, loop_time, request_bytes
+from logitstream.client.replica import Call, Request, RequestBatch, loop_time
 from logitstream.client.replicas import ReplicaPool
-from logitstream.client.teacher_identity import TeacherIdentity, wire_digest
+from logitstream.client.teacher_identity import TeacherIdentity
 from logitstream.errors import (
     InvalidSequence,
     LogitstreamError,
@@ -23,7 +23,6 @@ from logitstream.errors import (
     TeacherUnavailable,
     TooManyInFlight,
 )
-from logitstream.rpc.remote_teacher import Answer
 from logitstream.types import ReceivedTargets, TeacherInfo
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Delivery:
             for request in batch.requests:
                 request.future.cancel()
             return
-        batch.expires = batch.expires or loop_time() + self._deadline_seconds
+        batch.since = batch.since or loop_time()
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(self._deliver(batch))
         self._tasks[task] = batch
         task.add_done_callback(self._ended)
@@ -80,12 +79,12 @@ class Delivery:
         while batch.requests:
             call = await self._pool.acquire(batch, expiry=lambda: self._expiry(batch))
             if call is None:
-                raise self._timed_out(batch)
+                raise self._timed_out(batch, "not sent")
             if rest := batch.requests[len(call.requests) :]:
                 self.begin(replace(batch, requests=rest))
             batch.requests = call.requests
             if not batch.sent:
-                batch.sent, batch.expires = True, loop_time() + self._deadline_seconds
+                batch.sent, batch.since = True, loop_time()
             error = await self._score(batch, call)
             batch.requests = [request for request in call.requests if not request.future.done()]
             batch.avoid = call.replica
@@ -101,29 +100,29 @@ class Delivery:
 
     async def _score(self, batch: RequestBatch, call: Call) -> LogitstreamError | None:
         """Make one call and set the futures that it answers; return what ended it early, unless that is final."""
-        info = call.replica.info
+        info, expires = call.replica.info, batch.since + self._deadline_seconds
         assert info is not None
         error: BaseException | None = asyncio.CancelledError()
         try:
             call.requests = [request for request in call.requests if self._fits(request, info)]
             if not call.requests:
                 return None
-            async with asyncio.timeout_at(batch.expires) as call.scope:
+            async with asyncio.timeout_at(expires) as call.scope:
                 answers = call.connection.score(
                     [request.sequence for request in call.requests],
-                    self._identity.student.spec,
+                    self._identity.spec,
                     self._identity.caller(info),
                     draw_set=batch.draw_set,
                     priority=batch.priority,
-                    deadline_seconds=batch.expires - loop_time() + 1.0,
+                    deadline_seconds=expires - loop_time() + 1.0,
                 )
                 async with contextlib.aclosing(answers):
-                    async for answer in answers:
-                        await self._take(call, answer)
+                    async for index, outcome in answers:
+                        await self._take(call, call.requests[index], outcome)
             error = None
         except TimeoutError:
-            error = self._timed_out(batch, call)
-            if not call.given_up:
+            if loop_time() >= expires:
+                error = self._timed_out(batch, f"sent to {call.replica.address}")
                 raise error from None
             error = TeacherUnavailable(f"{call.replica.address}: it answers nothing, and others are there")
         except LogitstreamError as caught:
@@ -134,37 +133,31 @@ class Delivery:
             self._pool.finish(call, error)
         return error
 
-    async def _take(self, call: Call, answer: Answer) -> None:
+    async def _take(self, call: Call, request: Request, outcome: ReceivedTargets | RequestError) -> None:
         """Use an answer. Weights that changed while serving are described again before their first targets are used."""
-        request, info, error = call.requests[answer.index], call.replica.info, answer.error
-        assert info is not None
-        described = wire_digest(info)
-        digest = answer.weights_digest or described
-        if error is None and self._identity.is_news(digest, described):
-            await self._pool.describe_again(call)
+        if isinstance(outcome, RequestError):
+            self._pool.answered(call)
+            self._refuse(request, outcome, may_retry=outcome.retryable)
+            return
+        assert call.replica.info is not None
+        described, identity = call.replica.info.short_weights_digest, self._identity
+        digest = outcome.weights_digest or described
+        if identity.is_news(digest, described):
+            info = await call.connection.describe()
+            identity.accept(call.replica.address, info)
+            call.replica.info = info
         self._pool.answered(call)
-        fingerprint = self._identity.fingerprint_digest(digest)
-        if error is not None:
-            self._refuse(request, error, may_retry=error.retryable)
-        elif fingerprint is None:  # replaced twice between two answers: nobody can tell what made these targets
+        fingerprint = identity.fingerprint_digest(digest)
+        if fingerprint is None:  # replaced twice between two answers: nobody can tell what made these targets
             metrics.STUDENT_RETRIES.labels(reason="unknown_weights").inc()
-        elif self._identity.is_stale(digest):
-            lag, most = self._identity.lag(digest), self._identity.max_teacher_lag
-            stale = StaleTeacher(f"targets {lag} versions old, at most {most} are allowed")
-            self._refuse(request, stale, may_retry=True)
-        else:
-            metrics.STUDENT_TEACHER_LAG.set(self._identity.lag(digest))
-            metrics.STUDENT_RECEIVED_BYTES.inc(answer.wire_bytes)
+        elif identity.is_stale(digest):
+            lag = f"targets {identity.lag(digest)} versions old, at most {identity.max_teacher_lag} are allowed"
+            self._refuse(request, StaleTeacher(lag), may_retry=True)
+        elif request.future.set_running_or_notify_cancel():
+            metrics.STUDENT_TEACHER_LAG.set(identity.lag(digest))
+            metrics.STUDENT_RECEIVED_BYTES.inc(outcome.wire_bytes)
             metrics.STUDENT_ROWS.inc(len(request.sequence))
-            received = ReceivedTargets(
-                payload=answer.payload,
-                fingerprint=fingerprint,
-                teacher_version=answer.teacher_version,
-                weights_digest=digest,
-                wire_bytes=answer.wire_bytes,
-            )
-            if request.future.set_running_or_notify_cancel():
-                request.future.set_result(received)
+            request.future.set_result(replace(outcome, fingerprint=fingerprint, weights_digest=digest))
 
     def _refuse(self, request: Request, error: LogitstreamError, *, may_retry: bool) -> None:
         request.refusals += not isinstance(error, ServerDraining)
@@ -192,13 +185,11 @@ class Delivery:
 
     def _fits(self, request: Request, info: TeacherInfo) -> bool:
         """Check that a teacher can take a sequence; if not, fail its future and return False."""
-        sequence = request.sequence
         try:
-            sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
-            self._identity.student.tokenizer.check_sequence(sequence, info)
-            num_bytes = request_bytes(sequence)
-            if num_bytes > info.max_message_bytes:
-                raise InvalidSequence(f"a request of {num_bytes} bytes: the limit is {info.max_message_bytes}")
+            request.sequence.validate(vocab_size=info.vocab_size, max_sequence_tokens=info.max_sequence_tokens)
+            self._identity.tokenizer.check_sequence(request.sequence, info)
+            if request.num_bytes > info.max_message_bytes:
+                raise InvalidSequence(f"a request of {request.num_bytes} bytes: the limit is {info.max_message_bytes}")
         except RequestError as error:
             request.fail(error)
             return False
@@ -206,12 +197,9 @@ class Delivery:
 
     def _expiry(self, batch: RequestBatch) -> float:
         """Return when to give up; while teachers answer others, a batch that waits for room is not late."""
-        if batch.sent:
-            return batch.expires
-        return max(batch.expires, self._pool.progress_at + self._deadline_seconds)
+        return (batch.since if batch.sent else max(batch.since, self._pool.progress_at)) + self._deadline_seconds
 
-    def _timed_out(self, batch: RequestBatch, call: Call | None = None) -> TeacherUnavailable:
-        where = f"sent to {call.replica.address}" if call else "not sent"
+    def _timed_out(self, batch: RequestBatch, where: str) -> TeacherUnavailable:
         return TeacherUnavailable(
             f"no targets within {self._deadline_seconds:g} s ({where}, {batch.losses} connections lost) "
             f"{self._pool.condition()}"

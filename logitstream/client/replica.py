@@ -29,6 +29,11 @@ class Request:
     future: Future[ReceivedTargets] = field(default_factory=Future)
     refusals: int = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """An upper bound on its size in a message."""
+        return 64 + 4 * len(self.sequence) + len(self.sequence) // 8
+
     def fail(self, error: BaseException) -> None:
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
@@ -36,12 +41,12 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class RequestBatch:
-    """Requests that are sent together, and what has become of them so far."""
+    """Requests that are sent together, and what has become of them so far; since: asked for, or sent, at this time."""
 
     requests: list[Request]
     draw_set: int
     priority: int
-    expires: float = 0.0
+    since: float = 0.0
     sent: bool = False
     losses: int = 0
     lone_losses: int = 0
@@ -63,11 +68,10 @@ class Call:
     connection: RemoteTeacher
     requests: list[Request]
     suspect: bool
-    began: float
     num_tokens: int
     tokens_ahead: int
+    began: float
     scope: asyncio.Timeout | None = None
-    given_up: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +115,7 @@ class Replica:
         costs: list[int] = []
         for request in requests:
             costs.append(request.cost)
-            max_bytes -= request_bytes(request.sequence)
+            max_bytes -= request.num_bytes
             if (call_tokens(costs) > room and (self.calls or costs[1:])) or (max_bytes < 0 and costs[1:]):
                 return list(requests[: len(costs) - 1])
         return list(requests)
@@ -119,17 +123,11 @@ class Replica:
     def expected_seconds(self, num_tokens: int, now: float) -> float:
         """Estimate when one more call would be answered; ties go to the emptier replica.
 
-        An idle replica's known speed counts half as much with every FORGET_SECONDS, so that one that
-        was slow when it was asked last is asked again.
+        An idle replica's known speed counts half as much with every FORGET_SECONDS, so that it is asked again.
         """
         idle_seconds = 0.0 if self.calls else now - self.progress_at
-        seconds_per_token = self.seconds_per_token * math.pow(0.5, idle_seconds / FORGET_SECONDS)
-        return (self.in_flight_tokens + num_tokens) * max(seconds_per_token, 1e-9)
-
-
-def request_bytes(sequence: TokenSequence) -> int:
-    """Return an upper bound on one sequence's size in a message."""
-    return 64 + 4 * len(sequence) + len(sequence) // 8
+        speed = self.seconds_per_token * math.pow(0.5, idle_seconds / FORGET_SECONDS)
+        return (self.in_flight_tokens + num_tokens) * max(speed, 1e-9)
 
 
 def loop_time() -> float:

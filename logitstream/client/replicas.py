@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from logitstream import metrics
 from logitstream.client.replica import Call, Replica, RequestBatch, loop_time
-from logitstream.client.teacher_identity import TeacherIdentity, TokenizerMismatch, wire_digest
+from logitstream.client.teacher_identity import TeacherIdentity, TokenizerMismatch
 from logitstream.errors import FingerprintMismatch, LogitstreamError, TeacherUnavailable, TooManyInFlight
 from logitstream.rpc.remote_teacher import RemoteTeacher
 from logitstream.types import TeacherInfo, call_tokens
@@ -42,7 +42,7 @@ class ReplicaPool:
         self._identity = identity
         self._connect = connect
         self._patience = patience_seconds
-        self._dead_end: LogitstreamError | None = None
+        self._unlike: FingerprintMismatch | None = None
         self._resolve_error: Exception | None = None
         self._changed = asyncio.Event()
         self._waiting: list[tuple[float, int, RequestBatch, asyncio.Future[Call]]] = []
@@ -54,7 +54,7 @@ class ReplicaPool:
         for address in addresses:
             if address not in self.replicas:
                 replica = self.replicas[address] = Replica(address, loop_time(), self._patience[0])
-                self._start_up(replica, wait=False)
+                replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=False))
         for address in self.replicas.keys() - set(addresses):
             replica = self.replicas.pop(address)
             if replica.starting is not None:
@@ -73,8 +73,8 @@ class ReplicaPool:
     async def wait_started(self) -> TeacherInfo:
         """Wait until requests may be sent; raise the error that means they never will be."""
         while not self.started or self._identity.info is None:
-            if self._dead_end is not None:
-                raise self._dead_end
+            if (dead_end := self._dead_end()) is not None:
+                raise dead_end
             await self._changed.wait()
         return self._identity.info
 
@@ -117,15 +117,9 @@ class ReplicaPool:
             replica.connection = None
             replica.silent += 1
             self._failed(replica, error, "lost")
-            self._start_up(replica, wait=True)
+            replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=True))
         self._close_unused(replica, call.connection)
         self._update()
-
-    async def describe_again(self, call: Call) -> None:
-        """Learn which weights a replica serves now. Raises FingerprintMismatch if they must not be used."""
-        info = await call.connection.describe()
-        self._identity.accept(call.replica.address, info)
-        call.replica.info = info
 
     def give_up_stalled(self) -> None:
         """Give up calls at replicas that answer nothing for too long, if there are others to go to.
@@ -137,8 +131,7 @@ class ReplicaPool:
         for replica in stalled if len(stalled) < len(ready) else []:
             replica.patience = min(2 * replica.patience, max(self._patience))
             for call in replica.calls:
-                if call.scope is not None and not call.given_up and not call.scope.expired():
-                    call.given_up = True
+                if call.scope is not None and not call.scope.expired():
                     call.scope.reschedule(now)
 
     def condition(self) -> str:
@@ -153,14 +146,6 @@ class ReplicaPool:
         self.set_addresses([])
         await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
 
-    def _start_up(self, replica: Replica, *, wait: bool) -> None:
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                logger.error("a bug: teacher %s is not asked any more", replica.address, exc_info=error)
-
-        replica.starting = asyncio.ensure_future(self._bring_up(replica, wait=wait))
-        replica.starting.add_done_callback(ended)
-
     async def _bring_up(self, replica: Replica, *, wait: bool) -> None:
         """Connect and describe until the replica can be asked."""
         while True:
@@ -170,23 +155,23 @@ class ReplicaPool:
             connection: RemoteTeacher | None = None
             try:
                 connection = self._connect(replica.address)
-                replica.info = info = await self._describe(replica.address, connection)
-                replica.connection = connection
+                replica.info = await self._describe(replica.address, connection)
+                replica.connection, replica.error = connection, None
                 break
-            except (OSError, ValueError) as error:  # a token or certificate file that is being replaced
-                self._failed(replica, TeacherUnavailable(f"{replica.address}: {error}"), "not reached yet")
             except LogitstreamError as error:
                 self._failed(replica, error, "not reached yet" if isinstance(error, TeacherUnavailable) else "refused")
+            except Exception as error:  # OSError or ValueError: a token or certificate file that is being replaced
+                self._failed(replica, TeacherUnavailable(f"{replica.address}: {error!r}"), "not reached yet")
             finally:
                 if connection is not None and replica.connection is not connection:
                     await connection.close()
             replica.silent, wait = replica.silent + 1, True
-        replica.error, replica.limit = None, info.max_in_flight_tokens
-        logger.info("teacher %s ready: %s, %d tokens in flight", replica.address, info.model, replica.limit)
+        replica.limit = replica.info.max_in_flight_tokens
+        logger.info("teacher %s ready: %s, %d tokens in flight", replica.address, replica.info.model, replica.limit)
         self._update()
 
     async def _describe(self, address: str, connection: RemoteTeacher) -> TeacherInfo:
-        info, tokenizer = await connection.describe(), self._identity.student.tokenizer
+        info, tokenizer = await connection.describe(), self._identity.tokenizer
         try:
             self._identity.accept(address, info)
         except TokenizerMismatch as error:
@@ -210,44 +195,47 @@ class ReplicaPool:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    def _dead_end(self) -> LogitstreamError | None:
+        """Return why nothing can be asked for, if that will not change by itself."""
+        replicas = list(self.replicas.values())
+        return self._unlike or (replicas[0].error if replicas and all(one.refused for one in replicas) else None)
+
     def _update(self) -> None:
         """Begin if all replicas that are up have been described, and send or fail the batches that wait."""
-        replicas = list(self.replicas.values())
         if not self.started:
-            self._start(replicas)
-        if replicas and all(replica.refused for replica in replicas):
-            self._dead_end = self._dead_end or replicas[0].error
-        elif not isinstance(self._dead_end, _Unlike):
-            self._dead_end = None
+            self._start()
+        dead_end = self._dead_end()
         self._changed.set()
         self._changed.clear()
         while self._waiting:
             _, _, batch, future = self._waiting[0]
             if not future.done():
-                if self._dead_end is not None:
-                    future.set_exception(self._dead_end)
+                if dead_end is not None:
+                    future.set_exception(dead_end)
                 elif self.started and (call := self._choose(batch)) is not None:
                     future.set_result(call)
                 else:
                     break
             heapq.heappop(self._waiting)
+        replicas = self.replicas.values()
         metrics.STUDENT_IN_FLIGHT_TOKENS.set(sum(replica.in_flight_tokens for replica in replicas))
         metrics.STUDENT_CREDIT_TOKENS.set(sum(replica.limit for replica in replicas if replica.connection))
 
-    def _start(self, replicas: Sequence[Replica]) -> None:
+    def _start(self) -> None:
         """Begin once all replicas that are up have been described.
 
         Without an expected teacher they must all serve the same, or whoever answers first would decide. Later, and if
         the caller has named the teacher, one that differs is left alone.
         """
+        replicas = list(self.replicas.values())
         if any(replica.connection is None and replica.error is None for replica in replicas):
             return
         ready = [replica.address for replica in replicas if replica.connection]
         unlike = [replica for replica in replicas if isinstance(replica.error, FingerprintMismatch)]
         if ready and unlike and not self._identity.is_named:
             both = f"the replicas {ready[0]} and {unlike[0].address} differ, where a run has one teacher"
-            self._dead_end = _Unlike(f"{both}: {unlike[0].error}")
-        self.started = bool(ready) and not isinstance(self._dead_end, _Unlike)
+            self._unlike = FingerprintMismatch(f"{both}: {unlike[0].error}")
+        self.started = bool(ready) and self._unlike is None
 
     def _choose(self, batch: RequestBatch) -> Call | None:
         """Begin a call at the replica that would answer first; not the one that just failed, if another has room."""
@@ -258,7 +246,7 @@ class ReplicaPool:
             if replica.connection is None or replica.info is None or now < replica.paused_until:
                 continue
             avoided = replica is batch.avoid
-            stale = self._identity.is_stale(wire_digest(replica.info))  # one at a time, to see when it has caught up
+            stale = self._identity.is_stale(replica.info.short_weights_digest)  # alone, to see when it has caught up
             admitted = replica.admits(batch.requests, alone=stale or batch.suspect)
             if not admitted or (stale and avoided):
                 continue
@@ -266,13 +254,9 @@ class ReplicaPool:
             rank = avoided, replica.expected_seconds(num_tokens, now)
             if best is None or rank < best:
                 best, ahead = rank, replica.in_flight_tokens
-                call = Call(replica, replica.connection, admitted, batch.suspect, now, num_tokens, ahead)
+                call = Call(replica, replica.connection, admitted, batch.suspect, num_tokens, ahead, now)
         if call is not None:
             if not call.replica.calls:
                 call.replica.progress_at = now
             call.replica.calls.add(call)
         return call
-
-
-class _Unlike(FingerprintMismatch):
-    """Replicas that are up at the start differ."""

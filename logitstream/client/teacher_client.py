@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from logitstream.client.access import Connecting, Connector
+from logitstream.client.connections import Connecting, Connections, TeacherSettings, check_access
 from logitstream.client.delivery import Delivery
 from logitstream.client.replica import Request, RequestBatch
 from logitstream.client.replicas import ReplicaPool
-from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity
+from logitstream.client.teacher_identity import OwnTokenizer, TeacherIdentity
 from logitstream.errors import TeacherUnavailable
-from logitstream.rpc.channel import TlsFiles
+from logitstream.rpc.tls import TlsSettings
 from logitstream.tokenizer import HasVocabulary, Vocabulary
 from logitstream.types import (
     Fingerprint,
@@ -70,43 +70,42 @@ class GrpcTeacherClient:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        teacher: TeacherSettings | Sequence[str],
         spec: TargetSpec,
         *,
         vocab_size: int,
         tokenizer: HasVocabulary | Vocabulary | str,
-        client_id: str = "student",
-        tls: TlsFiles | None = None,
+        tls: TlsSettings | None = None,
         token: str = "",
-        token_file: str = "",
-        insecure: bool = False,
-        deadline_seconds: float = 300.0,
-        connect_timeout_seconds: float = 300.0,
-        max_teacher_lag: int = 0,
         fingerprint: Fingerprint | None = None,
-        stalled_seconds: float = 60.0,
         connecting: Connecting | None = None,
     ) -> None:
         """Connect in the background. Raises ValueError for a bad address, token or certificate, or for plaintext to
-        another machine without `insecure`.
+        another machine without `tls.insecure`.
 
-        vocab_size: rows of the student's head. tokenizer: the student's; or its `tokenizer_digest`, which cannot
-            tell what differs; UNCHECKED_TOKENIZER if the caller vouches that ids mean the same to the teacher.
-        token: wins over token_file, which wins over $LOGITSTREAM_TOKEN.
-        deadline_seconds: from the first sending of a sequence, or of waiting for any answer, to TeacherUnavailable.
-        stalled_seconds: a replica that answers nothing for this long, while others are ready, is given up.
-        max_teacher_lag: see TeacherIdentity. fingerprint: of the teacher to accept; None: the first replica's.
+        teacher: settings, or addresses alone. vocab_size: rows of the student's head. tokenizer: the student's; or its
+            `tokenizer_digest`, which cannot tell what differs; UNCHECKED_TOKENIZER if the caller vouches that ids mean
+            the same to the teacher. token: wins over teacher.token_file, which wins over $LOGITSTREAM_TOKEN.
+        fingerprint: of the teacher to accept; None: the first replica's.
         """
-        self._connector = Connector(
-            addresses, connecting or Connecting(), tls=tls, token=token, token_file=token_file, insecure=insecure
-        )
+        settings = teacher if isinstance(teacher, TeacherSettings) else TeacherSettings(addresses=list(teacher))
+        tls = tls or TlsSettings()
+        read_token = check_access(tls, settings.token_file, token=token)
+        connecting = connecting or Connecting()
+        self._connections = Connections(settings.addresses, tls, read_token, connecting)
         self.spec, self._vocab_size = spec, vocab_size
-        self._connect_timeout = connect_timeout_seconds
-        student = Student(client_id=client_id, vocab_size=vocab_size, tokenizer=OwnTokenizer(tokenizer), spec=spec)
-        self._identity = TeacherIdentity(student, max_teacher_lag=max_teacher_lag, fingerprint=fingerprint)
-        patience = (stalled_seconds, deadline_seconds / 2)  # leaves time for another replica
-        self._pool = ReplicaPool(self._identity, self._connector.connect, patience_seconds=patience)
-        self._delivery = Delivery(self._pool, self._identity, deadline_seconds=deadline_seconds)
+        self._connect_timeout = settings.connect_timeout_seconds
+        self._identity = TeacherIdentity(
+            spec,
+            vocab_size=vocab_size,
+            tokenizer=OwnTokenizer(tokenizer),
+            client_id=settings.client_id,
+            max_teacher_lag=settings.max_teacher_lag,
+            fingerprint=fingerprint,
+        )
+        patience = (connecting.stalled_seconds, settings.deadline_seconds / 2)  # leaves time for another replica
+        self._pool = ReplicaPool(self._identity, self._connections.connect, patience_seconds=patience)
+        self._delivery = Delivery(self._pool, self._identity, deadline_seconds=settings.deadline_seconds)
         self._closed = threading.Event()
         self._loop = _background_loop(os.getpid())
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
@@ -158,8 +157,8 @@ class GrpcTeacherClient:
     async def _watch(self) -> None:
         """Look names up again and again, so that new replicas are found; give up replicas that are stalled."""
         while True:
-            self._pool.set_addresses(await self._connector.look_up(self._pool.unresolved))
-            until = self._loop.time() + self._connector.settings.resolve_seconds
+            self._pool.set_addresses(await self._connections.look_up(self._pool.unresolved))
+            until = self._loop.time() + self._connections.connecting.resolve_seconds
             while (left := until - self._loop.time()) > 0:
                 await asyncio.sleep(min(TICK_SECONDS, left))
                 self._pool.give_up_stalled()

@@ -6,7 +6,7 @@ import asyncio
 import bisect
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from logitstream.errors import FingerprintMismatch, InvalidSequence, LogitstreamError
 from logitstream.rpc.remote_teacher import Caller
@@ -61,11 +61,10 @@ class OwnTokenizer:
         num_shared = self._shared_with(info)
         if self._vocabulary is None or num_shared == len(self._vocabulary.pairs):
             return
-        first, _ = self._vocabulary.pairs[num_shared]
-        largest = int(sequence.token_ids.max(initial=-1))
+        pairs = self._vocabulary.pairs
+        first, largest = pairs[num_shared][0], int(sequence.token_ids.max(initial=-1))
         if largest >= first:
-            place = min(bisect.bisect_left(self._vocabulary.pairs, (largest, "")), len(self._vocabulary.pairs) - 1)
-            token = self._vocabulary.pairs[place][1]
+            token = pairs[min(bisect.bisect_left(pairs, (largest, "")), len(pairs) - 1)][1]
             raise InvalidSequence(
                 f"token id {largest} ({token!r}) was added to the student's tokenizer: the teacher's ends below {first}"
             )
@@ -76,21 +75,18 @@ class OwnTokenizer:
         if self._vocabulary is None:
             return f"{remedy}; given the student's tokenizer in place of its digest, this message names the tokens"
         try:
-            theirs = await ask()
-            differences = await asyncio.to_thread(vocabulary_differences, self._vocabulary, theirs)
+            return f"{await asyncio.to_thread(vocabulary_differences, self._vocabulary, await ask())}: {remedy}"
         except LogitstreamError as error:
             return f"{remedy} (which tokens differ cannot be told: {error})"
-        return f"{differences}: {remedy}"
 
     async def compare_rules(self, ask: AskTeacher, info: TeacherInfo) -> None:
         """Warn, once for each teacher's tokenizer, if the same text becomes other tokens of the same vocabulary."""
-        if self._vocabulary is None or not self._vocabulary.rules or not info.tokenizer_rules:
+        mine, theirs = self._vocabulary, info.tokenizer_rules
+        if mine is None or not mine.rules or theirs in ("", mine.rules_digest, *self._compared_rules):
             return
-        if info.tokenizer_rules in (self._vocabulary.rules_digest, *self._compared_rules):
-            return
-        self._compared_rules.add(info.tokenizer_rules)
+        self._compared_rules.add(theirs)
         try:
-            differences = rule_differences(self._vocabulary, await ask())
+            differences = rule_differences(mine, await ask())
         except LogitstreamError as error:
             differences = f"which rules differ cannot be told: {error}"
         logger.warning(
@@ -101,22 +97,10 @@ class OwnTokenizer:
         )
 
     def _shared_with(self, info: TeacherInfo) -> int:
-        if self._vocabulary is None:
-            return 0
         digest = info.tokenizer_digest
         if digest not in self._num_shared:
-            self._num_shared[digest] = self._vocabulary.num_shared(digest)
+            self._num_shared[digest] = self._vocabulary.num_shared(digest) if self._vocabulary else 0
         return self._num_shared[digest]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Student:
-    """The student, as it describes itself in every call."""
-
-    client_id: str
-    vocab_size: int
-    tokenizer: OwnTokenizer
-    spec: TargetSpec
 
 
 class TeacherIdentity:
@@ -129,13 +113,21 @@ class TeacherIdentity:
     client's own numbering of their digests (`_number_of`).
     """
 
-    def __init__(self, student: Student, *, max_teacher_lag: int = 0, fingerprint: Fingerprint | None = None) -> None:
-        self.student = student
+    def __init__(
+        self,
+        spec: TargetSpec,
+        *,
+        vocab_size: int,
+        tokenizer: OwnTokenizer,
+        client_id: str = "student",
+        max_teacher_lag: int = 0,
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
+        self.spec, self.vocab_size, self.tokenizer, self.client_id = spec, vocab_size, tokenizer, client_id
         self.info: TeacherInfo | None = None
         self.max_teacher_lag = max_teacher_lag
         self.is_named = fingerprint is not None  # else the first replica decides
-        self._expected = fingerprint
-        self._expected_of = ""
+        self._expected, self._expected_of = fingerprint, "its"
         self._fingerprints: dict[bytes, str] = {}
         self._numbers: dict[bytes, int] = {}
         self._serving: dict[str, TeacherInfo] = {}
@@ -143,20 +135,18 @@ class TeacherIdentity:
     def accept(self, address: str, info: TeacherInfo) -> None:
         """Note what a replica serves; raise FingerprintMismatch if its targets must not be used."""
         self._check_student(info)
-        try:
-            digest = wire_digest(info)
-        except ValueError:
-            raise FingerprintMismatch(f"expected a hex digest of the weights, got {info.weights_digest!r}") from None
-        fingerprint = Fingerprint.of(info, self.student.spec)
+        fingerprint = Fingerprint.of(info, self.spec)
         try:
             Fingerprint.from_json(asdict(fingerprint))
         except ValueError as error:
             raise FingerprintMismatch(f"a teacher that describes itself as no teacher can: {error}") from None
         if self._expected is None:
-            self._expected, self._expected_of = fingerprint, address
+            self._expected, self._expected_of = fingerprint, f"{address}'s"
         if differences := teacher_differences(self._expected, fingerprint, max_teacher_lag=self.max_teacher_lag):
-            whose = f"{self._expected_of}'s" if self._expected_of else "its"
-            raise FingerprintMismatch(f"not the teacher that this run trains from ({whose} value first): {differences}")
+            raise FingerprintMismatch(
+                f"not the teacher that this run trains from ({self._expected_of} value first): {differences}"
+            )
+        digest = info.short_weights_digest
         self._fingerprints[digest] = fingerprint.digest
         self._numbers[digest] = self._number_of(digest, info, self._serving.get(address))
         self._serving[address] = info
@@ -170,9 +160,9 @@ class TeacherIdentity:
     def caller(self, info: TeacherInfo) -> Caller:
         """Return what every call says of the student, and what it expects of this teacher."""
         return Caller(
-            client_id=self.student.client_id,
-            vocab_size=self.student.vocab_size,
-            tokenizer_digest=self.student.tokenizer.digest_for(info),
+            client_id=self.client_id,
+            vocab_size=self.vocab_size,
+            tokenizer_digest=self.tokenizer.digest_for(info),
             weights_digest=info.weights_digest if self.max_teacher_lag == 0 else "",
         )
 
@@ -191,7 +181,7 @@ class TeacherIdentity:
         if self.info is None:
             return 0
         oldest = min(self._numbers.values()) - max(self.max_teacher_lag, 0) - 1
-        return max(self._numbers[wire_digest(self.info)] - self._numbers.get(digest, oldest), 0)
+        return max(self._numbers[self.info.short_weights_digest] - self._numbers.get(digest, oldest), 0)
 
     def is_stale(self, digest: bytes) -> bool:
         return 0 < self.max_teacher_lag < self.lag(digest)
@@ -204,30 +194,29 @@ class TeacherIdentity:
         its own count reveals versions in between that this client never saw.
         """
         step = info.teacher_version - before.teacher_version if before else 0
-        counted = [self._numbers[wire_digest(before)] + step] if before and step > 0 else []
+        counted = [self._numbers[before.short_weights_digest] + step] if before and step > 0 else []
         if (known := self._numbers.get(digest)) is not None:
             return max([known, *counted])
         others = self._serving.values()
         if info.teacher_version == 0 and any(one.teacher_version for one in others):
-            return min(self._numbers[wire_digest(one)] - one.teacher_version for one in others)
+            return min(self._numbers[one.short_weights_digest] - one.teacher_version for one in others)
         return max([max(self._numbers.values(), default=-1) + 1, *counted])
 
     def _find_newest(self) -> None:
         """Describe the teacher by the newest weights served; it stays what it was when no replica is left."""
         serving = self._serving.values()
-        self.info = max(serving, key=lambda one: self._numbers[wire_digest(one)], default=self.info)
+        self.info = max(serving, key=lambda one: self._numbers[one.short_weights_digest], default=self.info)
 
     def _check_student(self, info: TeacherInfo) -> None:
-        mine = self.student
-        if mine.vocab_size < info.vocab_size:
+        if self.vocab_size < info.vocab_size:
             raise FingerprintMismatch(
-                f"student's vocabulary of {mine.vocab_size}, the teacher's has {info.vocab_size}; where only padding "
-                f"differs, start teacher-server with --vocab_size {mine.vocab_size}"
+                f"student's vocabulary of {self.vocab_size}, the teacher's has {info.vocab_size}; where only padding "
+                f"differs, start teacher-server with --vocab_size {self.vocab_size}"
             )
-        mine.tokenizer.digest_for(info)
-        if mine.spec.sampler not in info.samplers or mine.spec.codec_version not in info.codec_versions:
+        self.tokenizer.digest_for(info)
+        if self.spec.sampler not in info.samplers or self.spec.codec_version not in info.codec_versions:
             raise FingerprintMismatch(
-                f"expected sampler {mine.spec.sampler} and codec version {mine.spec.codec_version}, the teacher offers "
+                f"expected sampler {self.spec.sampler} and codec version {self.spec.codec_version}, the teacher offers "
                 f"{', '.join(info.samplers)} and versions {', '.join(map(str, info.codec_versions))}"
             )
 
@@ -237,8 +226,3 @@ def teacher_differences(expected: Fingerprint, found: Fingerprint, *, max_teache
     if max_teacher_lag != 0:
         found = replace(found, weights_digest=expected.weights_digest)
     return expected.differences(found)
-
-
-def wire_digest(info: TeacherInfo) -> bytes:
-    """Return the part of the weights' digest that comes with every answer."""
-    return info.short_weights_digest

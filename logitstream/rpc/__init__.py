@@ -7,3 +7,4 @@ stream dies of a segmentation fault (grpcio 1.85); without them it runs, as long
 import os
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a server that goes away is this package's to tell, in its words

@@ -1,17 +1,14 @@
-"""Channel and server options, keepalive, TLS and bearer tokens, on which both ends of a connection must agree."""
+"""Options on which both ends of a connection must agree, and a client's channel."""
 
 from __future__ import annotations
 
-import ssl
+import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import grpc
 from grpc import aio
 
-from logitstream.rpc.proxy import proxy_of
-from logitstream.settings import setting
+from logitstream.rpc.addresses import is_loopback, split_address
+from logitstream.rpc.tls import TlsSettings, client_credentials
 
 Options = list[tuple[str, int | str]]
 
@@ -23,8 +20,8 @@ ENVELOPE_BYTES = 64 << 10
 MAX_CONNECTION_CALLS = 256
 HANDSHAKE_SECONDS = 5.0
 """How long a new connection may take to say anything: TLS and the HTTP/2 preface."""
-IDLE_SECONDS = 10.0
-"""How long a connection may have no call open; a client that calls again connects again without noticing."""
+IDLE_SECONDS = 600.0
+"""How long a connection may have no call open: longer than a student that evaluates or writes a checkpoint."""
 
 
 def _keepalive(
@@ -43,7 +40,7 @@ def _keepalive(
 def server_options(max_message_bytes: int, *, max_connections: int = 1024) -> Options:
     """Return options with which gRPC refuses longer messages before they are parsed (RESOURCE_EXHAUSTED).
 
-    Connections beyond max_connections are closed as they come; silent and idle ones are closed soon to make room.
+    Connections beyond max_connections are closed as they come; silent ones are closed soon to make room.
     """
     return [
         *_keepalive(),
@@ -59,83 +56,8 @@ def server_options(max_message_bytes: int, *, max_connections: int = 1024) -> Op
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsFiles:
-    """PEM files of one end: own certificate chain and key, and the authority that the other end's must come from."""
-
-    certificate: str | None = None
-    key: str | None = None
-    authority: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("TLS needs the certificate and the key, or neither")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsSettings:
-    """Encryption of the connections between students and teachers, for the settings of both commands."""
-
-    ca: str = setting(
-        "PEM file of the authority that must have signed the other end's certificate. On a student also `system` (this "
-        "machine's authorities); empty: plaintext, which only a teacher on this machine gets. On a teacher empty: "
-        "students need no certificate.",
-        "",
-    )
-    cert: str = setting("PEM file of this end's certificate chain.", "")
-    key: str = setting("PEM file of this end's private key.", "")
-    insecure: bool = setting("Allow plaintext between machines, as behind a proxy or in a private network.", False)
-
-    def __post_init__(self) -> None:
-        if bool(self.cert) != bool(self.key):
-            raise ValueError("TLS needs tls.cert and tls.key, or neither")
-
-    def files(self) -> TlsFiles | None:
-        """Return the files for a channel or a server; None: plaintext."""
-        if not self.ca and not self.cert:
-            return None
-        authority = None if self.ca in ("", "system") else self.ca
-        return TlsFiles(certificate=self.cert or None, key=self.key or None, authority=authority)
-
-
-def client_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
-    """Return credentials that check the server's certificate against `authority`, or the system's authorities if None.
-
-    Raises OSError or ValueError for files that let nobody in: gRPC itself takes any bytes and fails each handshake.
-    """
-    authority = Path(files.authority).read_bytes() if files.authority else system_authorities()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        context.load_verify_locations(cadata=authority.decode("ascii", "ignore"))
-    except (ssl.SSLError, ValueError) as error:
-        where = f"the authority {files.authority}" if files.authority else "this system's store of authorities"
-        raise ValueError(f"{where} holds no certificate in PEM: {error}") from None
-    key = certificate = None
-    if files.certificate is not None and files.key is not None:
-        key, certificate = Path(files.key).read_bytes(), Path(files.certificate).read_bytes()
-        try:  # an encrypted key must not ask for its password on the terminal
-            context.load_cert_chain(files.certificate, files.key, lambda: b"")
-        except ssl.SSLError as error:
-            message = f"the certificate {files.certificate} and the key {files.key} do not go together: {error}"
-            raise ValueError(message) from None
-    return grpc.ssl_channel_credentials(root_certificates=authority, private_key=key, certificate_chain=certificate)
-
-
-def system_authorities() -> bytes:
-    """Return the certificates, in PEM, that OpenSSL trusts here; $SSL_CERT_FILE and $SSL_CERT_DIR replace them.
-
-    gRPC would take a list of its own, which knows nothing of what an administrator added.
-    """
-    paths = ssl.get_default_verify_paths()
-    if paths.cafile:
-        return Path(paths.cafile).read_bytes()
-    files = sorted(Path(paths.capath).iterdir()) if paths.capath else []
-    found = (path.read_bytes() for path in files if path.is_file())
-    return b"\n".join(sorted({content for content in found if b"BEGIN CERTIFICATE" in content}))
-
-
 def open_channel(
-    address: str, *, max_message_bytes: int, tls: TlsFiles | None = None, server_name: str = "", **keepalive: float
+    address: str, *, max_message_bytes: int, tls: TlsSettings | None = None, server_name: str = "", **keepalive: float
 ) -> aio.Channel:
     """Return a channel that connects lazily; certificates are read anew for each one, so they can be rotated.
 
@@ -147,14 +69,24 @@ def open_channel(
         ("grpc.enable_retries", 0),  # the client asks again by itself, elsewhere
         ("grpc.max_receive_message_length", max_message_bytes + 2 * ENVELOPE_BYTES),
         ("grpc.max_send_message_length", 2 * max_message_bytes),
+        ("grpc.enable_http_proxy", int(uses_proxy(address, server_name))),
     ]
     if server_name:
         options += [("grpc.ssl_target_name_override", server_name), ("grpc.default_authority", server_name)]
-    if not proxy_of(address, server_name):
-        options.append(("grpc.enable_http_proxy", 0))
-    if tls is None:
+    if tls is None or not tls.ca:
         return aio.insecure_channel(address, options=options)
     return aio.secure_channel(address, client_credentials(tls), options=options)
+
+
+def uses_proxy(address: str, server_name: str = "") -> bool:
+    """Return whether a proxy that the environment names may be used: not within this machine nor against `no_proxy`.
+
+    gRPC looks at the address alone, which is looked up before: it would miss the name in `no_proxy`.
+    """
+    if is_loopback(address) or not urllib.request.getproxies():
+        return False
+    hosts = split_address(address)[0], server_name
+    return not any(urllib.request.proxy_bypass(host) for host in hosts if host)
 
 
 def bearer_metadata(token: str | None) -> Sequence[tuple[str, str]]:

@@ -80,8 +80,8 @@ def sequence_from_message(message: pb.Sequence, *, vocab_size: int, max_sequence
         raise InvalidSequence(f"token_bytes of {len(data)} bytes: expected {ID_BYTES} a token")
     if not 0 < num_tokens <= max_sequence_tokens:  # before anything is made of its length
         raise InvalidSequence(f"sequence of {num_tokens} tokens: expected 1 to {max_sequence_tokens}")
-    token_ids = np.frombuffer(data, "<u4").astype(np.uint32)  # a copy, which may be written to
-    largest = int(np.maximum.reduce(token_ids))
+    token_ids = np.frombuffer(bytearray(data), "<u4")  # a copy, which may be written to
+    largest = int(token_ids.max())
     if largest >= vocab_size:
         raise InvalidSequence(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")
     loss_mask = unpack_mask(message.loss_mask, num_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from grpc import aio
 
@@ -16,28 +16,12 @@ from logitstream.rpc.status import error_of
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.rpc.v1.teacher_pb2_grpc import TeacherServiceStub
 from logitstream.tokenizer import Vocabulary
-from logitstream.types import TargetSpec, TeacherInfo, TokenSequence
+from logitstream.types import ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence
 
 FRAMING_BYTES = 5
 """A result's tag and length in its message, and its share of gRPC's own five bytes."""
 MAX_TOKENIZER_BYTES = 32 << 20
 """Largest vocabulary taken from a teacher, deflated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One sequence's encoded targets, or its error.
-
-    index: the sequence's place in the call; wire_bytes: its part of the gRPC message; weights_digest: the first bytes
-    of the digest of the weights that scored it.
-    """
-
-    index: int
-    payload: bytes = b""
-    wire_bytes: int = 0
-    error: RequestError | None = None
-    teacher_version: int = 0
-    weights_digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +50,13 @@ class RemoteTeacher:
 
     async def describe(self) -> TeacherInfo:
         """Ask what is served now."""
+        call = self._stub.Describe(pb.DescribeRequest(), timeout=self._timeout, metadata=self._metadata)
         with self._naming_errors():
-            return info_from_message(
-                await self._stub.Describe(pb.DescribeRequest(), timeout=self._timeout, metadata=self._metadata)
-            )
+            return info_from_message(await call)
 
     async def describe_tokenizer(self) -> Vocabulary:
         """Fetch the teacher's whole vocabulary: megabytes for a large one."""
-        data = bytearray()
-        request = pb.DescribeTokenizerRequest()
+        data, request = bytearray(), pb.DescribeTokenizerRequest()
         with self._naming_errors():
             async for part in self._stub.DescribeTokenizer(request, timeout=self._timeout, metadata=self._metadata):
                 data += part.data
@@ -94,19 +76,15 @@ class RemoteTeacher:
         draw_set: int = 0,
         priority: int = 0,
         deadline_seconds: float | None = None,
-    ) -> AsyncGenerator[Answer]:
-        """Yield one answer a sequence, as each is ready; fewer if the call fails on the way, which raises.
+    ) -> AsyncGenerator[tuple[int, ReceivedTargets | RequestError]]:
+        """Yield the place of each sequence and what became of it, as each is ready; raise if the call fails on the way.
 
         A call may have TeacherInfo.max_in_flight_tokens (`types.call_tokens`), or a single sequence. Read promptly:
-        what is not read counts against this client. One that is turned away again and again should ask for less at a
-        time.
+        what is not read counts against this client. The targets name no fingerprint yet.
         """
         request = pb.ScoreRequest(
-            client_id=caller.client_id,
+            **asdict(caller),
             spec=spec_to_message(spec),
-            vocab_size=caller.vocab_size,
-            tokenizer_digest=caller.tokenizer_digest,
-            weights_digest=caller.weights_digest,
             draw_set=draw_set,
             priority=max(priority, 0),
             sequences=map(sequence_to_message, sequences),
@@ -120,15 +98,7 @@ class RemoteTeacher:
                         if result.index not in missing:
                             raise ProtocolViolation(f"an answer to sequence {result.index}, which none awaits")
                         missing.remove(result.index)
-                        refused = result.WhichOneof("outcome") != "targets"
-                        yield Answer(
-                            index=result.index,
-                            payload=result.targets,
-                            wire_bytes=result.ByteSize() + FRAMING_BYTES,
-                            error=error_from_message(result.error) if refused else None,
-                            teacher_version=result.teacher_version,
-                            weights_digest=result.weights_digest,
-                        )
+                        yield result.index, _outcome(result)
                 if missing:
                     raise ProtocolViolation(f"the call ended well with {len(missing)} sequences unanswered")
         finally:
@@ -143,13 +113,24 @@ class RemoteTeacher:
         """Raise a call's errors as this package's, with the server's address before their words."""
         try:
             yield
-        except ProtocolViolation as error:
-            raise ProtocolViolation(f"{self._address}: {error}") from None
+        except ProtocolViolation as violation:
+            raise ProtocolViolation(f"{self._address}: {violation}") from None
         except aio.AioRpcError as failed:
-            translated = error_of(failed.code(), failed.details() or "", failed.trailing_metadata())
+            error = error_of(failed.code(), failed.details() or "", failed.trailing_metadata())
             hint = ""
-            if isinstance(translated, AccessDenied):
+            if isinstance(error, AccessDenied):
                 sent = "the token that was sent is none of the server's" if self._metadata else "no token was sent"
                 hint = f" ({sent}: see teacher.token_file and $LOGITSTREAM_TOKEN)"
-            translated.args = (f"{self._address}: {translated}{hint}",)
-            raise translated from None
+            error.args = (f"{self._address}: {error}{hint}",)
+            raise error from None
+
+
+def _outcome(result: pb.ScoreResult) -> ReceivedTargets | RequestError:
+    if result.WhichOneof("outcome") != "targets":
+        return error_from_message(result.error)
+    return ReceivedTargets(
+        payload=result.targets,
+        teacher_version=result.teacher_version,
+        weights_digest=result.weights_digest,
+        wire_bytes=result.ByteSize() + FRAMING_BYTES,
+    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import grpc
+from grpc import StatusCode
 
 from logitstream.errors import (
     AccessDenied,
     FingerprintMismatch,
-    InvalidSequence,
     InvalidSpec,
     LogitstreamError,
     ProtocolViolation,
@@ -19,39 +18,39 @@ from logitstream.errors import (
     TooManyInFlight,
 )
 
-STATUS_OF_ERROR: dict[type[LogitstreamError], grpc.StatusCode] = {
-    AccessDenied: grpc.StatusCode.UNAUTHENTICATED,
-    FingerprintMismatch: grpc.StatusCode.FAILED_PRECONDITION,
-    InvalidSpec: grpc.StatusCode.INVALID_ARGUMENT,
-    InvalidSequence: grpc.StatusCode.INVALID_ARGUMENT,
-    ProtocolViolation: grpc.StatusCode.INVALID_ARGUMENT,
-    TooManyInFlight: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    ServerDraining: grpc.StatusCode.UNAVAILABLE,
-    TeacherUnavailable: grpc.StatusCode.UNAVAILABLE,
+STATUS_OF_ERROR: dict[type[LogitstreamError], StatusCode] = {
+    AccessDenied: StatusCode.UNAUTHENTICATED,
+    FingerprintMismatch: StatusCode.FAILED_PRECONDITION,
+    InvalidSpec: StatusCode.INVALID_ARGUMENT,
+    ProtocolViolation: StatusCode.INVALID_ARGUMENT,
+    TooManyInFlight: StatusCode.RESOURCE_EXHAUSTED,
+    ServerDraining: StatusCode.UNAVAILABLE,
+    TeacherUnavailable: StatusCode.UNAVAILABLE,
 }
-
-ERROR_OF_STATUS: dict[grpc.StatusCode, type[LogitstreamError]] = {
-    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
-    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
-    grpc.StatusCode.FAILED_PRECONDITION: FingerprintMismatch,
-    grpc.StatusCode.INVALID_ARGUMENT: ProtocolViolation,
+ERROR_OF_STATUS: dict[StatusCode, type[LogitstreamError]] = {
+    StatusCode.UNAUTHENTICATED: AccessDenied,
+    StatusCode.PERMISSION_DENIED: AccessDenied,
+    StatusCode.FAILED_PRECONDITION: FingerprintMismatch,
+    StatusCode.INVALID_ARGUMENT: ProtocolViolation,
 }
 RETRYABLE = frozenset(
     (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNKNOWN,
+        StatusCode.UNAVAILABLE,
+        StatusCode.DEADLINE_EXCEEDED,
+        StatusCode.RESOURCE_EXHAUSTED,
+        StatusCode.ABORTED,
+        StatusCode.CANCELLED,
+        StatusCode.INTERNAL,
+        StatusCode.UNKNOWN,
     )
 )
 """Statuses after which the same call may succeed, at another replica or later.
 
 HTTP/2 errors of a broken connection arrive as INTERNAL or UNKNOWN.
 """
-CANNOT_CONNECT = "failed to connect to all addresses; last error: "
+RETRY_AFTER = "retry-after-ms"
+"""Trailing metadata of a call that a live server turned away: when to come again, there or at another replica."""
+DRAINING_SECONDS = 1.0
 HINTS = {
     "WRONG_VERSION_NUMBER": "it speaks no TLS: leave out tls.ca",
     "CERTIFICATE_VERIFY_FAILED": "its certificate does not come from the authority in tls.ca, or is not valid now",
@@ -61,16 +60,9 @@ HINTS = {
 """Likely causes of a failed connection, by a part of gRPC's words for it."""
 
 
-def status_of(error: LogitstreamError) -> grpc.StatusCode:
+def status_of(error: LogitstreamError) -> StatusCode:
     """Return the status that ends a call for `error`."""
-    return next(
-        (STATUS_OF_ERROR[cls] for cls in type(error).__mro__ if cls in STATUS_OF_ERROR), grpc.StatusCode.INTERNAL
-    )
-
-
-RETRY_AFTER = "retry-after-ms"
-"""Trailing metadata of a call that a live server turned away: when to come again, there or at another replica."""
-DRAINING_SECONDS = 1.0
+    return next((STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR), StatusCode.INTERNAL)
 
 
 def trailing_metadata(error: LogitstreamError) -> tuple[tuple[str, str], ...]:
@@ -82,26 +74,18 @@ def trailing_metadata(error: LogitstreamError) -> tuple[tuple[str, str], ...]:
     return ()
 
 
-def error_of(code: grpc.StatusCode, details: str, trailing: Iterable[Any] | None = None) -> LogitstreamError:
+def error_of(code: StatusCode, details: str, trailing: Iterable[Any] | None = None) -> LogitstreamError:
     """Return the error that a client raises for a call that ended with `code`."""
     retry_after = str(dict(trailing or ()).get(RETRY_AFTER, ""))
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after.isdecimal():
+    if code is StatusCode.RESOURCE_EXHAUSTED and retry_after.isdecimal():
         error = TooManyInFlight(details)
         error.retry_after_seconds = int(retry_after) / 1000
         return error
-    if code is grpc.StatusCode.UNAVAILABLE and retry_after:
+    if code is StatusCode.UNAVAILABLE and retry_after:
         return ServerDraining(details)
     if code in ERROR_OF_STATUS:
         return ERROR_OF_STATUS[code](details)
     if code in RETRYABLE:
-        return TeacherUnavailable(f"{code.name}: {_explained(details)}")
+        hint = next((f" ({hint})" for words, hint in HINTS.items() if words in details), "")
+        return TeacherUnavailable(f"{code.name}: {details}{hint}")
     return LogitstreamError(f"{code.name}: {details}")
-
-
-def _explained(details: str) -> str:
-    """Add what a failed connection means for the settings."""
-    if CANNOT_CONNECT not in details:
-        return details
-    reason = details.replace(CANNOT_CONNECT, "cannot connect: ")
-    hint = next((hint for words, hint in HINTS.items() if words in details), "")
-    return f"{reason} ({hint})" if hint else reason

@@ -1,4 +1,4 @@
-"""Bearer tokens as an HTTP header can carry them, and files that are read anew each time."""
+"""Bearer tokens as an HTTP header can carry them, and values of files that are read anew each time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
-
-DELETE = 0x7F
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -32,14 +30,8 @@ class LastGood(Generic[T]):
         return self._last
 
 
-class TokenFile(LastGood[str]):
-    """The one token of a client's file."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(lambda: _only_token(path), "the token")
-
-
-def _only_token(path: Path) -> str:
+def read_token(path: Path) -> str:
+    """Return the one token of a client's file. Raises OSError or ValueError."""
     token = path.read_bytes().strip()
     if not token:
         raise ValueError(f"no token in {path}")
@@ -48,6 +40,6 @@ def _only_token(path: Path) -> str:
 
 def checked_token(token: bytes, where: str) -> str:
     """Return the token as text. Raises ValueError, which never shows it, if a header cannot carry it."""
-    if not token.isascii() or any(byte <= ord(" ") or byte == DELETE for byte in token):
+    if token and not (token.isascii() and token.decode().isprintable() and b" " not in token):
         raise ValueError(f"{where}: expected a token of printable ASCII characters without spaces, got other bytes")
     return token.decode()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitstream.client.access import Connecting
+from logitstream.client.connections import Connecting, TeacherSettings
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.training.target_cache import open_target_cache
 from logitstream.training.target_stream import TargetStream
@@ -80,14 +80,13 @@ def work(settings: WorkerSettings) -> None:
     done = read_audit(settings.audit)
     epoch, batch = (done[-1]["epoch"], done[-1]["batch"] + 1) if done else (0, 0)
     client = GrpcTeacherClient(
-        settings.addresses,
+        TeacherSettings(addresses=list(settings.addresses), client_id=f"worker-{settings.rank}", deadline_seconds=60.0),
         SPEC,
         vocab_size=VOCAB_SIZE,
         tokenizer=TOKENIZER_DIGEST,
-        client_id=f"worker-{settings.rank}",
-        deadline_seconds=60.0,
-        stalled_seconds=2.0,
-        connecting=Connecting(describe_seconds=2.0, keepalive_seconds=0.5, keepalive_timeout_seconds=0.5),
+        connecting=Connecting(
+            describe_seconds=2.0, stalled_seconds=2.0, keepalive_seconds=0.5, keepalive_timeout_seconds=0.5
+        ),
     )
     cache = open_target_cache(settings.folder / "cache", client, SPEC) if settings.with_cache else None
     audit = os.open(settings.audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

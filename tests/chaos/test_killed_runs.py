@@ -124,7 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = Place(folder)
     secure = [
         "--tls.cert",
-        str(tls.certificate),
+        str(tls.cert),
         "--tls.key",
         str(tls.key),
         "--server.token_file",

@@ -25,19 +25,15 @@ from pathlib import Path
 import torch.distributed as dist
 from logitstream.errors import LogitstreamError
 from logitstream.training.distributed import agree_on_teacher
+from logitstream.client.connections import TeacherSettings
 from logitstream.client.teacher_client import GrpcTeacherClient
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, VOCAB_SIZE
 
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), Path(sys.argv[1])
 for turn, pair in enumerate((sys.argv[2:4], sys.argv[4:6], sys.argv[6:8])):
-    client = GrpcTeacherClient(
-        [pair[rank]],
-        SPEC,
-        vocab_size=VOCAB_SIZE,
-        tokenizer=TOKENIZER_DIGEST,
-        connect_timeout_seconds=1.0 if turn == 2 else 60.0,
-    )
+    settings = TeacherSettings(addresses=[pair[rank]], connect_timeout_seconds=1.0 if turn == 2 else 60.0)
+    client = GrpcTeacherClient(settings, SPEC, vocab_size=VOCAB_SIZE, tokenizer=TOKENIZER_DIGEST)
     try:
         agree_on_teacher(client, SPEC, folder)
         outcome = client.info.weights_digest

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from logitstream import codec
-from logitstream.client.access import Connecting
+from logitstream.client.connections import Connecting
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.errors import AccessDenied, FingerprintMismatch, InvalidSequence, TeacherUnavailable
-from logitstream.rpc.channel import TlsFiles
+from logitstream.rpc.tls import TlsSettings
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import ReceivedTargets, TargetSpec, TokenSequence
 from teacher_server.backend import ScoreRequest
 from tests.authority import Authority
 from tests.fakes import FakeBackend, fake_targets
 from tests.fault_proxy import fault_proxy
+from tests.flat_settings import teacher_client
 from tests.serving import serving
 
 SPEC = TargetSpec(num_samples=8, codec_version=1)
@@ -34,7 +35,7 @@ SECONDS = 60.0
 
 def client_of(address: str, spec: TargetSpec = SPEC, **settings: Any) -> GrpcTeacherClient:
     usual: dict[str, Any] = {"vocab_size": 1000, "tokenizer": "70" * 32, "connect_timeout_seconds": SECONDS}
-    return GrpcTeacherClient([address], spec, **usual | settings)
+    return teacher_client([address], spec, **usual | settings)
 
 
 def ragged(count: int, seed: int = 0) -> list[TokenSequence]:
@@ -97,13 +98,13 @@ async def close(client: GrpcTeacherClient) -> None:
 async def test_a_server_known_by_name_is_reached_over_tls_with_certificates_on_both_ends(tmp_path: Path) -> None:
     ours = Authority(tmp_path)
     server_files, client_files = ours.issue("server"), ours.issue("client")
-    files: dict[str, Any] = {"tls_cert": server_files.certificate, "tls_key": server_files.key, "tls_ca": ours.path}
+    files: dict[str, Any] = {"tls_cert": server_files.cert, "tls_key": server_files.key, "tls_ca": ours.path}
     async with serving(FakeBackend(), **files) as server:
         address = f"localhost:{server.address.rsplit(':', 1)[1]}"
         client = client_of(address, tls=client_files)
         await exchange(client)
         await close(client)
-        client = client_of(address, tls=TlsFiles(authority=ours.path), connect_timeout_seconds=1.0)
+        client = client_of(address, tls=TlsSettings(ca=ours.path), connect_timeout_seconds=1.0)
         assert isinstance(await refusal(client), TeacherUnavailable)  # no certificate of its own
         await close(client)
         (tmp_path / "foreign").mkdir()
@@ -118,9 +119,9 @@ async def test_the_systems_authorities_are_those_that_openssl_trusts(
 ) -> None:
     ours = Authority(tmp_path)
     files = ours.issue("server")
-    async with serving(FakeBackend(), tls_cert=files.certificate, tls_key=files.key) as server:
+    async with serving(FakeBackend(), tls_cert=files.cert, tls_key=files.key) as server:
         address = f"localhost:{server.address.rsplit(':', 1)[1]}"
-        client = client_of(address, tls=TlsFiles(), connect_timeout_seconds=1.0)
+        client = client_of(address, tls=TlsSettings(ca="system"), connect_timeout_seconds=1.0)
         assert "CERTIFICATE_VERIFY_FAILED" in str(await refusal(client))
         await close(client)
         (tmp_path / "store").mkdir()
@@ -131,7 +132,7 @@ async def test_the_systems_authorities_are_those_that_openssl_trusts(
         ):
             for name, value in variables.items():
                 monkeypatch.setenv(name, value)
-            client = client_of(address, tls=TlsFiles())
+            client = client_of(address, tls=TlsSettings(ca="system"))
             await exchange(client)
             await close(client)
 
@@ -155,7 +156,7 @@ async def test_a_connection_that_fails_says_what_it_means_for_the_settings(tmp_p
     short: dict[str, Any] = {"connect_timeout_seconds": 1.0}
     (tmp_path / "foreign").mkdir()
     files, foreign = ours.issue("server"), Authority(tmp_path / "foreign")
-    tls: dict[str, Any] = {"tls_cert": files.certificate, "tls_key": files.key}
+    tls: dict[str, Any] = {"tls_cert": files.cert, "tls_key": files.key}
     mutual: dict[str, Any] = {"tls_ca": ours.path}
     async with (
         serving(FakeBackend()) as plain,
@@ -164,13 +165,13 @@ async def test_a_connection_that_fails_says_what_it_means_for_the_settings(tmp_p
     ):
         for server, host, files_of_mine, meaning in (
             (encrypted, "127.0.0.1", None, r"as a server does that expects TLS \(tls.ca\)"),
-            (plain, "localhost", TlsFiles(authority=ours.path), "it speaks no TLS: leave out tls.ca"),
-            (encrypted, "localhost", TlsFiles(authority=foreign.path), "not come from the authority in tls.ca"),
-            (encrypted, "127.0.0.1", TlsFiles(authority=ours.path), "its certificate names another host"),
-            (wary, "localhost", TlsFiles(authority=ours.path), r"or a certificate \(tls.cert\)"),
+            (plain, "localhost", TlsSettings(ca=ours.path), "it speaks no TLS: leave out tls.ca"),
+            (encrypted, "localhost", TlsSettings(ca=foreign.path), "not come from the authority in tls.ca"),
+            (encrypted, "127.0.0.1", TlsSettings(ca=ours.path), "its certificate names another host"),
+            (wary, "localhost", TlsSettings(ca=ours.path), r"or a certificate \(tls.cert\)"),
         ):
             client = client_of(f"{host}:{server.address.rpartition(':')[2]}", tls=files_of_mine, **short)
-            assert re.search(f"cannot connect: .*{meaning}", str(await refusal(client)))
+            assert re.search(f"failed to connect .*{meaning}", str(await refusal(client)))
             await close(client)
 
 
@@ -202,7 +203,7 @@ async def test_a_name_in_no_proxy_is_reached_without_the_proxy_and_errors_name_t
             monkeypatch.setenv("no_proxy", no_proxy)
             client = client_of(
                 f"{host}:{port}",
-                insecure=True,
+                tls=TlsSettings(insecure=True),
                 connecting=Connecting(resolve=resolve),
                 connect_timeout_seconds=10.0 if direct else 1.0,
             )
@@ -210,7 +211,7 @@ async def test_a_name_in_no_proxy_is_reached_without_the_proxy_and_errors_name_t
                 await exchange(client, count=2)
             else:
                 told = str(await refusal(client))
-                assert f"{here}:{port} through the proxy http://127.0.0.1:9 ($http_proxy): " in told
+                assert f"{here}:{port} (through the environment's proxy): " in told
                 assert "secret" not in told
             await close(client)
 
@@ -279,7 +280,7 @@ def test_a_missing_token_or_certificate_file_is_named_at_once(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"token_file: .*no-token"):
         client_of("localhost:1", token_file=str(tmp_path / "no-token"))
     with pytest.raises(ValueError, match=r"tls.ca, tls.cert or tls.key: .*no-ca"):
-        client_of("localhost:1", tls=TlsFiles(authority=str(tmp_path / "no-ca")))
+        client_of("localhost:1", tls=TlsSettings(ca=str(tmp_path / "no-ca")))
 
 
 async def test_a_server_that_stops_drains_its_client() -> None:
@@ -301,7 +302,11 @@ async def test_teachers_slower_than_expected_are_given_the_time_they_take(count:
     slow = [FakeBackend(delay_seconds=0.8) for _ in range(2)]
     async with serving(slow[0], drain_seconds=0.1) as first, serving(slow[1], drain_seconds=0.1) as second:
         client = GrpcTeacherClient(
-            [first.address, second.address], SPEC, vocab_size=1000, tokenizer="70" * 32, stalled_seconds=0.2
+            [first.address, second.address],
+            SPEC,
+            vocab_size=1000,
+            tokenizer="70" * 32,
+            connecting=Connecting(stalled_seconds=0.2),
         )
         await asyncio.to_thread(check_all, client.submit(sequences), sequences)
         await close(client)

@@ -18,6 +18,7 @@ from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.training.target_stream import TargetStream
 from logitstream.types import Fingerprint, ReceivedTargets, TargetSpec, TeacherInfo, TokenSequence
 from teacher_server.weights import weights_digest
+from tests.flat_settings import teacher_client
 from tests.learning_teacher import pattern
 from tests.serving import ENVIRONMENT, teacher_process
 from tests.tiny_models import save_tiny_teacher, tiny_model
@@ -83,9 +84,7 @@ def test_a_student_follows_a_teacher_that_keeps_learning(tmp_path: Path) -> None
         learner = subprocess.Popen(learner_command, env=ENVIRONMENT)
         try:
             client = Watched(
-                GrpcTeacherClient(
-                    [address], SPEC, vocab_size=96, tokenizer=UNCHECKED_TOKENIZER, max_teacher_lag=MAX_LAG
-                )
+                teacher_client([address], SPEC, vocab_size=96, tokenizer=UNCHECKED_TOKENIZER, max_teacher_lag=MAX_LAG)
             )
             train(student, client, until_version=2)
             client.close()

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2
@@ -22,12 +23,11 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from logitstream import metrics
 from teacher_server.calls import HEALTH_SERVICE, SERVICE
-from tests.deaf_client import PREFACE, SETTINGS, deaf_call, frame
 from tests.fakes import FakeBackend
 from tests.serving import ENVIRONMENT, WireClient, sequence, serving
 
 SECONDS = 40.0
-"""Idle connections are closed after 5 to 10 s; the rest is for slow machines."""
+"""Silent connections are closed after 5 s; the rest is for slow machines."""
 FILES = 256
 ATTACKERS = 300
 
@@ -113,8 +113,7 @@ async def test_more_idle_connections_than_files_on_every_port_take_nothing_off_l
         await eventually(lambda: gets_targets(f"127.0.0.1:{port}"))
 
 
-@pytest.mark.parametrize("greeting", [b"", PREFACE + frame(SETTINGS, 0, 0, b"")], ids=["silent", "after the preface"])
-async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_has_its_own(greeting: bytes) -> None:
+async def test_connections_that_say_nothing_fill_the_port_for_seconds_and_health_has_its_own() -> None:
     (health_port,) = free_ports(1)
     settings: dict[str, Any] = {"health_address": f"127.0.0.1:{health_port}", "max_connections": 8}
     async with serving(FakeBackend(delay_seconds=1.0), **settings) as server:
@@ -124,7 +123,7 @@ async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_h
             await asyncio.sleep(0.2)
             with ExitStack() as stack:
                 for _ in range(20):
-                    stack.enter_context(await asyncio.to_thread(connected, port, greeting))
+                    stack.enter_context(await asyncio.to_thread(connected, port))
                 await asyncio.sleep(0.2)
                 assert not await gets_targets(server.address)  # all places are taken
                 assert await is_healthy(health_port)
@@ -133,15 +132,11 @@ async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_h
 
 
 async def test_calls_that_never_send_their_request_are_ended() -> None:
-    async with serving(FakeBackend(), max_connections=5) as server:
-        with ExitStack() as stack:
-            for _ in range(2):
-                stack.enter_context(deaf_call(server.address, f"/{HEALTH_SERVICE}/Check", half_close=False))
-            for method in ("Describe", "DescribeTokenizer", "Score"):
-                stack.enter_context(deaf_call(server.address, f"/{SERVICE}/{method}", half_close=False))
-            await asyncio.sleep(0.2)
-            assert not await gets_targets(server.address)
-            await eventually(lambda: gets_targets(server.address))
+    async with serving(FakeBackend()) as server, WireClient(server.address) as client:
+        channel: Any = client.channel
+        for call in [channel.stream_stream(f"/{name}")() for name in (f"{HEALTH_SERVICE}/Check", f"{SERVICE}/Score")]:
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            assert await call.details() == "no request within 10 seconds"
 
 
 def test_a_scrape_is_answered_beside_any_number_of_silent_connections() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from logitstream import codec
 from logitstream.client.teacher_client import GrpcTeacherClient
-from logitstream.rpc.channel import TlsFiles
+from logitstream.rpc.tls import TlsSettings
 from logitstream.tokenizer import UNCHECKED_TOKENIZER
 from logitstream.types import TargetSpec, TokenSequence
 from teacher_server.server import TeacherServer
@@ -75,7 +75,7 @@ async def run_node(client: Path, address: str, **options: Any) -> dict[str, Any]
 
 
 async def asked_in_python(
-    server: TeacherServer, spec: TargetSpec, sequences: list[TokenSequence], tls: TlsFiles
+    server: TeacherServer, spec: TargetSpec, sequences: list[TokenSequence], tls: TlsSettings
 ) -> list[list[list[tuple[int, float]]]]:
     """Rows of (id, weight) of each sequence, as the Python client gets them."""
 
@@ -103,13 +103,13 @@ async def test_a_client_made_from_the_documents_gets_what_the_python_client_gets
     (tmp_path / "tokens").write_text(f"{TOKEN} node\n")
     (tmp_path / "certificates").mkdir()
     files = Authority(tmp_path / "certificates").issue("server")
-    tls = TlsFiles(authority=files.authority)
+    tls = TlsSettings(ca=files.ca)
     backend = TransformersBackend.load(str(save_tiny_teacher(tmp_path / "model")), dtype="float32", device="cpu")
     rng = np.random.default_rng(1)
     sequences = [sequence(*rng.integers(0, VOCAB_SIZE, length)) for length in (1, 3, 40, 64, 7)]
     settings: dict[str, Any] = {
         "address": "localhost:0",
-        "tls_cert": files.certificate,
+        "tls_cert": files.cert,
         "tls_key": files.key,
         "token_file": str(tmp_path / "tokens"),
         "cache": str(tmp_path / "cache"),  # so that both get the same draws bit for bit, whatever batch they are of
@@ -125,7 +125,7 @@ async def test_a_client_made_from_the_documents_gets_what_the_python_client_gets
             answer = await run_node(
                 node_client,
                 server.address,
-                ca=files.authority,
+                ca=files.ca,
                 token=TOKEN,
                 spec={"sampler": sampler, "codec_version": 1} | parameters,
                 sequences=[one.token_ids.tolist() for one in sequences],

@@ -28,12 +28,12 @@ from tests.authority import Authority
         (
             ["--tls.ca", "{tmp}/empty"],
             1,
-            "tls.ca, tls.cert or tls.key: the authority {tmp}/empty holds no certificate in PEM",
+            "tls.ca, tls.cert or tls.key: tls.ca {tmp}/empty holds no certificate in PEM",
         ),
         (
             ["--tls.ca", "{tmp}/ca.pem", "--tls.cert", "{tmp}/mine.pem", "--tls.key", "{tmp}/other.key"],
             1,
-            "the certificate {tmp}/mine.pem and the key {tmp}/other.key do not go together",
+            "tls.cert {tmp}/mine.pem and tls.key {tmp}/other.key do not go together",
         ),
         (
             ["--tls.cert", "c", "--tls.key", "k"],

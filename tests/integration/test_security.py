@@ -20,17 +20,15 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from logitstream import metrics
-from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.rpc.addresses import is_loopback
-from logitstream.rpc.certificates import ServerCertificates, certificate_expiry
-from logitstream.rpc.channel import TlsFiles
-from logitstream.rpc.tokens import TokenFile
+from logitstream.rpc.tls import TlsSettings, certificate_expiry
+from logitstream.rpc.tokens import LastGood, read_token
 from logitstream.rpc.v1 import teacher_pb2 as pb
 from teacher_server.access import REFUSALS_LOG_SECONDS, BearerTokens, TokenInterceptor
 from teacher_server.server import Served, TeacherServer, serve
 from tests.authority import Authority
 from tests.fakes import FakeBackend
-from tests.flat_settings import teacher_config
+from tests.flat_settings import teacher_client, teacher_config
 from tests.serving import SPEC, WireClient, sequence, serving
 
 SECRET = "correct-horse-battery-staple"
@@ -49,9 +47,9 @@ def foreign(tmp_path: Path) -> Authority:
 
 
 @asynccontextmanager
-async def serving_tls(files: TlsFiles, *, mutual: bool = False, **settings: Any) -> AsyncIterator[TeacherServer]:
-    client_ca = files.authority if mutual else ""
-    tls: dict[str, Any] = {"tls_cert": files.certificate, "tls_key": files.key, "tls_ca": client_ca}
+async def serving_tls(files: TlsSettings, *, mutual: bool = False, **settings: Any) -> AsyncIterator[TeacherServer]:
+    client_ca = files.ca if mutual else ""
+    tls: dict[str, Any] = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": client_ca}
     async with serving(FakeBackend(), address="localhost:0", **tls, **settings) as server:
         yield server
 
@@ -76,8 +74,8 @@ async def refusal(address: str, *, seconds: float = 15.0, **options: Any) -> grp
 
 async def test_tls_serves_those_who_trust_its_authority_and_nobody_else(ours: Authority, foreign: Authority) -> None:
     async with serving_tls(ours.issue("server")) as server:
-        assert await works(server.address, tls=TlsFiles(authority=ours.path))
-        assert await refusal(server.address, tls=TlsFiles(authority=foreign.path)) is grpc.StatusCode.UNAVAILABLE
+        assert await works(server.address, tls=TlsSettings(ca=ours.path))
+        assert await refusal(server.address, tls=TlsSettings(ca=foreign.path)) is grpc.StatusCode.UNAVAILABLE
         assert await refusal(server.address) is grpc.StatusCode.UNAVAILABLE  # plaintext to a TLS port
 
 
@@ -86,8 +84,8 @@ async def test_mutual_tls_asks_for_a_certificate_of_its_authority(ours: Authorit
         assert await works(server.address, tls=ours.issue("client"))
         impostor = foreign.issue("client")
         for tls in (
-            TlsFiles(authority=ours.path),
-            TlsFiles(authority=ours.path, certificate=impostor.certificate, key=impostor.key),
+            TlsSettings(ca=ours.path),
+            TlsSettings(ca=ours.path, cert=impostor.cert, key=impostor.key),
             ours.issue("expired", expired=True),
         ):
             assert await refusal(server.address, tls=tls) is grpc.StatusCode.UNAVAILABLE
@@ -95,50 +93,23 @@ async def test_mutual_tls_asks_for_a_certificate_of_its_authority(ours: Authorit
 
 async def test_a_client_refuses_a_server_whose_certificate_has_expired(ours: Authority) -> None:
     async with serving_tls(ours.issue("server", expired=True)) as server:
-        assert await refusal(server.address, tls=TlsFiles(authority=ours.path)) is grpc.StatusCode.UNAVAILABLE
+        assert await refusal(server.address, tls=TlsSettings(ca=ours.path)) is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_renewed_certificate_is_served_without_a_restart(ours: Authority) -> None:
     async with serving_tls(ours.issue("server", expired=True)) as server:
-        assert await refusal(server.address, tls=TlsFiles(authority=ours.path)) is grpc.StatusCode.UNAVAILABLE
+        assert await refusal(server.address, tls=TlsSettings(ca=ours.path)) is grpc.StatusCode.UNAVAILABLE
         ours.issue("server")
-        assert await works(server.address, tls=TlsFiles(authority=ours.path))
-
-
-def test_what_is_renewed_while_it_is_read_is_served_at_the_next_handshake(ours: Authority) -> None:
-    files = ours.issue("server")
-
-    def read_and_renew(path: Path) -> bytes:
-        content = path.read_bytes()
-        if path.suffix == ".pem" and renew:
-            renew.pop()
-            ours.issue("server")
-        return content
-
-    renew = ["as the server reads at its start"]
-    certificates = ServerCertificates(files, read_file=read_and_renew)
-    started_with = certificates.renewed()
-    second = certificates.renewed()
-    assert second is not None
-    assert second != started_with
-    assert files.certificate is not None
-    assert second[1] == Path(files.certificate).read_bytes()
-    assert certificates.renewed() is None
-    renew.append("during a handshake")
-    ours.issue("server")
-    assert certificates.renewed() is not None
-    last = certificates.renewed()
-    assert last is not None
-    assert last[1] == Path(files.certificate).read_bytes()
+        assert await works(server.address, tls=TlsSettings(ca=ours.path))
 
 
 async def test_metrics_are_served_whatever_becomes_of_the_certificate(
     ours: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = ours.issue("server")
-    assert files.certificate is not None
-    certificate = Path(files.certificate)
-    expected = certificate_expiry(files.certificate)
+    assert files.cert is not None
+    certificate = Path(files.cert)
+    expected = certificate_expiry(files.cert)
     port = metrics.serve(0, side="teacher", address="127.0.0.1")
 
     def exported() -> float:
@@ -154,7 +125,7 @@ async def test_metrics_are_served_whatever_becomes_of_the_certificate(
             assert [exported(), exported()] == [expected, expected]
         warnings = [record for record in caplog.records if "expiry cannot be read" in record.getMessage()]
         assert 1 <= len(warnings) <= 4
-        renewed = ours.issue("server").certificate
+        renewed = ours.issue("server").cert
         assert renewed is not None
         assert exported() == certificate_expiry(renewed)
 
@@ -162,8 +133,8 @@ async def test_metrics_are_served_whatever_becomes_of_the_certificate(
 def test_the_expiry_of_a_certificate_is_read_from_it(ours: Authority) -> None:
     files = ours.issue("server")
     expected = datetime.now(UTC) + timedelta(days=9)
-    assert files.certificate is not None
-    assert abs(certificate_expiry(files.certificate) - expected.timestamp()) < 60
+    assert files.cert is not None
+    assert abs(certificate_expiry(files.cert) - expected.timestamp()) < 60
 
 
 async def test_without_the_token_nothing_is_served_but_health(tmp_path: Path) -> None:
@@ -217,7 +188,7 @@ def test_a_token_file_that_no_client_could_match_is_an_error_at_first_and_change
             teacher_config(model="m", address="127.0.0.1:0", token_file=str(token_file)), lambda: Served(FakeBackend())
         )
     token_file.write_text("first team a\n")
-    tokens, client = BearerTokens(token_file), TokenFile(tmp_path / "token")
+    tokens, client = BearerTokens(token_file), LastGood(lambda: read_token(tmp_path / "token"), "the token")
     (tmp_path / "token").write_text("first\n")
     assert client.read() == "first"
     token_file.write_bytes(content)
@@ -237,7 +208,7 @@ def test_a_student_says_at_once_that_its_token_cannot_be_sent(tmp_path: Path) ->
     (tmp_path / "token").write_bytes(b"odd\xff\n")
     for options in ({"token_file": str(tmp_path / "token")}, {"token": "two words"}, {"token": "señal"}):
         with pytest.raises(ValueError, match="printable ASCII characters without spaces") as caught:
-            GrpcTeacherClient(["127.0.0.1:1"], SPEC, vocab_size=1000, tokenizer="70" * 32, **options)  # type: ignore[arg-type]
+            teacher_client(["127.0.0.1:1"], SPEC, vocab_size=1000, tokenizer="70" * 32, **options)
         assert "two" not in str(caught.value)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from logitstream import codec
-from logitstream.client.access import Connecting, resolve, teacher_host
+from logitstream.client.connections import Connecting, resolve, teacher_host
 from logitstream.client.teacher_client import GrpcTeacherClient
 from logitstream.errors import (
     FingerprintMismatch,
@@ -31,6 +31,7 @@ from logitstream.errors import (
     ScoringFailed,
     TeacherUnavailable,
 )
+from logitstream.rpc.tls import TlsSettings
 from logitstream.training.target_stream import TargetStream
 from logitstream.types import Fingerprint, ReceivedTargets, TokenSequence
 from tests.fake_teacher import (
@@ -47,9 +48,11 @@ from tests.fake_teacher import (
     weights_digest,
 )
 from tests.fault_proxy import fault_proxy
+from tests.flat_settings import teacher_client
 
 SECONDS = 60.0
 """The time limit of anything that must not hang."""
+PLAINTEXT = TlsSettings(insecure=True)
 
 
 @contextlib.contextmanager
@@ -60,7 +63,7 @@ def connected(*addresses: str, **settings: Any) -> Iterator[GrpcTeacherClient]:
         "deadline_seconds": SECONDS,
         "connect_timeout_seconds": SECONDS,
     } | settings
-    client = GrpcTeacherClient(addresses, SPEC, **options)
+    client = teacher_client(addresses, SPEC, **options)
     try:
         yield client
     finally:
@@ -178,7 +181,7 @@ def test_replicas_that_appear_behind_a_name_are_used_and_vanished_ones_are_not()
             "teachers:50051",
             connecting=Connecting(resolve=look_up, resolve_seconds=0.05),
             max_teacher_lag=-1,
-            insecure=True,
+            tls=PLAINTEXT,
         ) as client:
             assert versions(check_all(submit_all(client, sequences), sequences)) == {0}
             behind.append(second)
@@ -226,7 +229,7 @@ def test_unlike_replicas_are_an_error_before_anything_is_asked_whoever_answers_f
             return [slow, quick] if name == "teachers:1" else [name]
 
         addresses = ["teachers:1"] if behind_one_name else [slow, quick]
-        with connected(*addresses, connecting=Connecting(resolve=look_up), insecure=True) as client:
+        with connected(*addresses, connecting=Connecting(resolve=look_up), tls=PLAINTEXT) as client:
             future = client.submit(make_sequences(1))[0]
             with pytest.raises(FingerprintMismatch) as caught:
                 client.info  # noqa: B018
@@ -234,7 +237,7 @@ def test_unlike_replicas_are_an_error_before_anything_is_asked_whoever_answers_f
             assert f"the replicas {quick} and {slow} differ" in str(caught.value)
             assert f"({quick}'s value first): weights_digest: {digests}" in str(caught.value)
             assert str(future.exception(SECONDS)) == str(caught.value)
-        with connected(*addresses, connecting=Connecting(resolve=look_up), insecure=True, max_teacher_lag=-1) as client:
+        with connected(*addresses, connecting=Connecting(resolve=look_up), tls=PLAINTEXT, max_teacher_lag=-1) as client:
             check_all(submit_all(client, make_sequences(4)), make_sequences(4))
 
 
@@ -435,7 +438,7 @@ def test_without_a_teacher_requests_and_the_handshake_end_with_the_address_and_t
 @pytest.mark.parametrize("name", ["no-such-host.invalid:1", "teacher..svc:1", f"{'x' * 64}.svc:1"])
 def test_a_name_that_cannot_be_resolved_is_named(name: str) -> None:
     cause = pytest.raises(TeacherUnavailable, match=re.escape(f"cannot resolve {name}: "))
-    with connected(name, connect_timeout_seconds=0.5, insecure=True) as client, cause:
+    with connected(name, connect_timeout_seconds=0.5, tls=PLAINTEXT) as client, cause:
         client.info  # noqa: B018
 
 
@@ -474,7 +477,7 @@ def test_a_stopped_replica_does_not_hold_its_requests_for_ever() -> None:
         fake_teacher("--seconds", "0.002") as (stopped, first),
         fake_teacher("--version", "1", "--seconds", "0.002") as (_, steady),
         connected(
-            first, steady, max_teacher_lag=-1, connecting=Connecting(keepalive_seconds=30.0), stalled_seconds=0.5
+            first, steady, max_teacher_lag=-1, connecting=Connecting(keepalive_seconds=30.0, stalled_seconds=0.5)
         ) as client,
     ):
         wait_until(lambda: 0 in versions(check_all(submit_all(client, sequences[:5]), sequences[:5])))

@@ -205,7 +205,7 @@ def test_check_says_what_would_keep_the_server_from_working(
 ) -> None:
     (tmp_path / "empty").touch()
     files = Authority(tmp_path).issue("server")
-    places = {"tmp": tmp_path, "cert": files.certificate, "key": files.key}
+    places = {"tmp": tmp_path, "cert": files.cert, "key": files.key}
     given = {name: value.format(**places) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(SystemExit, match=f"teacher-server: .*{text}"):
         check(teacher_config(model="/nowhere/at all", **given))

@@ -13,14 +13,11 @@ import numpy as np
 from logitstream.client.delivery import Delivery
 from logitstream.client.replica import Request, RequestBatch
 from logitstream.client.replicas import ReplicaPool
-from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity
+from logitstream.client.teacher_identity import OwnTokenizer, TeacherIdentity
 from logitstream.errors import ProtocolViolation, ScoringFailed, TeacherUnavailable
-from logitstream.rpc.remote_teacher import Answer
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import ReceivedTargets, TeacherInfo, TokenSequence
 from tests.fake_teacher import FATAL_ID, SPEC, TOKENIZER_DIGEST, VOCAB_SIZE, fake_info
-
-STUDENT = Student(client_id="test", vocab_size=VOCAB_SIZE, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
@@ -73,7 +70,7 @@ class Connection:
 
     async def score(
         self, sequences: Sequence[TokenSequence], _spec: object, _caller: object, **_options: object
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[tuple[int, ReceivedTargets]]:
         for index, sequence in enumerate(sequences):
             await asyncio.sleep(0.01)
             if self._teacher.breaks(sequence) and not self._broken.is_set():
@@ -81,7 +78,7 @@ class Connection:
                 self._broken.set()
             if self._broken.is_set():
                 raise TeacherUnavailable("broken")
-            yield Answer(index=index, payload=b"targets")
+            yield index, ReceivedTargets(payload=b"targets")
 
     async def close(self) -> None: ...
 
@@ -90,7 +87,7 @@ class Client:
     """Delivery to one replica, without the thread and the look-up of names."""
 
     def __init__(self, teacher: Teacher) -> None:
-        identity = TeacherIdentity(STUDENT)
+        identity = TeacherIdentity(SPEC, vocab_size=VOCAB_SIZE, tokenizer=OwnTokenizer(TOKENIZER_DIGEST))
         self.pool = ReplicaPool(identity, teacher.connect, patience_seconds=(60.0, 150.0))
         self.delivery = Delivery(self.pool, identity, deadline_seconds=1e6)
         self.pool.set_addresses(["teacher:1"])

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from logitstream.client.teacher_identity import OwnTokenizer, Student, TeacherIdentity, teacher_differences
+from logitstream.client.teacher_identity import OwnTokenizer, TeacherIdentity, teacher_differences
 from logitstream.errors import FingerprintMismatch
 from logitstream.types import Fingerprint, TargetSpec, TeacherInfo
 from tests.fake_teacher import SPEC, TOKENIZER_DIGEST, fake_info
 
-STUDENT = Student(client_id="test", vocab_size=1000, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), spec=SPEC)
+
+def identity(**settings: Any) -> TeacherIdentity:
+    return TeacherIdentity(SPEC, vocab_size=1000, tokenizer=OwnTokenizer(TOKENIZER_DIGEST), **settings)
 
 
 def digest_of(info: TeacherInfo) -> bytes:
@@ -20,7 +23,7 @@ def digest_of(info: TeacherInfo) -> bytes:
     ("change", "message"),
     [
         ({"weights_digest": "cd" * 32}, "weights_digest: '.*' against 'cdcd"),
-        ({"weights_digest": "no hex"}, "expected a hex digest of the weights, got 'no hex'"),
+        ({"weights_digest": "no hex"}, "describes itself as no teacher can: weights_digest must match"),
         ({"tokenizer_digest": "cd" * 32}, "tokenizers differ"),
         ({"dtype": "../../etc"}, "describes itself as no teacher can: dtype must match"),
         ({"vocab_size": 0}, "describes itself as no teacher can: vocab_size must be a whole number"),
@@ -33,7 +36,7 @@ def digest_of(info: TeacherInfo) -> bytes:
     ],
 )
 def test_a_replica_that_differs_is_refused_with_the_difference(change: dict[str, object], message: str) -> None:
-    teacher = TeacherIdentity(STUDENT)
+    teacher = identity()
     teacher.accept("first", fake_info())
     with pytest.raises(FingerprintMismatch, match=message):
         teacher.accept("second", replace(fake_info(), **change))  # type: ignore[arg-type]
@@ -41,18 +44,16 @@ def test_a_replica_that_differs_is_refused_with_the_difference(change: dict[str,
 
 
 def test_an_expected_fingerprint_decides_before_the_first_replica() -> None:
-    teacher = TeacherIdentity(STUDENT, fingerprint=Fingerprint.of(fake_info(weights="other"), SPEC))
+    teacher = identity(fingerprint=Fingerprint.of(fake_info(weights="other"), SPEC))
     with pytest.raises(FingerprintMismatch, match="weights_digest"):
         teacher.accept("first", fake_info())
-    teacher = TeacherIdentity(
-        STUDENT, fingerprint=Fingerprint.of(fake_info(), TargetSpec(num_samples=9, codec_version=1))
-    )
+    teacher = identity(fingerprint=Fingerprint.of(fake_info(), TargetSpec(num_samples=9, codec_version=1)))
     with pytest.raises(FingerprintMismatch, match=r"'num_samples': 9.*'num_samples': 8"):
         teacher.accept("first", fake_info())
 
 
 def test_while_the_teacher_learns_only_its_weights_may_change() -> None:
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=3)
+    teacher = identity(max_teacher_lag=3)
     for version in range(3):
         teacher.accept("first", fake_info(version=version))
     digests = [digest_of(fake_info(version=version)) for version in range(3)]
@@ -64,7 +65,7 @@ def test_while_the_teacher_learns_only_its_weights_may_change() -> None:
 
 
 def test_lag_counts_from_the_newest_version_that_is_served() -> None:
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=2)
+    teacher = identity(max_teacher_lag=2)
     infos = [fake_info(version=version) for version in (1, 2, 6)]
     for info in infos:
         teacher.accept("learns", info)
@@ -78,7 +79,7 @@ def test_lag_counts_from_the_newest_version_that_is_served() -> None:
 
 
 def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() -> None:
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=1)
+    teacher = identity(max_teacher_lag=1)
     newest = fake_info(version=7)
     teacher.accept("long up", newest)
     teacher.accept("just started", replace(newest, teacher_version=1))
@@ -86,7 +87,7 @@ def test_the_same_weights_are_never_stale_whatever_a_replica_counts_them_as() ->
 
 
 def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=1)
+    teacher = identity(max_teacher_lag=1)
     teacher.accept("only one", fake_info(version=7))
     teacher.left("only one")
     restarted = fake_info(weights="newer", version=0)
@@ -97,7 +98,7 @@ def test_a_server_that_starts_again_and_counts_from_zero_is_not_stale() -> None:
 
 def test_a_server_that_starts_again_beside_others_is_as_old_as_its_weights_whatever_it_counts() -> None:
     """`long up` has replaced its weights ten times; `restarted` loads the eleventh before it does."""
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=2)
+    teacher = identity(max_teacher_lag=2)
     tenth, eleventh = fake_info(version=10), fake_info(version=11)
     teacher.accept("long up", tenth)
     teacher.accept("restarted", fake_info(weights="what it was started with"))
@@ -110,7 +111,7 @@ def test_a_server_that_starts_again_beside_others_is_as_old_as_its_weights_whate
 
 
 def test_a_replica_describes_itself_again_for_later_weights_only() -> None:
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=2)
+    teacher = identity(max_teacher_lag=2)
     old, new = fake_info(version=1), fake_info(version=2)
     teacher.accept("first", old)
     teacher.accept("second", old)
@@ -122,19 +123,19 @@ def test_a_replica_describes_itself_again_for_later_weights_only() -> None:
 
 
 def test_any_version_is_taken_where_asked_to() -> None:
-    teacher = TeacherIdentity(STUDENT, max_teacher_lag=-1)
+    teacher = identity(max_teacher_lag=-1)
     teacher.accept("old", fake_info(version=0))
     teacher.accept("old", fake_info(version=90))
     assert not teacher.is_stale(digest_of(fake_info(version=0)))
 
 
 def test_the_difference_names_the_replica_that_decided() -> None:
-    teacher = TeacherIdentity(STUDENT)
+    teacher = identity()
     assert not teacher.is_named
     teacher.accept("10.0.0.1:1", fake_info())
     with pytest.raises(FingerprintMismatch, match=r"\(10.0.0.1:1's value first\): weights_digest"):
         teacher.accept("10.0.0.2:1", fake_info(weights="b"))
-    named = TeacherIdentity(STUDENT, fingerprint=Fingerprint.of(fake_info(), SPEC))
+    named = identity(fingerprint=Fingerprint.of(fake_info(), SPEC))
     assert named.is_named
     with pytest.raises(FingerprintMismatch, match=r"\(its value first\): weights_digest"):
         named.accept("10.0.0.2:1", fake_info(weights="b"))

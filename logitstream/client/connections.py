@@ -11,34 +11,55 @@ from pathlib import Path
 
 from logitstream.files import naming
 from logitstream.rpc.addresses import check_exposure, is_unix, split_address
-from logitstream.rpc.channel import (
-    KEEPALIVE_SECONDS,
-    KEEPALIVE_TIMEOUT_SECONDS,
-    TlsFiles,
-    client_credentials,
-    open_channel,
-)
-from logitstream.rpc.proxy import proxy_of
+from logitstream.rpc.channel import KEEPALIVE_SECONDS, KEEPALIVE_TIMEOUT_SECONDS, open_channel, uses_proxy
 from logitstream.rpc.remote_teacher import RemoteTeacher
-from logitstream.rpc.tokens import TokenFile, checked_token
+from logitstream.rpc.tls import TlsSettings, client_credentials
+from logitstream.rpc.tokens import LastGood, checked_token, read_token
+from logitstream.settings import setting
 from logitstream.types import MAX_MESSAGE_BYTES
 
 TOKEN_VARIABLE = "LOGITSTREAM_TOKEN"
 
 
-def check_access(tls: TlsFiles | None, *, token: str = "", token_file: str = "") -> Callable[[], str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSettings:
+    """The teacher's replicas and how long to wait for them."""
+
+    addresses: list[str] = setting(
+        "Addresses of teacher replicas, host:port; a DNS name may stand for many.", factory=lambda: ["127.0.0.1:50051"]
+    )
+    token_file: str = setting("File that holds the bearer token; LOGITSTREAM_TOKEN is used if it is empty.", "")
+    client_id: str = setting("Name of this run in the teacher's logs and for its fairness between clients.", "student")
+    connect_timeout_seconds: float = setting("Wait this long for a teacher to come up.", 300.0)
+    deadline_seconds: float = setting("One sequence's targets must arrive within this time, retries included.", 300.0)
+    max_teacher_lag: int = setting(
+        "0: all targets come from the same weights; n: the teacher may learn, and targets more than n versions old are "
+        "asked for again; -1: any version.",
+        0,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_seconds", "connect_timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+def check_access(tls: TlsSettings, token_file: str, *, token: str = "") -> Callable[[], str]:
     """Check token and certificates; return a function that reads the token for a connection.
 
-    Raises ValueError, which names the setting, if one of them is invalid or its file cannot be read.
+    The token wins over its file, which wins over $LOGITSTREAM_TOKEN. Raises ValueError, which names the setting, if one
+    of them is invalid or its file cannot be read.
     """
-    if tls is not None:
+    if tls.ca:
         with naming("tls.ca, tls.cert or tls.key"):
             client_credentials(tls)
+    elif tls.cert:
+        raise ValueError("TLS needs tls.ca (a PEM file, or `system`) with tls.cert and tls.key")
     if token_file and not token:
-        read = TokenFile(Path(token_file)).read
+        file = LastGood(lambda: read_token(Path(token_file)), "the token")
         with naming("token_file"):
-            read()
-        return read
+            file.read()
+        return file.read
     known = token or os.environ.get(TOKEN_VARIABLE, "").strip()
     checked_token(known.encode(), "the token" if token else f"${TOKEN_VARIABLE}")
     return lambda: known
@@ -73,58 +94,54 @@ def teacher_host(address: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connecting:
-    """How replicas are found and connected to. describe_seconds: bound of one `Describe`, the first thing asked."""
+    """How replicas are found and watched.
+
+    describe_seconds: bound of one `Describe`, the first thing asked. stalled_seconds: a replica that answers nothing
+    for this long while others are ready is given up; one that was slow before gets longer, up to half the deadline.
+    """
 
     describe_seconds: float = 10.0
     keepalive_seconds: float = KEEPALIVE_SECONDS
     keepalive_timeout_seconds: float = KEEPALIVE_TIMEOUT_SECONDS
+    stalled_seconds: float = 60.0
     resolve_seconds: float = 15.0
     resolve: Callable[[str], Awaitable[list[str]]] = resolve
 
 
-class Connector:
-    """Finds the replicas behind a teacher's addresses and connects to them."""
+class Connections:
+    """Find the replicas behind a teacher's addresses and connect to them. ValueError names a setting that is wrong."""
 
     def __init__(
-        self,
-        addresses: Sequence[str],
-        settings: Connecting,
-        *,
-        tls: TlsFiles | None,
-        token: str,
-        token_file: str,
-        insecure: bool,
+        self, addresses: Sequence[str], tls: TlsSettings, read_token: Callable[[], str], connecting: Connecting
     ) -> None:
-        """Check all of it; ValueError names what is wrong."""
         if not addresses:
             raise ValueError("expected at least one teacher address, host:port")
-        self.settings = settings
-        self._names = {address: teacher_host(address) for address in addresses}
-        check_exposure(addresses, encrypted=tls is not None, insecure=insecure)
-        self._tls, self._read_token = tls, check_access(tls, token=token, token_file=token_file)
+        self.connecting = connecting
+        self._hosts = {address: teacher_host(address) for address in addresses}
+        check_exposure(addresses, encrypted=bool(tls.ca), insecure=tls.insecure)
+        self._tls, self._read_token = tls, read_token
         self._resolved: dict[str, list[str]] = {}
 
     async def look_up(self, failed: Callable[[str, Exception], None]) -> list[str]:
         """Return the replicas' addresses; a name whose look-up fails keeps those that it had."""
-        for name in self._names:
+        for name in self._hosts:
             try:
-                self._resolved[name] = await self.settings.resolve(name)
+                self._resolved[name] = await self.connecting.resolve(name)
             except (OSError, ValueError) as error:  # ValueError: no name at all, as one with an empty label
                 failed(name, error)
         return [address for found in self._resolved.values() for address in found]
 
     def connect(self, address: str) -> RemoteTeacher:
         """Open a channel; token and certificates are read anew, so that they can be rotated."""
-        names = (self._names[name] for name, found in self._resolved.items() if address in found and address != name)
+        names = (self._hosts[name] for name, found in self._resolved.items() if address in found and address != name)
         name, token = next(names, ""), self._read_token()  # the name is what a certificate holds
         channel = open_channel(
             address,
             max_message_bytes=MAX_MESSAGE_BYTES,
             tls=self._tls,
             server_name=name,
-            keepalive_seconds=self.settings.keepalive_seconds,
-            keepalive_timeout_seconds=self.settings.keepalive_timeout_seconds,
+            keepalive_seconds=self.connecting.keepalive_seconds,
+            keepalive_timeout_seconds=self.connecting.keepalive_timeout_seconds,
         )
-        proxy = proxy_of(address, name)
-        shown = f"{address} through the proxy {proxy}" if proxy else address
-        return RemoteTeacher(channel, address=shown, timeout_seconds=self.settings.describe_seconds, token=token)
+        shown = f"{address} (through the environment's proxy)" if uses_proxy(address, name) else address
+        return RemoteTeacher(channel, address=shown, timeout_seconds=self.connecting.describe_seconds, token=token)
