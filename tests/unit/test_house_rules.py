@@ -57,7 +57,6 @@ ALLOWED: dict[str, int] = {
     "tests/unit/test_codec.py": 1,
     "tests/unit/test_fused_loss.py": 1,
     "tests/unit/test_sampling.py": 1,
-    "tests/unit/test_scheduler.py": 1,
     "tests/unit/test_target_stream.py": 1,
     "tests/unit/test_vllm_draws.py": 1,
 }
