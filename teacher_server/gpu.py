@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,15 @@ class Gpu:
 
     def current(self) -> AbstractContextManager[object]:
         return kernels.launching_on(self.device)
+
+    @contextmanager
+    def warning_of_waits(self) -> Iterator[None]:
+        """Have torch warn, with the line, of operations that wait for the device; for all threads, so do no more."""
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kernel[grid](*args, **options)

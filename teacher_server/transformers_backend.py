@@ -90,10 +90,8 @@ class TransformersBackend:
         )
         self._pass_overhead_tokens = PASS_OVERHEAD_TOKENS.get(device.type, 1024)
         self._launching = threading.Lock()
-        if compiles:
+        if compiles and model.base_model is not model:
             model.base_model.compile(dynamic=True)
-        if device.type == "cuda":
-            self._warm_up()
 
     @classmethod
     def load(
@@ -137,7 +135,9 @@ class TransformersBackend:
             backend="transformers",
         )
         log.info("loaded %s in %s on %s, %.1f s", model, info.dtype, device, time.monotonic() - started)
-        return cls(lm, info, vocab_size=vocab_size, **options)
+        backend = cls(lm, info, vocab_size=vocab_size, **options)
+        backend.warm_up()
+        return backend
 
     def describe(self) -> TeacherInfo:
         return self._info
@@ -233,24 +233,19 @@ class TransformersBackend:
         assert self.lm is not None
         return self.lm.logits(hidden_RH)[:, : self._info.vocab_size]
 
-    def _warm_up(self) -> None:
-        """Compile every kernel and fill the caches, then see if a launch waits for the device anywhere."""
+    def warm_up(self) -> None:
+        """On a GPU, compile every kernel and fill the caches, then let torch warn of what waits in a launch."""
+        if self._gpu is None:
+            return
         started = time.monotonic()
         length = max(1, min(self._info.max_sequence_tokens, self.batch_tokens, 1024))
-        sequences = [TokenSequence(token_ids=np.zeros(n, np.int32)) for n in {length, length // 2 + 1, 1}]
+        sequences = [TokenSequence(token_ids=np.zeros(n, np.int32)) for n in sorted({length, length // 2 + 1, 1})]
         for sampler in SAMPLERS.values():
             if sampler.on_gpu:
-                spec = TargetSpec(sampler=sampler.name)
-                self.score([ScoreRequest(sequence=one, spec=spec) for one in sequences])
-        if self._gpu is not None:
-            drawings = [Drawing(ScoreRequest(sequence=one, spec=TargetSpec())) for one in sequences]
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                self.launch(drawings)
-            except RuntimeError as error:
-                log.warning("this teacher's launches wait for the device, which costs overlap: %s", error)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+                self.score([ScoreRequest(sequence=one, spec=TargetSpec(sampler=sampler.name)) for one in sequences])
+        drawings = [Drawing(ScoreRequest(sequence=one, spec=TargetSpec())) for one in sequences]
+        with self._gpu.warning_of_waits():
+            self.launch(drawings)
         log.info("warmed up in %.1f s", time.monotonic() - started)
 
 

@@ -38,6 +38,9 @@ class FakeGpu(Gpu):
     def current(self) -> Any:
         return nullcontext()
 
+    def warning_of_waits(self) -> Any:
+        return nullcontext()
+
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         self.launched.append((kernel.fn.__name__, args[0]))
         if self.device.type == "cpu":

@@ -246,7 +246,9 @@ def test_what_vllm_refuses_fails_alone(tiny: Tiny) -> None:
     unknown, masked = requests_of([ids + 497]), requests_of([ids], loss_mask=np.ones(9, np.bool_))
     first, *refused, last = backend.score([good, too_long, *unknown, *masked, other])
     assert [type(one) for one in refused] == [InvalidSequence] * 3
-    assert [word in str(one) for word, one in zip(("limit", "500", "loss_mask"), refused, strict=True)] == [True] * 3
+    assert [word in str(one) for word, one in zip(("expected 1 to", "500", "loss_mask"), refused, strict=True)] == [
+        True
+    ] * 3
     assert_one_row_each([first, last], [good, other])
 
 

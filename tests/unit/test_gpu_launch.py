@@ -23,7 +23,7 @@ from tests.fake_gpu import FakeGpu
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from tests.unit.test_transformers_backend import INFO, dense, ragged, scored
 
-pytest.importorskip("triton")
+draw_rows = pytest.importorskip("logitstream.kernels.draw_rows")
 SPECS = [TargetSpec(num_samples=20), TargetSpec(sampler="threshold", threshold=0.1), TargetSpec(sampler="full")]
 
 
@@ -103,6 +103,12 @@ def test_a_launch_asks_the_device_for_no_number_and_reads_the_logits_once() -> N
     rows = [sum(len(drawings[2 * index].rows) for index in one) for one in passes]
     names = Counter(name for name, _ in gpu.launched)
     assert names["block_stats_kernel"] == 2 * sum(math.ceil(number / 8) for number in rows)
+
+
+def test_a_warm_up_launches_every_kernel() -> None:
+    backend, gpu = backend_of(tiny_model("llama"), max_padded_tokens=8)
+    backend.warm_up()
+    assert {name for name, _ in gpu.launched} == {name for name in vars(draw_rows) if name.endswith("_kernel")}
 
 
 def test_chunks_of_logits_follow_the_memory() -> None:
