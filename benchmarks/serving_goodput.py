@@ -7,6 +7,7 @@ import asyncio
 import statistics
 import time
 import timeit
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,7 +137,9 @@ def steps_alone(call: pb.ScoreRequest) -> dict[str, float]:
         "check_and_convert": lambda: [convert.sequence_from_message(one, **limits) for one in call.sequences],
         "key": lambda: [hash(key_of(ScoreRequest(sequence=one, spec=SPEC))) for one in sequences],
         "future": answer_one_future_each,
-        "serialize": lambda: results_message([(index, scored) for index in range(count)]),
+        "serialize": lambda: results_message(
+            deque((index, 1, scored) for index in range(count)), MAX_MESSAGE_BYTES, call
+        ),
         "encode": lambda: [codec.encode(targets) for _ in sequences],
     }
     alone = {name: 1e6 * min(timeit.repeat(step, number=20, repeat=5)) / 20 / count for name, step in steps.items()}

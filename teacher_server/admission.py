@@ -24,28 +24,8 @@ class Client:
     num_tokens: int = 0
     came: float = 0.0
 
-
-class Hold:
-    """The tokens that one call holds until its answers are written."""
-
-    def __init__(self, admission: Admission, client: Client, num_tokens: int, num_sequences: int) -> None:
-        self._admission = admission
-        self._client = client
-        self._num_sequences = num_sequences
-        self.num_tokens = 0
-        self.add(num_tokens)
-
-    def add(self, num_tokens: int) -> None:
-        """Hold more, or less if the number is negative."""
-        self.num_tokens += num_tokens
-        self._client.num_tokens += num_tokens
-        self._admission.num_tokens += num_tokens
-
-    def release(self, num_tokens: int) -> None:
-        """Give back what one sequence held; with the last one, all that is left."""
-        self._num_sequences -= 1
-        all_left = self._num_sequences == 0
-        self.add(-self.num_tokens if all_left else -max(num_tokens, LEAST_SEQUENCE_TOKENS))
+    def is_forgotten(self, now: float) -> bool:
+        return not self.num_calls and now - self.came > REMEMBERED_SECONDS
 
 
 class Admission:
@@ -68,20 +48,39 @@ class Admission:
         self.num_tokens = 0
 
     @contextmanager
-    def hold(self, client_id: str, costs: Sequence[int]) -> Iterator[Hold]:
-        """Hold these sequences' tokens for the time of a call. Raises TooManyInFlight."""
-        num_tokens = call_tokens(costs)
+    def hold(self, client_id: str, costs: Sequence[int]) -> Iterator[Callable[[int], None]]:
+        """Hold these sequences' tokens for the time of a call. Raises TooManyInFlight.
+
+        The function that it gives takes the cost of a sequence whose result is sent, and gives back what that held.
+        """
+        now = began = self._clock()
+        for name in [one for one, idle in self._clients.items() if idle.is_forgotten(now)]:
+            del self._clients[name]
         client = self._clients.setdefault(client_id, Client())
-        client.came = began = self._clock()
-        self._forget_idle(began)
-        self._check(client, num_tokens, fits=sum(costs) <= self._max_in_flight_tokens or len(costs) == 1)
-        hold = Hold(self, client, num_tokens, len(costs))
-        self._count(client, 1)
+        client.came = now
+        held, unanswered = call_tokens(costs), len(costs)
+        self._check(client, held, fits=sum(costs) <= self._max_in_flight_tokens or len(costs) == 1)
+
+        def add(num_tokens: int, num_calls: int = 0) -> None:
+            client.num_tokens += num_tokens
+            client.num_calls += num_calls
+            self.num_tokens += num_tokens
+            self.num_calls += num_calls
+
+        def release(cost: int) -> None:
+            nonlocal held, unanswered
+            unanswered -= 1
+            given_back = max(cost, LEAST_SEQUENCE_TOKENS) if unanswered else held
+            held -= given_back
+            add(-given_back)
+
+        add(held, 1)
+        metrics.TEACHER_CLIENTS.set(self.num_calls)
         try:
-            yield hold
+            yield release
         finally:
-            hold.add(-hold.num_tokens)
-            self._count(client, -1)
+            add(-held, -1)
+            metrics.TEACHER_CLIENTS.set(self.num_calls)
             self._call_seconds = self._clock() - began
 
     def _check(self, client: Client, num_tokens: int, *, fits: bool) -> None:
@@ -97,17 +96,3 @@ class Admission:
         shortest, longest = RETRY_SECONDS
         error.retry_after_seconds = min(max(self._call_seconds / 2, shortest), longest)
         raise error
-
-    def _count(self, client: Client, change: int) -> None:
-        client.num_calls += change
-        self.num_calls += change
-        metrics.TEACHER_CLIENTS.set(self.num_calls)
-
-    def _forget_idle(self, now: float) -> None:
-        idle = [
-            name
-            for name, client in self._clients.items()
-            if not client.num_calls and now - client.came > REMEMBERED_SECONDS
-        ]
-        for name in idle:
-            del self._clients[name]

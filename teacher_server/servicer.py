@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TypeVar
@@ -33,7 +33,7 @@ from logitstream.rpc.v1 import teacher_pb2 as pb
 from logitstream.tokenizer import Vocabulary
 from logitstream.types import TargetSpec, TeacherInfo, credit_tokens, entries_bound
 from teacher_server.access import caller
-from teacher_server.admission import Admission, Hold
+from teacher_server.admission import Admission
 from teacher_server.backend import ScoreRequest
 from teacher_server.calls import SERVICE, Context, one_request
 from teacher_server.config import LimitSettings
@@ -101,11 +101,15 @@ class TeacherServicer:
 
     async def score(self, call: pb.ScoreRequest, context: Context) -> None:
         """Write each sequence's result when it is ready; when the call ends, however it ends, drop what is left."""
-        client_id = caller.get() or call.client_id
-        spec = self._check(call)
-        requests, refused = await self._parse(call, spec)
-        vocab_size = self._scheduler.info.vocab_size
-        costs = [credit_tokens(request.sequence, request.spec, vocab_size) for _, request in requests]
+        spec, vocab_size = self._check(call), self._scheduler.info.vocab_size
+        requests: list[tuple[int, int, ScoreRequest]] = []
+        ready: deque[Ready] = deque()
+        async for index, one in _in_turns(list(enumerate(call.sequences))):
+            try:
+                request = self._request(one, spec, call.draw_set)
+                requests.append((index, credit_tokens(request.sequence, spec, vocab_size), request))
+            except RequestError as error:
+                ready.append((index, 0, error))
         waiting: dict[asyncio.Future[Scored], tuple[int, int]] = {}
         finished: list[asyncio.Future[Scored]] = []
         has_finished = asyncio.Event()
@@ -114,28 +118,44 @@ class TeacherServicer:
             finished.append(future)
             has_finished.set()
 
-        with self._admission.hold(client_id, costs) as hold:
+        client_id = caller.get() or call.client_id
+        with self._admission.hold(client_id, [cost for _, cost, _ in requests]) as release:
             try:
                 await self._scheduler.open_stored(spec)
-                async for (index, request), cost in _in_turns(list(zip(requests, costs, strict=True))):
+                async for index, cost, request in _in_turns(requests):
                     try:
                         future = self._scheduler.submit(request, client_id=client_id, priority=call.priority)
                     except RequestError as error:
-                        refused.append((index, error))
+                        ready.append((index, cost, error))
                         continue
                     waiting[future] = index, cost
                     future.add_done_callback(finish)
-                ready = deque[Ready]((index, 0, refusal) for index, refusal in refused)
                 while ready or waiting:
                     if not ready and not finished:
                         has_finished.clear()
                         await has_finished.wait()
                     ready.extend((*waiting.pop(future), _outcome(future)) for future in finished)
                     finished.clear()
-                    await self._write(context, call, hold, ready)
+                    message = results_message(ready, min(RESULTS_BYTES, self._limits.max_message_bytes), call, release)
+                    start = time.perf_counter()
+                    await context.write(message)  # waits while the client reads too slowly
+                    SEND_SECONDS.observe(time.perf_counter() - start)
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def _request(self, one: pb.Sequence, spec: TargetSpec, draw_set: int) -> ScoreRequest:
+        vocab_size, limits = self._scheduler.info.vocab_size, self._limits
+        sequence = convert.sequence_from_message(
+            one, vocab_size=vocab_size, max_sequence_tokens=limits.max_sequence_tokens
+        )
+        most = ENTRIES_PER_MESSAGE_BYTE * limits.max_message_bytes
+        if (entries := entries_bound(sequence, spec, vocab_size)) > most:
+            raise InvalidSequence(
+                f"{len(sequence)} tokens may give {entries} entries: the limit is {most}; "
+                "ask for shorter sequences or fewer entries a row"
+            )
+        return ScoreRequest(sequence=sequence, spec=spec, draw_set=draw_set)
 
     def _check(self, call: pb.ScoreRequest) -> TargetSpec:
         """Compare what the call expects with what is served. Raises the error that ends the call."""
@@ -159,54 +179,6 @@ class TeacherServicer:
         _check_weights(call.weights_digest, info.weights_digest)
         return convert.spec_from_message(call.spec)
 
-    async def _parse(
-        self, call: pb.ScoreRequest, spec: TargetSpec
-    ) -> tuple[list[tuple[int, ScoreRequest]], list[tuple[int, RequestError]]]:
-        """Return a call's good sequences and the others' errors, each with its index."""
-        vocab_size = self._scheduler.info.vocab_size
-        max_entries = ENTRIES_PER_MESSAGE_BYTE * self._limits.max_message_bytes
-        requests: list[tuple[int, ScoreRequest]] = []
-        refused: list[tuple[int, RequestError]] = []
-        async for index, one in _in_turns(list(enumerate(call.sequences))):
-            try:
-                sequence = convert.sequence_from_message(
-                    one, vocab_size=vocab_size, max_sequence_tokens=self._limits.max_sequence_tokens
-                )
-                request = ScoreRequest(sequence=sequence, spec=spec, draw_set=call.draw_set)
-                if (entries := entries_bound(request.sequence, request.spec, vocab_size)) > max_entries:
-                    raise InvalidSequence(
-                        f"{len(sequence)} tokens may give {entries} entries: the limit is {max_entries}; "
-                        "ask for shorter sequences or fewer entries a row"
-                    )
-            except RequestError as error:
-                refused.append((index, error))
-            else:
-                requests.append((index, request))
-        return requests, refused
-
-    async def _write(self, context: Context, call: pb.ScoreRequest, hold: Hold, ready: deque[Ready]) -> None:
-        """Take as many results as fit into a message, and send them."""
-        room = min(RESULTS_BYTES, self._limits.max_message_bytes)
-        taken: list[tuple[int, Scored | RequestError]] = []
-        payload_bytes = 0
-        while ready and len(taken) < SLICE:
-            index, cost, outcome = ready[0]
-            if isinstance(outcome, Scored):
-                if taken and payload_bytes + len(outcome.payload) > room:
-                    break
-                _check_weights(call.weights_digest, outcome.weights_digest)
-                payload_bytes += len(outcome.payload)
-                metrics.TEACHER_SEQUENCES.inc()
-            else:
-                _note_refusal(index, outcome)
-            ready.popleft()
-            hold.release(cost)
-            taken.append((index, outcome))
-        metrics.TEACHER_PAYLOAD_BYTES.inc(payload_bytes)
-        start = time.perf_counter()
-        await context.write(results_message(taken))  # waits while the client reads too slowly
-        SEND_SECONDS.observe(time.perf_counter() - start)
-
 
 def described(info: TeacherInfo, limits: LimitSettings, id_model: bytes, tokenizer_rules: str) -> TeacherInfo:
     """Return what `Describe` tells of a backend behind this server's limits."""
@@ -221,24 +193,36 @@ def described(info: TeacherInfo, limits: LimitSettings, id_model: bytes, tokeniz
     )
 
 
-def results_message(results: Sequence[tuple[int, Scored | RequestError]]) -> bytes:
-    """Serialize a ScoreResults, given (index, outcome) pairs.
+def results_message(
+    ready: deque[Ready], room: int, call: pb.ScoreRequest, release: Callable[[int], None] = lambda _cost: None
+) -> bytes:
+    """Take results that fit into `room` bytes, at least one, and serialize them as a ScoreResults.
 
     Targets are framed here and copied once: protobuf would copy them into a message and out again, for twenty times
     the time (https://protobuf.dev/programming-guides/encoding).
     """
     parts: list[bytes] = []
-    for index, outcome in results:
+    payload_bytes = 0
+    for _ in range(min(len(ready), SLICE)):
+        index, cost, outcome = ready[0]
         if isinstance(outcome, RequestError):
-            targets, head = (
-                b"",
-                pb.ScoreResult(index=index, error=convert.error_to_message(outcome)).SerializeToString(),
-            )
+            _note_refusal(index, outcome)
+            head = pb.ScoreResult(index=index, error=convert.error_to_message(outcome)).SerializeToString()
+            parts += RESULT_TAG, varint(len(head)), head
         else:
             targets, digest = outcome.payload, bytes.fromhex(outcome.weights_digest)[: convert.WIRE_DIGEST_BYTES]
+            if payload_bytes and payload_bytes + len(targets) > room:
+                break
+            _check_weights(call.weights_digest, outcome.weights_digest)
+            payload_bytes += len(targets)
             rest = pb.ScoreResult(index=index, teacher_version=outcome.teacher_version, weights_digest=digest)
             head = rest.SerializeToString() + TARGETS_TAG + varint(len(targets))
-        parts += RESULT_TAG, varint(len(head) + len(targets)), head, targets
+            parts += RESULT_TAG, varint(len(head) + len(targets)), head, targets
+            metrics.TEACHER_SEQUENCES.inc()
+        ready.popleft()
+        if cost:
+            release(cost)
+    metrics.TEACHER_PAYLOAD_BYTES.inc(payload_bytes)
     return b"".join(parts)
 
 

@@ -35,11 +35,11 @@ def hold_all(taken: Admission, client_id: str, stack: ExitStack, *, cost: int = 
 
 def test_a_call_holds_its_tokens_until_each_result_is_released_and_the_rest_until_it_ends() -> None:
     taken = admission()
-    with taken.hold("x", [1000, 2000]) as hold:
+    with taken.hold("x", [1000, 2000]) as release:
         assert (taken.num_calls, taken.num_tokens) == (1, 3000)
-        hold.release(1000)
+        release(1000)
         assert taken.num_tokens == 2000
-        hold.release(2000)
+        release(2000)
         assert taken.num_tokens == 0
     with pytest.raises(ZeroDivisionError), taken.hold("x", [1000]):
         raise ZeroDivisionError
@@ -102,9 +102,9 @@ def test_small_calls_and_sequences_count_what_their_bookkeeping_costs() -> None:
     taken = admission()
     with taken.hold("x", [1]):
         assert taken.num_tokens == 512
-    with taken.hold("x", [1] * 1000) as hold:
+    with taken.hold("x", [1] * 1000) as release:
         assert taken.num_tokens == 8000
-        hold.release(1)
+        release(1)
         assert taken.num_tokens == 7992
 
 
