@@ -10,10 +10,9 @@ from pathlib import Path
 
 from logitstream.cache import CacheReader
 from logitstream.cache.remote import is_remote, local_path
-from logitstream.cache.tools.describe import describe
 from logitstream.cache.tools.export import export
 from logitstream.cache.tools.rewrite import merge, prune
-from logitstream.cache.tools.verify import verify
+from logitstream.cache.tools.verify import describe, verify
 from logitstream.errors import LogitstreamError
 
 SIZE_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

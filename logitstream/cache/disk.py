@@ -134,17 +134,13 @@ class DiskThread:
 
 
 @functools.cache
-def _disk_of(directory: str, doing: str, alone: bool) -> DiskThread:
+def cache_disk(directory: str | Path, doing: str, *, alone: bool) -> DiskThread:
+    """Return the process's guard for a cache's disk; alone: the run has no teacher and cannot go on without it."""
     what, patience = f"the disk, {doing} the cache {directory},", ALONE_SECONDS if alone else HANGS_SECONDS
     if is_remote(directory):
         what, patience = f"{doing} the cache {directory}", STORE_SECONDS
     then = "a run without a teacher (targets: cache) cannot go on without it" if alone else "the run goes on without it"
     return DiskThread(what, then=then, patience_seconds=patience)
-
-
-def cache_disk(directory: str | Path, doing: str, *, alone: bool) -> DiskThread:
-    """Return the process's guard for a cache's disk; alone: the run has no teacher and cannot go on without it."""
-    return _disk_of(str(directory), doing, alone)
 
 
 def from_disk(directory: str | Path, work: Callable[[], T], *, alone: bool = True) -> T:

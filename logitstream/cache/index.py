@@ -1,23 +1,45 @@
-"""The index of a shard: a log of where its records lie.
+"""Where records lie: the index of each shard, and the keys of a whole cache at one moment.
 
 A writer appends an entry to `<shard>.index` after each record batch: a header with the batch's place and checksum, and
 one span a record. Readers follow the log; a torn or damaged entry ends it. The first entry is that of the schema. The
 shard alone is enough to make its index again, byte for byte.
+
+Keys are an array uint64 [4, N] in rising order: a key's two halves, the place of its record, and its draw set: 32 bytes
+a record. A place is the number of a shard and, in the lower 32 bits, an offset in its index. Keys may repeat.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import struct
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from xxhash import xxh3_64_intdigest as xxh3
 
 from logitstream.cache.manifest import Manifest
-from logitstream.cache.shard import END_OF_STREAM, NO_SPANS, SPAN, SPAN_DTYPE, Spans, scan, shard_schema
+from logitstream.cache.shard import (
+    END_OF_STREAM,
+    NO_SPANS,
+    OPEN_SUFFIX,
+    SPAN,
+    SPAN_DTYPE,
+    Spans,
+    age,
+    scan,
+    shard_schema,
+)
 from logitstream.errors import CacheError
+
+logger = logging.getLogger(__name__)
 
 FILE_HEAD = struct.Struct("<8s32s")
 """Magic, and the digest of the fingerprint."""
@@ -27,6 +49,12 @@ ENTRY_HEAD = struct.Struct("<III")
 ENTRY_SUMS = struct.Struct("<QQ")
 """XXH3 of the message, XXH3 of the entry without this."""
 ENTRY_BYTES = ENTRY_HEAD.size + ENTRY_SUMS.size
+LOOKS = 20
+"""How often a folder is listed while its shards change."""
+HALVES = struct.Struct(">QQ")
+SHARD_BITS = np.uint64(32)
+OFFSET_MASK = np.uint64((1 << 32) - 1)
+Keys = npt.NDArray[np.uint64]
 
 
 class Entry(NamedTuple):
@@ -123,3 +151,123 @@ def sealed_index(shard: Path, manifest: Manifest, start: int = 0, *, shard_bytes
     rebuilt = rebuild_index(shard, manifest)
     found = "its records are found by a scan" if rebuilt else "it is no shard of this cache, or its head is damaged"
     return parse_index(rebuilt[start:], start)._replace(rebuilt=rebuilt, problem=f"{shard.name}: {problem}; {found}")
+
+
+def sorted_keys(parts: Sequence[Keys]) -> Keys:
+    """Sort several arrays of keys into one; of equal keys those of earlier parts come first."""
+    keys = np.concatenate([np.zeros((4, 0), np.uint64), *parts], axis=1)
+    return keys.take(np.lexsort((keys[1], keys[0])), axis=1)
+
+
+def keys_of(number: int, log: Log) -> Keys:
+    """Return the keys that a shard's index names, unsorted."""
+    spans = log.spans
+    halves = np.ascontiguousarray(spans["key"]).view(">u8").reshape(-1, 2).T
+    offsets = [np.arange(e.offset, e.offset + e.spans.nbytes, SPAN.size, dtype=np.uint64) for e in log.entries]
+    places = np.concatenate(offsets) | np.uint64(number << 32)
+    return np.stack([*halves.astype(np.uint64), places, spans["draw_set"]])
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard by its sealed name, how much of its index was read, and the index if its file is damaged."""
+
+    path: Path
+    is_sealed: bool = False
+    end: int = 0
+    rebuilt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Shards in the order of their discovery, and their keys; never changed, only replaced.
+
+    New keys are sorted into `recent` and join `keys` once they are many.
+    """
+
+    shards: tuple[Shard, ...] = ()
+    keys: Keys = field(default_factory=lambda: sorted_keys([]))
+    recent: Keys = field(default_factory=lambda: sorted_keys([]))
+
+    def places(self, key: bytes) -> list[int]:
+        """Return the places of a key's records."""
+        (high, low), found = HALVES.unpack(key), list[int]()
+        for keys in (self.keys, self.recent):
+            highs = memoryview(keys[0])
+            position = bisect_left(highs, high)
+            while position < len(highs) and highs[position] == high:
+                if keys[1, position] == low:
+                    found.append(int(keys[2, position]))
+                position += 1
+        return found
+
+    def distinct(self, ends: Mapping[str, int] | None = None) -> Keys:
+        """Return each key once; ends: only records before these offsets of the named shards' indexes."""
+        keys = sorted_keys([self.keys, self.recent]) if self.recent.size else self.keys
+        if ends is not None:
+            limits = np.array([ends.get(shard.path.name, 0) for shard in self.shards], np.uint64)
+            keys = keys.compress((keys[2] & OFFSET_MASK) < limits[keys[2] >> SHARD_BITS], axis=1)
+        is_first = np.ones(keys.shape[1], bool)
+        is_first[1:] = (keys[:2, 1:] != keys[:2, :-1]).any(axis=0)
+        return keys if is_first.all() else keys.compress(is_first, axis=1)
+
+
+def shards_in(directory: Path) -> dict[Path, bool]:
+    """Return the sealed names of the shards in a folder, and if they are sealed."""
+    names = os.listdir(directory)
+    found = {directory / name.removesuffix(OPEN_SUFFIX): False for name in names if name.endswith(OPEN_SUFFIX)}
+    return found | {directory / name: True for name in names if name.endswith(".arrow")}
+
+
+def survey(directory: Path, manifest: Manifest, before: Snapshot, remote: Mapping[Path, int]) -> Snapshot:
+    """Return what is readable now, reading only what is new since `before`, or everything if shards are gone.
+
+    A prune writes a record's new shard before it removes the old one, and one listing of the folder may show neither:
+    so two listings in a row must be equal. remote: sizes of sealed shards that can be fetched, whose indexes are in the
+    folder already.
+    """
+    now, names = before, shards_in(directory) | dict.fromkeys(remote, True)
+    for _ in range(LOOKS):
+        now = _extended(now, names, manifest, remote)
+        names, previous = shards_in(directory) | dict.fromkeys(remote, True), names
+        if names == previous and all(shard.path in names for shard in now.shards):
+            break
+        if names == previous:
+            now = Snapshot()
+    return now
+
+
+def _extended(before: Snapshot, names: Mapping[Path, bool], manifest: Manifest, remote: Mapping[Path, int]) -> Snapshot:
+    """Return `before` with what was written since."""
+    shards, parts = {shard.path: shard for shard in before.shards}, [before.recent]
+    numbers = {path: number for number, path in enumerate(shards)}
+    for path in sorted((path for path in names if path not in shards or not shards[path].is_sealed), key=age):
+        known = shards.get(path, Shard(path))
+        try:
+            if names[path]:
+                log = sealed_index(path, manifest, known.end, shard_bytes=remote.get(path))
+            else:  # its last entry may be being written
+                log = read_index(path, manifest, known.end)._replace(problem="")
+        except FileNotFoundError:  # sealed or pruned meanwhile: the next listing shows it
+            continue
+        except (CacheError, OSError) as error:
+            log = Log([], known.end, problem=f"{path.name}: {error}; its records are skipped")
+        if log.problem:
+            _warn_once(log.problem)
+        shards[path] = Shard(path, names[path], log.end, log.rebuilt)
+        number = numbers.setdefault(path, len(numbers))
+        if log.entries:
+            parts.append(keys_of(number, log))
+    found = tuple(shards.values())
+    if len(parts) == 1:
+        return before if found == before.shards else replace(before, shards=found)
+    recent = sorted_keys(parts)
+    if recent.size * 8 > before.keys.size:
+        return Snapshot(found, sorted_keys([before.keys, recent]) if before.keys.size else recent)
+    return Snapshot(found, before.keys, recent)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log what is found again at every refresh."""
+    logger.warning(message)

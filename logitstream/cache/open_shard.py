@@ -16,7 +16,6 @@ from logitstream.cache.index import file_head, index_path, pack_entry, parse_ind
 from logitstream.cache.manifest import Manifest, remove_leftovers
 from logitstream.cache.shard import (
     END_OF_STREAM,
-    MAX_SHARD_BYTES,
     NO_SPANS,
     OPEN_SUFFIX,
     Spans,
@@ -111,9 +110,9 @@ class OpenShard:
         """Seal what a dead writer wrote, without its torn tail; index: what the shard's whole messages make."""
         entries = parse_index(index).entries
         self.size, self.index_size = entries[-1].end, len(index)
-        tail = os.pread(self._fd, MAX_SHARD_BYTES, self.size)
-        if tail not in (b"", END_OF_STREAM):
-            logger.warning("%s: cut off a torn tail of %d bytes", self.path, len(tail))
+        torn = os.fstat(self._fd).st_size - self.size
+        if os.pread(self._fd, torn, self.size) not in (b"", END_OF_STREAM):
+            logger.warning("%s: cut off a torn tail of %d bytes", self.path, torn)
         _write(self._index_fd, index, 0)  # the same bytes as are there already, unless they were lost or damaged
         self._truncate()
         self.seal() if len(entries) > 1 else self.discard()

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream import metrics
-from logitstream.cache.index import index_path
+from logitstream.cache.index import HALVES, Keys, Shard, Snapshot, index_path, survey
 from logitstream.cache.manifest import read_id_model, read_manifest
 from logitstream.cache.remote import Mirror, is_remote, local_path
 from logitstream.cache.shard import SPAN, Record, Stored, open_shard_file, read_stored, token_dtype
-from logitstream.cache.snapshot import HALVES, Keys, Shard, Snapshot, survey
 from logitstream.errors import CacheError, CacheMiss, CorruptRecord
 from logitstream.types import Fingerprint
 
@@ -38,9 +37,8 @@ class CacheReader:
     its manifest is damaged, FingerprintMismatch if it holds other targets than `fingerprint` (None: whatever it holds).
     Damaged records are counted (`cache_corrupt_total`), listed in `damaged` and pass for missing.
 
-    directory: a folder or an fsspec URL: then a shard is fetched to the folder `staging` when it is first read, while
-    the one before it is being read. More attributes than 12 because single keys and the keys' order follow the writers
-    each at its own time.
+    directory: a folder or an fsspec URL: then a shard is fetched to the folder `staging` when it is first read.
+    More attributes than 12 because single keys and the keys' order follow the writers each at its own time.
     """
 
     def __init__(

@@ -21,8 +21,6 @@ from logitstream.types import Fingerprint, pack_mask
 
 logger = logging.getLogger(__name__)
 
-RECORD_BYTES = 160
-MESSAGE_BYTES = 4096
 CHECK_BYTES = 16 << 20
 """How much a writer writes between looks at what others wrote."""
 
@@ -87,18 +85,6 @@ class CacheWriter:
         except OSError as error:
             self._disable(str(error))
         self.look_around()
-
-    @property
-    def unwritten(self) -> int:
-        """Records that were put and are not on disk yet."""
-        return len(self._pending)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bound of the directory's bytes once everything that was put is sealed, as far as this writer knows."""
-        with self._lock:
-            pending = bound_of_bytes(len(self._pending), self._pending_bytes) if self._pending else 0
-            return self._written_bytes + pending
 
     def put(
         self,
@@ -173,7 +159,8 @@ class CacheWriter:
 
     def _append(self) -> None:
         max_bytes, shard_bytes, _ = self._limits
-        if max_bytes and self.num_bytes > max_bytes:
+        pending_bytes = bound_of_bytes(len(self._pending), self._pending_bytes)
+        if max_bytes and self._written_bytes + pending_bytes > max_bytes:
             self._disable(f"cache.max_bytes = {max_bytes} is reached (`logitstream cache prune` makes room)")
             return
         if self._shard is not None and self._shard.num_bytes + self._pending_bytes > shard_bytes:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from logitstream.cache import CacheReader, CacheWriter
 from logitstream.cache.manifest import FORMAT, create_manifest, render
-from logitstream.cache.tools.describe import describe
 from logitstream.cache.tools.rewrite import prune
-from logitstream.cache.tools.verify import verify
+from logitstream.cache.tools.verify import describe, verify
 from logitstream.errors import CacheError, FingerprintMismatch
 from logitstream.types import Fingerprint
 from tests.unit.test_cache import fingerprint, make_records, put_all

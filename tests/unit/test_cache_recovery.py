@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstream.cache import CacheReader, CacheWriter, Record
-from logitstream.cache.snapshot import HALVES, Snapshot, sorted_keys
+from logitstream.cache.index import HALVES, Snapshot, sorted_keys
 from logitstream.cache.tools.rewrite import prune
 from logitstream.cache.tools.verify import verify
 from logitstream.errors import CacheError, FingerprintMismatch

@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstream.cache.heldout import add_heldout, read_heldout
-from logitstream.cache.index import index_path
+from logitstream.cache.index import index_path, shards_in
 from logitstream.cache.manifest import MANIFEST, Manifest, file_bytes, read_manifest, tree_bytes
 from logitstream.cache.open_shard import OpenShard, recover
 from logitstream.cache.reader import CacheReader
 from logitstream.cache.shard import OPEN_SUFFIX, Spans, age, bound_of_bytes, read_stored
-from logitstream.cache.snapshot import shards_in
 from logitstream.cache.tools import watched
 from logitstream.cache.tools.verify import all_shards, check_shard, shard_log
 from logitstream.cache.writer import CacheWriter
