@@ -50,7 +50,7 @@ def encode(targets: SparseTargets, *, version: int = 2, id_model: IdModel | None
         if id_model is not None and id_model.vocab_size != targets.vocab_size:
             raise ValueError(f"id model of {id_model.vocab_size} ids for targets over {targets.vocab_size}")
         flags = _HAS_MODEL * (id_model is not None) | _SUMS_TO_UNITS * _sums_to_units(targets)
-        content = b"" if id_model is None else _short_digest(id_model)
+        content = b"" if id_model is None else bytes.fromhex(id_model.digest)[:_MODEL_DIGEST_BYTES]
         content += _encode_rows(targets, lengths, targets.units if flags & _SUMS_TO_UNITS else -1, id_model)
     shape = (targets.vocab_size, targets.units, targets.tail_units, targets.num_rows, targets.num_entries)
     body = _HEADER.pack(version, flags, *shape) + content
@@ -174,14 +174,10 @@ def _coded_rows(header: _Header, content: memoryview, id_model: IdModel | None) 
 
 def _tables(digest: str, vocab_size: int, id_model: IdModel | None) -> IdTables:
     """Return the tables of the id model of this digest and vocabulary; CodecError if it is not the one at hand."""
-    if id_model is None or _short_digest(id_model).hex() != digest or vocab_size != id_model.vocab_size:
+    if id_model is None or not id_model.digest.startswith(digest) or vocab_size != id_model.vocab_size:
         at_hand = "none" if id_model is None else f"{id_model.digest} of {id_model.vocab_size} ids"
         raise CodecError(f"the targets need the id model {digest} of {vocab_size} ids, at hand is {at_hand}")
     return id_model.tables
-
-
-def _short_digest(id_model: IdModel) -> bytes:
-    return bytes.fromhex(id_model.digest)[:_MODEL_DIGEST_BYTES]
 
 
 EXAMPLE = bytes.fromhex("02020000e803000005000000000000000300000003000000 c03c276da42e 6a577505")
@@ -193,13 +189,6 @@ def warm_up() -> None:
 
     RuntimeError if the code does not give the bytes it must: numba's cache on disk may be another version's.
     """
-    example = SparseTargets(
-        vocab_size=1000,
-        units=5,
-        row_offsets=np.array([0, 2, 2, 3], np.int64),
-        token_ids=np.array([3, 17, 999], np.int32),
-        counts=np.array([4, 1, 5], np.int32),
-    )
-    payload = encode(example)
-    if payload != EXAMPLE or not np.array_equal(decode(payload).counts, example.counts):
+    payload = encode(decode(EXAMPLE))
+    if payload != EXAMPLE:
         raise RuntimeError(f"codec version 2 gives {payload.hex()}, expected {EXAMPLE.hex()}: clear numba's cache")

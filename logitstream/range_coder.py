@@ -19,7 +19,6 @@ Array = npt.NDArray[Any]
 State = tuple[int, int, int]
 """Low (decoding: the code's distance from it), width of the interval, position in the bytes."""
 Coded = tuple[int, State]
-"""A value and the state after it."""
 Rows = tuple[Array, Array, Array]
 """Lengths int64 [R], token ids and counts int32 [K]."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,8 +31,7 @@ MAX_COUNT = (1 << 31) - 1
 _int = cast(Callable[[Any], int], np.int64)
 _at = cast(Callable[[int], int], np.uintp)
 """An index that is not negative: spares numba's check for one that counts from the end."""
-_MASK = (1 << 48) - 1
-_LEAST_WIDTH = 1 << 32
+_MASK, _LEAST_WIDTH = (1 << 48) - 1, 1 << 32
 _UNSEEN = 32768 << 8
 """A context: 16 bits of P(0) and, in the low 8 bits, how often it was seen."""
 _RATES = 0x5444444443333221
@@ -56,8 +54,6 @@ _COUNT_CONTEXT = np.array(
 
 
 class Coder(NamedTuple):
-    """The bytes, the adaptive contexts, and the direction."""
-
     data: Array
     contexts: Array
     decoding: bool
@@ -297,7 +293,7 @@ def encode_rows(data: Array, rows: Rows, row_sum: int, vocab_size: int, tables: 
 def decode_rows(data: Array, rows: Rows, row_sum: int, vocab_size: int, tables: IdTables) -> int:
     """Decode what `encode_rows` wrote, and 8 zeros behind it, into arrays of the rows' and entries' number."""
     code = 0
-    for i in range(6):
-        code = (code << 8) | _int(data[i])
+    for byte in data[:6]:
+        code = (code << 8) | _int(byte)
     coder = Coder(data, np.full(_NUM_CONTEXTS, _UNSEEN, np.int32), True)
     return _rows(coder, (code, _MASK, 6), rows, row_sum, vocab_size, tables)

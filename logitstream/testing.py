@@ -25,7 +25,6 @@ class FakeTeacher(LocalTeacherClient):
 
     fail: called with each sequence before it is scored; what it raises is its future's error, for example
         `logitstream.errors.InvalidSequence` for one that a teacher refuses.
-    score: in place of the made-up distribution.
     """
 
     def __init__(
@@ -33,7 +32,6 @@ class FakeTeacher(LocalTeacherClient):
         vocab_size: int = 256,
         spec: TargetSpec | None = None,
         *,
-        score: Callable[[TokenSequence, int], SparseTargets] | None = None,
         fail: Callable[[TokenSequence], None] = lambda sequence: None,
         max_sequence_tokens: int = 4096,
     ) -> None:
@@ -51,8 +49,6 @@ class FakeTeacher(LocalTeacherClient):
         def made_up(sequence: TokenSequence, draw_set: int) -> SparseTargets:
             self.asked.append(sequence)
             fail(sequence)
-            if score is not None:
-                return score(sequence, draw_set)
             return sample(made_up_logits(sequence, vocab_size), spec, sequence, draw_set=draw_set)
 
         super().__init__(made_up, info=info, spec=spec)

@@ -36,7 +36,6 @@ ALLOWED: dict[str, int] = {
     "benchmarks/student_step.py": 1,
     "benchmarks/targets.py": 1,
     "benchmarks/vllm_backend.py": 1,
-    "logitstream/range_coder.py": 2,
     "tests/compose/test_compose.py": 1,
     "tests/distributed_training.py": 2,
     "tests/integration/test_cache_command.py": 1,
