@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -84,9 +83,7 @@ class TargetSettings(TargetSpec):
     def __post_init__(self) -> None:
         TargetSpec.__post_init__(self)
         require_at_least(self, 1, "prefetch_batches")
-        for name in ("bytes_per_token", "noise"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+        require_at_least(self, 0, "bytes_per_token", "noise")
         if self.bytes_per_token and self.noise:
             raise ValueError("expected one budget, bytes_per_token or noise, got both")
 
