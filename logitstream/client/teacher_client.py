@@ -123,11 +123,6 @@ class GrpcTeacherClient:
         return asyncio.run_coroutine_threadsafe(self._wait_started(), self._loop).result()
 
     @property
-    def known_info(self) -> TeacherInfo | None:
-        """The teacher, if a replica has been described by now; never waits."""
-        return self._identity.info
-
-    @property
     def max_teacher_lag(self) -> int:
         return self._identity.max_teacher_lag
 
