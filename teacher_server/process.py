@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import grpc
     from grpc import aio
 
-MANY_FILES = 1 << 20  # Linux's default bound if no limit is set
-
 
 def raise_file_limit() -> int:
     """Let this process open as many files as it may, a connection being one; return how many."""
@@ -24,7 +22,7 @@ def raise_file_limit() -> int:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return MANY_FILES if soft == resource.RLIM_INFINITY else soft
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20  # Linux's default bound if no limit is set
 
 
 def bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None = None) -> str:

@@ -74,7 +74,7 @@ class Scheduler:
         self.is_draining = False  # set to refuse new requests; what was taken is still scored
         self.is_stuck = False  # after `close`: a batch or the disk is still busy and cannot be stopped
         self.stored = stored
-        self._backend = backend
+        self.backend = backend
         self._encode = encode
         self._queue = queue = FairQueue[Job]()
         self._jobs = jobs = dict[Key, Job]()
@@ -90,10 +90,6 @@ class Scheduler:
         metrics.TEACHER_QUEUE_AGE.set_function(
             lambda: next((time.monotonic() - job.arrived for job in list(jobs.values())), 0.0)
         )
-
-    @property
-    def is_healthy(self) -> bool:
-        return self._backend.healthy()
 
     @property
     def num_unfinished(self) -> int:
@@ -131,13 +127,15 @@ class Scheduler:
         async with self._replacing:
             for _ in range(self._num_slots):
                 await self._slots.acquire()
-            replaced, self._backend = self._backend, backend
+            replaced, self.backend = self.backend, backend
             self.info = replace(info, teacher_version=self.info.teacher_version + 1)
             metrics.TEACHER_VERSION.set(self.info.teacher_version)
             log.info("serving version %d, weights %s", self.info.teacher_version, info.weights_digest[:16])
-            await asyncio.get_running_loop().run_in_executor(self._backend_threads, replaced.close)
-            for _ in range(self._num_slots):
-                self._slots.release()
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._backend_threads, replaced.close)
+            finally:
+                for _ in range(self._num_slots):
+                    self._slots.release()
 
     async def open_stored(self, spec: TargetSpec) -> None:
         """Find what is stored for a spec before its first request, if the disk answers soon."""
@@ -172,7 +170,7 @@ class Scheduler:
 
         def free_backend() -> None:
             self._backend_threads.shutdown(cancel_futures=True)  # waits for the running batch
-            self._backend.close()
+            self.backend.close()
 
         closing = [asyncio.get_running_loop().run_in_executor(self._encoders, free_backend)]
         if self.stored is not None:
@@ -197,7 +195,7 @@ class Scheduler:
         """Score and encode a batch, offer it to the server's cache, and answer everybody who waits for it."""
         info, requests, loop = self.info, [job.request for job in batch], asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._backend_threads, self._scorer.score, self._backend, requests)
+            results = await loop.run_in_executor(self._backend_threads, self._scorer.score, self.backend, requests)
             await self._encoding.acquire()
         except BackendBroken:
             for job in batch:

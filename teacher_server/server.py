@@ -76,7 +76,7 @@ class TeacherServer:
     def serving(self) -> bool:
         """True while health says SERVING: the teacher is loaded, healthy and not draining."""
         scheduler = self.scheduler if self._when_loaded.handler is not None else None
-        return scheduler is not None and scheduler.is_healthy and not scheduler.is_draining
+        return scheduler is not None and scheduler.backend.healthy() and not scheduler.is_draining
 
     def stop(self) -> None:
         """Begin to drain; safe to call as a signal handler on the loop."""
