@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from logitstream.cache.heldout import read_heldout
 
@@ -45,6 +46,7 @@ def evaluate_heldout(student: Path, teacher: Path, cache: Path) -> dict[str, flo
     cache: notes the sequences that the student was not trained on. Returns means per predicted token, in nats: both
     losses and KL(teacher‖student); and, as shares of 1, top-1 agreement and speculative acceptance Σ min(p, t).
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
     sums: dict[str, float] = {}
     for sequence in read_heldout(cache):
