@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """Where it runs, on what sizes, and the lines that it has found so far."""
+    """Measure on one device, with real or tiny sizes; lines: found so far."""
 
     def __init__(self, *, smoke: bool) -> None:
         self.smoke = smoke

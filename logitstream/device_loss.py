@@ -83,10 +83,10 @@ class DeviceRows:
     def wait(self) -> None:
         """Let the current stream, not the host, wait until everything is there."""
         if self.ready is not None:
-            stream = torch.cuda.current_stream(self.ready.device)
-            stream.wait_event(self.ready)
-            for tensor in (self.labels, self.index, self.mask, self.starts, self.ids, self.counts):
+            for tensor in (self.starts, self.ids, self.counts):
                 if tensor is not None:
+                    stream = torch.cuda.current_stream(tensor.device)
+                    stream.wait_event(self.ready)
                     tensor.record_stream(stream)
 
 

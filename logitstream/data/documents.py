@@ -79,14 +79,13 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     inputs = {name: value for name, value in batch.items() if name not in (*FOR_THE_LOSS, *DERIVED, *MARKS[:2])}
     device = torch.as_tensor(batch["input_ids"]).device
     positions = positions_of(numbers)
-    position_ids = {"position_ids": torch.from_numpy(positions).to(device)}
-    if numbers.max(initial=0) > 1:
-        return inputs | position_ids
-    present = numbers > 0
-    if not present.all():
+    present, is_packed = numbers > 0, numbers.max(initial=0) > 1
+    if not is_packed and not present.all():
         inputs["attention_mask"] = torch.from_numpy(present.astype(np.int64)).to(device)
     moved = (positions != np.arange(numbers.shape[1]))[present].any()
-    return inputs | position_ids if takes_positions and moved else inputs
+    if is_packed or (takes_positions and moved):  # only then, as the copy waits for a GPU
+        inputs["position_ids"] = torch.from_numpy(positions).to(device)
+    return inputs
 
 
 def to_numpy(values: Any) -> npt.NDArray[Any]:

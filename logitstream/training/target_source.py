@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,7 +85,8 @@ class Asked:
 class TargetSource:
     """Asks for the targets of batches, and decodes them in a thread of its own.
 
-    client=None: from the cache alone; look_up: try the cache before the teacher.
+    client=None: from the cache alone; look_up: try the cache before the teacher; place: copies a batch's targets to a
+    device.
     """
 
     def __init__(
@@ -96,10 +97,11 @@ class TargetSource:
         look_up: bool,
         draw_set: int,
         stats: StreamStats,
+        place: Callable[[SparseTargets], SparseTargets] | None = None,
     ) -> None:
         """Learn how to decode: from the cache if it may do without the teacher, else from the teacher."""
         self._client, self._cache, self._look_up = client, cache, look_up
-        self._draw_set, self._stats = draw_set, stats
+        self._draw_set, self._stats, self._place = draw_set, stats, place
         self._is_same_teacher = False
         if cache is not None:
             cache.refresh()
@@ -191,7 +193,8 @@ class TargetSource:
                 self._count_refused(part, error)
                 refused.append(part.rows)
         num_rows = int(np.prod(tuple(asked.batch["input_ids"].shape)))
-        batch = asked.batch | {"targets": place_rows(placed, num_rows=num_rows, **self._drawn)}
+        targets = place_rows(placed, num_rows=num_rows, **self._drawn)
+        batch = asked.batch | {"targets": targets if self._place is None else self._place(targets)}
         if refused:
             blank_out(batch, np.concatenate(refused))
         return batch

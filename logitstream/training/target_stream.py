@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from logitstream.data.documents import Batch
 from logitstream.errors import TeacherUnavailable
 from logitstream.training.target_cache import TargetCache
 from logitstream.training.target_source import Asked, StreamStats, TargetSource
+from logitstream.types import SparseTargets
 
 Mode = Literal["online", "cache", "cache_then_online"]
 
@@ -67,6 +68,8 @@ class TargetStream:
         self.draw_sets = (draw_set,) if isinstance(draw_set, int) else tuple(draw_set or ())
         self.epoch = 0
         self.stats = StreamStats()
+        self.place: Callable[[SparseTargets], SparseTargets] | None = None
+        """Copies a batch's targets to a device, in the decode thread (`device_targets.Placer`)."""
         self._source: TargetSource | None = None
         self._asked: deque[Asked] = deque()
 
@@ -97,7 +100,8 @@ class TargetStream:
         self.close()
         client, look_up = None if self.mode == "cache" else self.client, self.mode != "online"
         draw_set = self.draw_sets[self.epoch % len(self.draw_sets)] if self.draw_sets else self.epoch
-        source = TargetSource(client, self.cache, look_up=look_up, draw_set=draw_set, stats=self.stats)
+        options: dict[str, Any] = {"look_up": look_up, "draw_set": draw_set, "place": self.place}
+        source = TargetSource(client, self.cache, stats=self.stats, **options)
         self._source, asked = source, self._asked
         self.epoch += 1
         left: Iterator[tuple[int, Batch]] | None = enumerate(batches, first_step)

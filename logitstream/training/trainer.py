@@ -18,8 +18,10 @@ from logitstream.data.corpus import per_token
 from logitstream.data.documents import FOR_THE_LOSS, PACKING, Batch, for_the_model
 from logitstream.data.loss_mask import IGNORED_LABEL, next_token_labels, supervised_mask
 from logitstream.data.student_limits import Before, StudentLimits, hides, refuse_to_see, stands_before, takes_positions
+from logitstream.kernels import are_usable
 from logitstream.loss import Diagnostics
 from logitstream.training.checkpoints import ResumableTrainer
+from logitstream.training.device_targets import Placer, placed_rows
 from logitstream.training.distributed import (
     expect_equal_ranks,
     is_sharded,
@@ -104,7 +106,9 @@ class DistillationTrainer(ResumableTrainer):
         self._end_stream()
         dataloader = super().get_train_dataloader()
         if self.wrap_dataloader is not None:
-            self.stats.follow(self.wrap_dataloader(dataloader))
+            stream = self.wrap_dataloader(dataloader)
+            stream.place = Placer(self.args.device) if are_usable(self.args.device) else None
+            self.stats.follow(stream)
         return dataloader
 
     def get_batch_samples(
@@ -183,12 +187,14 @@ class DistillationTrainer(ResumableTrainer):
     def _student_loss(
         self, model: nn.Module, inputs: Batch, ce_weight: float, num_items: Tensor | float | None = None
     ) -> StudentLoss:
+        targets, labels, loss_mask = inputs.get("targets"), next_token_labels(inputs), supervised_mask(inputs)
         head_loss = HeadLoss(
             from_logits=not self.is_fused,
-            targets=inputs.get("targets"),
-            labels=next_token_labels(inputs),
-            loss_mask=supervised_mask(inputs),
-            ce_weight=1.0 if inputs.get("targets") is None else ce_weight,
+            targets=targets,
+            labels=labels,
+            loss_mask=loss_mask,
+            device_rows=placed_rows(targets, labels=labels, loss_mask=loss_mask),
+            ce_weight=1.0 if targets is None else ce_weight,
             num_items=num_items,
         )
         student: StudentLoss = model(**self._model_inputs(inputs), head_loss=head_loss)
