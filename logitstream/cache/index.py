@@ -1,4 +1,4 @@
-"""Where records lie: the index of each shard, and the keys of a whole cache at one moment.
+"""Places of records: the index of each shard, and the keys of a whole cache at one moment.
 
 A writer appends an entry to `<shard>.index` after each record batch: a header with the batch's place and checksum, and
 one span a record. Readers follow the log; a torn or damaged entry ends it. The first entry is that of the schema. The
