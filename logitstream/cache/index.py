@@ -156,7 +156,10 @@ def sealed_index(shard: Path, manifest: Manifest, start: int = 0, *, shard_bytes
 def sorted_keys(parts: Sequence[Keys]) -> Keys:
     """Sort several arrays of keys into one; of equal keys those of earlier parts come first."""
     keys = np.concatenate([np.zeros((4, 0), np.uint64), *parts], axis=1)
-    return keys.take(np.lexsort((keys[1], keys[0])), axis=1)
+    order = np.argsort(keys[0], kind="stable")
+    if not np.diff(keys[0, order]).all():  # some share their first half
+        order = np.lexsort((keys[1], keys[0]))
+    return keys.take(order, axis=1)
 
 
 def keys_of(number: int, log: Log) -> Keys:
