@@ -137,7 +137,9 @@ def test_a_resumed_run_keeps_its_sequences_and_draws_after_the_cache_grew(tmp_pa
     def sequences_and_draws(*, resumes: bool) -> tuple[list[int], list[int], tuple[int, ...]]:
         config = student(cache, heldout_sequences=2)
         settings = arguments(num_train_epochs=2, output_dir=str(tmp_path / "run"))
-        train, heldout = load_data(config, settings, NO_TOKENIZER, checkpoint=tmp_path / "run" if resumes else None)
+        train, heldout = load_data(
+            config, settings, NO_TOKENIZER, checkpoint=tmp_path / "run" / "checkpoint-1" if resumes else None
+        )
         assert isinstance(train, CacheDataset)
         first, second = ([int(part[i]["input_ids"][0]) for i in range(len(part))] for part in (train, heldout))
         return first, second, choose_draw_sets(config, train.cache)
