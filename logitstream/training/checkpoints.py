@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
@@ -95,7 +95,7 @@ def resumed_state(state: Any) -> Any:
     return (state.stateful_callbacks or {}).get(RUN_STATE, {})
 
 
-class StopRequest(TrainerCallback):
+class StopRequest:
     """Remembers a signal until all processes are between two steps, where each of them raises Stopped."""
 
     def __init__(self) -> None:
@@ -160,9 +160,6 @@ class StopRequest(TrainerCallback):
         if len({taken for _, taken in everyone}) > 1:
             raise RanksDiffer(f"expected as many batches on every rank, got {[taken for _, taken in everyone]}")
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.agree()
-
 
 class ResumableTrainer(Trainer):
     """Trains as if nothing had come before, and writes each checkpoint aside before it gets its name.
@@ -177,7 +174,6 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stop = StopRequest()
-        self.add_callback(self.stop)
         self._order = torch.Generator()
         """The order by length, the same in every process; seeded for each epoch before its first batch is drawn."""
 

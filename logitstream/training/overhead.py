@@ -1,16 +1,14 @@
 """Measures what distillation costs over cross-entropy in the same run: the same batch, fused head and step both ways.
 
 At every n-th optimizer step the first micro-batch's pass, forward and backward, is timed with its targets and as plain
-cross-entropy, in turn first and second. The plain pass is undone, so the student trains as if nothing had been
-measured. Clipping, optimizer and scheduler belong to both. Per optimizer step of n micro-batches:
+cross-entropy, in turn first and second; the plain pass is undone. Over an epoch's steps:
 
-    cross-entropy step = n · (median pass without targets) + optimizer
-    computing          = n · (median pass without targets) · (median of the pairs' ratios − 1)
-    waiting, decoding  = their means over all steps: waiting is the time in which the step stood still, decoding its CPU
-                         seconds, counted whole although it runs in a thread beside the step
+    cross-entropy     = micro-batches · (median pass without targets) + clipping, optimizer and scheduler
+    computing         = micro-batches · (median pass without targets) · (median of the pairs' ratios − 1)
+    waiting, decoding = seconds in which steps stood still; CPU seconds of the thread beside them, counted whole
 
-and the overheads are these over the cross-entropy step. On a CPU a pair's ratio is one of the training thread's CPU
-time, which other processes on the same cores disturb little. Several processes measure the same steps, from a barrier.
+and the overheads are these over cross-entropy. On a CPU a pair's ratio is one of the training thread's CPU time, which
+other processes on the same cores disturb little. Several processes measure the same steps, from a barrier.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from statistics import median
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from logitstream.data.documents import Batch
 from logitstream.training.distributed import is_sharded
@@ -55,11 +52,10 @@ class OverheadMeter:
         past_warm_up = self.num_steps - WARM_UP_STEPS
         return self.every > 0 and past_warm_up >= 0 and past_warm_up % self.every == 0
 
-    def can_undo(self, model: nn.Module, accelerator: Accelerator, *, accumulates: bool) -> bool:
+    def can_undo(self, model: nn.Module, accelerator: Accelerator) -> bool:
         """Tell whether a pass of this student leaves no trace; if not, say so and measure none from now on."""
-        is_fsdp2 = any(isinstance(part, FSDPModule) for part in model.modules())
         if (
-            (is_sharded(model) and (accumulates or not is_fsdp2))  # gradients lie elsewhere
+            is_sharded(model)
             or any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
             or getattr(model, "gradient_as_bucket_view", False)
             or accelerator.mixed_precision == "fp8"

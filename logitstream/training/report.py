@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from logitstream.files import write_whole
-from logitstream.training.stats import COUNTED, RunStats
+from logitstream.training.stats import RunStats, overhead_in, total_of
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -27,7 +27,7 @@ def report(stats: RunStats) -> dict[str, Any]:
     epochs: list[dict[str, Any]] = [epoch | _rates(epoch) for epoch in stats.of_all_processes() if epoch["steps"]]
     if not epochs:
         return resumed | {"epochs": []}
-    total = {name: sum(epoch[name] for epoch in epochs) for name in COUNTED}
+    total = total_of(epochs)
     found = resumed | _rates(total) | {"tokens_trained": int(total["tokens"])}
     found["seconds_waiting_for_targets"] = total["waiting_seconds"]
     online = [epoch for epoch in epochs if epoch["received_bytes"]]
@@ -42,8 +42,7 @@ def report(stats: RunStats) -> dict[str, Any]:
 
 
 def _last_overhead(epochs: list[dict[str, Any]]) -> dict[str, float]:
-    measured = [{name: value for name, value in epoch.items() if name.startswith("overhead_")} for epoch in epochs]
-    return next((overhead for overhead in reversed(measured) if overhead), {})
+    return next((found for epoch in reversed(epochs) if (found := overhead_in(epoch))), {})
 
 
 def _rates(sums: dict[str, float]) -> dict[str, Any]:

@@ -35,8 +35,8 @@ OF_THE_STREAM = {
 SECONDS = ("computing_seconds", "optimizer_seconds", "measuring_seconds")
 COUNTED = ("steps", "micro_batches", "tokens", "entries", *SECONDS, *OF_THE_STREAM)
 OF_THE_LOSS = (*Diagnostics._fields, "own_loss")
-ALIKE = ("steps", "micro_batches", "own_loss")
-"""The same in every process, or a mean already: not summed over processes, as seconds and ratios are not."""
+MEANS = ("steps", "micro_batches", "own_loss", "seconds", "overhead")
+"""Counts with one of these in their name are alike in every process: their mean is the run's, not their sum."""
 
 Counts = dict[str, float]
 
@@ -76,12 +76,12 @@ class RunStats(TrainerCallback):
             for epoch in before
         ]
         self._of_the_loss = torch.zeros_like(self._of_the_loss)
-        self._logged = _total(before)
+        self._logged = total_of(before)
 
     def run_state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; every process calls it."""
         epochs = self.of_all_processes()
-        return {"tokens": _total(epochs)["tokens"], "epochs": epochs}
+        return {"tokens": total_of(epochs)["tokens"], "epochs": epochs}
 
     def of_all_processes(self) -> list[Counts]:
         """Return each epoch's counts summed over all processes, of seconds and ratios the means; each calls it."""
@@ -153,7 +153,7 @@ class RunStats(TrainerCallback):
         tokens are the run's so far; waiting_seconds and decoding_seconds too, as means over the processes. What is not
         known is left out: kl and its companions if no row had targets, router_loss if the student has none.
         """
-        own = _total(self.epochs) | dict(zip(OF_THE_LOSS, self._of_the_loss.tolist(), strict=True))
+        own = total_of(self.epochs) | dict(zip(OF_THE_LOSS, self._of_the_loss.tolist(), strict=True))
         run = _merged(of_all_processes(own))
         last = {name: value - self._logged.get(name, 0.0) for name, value in run.items()}
         self._logged = run
@@ -170,8 +170,7 @@ class RunStats(TrainerCallback):
         }
         if run["own_loss"]:
             logs["router_loss"] = _ratio(last["own_loss"], last["steps"])
-        overhead = {name: value for name, value in self.epochs[-1].items() if name.startswith("overhead_")}
-        return logs | diagnostic_means(last, self._spec) | overhead
+        return logs | diagnostic_means(last, self._spec) | overhead_in(self.epochs[-1])
 
     def _observe(self) -> Counts:
         """Return what the stream has counted since the last call."""
@@ -213,7 +212,7 @@ def diagnostic_means(sums: Counts, spec: TargetSpec | None) -> Counts:
 
 
 def _is_mean(name: str) -> bool:
-    return name in ALIKE or name.endswith("_seconds") or name.startswith("overhead_")
+    return any(word in name for word in MEANS)
 
 
 def _merged(everyone: Sequence[Counts]) -> Counts:
@@ -225,8 +224,12 @@ def _merged(everyone: Sequence[Counts]) -> Counts:
     return found
 
 
-def _total(epochs: Sequence[Counts]) -> Counts:
+def total_of(epochs: Sequence[Counts]) -> Counts:
     return {name: sum(epoch[name] for epoch in epochs) for name in COUNTED}
+
+
+def overhead_in(epoch: Counts) -> Counts:
+    return {name: value for name, value in epoch.items() if name.startswith("overhead_")}
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -157,7 +157,7 @@ class DistillationTrainer(ResumableTrainer):
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         stats, meter = self.stats, self.stats.meter
         is_due = stats.step["micro_batches"] == 0 and inputs.get("targets") is not None and meter.is_due()
-        if is_due and meter.can_undo(model, self.accelerator, accumulates=self.args.gradient_accumulation_steps > 1):
+        if is_due and meter.can_undo(model, self.accelerator):
             loss, seconds = meter.measure(step, inputs, model=model, accelerator=self.accelerator)
             stats.step["measuring_seconds"] = seconds
         else:
@@ -239,6 +239,7 @@ class DistillationTrainer(ResumableTrainer):
 
         Sequences that accelerate repeats to fill up the last batch are left out of the loss.
         """
+        self.stop.agree()
         inputs, state = self._prepare_inputs(inputs), self.accelerator.gradient_state
         counted = inputs
         if state.end_of_dataloader and state.remainder > 0:

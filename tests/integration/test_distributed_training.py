@@ -53,7 +53,7 @@ TOGETHER = [
     Scenario(name="nothing_on_one", unsupervised=(2, 3), arguments=SEQUENTIAL),
     Scenario(name="experts", student="experts", same_micro_batches=True, num_sequences=22),
     Scenario(name="own_means", share=1.0, arguments={"average_tokens_across_devices": False}),
-    Scenario(name="fsdp2", strategy="fsdp2", tied=True, overhead_every=3, num_sequences=22, arguments=SGD),
+    Scenario(name="fsdp2", strategy="fsdp2", tied=True, num_sequences=22, arguments=SGD),
     Scenario(
         name="fsdp2_accumulating",
         strategy="fsdp2",
