@@ -69,7 +69,7 @@ class StaleTeacher(LogitstreamError):
 
 
 class RanksDiffer(LogitstreamError):
-    """The processes of one student hold different parameters, take different numbers of batches, or train alone."""
+    """The processes of one student hold different parameters or take different numbers of batches."""
 
 
 class CacheError(LogitstreamError):
