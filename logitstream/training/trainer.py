@@ -22,12 +22,7 @@ from logitstream.kernels import are_usable
 from logitstream.loss import Diagnostics
 from logitstream.training.checkpoints import ResumableTrainer
 from logitstream.training.device_targets import Placer, placed_rows
-from logitstream.training.distributed import (
-    expect_equal_ranks,
-    is_sharded,
-    leave_out_repeats,
-    without_repeats,
-)
+from logitstream.training.distributed import expect_equal_ranks, is_sharded, leave_out_repeats, without_repeats
 from logitstream.training.first_choices import FirstChoices
 from logitstream.training.head_loss import HeadLoss, StudentLoss, install_fused_loss, reshard
 from logitstream.training.stats import RunStats, heldout_means
