@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import socket
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from socketserver import ThreadingTCPServer
+from typing import Any
 
 import prometheus_client
-from prometheus_client import REGISTRY, CollectorRegistry, Metric, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Metric, MetricsHandler
 from prometheus_client.registry import Collector
 
 from logitstream.errors import REQUEST_ERRORS
 from logitstream.settings import setting
+
+MAX_SCRAPES = 16
+SCRAPE_SECONDS = 10.0
+"""Longest silence of a scraper."""
+
+log = logging.getLogger(__name__)
 
 Counter = partial(prometheus_client.Counter, namespace="logitstream")
 Gauge = partial(prometheus_client.Gauge, namespace="logitstream")
@@ -116,6 +128,39 @@ class _OneSide(Collector):
         return (metric for metric in REGISTRY.collect() if not metric.name.startswith(self._other))
 
 
+class _Server(ThreadingTCPServer):
+    """One thread a scrape, at most MAX_SCRAPES: a further one closes the oldest, so silent ones keep nobody out."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry) -> None:
+        self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        self._open: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()
+        handler = type("Handler", (MetricsHandler,), {"registry": registry, "timeout": SCRAPE_SECONDS})
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            while len(self._open) >= MAX_SCRAPES:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a scrape from %s ended early", client_address, exc_info=True)
+
+
 def serve(port: int, *, side: str, address: str = "127.0.0.1") -> int:
     """Serve /metrics of a `teacher` or a `student` in a thread; return the port, a free one for port 0.
 
@@ -124,7 +169,8 @@ def serve(port: int, *, side: str, address: str = "127.0.0.1") -> int:
     registry = CollectorRegistry()
     registry.register(_OneSide(side))
     try:
-        server, _ = start_http_server(port, address, registry)
+        server = _Server((address, port), registry)
     except OSError as error:
         raise OSError(f"cannot serve metrics on {address}:{port}: {error}") from error
-    return int(server.server_port)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return int(server.server_address[1])

@@ -84,9 +84,12 @@ def run(config: StudentConfig, arguments: TrainingArguments) -> None:
         if is_main:
             display.say(announcement(plan, trainer, folder))
         figures = train(trainer, plan.checkpoint)
-        trainer.save_model(str(folder))
+        staged = folder / STAGING / "student"  # each file is moved to its place when it is whole
+        trainer.save_model(str(staged))
         if arguments.should_save:
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(staged)
+            for path in staged.iterdir():
+                path.replace(folder / path.name)
         if is_main:
             write_whole(folder / "report.json", json.dumps(figures, indent=2))
             losses = (figures[f"heldout_loss_{when}"] for when in ("before", "after"))

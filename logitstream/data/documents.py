@@ -80,6 +80,9 @@ def for_the_model(batch: Batch, *, takes_positions: bool = True) -> Batch:
     device = torch.as_tensor(batch["input_ids"]).device
     positions = positions_of(numbers)
     present, is_packed = numbers > 0, numbers.max(initial=0) > 1
+    if is_packed and (split := present[:, 1:] & ~present[:, :-1] & (positions[:, 1:] > 0)).any():
+        row = int(np.argwhere(split)[0, 0])
+        raise ValueError(f"row {row} of a batch: expected packed documents without padding inside")
     if not is_packed and not present.all():
         inputs["attention_mask"] = torch.from_numpy(present.astype(np.int64)).to(device)
     moved = (positions != np.arange(numbers.shape[1]))[present].any()

@@ -20,8 +20,8 @@ ENVELOPE_BYTES = 64 << 10
 MAX_CONNECTION_CALLS = 256
 HANDSHAKE_SECONDS = 5.0
 """How long a new connection may take to say anything: TLS and the HTTP/2 preface."""
-IDLE_SECONDS = 600.0
-"""How long a connection may have no call open: longer than a student that evaluates or writes a checkpoint."""
+IDLE_SECONDS = 10.0
+"""How long a connection may have no call open: strangers hold no places, and a student's next call reconnects."""
 
 
 def _keepalive(

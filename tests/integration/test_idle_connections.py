@@ -23,11 +23,12 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from logitstream import metrics
 from teacher_server.calls import HEALTH_SERVICE, SERVICE
+from tests.deaf_client import PREFACE, SETTINGS, frame
 from tests.fakes import FakeBackend
 from tests.serving import ENVIRONMENT, WireClient, sequence, serving
 
 SECONDS = 40.0
-"""Silent connections are closed after 5 s; the rest is for slow machines."""
+"""Idle connections are closed after 5 to 10 s; the rest is for slow machines."""
 FILES = 256
 ATTACKERS = 300
 
@@ -104,7 +105,7 @@ async def test_more_idle_connections_than_files_on_every_port_take_nothing_off_l
     ports = port, health_port, metrics_port = free_ports(3)
     with small_server(tmp_path, ports) as log, ExitStack() as stack:
         assert f"up to {FILES} files" in log.read_text()
-        for one in (port, health_port):
+        for one in ports:
             for _ in range(ATTACKERS):
                 stack.enter_context(connected(one))
         assert "logitstream_teacher_clients" in await asyncio.to_thread(scraped, metrics_port)
@@ -113,7 +114,8 @@ async def test_more_idle_connections_than_files_on_every_port_take_nothing_off_l
         await eventually(lambda: gets_targets(f"127.0.0.1:{port}"))
 
 
-async def test_connections_that_say_nothing_fill_the_port_for_seconds_and_health_has_its_own() -> None:
+@pytest.mark.parametrize("greeting", [b"", PREFACE + frame(SETTINGS, 0, 0, b"")], ids=["silent", "after the preface"])
+async def test_connections_without_a_call_fill_the_port_for_seconds_and_health_has_its_own(greeting: bytes) -> None:
     (health_port,) = free_ports(1)
     settings: dict[str, Any] = {"health_address": f"127.0.0.1:{health_port}", "max_connections": 8}
     async with serving(FakeBackend(delay_seconds=1.0), **settings) as server:
@@ -123,7 +125,7 @@ async def test_connections_that_say_nothing_fill_the_port_for_seconds_and_health
             await asyncio.sleep(0.2)
             with ExitStack() as stack:
                 for _ in range(20):
-                    stack.enter_context(await asyncio.to_thread(connected, port))
+                    stack.enter_context(await asyncio.to_thread(connected, port, greeting))
                 await asyncio.sleep(0.2)
                 assert not await gets_targets(server.address)  # all places are taken
                 assert await is_healthy(health_port)

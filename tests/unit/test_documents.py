@@ -178,6 +178,13 @@ def test_one_entry_a_row_and_things_that_are_no_tensors_pass() -> None:
     assert len(split_batch(batch)) == 2
 
 
+def test_padding_inside_a_document_of_a_packed_row_is_refused() -> None:
+    mask, positions = torch.tensor([[1, 0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 0, 1]])
+    batch = {"input_ids": torch.zeros(1, 5, dtype=torch.int64), "attention_mask": mask, "position_ids": positions}
+    with pytest.raises(ValueError, match="row 0 of a batch: expected packed documents without padding inside"):
+        for_the_model(batch)
+
+
 def test_places_in_documents_count_tokens_alone() -> None:
     numbers = np.array([[0, 1, 1, 0, 1, 2, 2, 3, 0]])
     assert positions_of(numbers).tolist() == [[0, 0, 1, 0, 2, 0, 1, 0, 0]]
