@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import struct
+import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,8 +50,8 @@ ENTRY_HEAD = struct.Struct("<III")
 ENTRY_SUMS = struct.Struct("<QQ")
 """XXH3 of the message, XXH3 of the entry without this."""
 ENTRY_BYTES = ENTRY_HEAD.size + ENTRY_SUMS.size
-LOOKS = 20
-"""How often a folder is listed while its shards change."""
+LOOK_SECONDS = 10.0
+"""How long a folder is listed again and again while its shards change."""
 HALVES = struct.Struct(">QQ")
 SHARD_BITS = np.uint64(32)
 OFFSET_MASK = np.uint64((1 << 32) - 1)
@@ -226,22 +227,33 @@ def survey(directory: Path, manifest: Manifest, before: Snapshot, remote: Mappin
     """Return what is readable now, reading only what is new since `before`, or everything if shards are gone.
 
     A prune writes a record's new shard before it removes the old one, and one listing of the folder may show neither:
-    so two listings in a row must be equal. remote: sizes of sealed shards that can be fetched, whose indexes are in the
+    so a second one must show nothing new. remote: sizes of sealed shards that can be fetched, whose indexes are in the
     folder already.
     """
-    now, names = before, shards_in(directory) | dict.fromkeys(remote, True)
-    for _ in range(LOOKS):
-        now = _extended(now, names, manifest, remote)
-        names, previous = shards_in(directory) | dict.fromkeys(remote, True), names
-        if names == previous and all(shard.path in names for shard in now.shards):
-            break
-        if names == previous:
-            now = Snapshot()
-    return now
+
+    def listed() -> dict[Path, bool]:
+        return shards_in(directory) | dict.fromkeys(remote, True)
+
+    deadline, now, names = time.monotonic() + LOOK_SECONDS, before, listed()
+    while True:
+        now, is_whole = _extended(now, names, manifest, remote)
+        names, previous = listed(), names
+        if names == previous or (is_whole and names.items() <= previous.items()):
+            if all(shard.path in names for shard in now.shards):
+                return now
+            anew, is_whole = _extended(Snapshot(), names, manifest, remote)
+            names, previous = listed(), names
+            if names == previous or (is_whole and names.items() <= previous.items()):
+                return anew
+        if time.monotonic() > deadline:
+            return now
 
 
-def _extended(before: Snapshot, names: Mapping[Path, bool], manifest: Manifest, remote: Mapping[Path, int]) -> Snapshot:
-    """Return `before` with what was written since."""
+def _extended(
+    before: Snapshot, names: Mapping[Path, bool], manifest: Manifest, remote: Mapping[Path, int]
+) -> tuple[Snapshot, bool]:
+    """Return `before` with what was written since, and whether all of these shards were still there."""
+    is_whole = True
     shards, parts = {shard.path: shard for shard in before.shards}, [before.recent]
     numbers = {path: number for number, path in enumerate(shards)}
     for path in sorted((path for path in names if path not in shards or not shards[path].is_sealed), key=age):
@@ -252,6 +264,7 @@ def _extended(before: Snapshot, names: Mapping[Path, bool], manifest: Manifest, 
             else:  # its last entry may be being written
                 log = read_index(path, manifest, known.end)._replace(problem="")
         except FileNotFoundError:  # sealed or pruned meanwhile: the next listing shows it
+            is_whole = False
             continue
         except (CacheError, OSError) as error:
             log = Log([], known.end, problem=f"{path.name}: {error}; its records are skipped")
@@ -263,11 +276,11 @@ def _extended(before: Snapshot, names: Mapping[Path, bool], manifest: Manifest, 
             parts.append(keys_of(number, log))
     found = tuple(shards.values())
     if len(parts) == 1:
-        return before if found == before.shards else replace(before, shards=found)
+        return (before if found == before.shards else replace(before, shards=found)), is_whole
     recent = sorted_keys(parts)
     if recent.size * 8 > before.keys.size:
-        return Snapshot(found, sorted_keys([before.keys, recent]) if before.keys.size else recent)
-    return Snapshot(found, before.keys, recent)
+        return Snapshot(found, sorted_keys([before.keys, recent]) if before.keys.size else recent), is_whole
+    return Snapshot(found, before.keys, recent), is_whole
 
 
 @functools.cache
