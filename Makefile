@@ -24,8 +24,8 @@ test: $(STAMP)  ## the whole suite on the CPU
 	@echo "about 8 minutes on two cores, 20 one test at a time (ARGS='-n 0'); make test-fast takes the unit tests alone"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-fast: $(STAMP)  ## the unit tests alone
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit $(ARGS)
+test-fast: $(STAMP)  ## the unit tests alone, without Triton's interpreter
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit --ignore-glob='*_kernel*.py' $(ARGS)
 
 gpu:  ## on a machine with a GPU, in its own environment: tests/gpu, then the benchmark (docs/gpu.md)
 	$(GPU_PYTHON) -m pytest -c /dev/null -o addopts= -p no:cacheprovider tests/gpu $(ARGS)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels import DEVICE  # isort: skip  it skips this file where Triton is missing
-
 from logitstream.device_loss import DeviceRows
 from logitstream.fused_loss import FusedLoss, fused_linear_sparse_kl
 from logitstream.loss import Diagnostics, sparse_kl
 from logitstream.types import SparseTargets
+from tests.kernels import DEVICE
 from tests.sparse_rows import drawn, random_targets
+
+pytest.importorskip("triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # numpy's, on overflow to infinity
 ROWS, VOCAB, HIDDEN = 11, 300, 16
