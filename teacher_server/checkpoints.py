@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from teacher_server.backend import TeacherBackend
+from teacher_server.process import in_own_thread
 from teacher_server.weights import Stamp, weights_stamp
 
 LoadCheckpoint = Callable[[Path], TeacherBackend]
@@ -68,7 +70,7 @@ async def watch_checkpoints(
         try:
             newest = await asyncio.to_thread(checkpoints.newest)
             if newest is not None:
-                await replace(await asyncio.to_thread(load, newest[1]))
+                await replace(await in_own_thread(partial(load, newest[1])))
                 checkpoints.served = newest[0]
             elif not checkpoints.is_waiting:
                 has_looked.set()

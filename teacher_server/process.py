@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import resource
 import signal
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 from logitstream.rpc.addresses import is_unix, split_address
 
 if TYPE_CHECKING:
     import grpc
     from grpc import aio
+
+T = TypeVar("T")
+
+
+async def in_own_thread(function: Callable[[], T]) -> T:
+    """Return what a function returns that computes with torch, in a thread that ends with it.
+
+    OpenMP keeps threads for each thread that has computed, and waits less busily once there are more than cores: those
+    of a loader that stays would slow down the thread that scores, by 7 to 12 % on two cores.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, function)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def raise_file_limit() -> int:

@@ -32,7 +32,7 @@ from teacher_server.calls import HEALTH_SERVICE, SERVICE, Context, WhenLoaded, o
 from teacher_server.checkpoints import LoadCheckpoint, watch_checkpoints
 from teacher_server.config import LimitSettings, TeacherConfig
 from teacher_server.encoding import encoder
-from teacher_server.process import bind, raise_file_limit, stopping_signals
+from teacher_server.process import bind, in_own_thread, raise_file_limit, stopping_signals
 from teacher_server.scheduler import CLOSE_SECONDS, Scheduler
 from teacher_server.servicer import TeacherServicer
 from teacher_server.stored_targets import CacheFolder, StoredTargets
@@ -87,7 +87,7 @@ class TeacherServer:
         try:
             await self._listen()
             stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-            loading = asyncio.ensure_future(asyncio.to_thread(self._load_all))
+            loading = asyncio.ensure_future(in_own_thread(self._load_all))
             await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 await self._serve(loading.result(), stopping)
