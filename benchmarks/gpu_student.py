@@ -154,7 +154,7 @@ def student_step(bench: Bench) -> None:
 
 def student_memory_and_waits(bench: Bench) -> None:
     """Compare the loss's memory with its bound, one chunk and the gradients in float32, and look for waits."""
-    from logitstream.device_loss import MOST_CHUNK_BYTES
+    from logitstream.kernels import MOST_CHUNK_BYTES
 
     student = Student(bench)
     hidden = student.hidden().detach().requires_grad_()

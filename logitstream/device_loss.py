@@ -9,6 +9,7 @@ Legend: R rows of the targets, N rows that are projected, C rows of a chunk, V i
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +19,16 @@ import torch
 from torch import Tensor
 
 from logitstream.data.loss_mask import IGNORED_LABEL
+from logitstream.kernels import ROWS_MULTIPLE
+from logitstream.kernels import chunk_rows as most_chunk_rows
 from logitstream.loss import Diagnostics
 from logitstream.types import SparseTargets
 
 if TYPE_CHECKING:
     from logitstream.fused_loss import Step
 
-MOST_CHUNK_BYTES = 1 << 30
-CHUNK_SHARE = 16
-"""A chunk of logits takes this part of the free memory: more gains nothing, as the products are large enough."""
-ROWS_MULTIPLE, COLUMNS_MULTIPLE = 128, 64
-"""Shapes that suit matrix products; a row of logits has as many columns, so that it is read in words of 16 bytes."""
+COLUMNS_MULTIPLE = 64
+"""A row of logits has a multiple of so many columns, so that it is read in words of 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,12 +150,11 @@ def _chunk_rows(num_rows: int, row_bytes: int, chunk_bytes: int | None, device: 
     """Return the rows of a chunk: as many as chunk_bytes hold, or a part of the free memory; chunks are alike."""
     if chunk_bytes is not None:
         return max(1, chunk_bytes // row_bytes)
-    most = MOST_CHUNK_BYTES
+    free = sys.maxsize
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        most = min(most, free // CHUNK_SHARE)
-    most_rows = max(ROWS_MULTIPLE, most // row_bytes // ROWS_MULTIPLE * ROWS_MULTIPLE)
+    most_rows = most_chunk_rows(row_bytes, free)
     num_chunks = max(1, -(-num_rows // most_rows))
     return -(-num_rows // (num_chunks * ROWS_MULTIPLE)) * ROWS_MULTIPLE or ROWS_MULTIPLE
 

@@ -84,10 +84,6 @@ class CacheMiss(CacheError):
     """The cache lacks a sequence, and no teacher may be asked."""
 
 
-class CacheFull(CacheError):
-    """The disk or the cache's budget is exhausted."""
-
-
 class DiskHangs(CacheError):
     """The disk of the cache has not answered in time."""
 

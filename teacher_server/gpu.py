@@ -13,11 +13,7 @@ from torch import Tensor
 
 from logitstream import kernels
 
-MOST_CHUNK_BYTES = 1 << 30
-"""Beyond this many bytes of logits the head's weight is read so seldom that it no longer counts."""
-CHUNK_SHARE = 16
 CPU_CHUNK_BYTES = 24 << 20
-ROWS_MULTIPLE = 128
 
 
 def chunk_rows(row_bytes: int, *, logits_chunk_bytes: int, memory_bytes: int | None) -> int:
@@ -30,8 +26,7 @@ def chunk_rows(row_bytes: int, *, logits_chunk_bytes: int, memory_bytes: int | N
         return max(1, logits_chunk_bytes // row_bytes)
     if memory_bytes is None:
         return max(1, CPU_CHUNK_BYTES // row_bytes)
-    rows = min(MOST_CHUNK_BYTES, memory_bytes // CHUNK_SHARE) // row_bytes
-    return max(ROWS_MULTIPLE, rows // ROWS_MULTIPLE * ROWS_MULTIPLE)
+    return kernels.chunk_rows(row_bytes, memory_bytes)
 
 
 @dataclass(frozen=True, slots=True)
